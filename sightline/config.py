@@ -1,0 +1,190 @@
+"""What a run is made of: frozen dataclasses whose fields are the command line and whose docstrings are its help.
+
+A value is checked once, in `__post_init__`; nothing edits a config later. The model's own config lives with the model
+(`sightline.models`); `Run` only carries it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+Model = TypeVar("Model")
+
+
+def _positive(owner: str, **values: int | float) -> None:
+    for name, value in values.items():
+        if value <= 0:
+            raise ValueError(f"{owner}.{name} must be greater than 0, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the text comes from and how it is packed into rows."""
+
+    source: str = "python-stdlib"
+    """`python-stdlib` (the source of this Python's own standard library), a file or folder of .txt, .md, .py or
+    .jsonl, or `hf:NAME` (a Hugging Face dataset; needs the extra `hf`)."""
+    text_field: str = "text"
+    """The field that holds the text in .jsonl files and Hugging Face datasets."""
+    tokenizer: Path | None = None
+    """A `tokenizer.json` to use. Without one, a byte-level BPE with the model's vocabulary is trained on the source
+    and kept with the run."""
+    packing: Literal["stream", "best_fit"] = "stream"
+    """`stream` fills rows in order and carries a document over into the next row; `best_fit` cuts documents only
+    where they are longer than a row and pads what stays free."""
+    validation_share: float = 0.05
+    """Share of the documents held out for validation."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.validation_share < 1.0:
+            raise ValueError(f"data.validation-share must be at least 0 and under 1, got {self.validation_share}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How long, how wide, and in which precision."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    sequence_length: int = 2048
+    """Tokens of a row (S)."""
+    global_batch_size: int = 8
+    """Rows an optimizer step."""
+    micro_batch_size: int = 8
+    """Rows a forward; global-batch-size / micro-batch-size forwards accumulate into one step."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of forward and backward; weights and optimizer stay in float32. bfloat16 (autocast) is for GPUs: most
+    CPUs compute it several times slower than float32."""
+    deterministic: bool = False
+    """Only deterministic algorithms: slower on a GPU, the same bits on every run."""
+
+    def __post_init__(self) -> None:
+        _positive("training", steps=self.steps, global_batch_size=self.global_batch_size)
+        _positive("training", micro_batch_size=self.micro_batch_size)
+        if self.sequence_length < 2:
+            raise ValueError(
+                "training.sequence-length must be at least 2 (one token to see, one to predict), "
+                f"got {self.sequence_length}"
+            )
+        if self.global_batch_size % self.micro_batch_size:
+            fits = [n for n in range(1, self.global_batch_size + 1) if self.global_batch_size % n == 0]
+            raise ValueError(
+                f"training.global-batch-size {self.global_batch_size} is not divisible by "
+                f"training.micro-batch-size {self.micro_batch_size}; micro-batch sizes that divide it: {fits}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW, its gradient clipping and its learning-rate schedule."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norms, biases and other vectors are not decayed."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    """After the warm-up: half a cosine, a straight line, or constant with a linear end (warm-up-stable-decay)."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0 to its peak."""
+    decay_share: float = 0.2
+    """Last share of the steps in which `wsd` decays."""
+    final_share: float = 0.1
+    """Learning rate of the last step as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        _positive("optimizer", learning_rate=self.learning_rate, eps=self.eps, max_grad_norm=self.max_grad_norm)
+        if self.warmup_steps < 0:
+            raise ValueError(f"optimizer.warmup-steps must be at least 0, got {self.warmup_steps}")
+        for name, value in (("decay-share", self.decay_share), ("final-share", self.final_share)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"optimizer.{name} must lie between 0 and 1, got {value}")
+        for beta in self.betas:
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"optimizer.betas must lie in [0, 1), got {self.betas}")
+        if self.weight_decay < 0:
+            raise ValueError(f"optimizer.weight-decay must be at least 0, got {self.weight_decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """The kernel that honours the masks."""
+
+    backend: Literal["auto", "flex", "sdpa", "varlen", "reference"] = "auto"
+    """`auto` chooses by device, dtype and mask, and says what it chose and why. `sdpa` trains everywhere; `flex` and
+    `varlen` train on CUDA; `reference` is the slow truth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """Loss on held-out documents."""
+
+    every: int = 100
+    """Steps between validations, and one after the last step; 0 is never."""
+    rows: int = 16
+    """Rows of a validation, the same ones every time."""
+
+    def __post_init__(self) -> None:
+        _positive("validation", rows=self.rows)
+        if self.every < 0:
+            raise ValueError(f"validation.every must be at least 0, got {self.every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What is kept so that a run can go on."""
+
+    every: int = 500
+    """Steps between checkpoints; one is always written at the end and on SIGTERM or Ctrl-C. 0 is only then."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+    resume: str = "auto"
+    """`auto` continues from the newest checkpoint of the output directory where there is one, `never` starts anew in
+    an empty directory, and a path names the checkpoint to continue from."""
+
+    def __post_init__(self) -> None:
+        _positive("checkpoint", keep=self.keep)
+        if self.every < 0:
+            raise ValueError(f"checkpoint.every must be at least 0, got {self.every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logging:
+    """What is written down beside metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb: str | None = None
+    """Weights & Biases project to log to (needs the extra `wandb`)."""
+    sample_prompt: str = "def "
+    """Prompt of the text generated at the end of the run."""
+    sample_tokens: int = 120
+    """Tokens of that text; 0 is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Generic[Model]):
+    """Everything that decides a run. A recipe is one of these."""
+
+    model: Model
+    """The model's own config: its sizes."""
+    output_dir: Path = Path("runs/default")
+    """Where the run is kept. The same command on the same directory continues where it stopped."""
+    seed: int = 0
+    """Decides initial weights and the order of documents."""
+    data: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    attention: Attention = field(default_factory=Attention)
+    validation: Validation = field(default_factory=Validation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    logging: Logging = field(default_factory=Logging)

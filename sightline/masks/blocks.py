@@ -1,0 +1,106 @@
+"""AttentionMask -> FlexAttention's BlockMask, without ever looking at single pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+
+def build_mask_mod(start: Tensor, stop: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """`any_k(start[b, q, k] <= kv < stop[b, q, k])` for intervals int32 [B, Q, K].
+
+    The closure holds tensors only, so a new layout never recompiles; the intervals are rounded up to a power of two
+    (empty ones fill up), so masks whose K varies from batch to batch compile a handful of kernels, not one each.
+    """
+    width = 1 << (start.shape[2] - 1).bit_length()
+    start = torch.nn.functional.pad(start, (0, width - start.shape[2]))
+    stop = torch.nn.functional.pad(stop, (0, width - stop.shape[2]))
+
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        visible = (kv_idx >= start[b, q_idx, 0]) & (kv_idx < stop[b, q_idx, 0])
+        for k in range(1, width):
+            visible = visible | ((kv_idx >= start[b, q_idx, k]) & (kv_idx < stop[b, q_idx, k]))
+        return visible
+
+    return mask_mod
+
+
+def build_block_mask(
+    start: Tensor, stop: Tensor, key_length: int, block_size: int | tuple[int, int], compute_q_blocks: bool
+) -> BlockMask:
+    """See AttentionMask.to_block_mask. start, stop: canonical int32 [B, Q, K]."""
+    query_block, key_block = (block_size, block_size) if isinstance(block_size, int) else block_size
+    if query_block < 1 or key_block < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    partial, full = block_states(start, stop, key_length, query_block, key_block)
+    kv_num, kv_indices = _ordered(partial)
+    full_kv_num, full_kv_indices = _ordered(full)
+    q_side: tuple[Tensor | None, ...] = (None,) * 4
+    if compute_q_blocks:
+        q_side = (*_ordered(partial.mT), *_ordered(full.mT))
+    q_num, q_indices, full_q_num, full_q_indices = q_side
+    return BlockMask(
+        seq_lengths=(start.shape[1], key_length),
+        kv_num_blocks=kv_num,
+        kv_indices=kv_indices,
+        full_kv_num_blocks=full_kv_num,
+        full_kv_indices=full_kv_indices,
+        q_num_blocks=q_num,
+        q_indices=q_indices,
+        full_q_num_blocks=full_q_num,
+        full_q_indices=full_q_indices,
+        BLOCK_SIZE=(query_block, key_block),
+        mask_mod=build_mask_mod(start, stop),
+    )
+
+
+def block_states(
+    start: Tensor, stop: Tensor, key_length: int, query_block: int, key_block: int
+) -> tuple[Tensor, Tensor]:
+    """Which blocks are partly and which are fully visible: bool [B, query blocks, key blocks] each.
+
+    A block that reaches past the last query or key is never full, as in `create_block_mask`.
+
+    Each interval touches a run of key blocks and covers a (shorter) run of them. Adding +1 where such a run begins and
+    -1 where it ends, over all queries of a block, and summing along the keys counts the queries that touch and that
+    cover each block. Canonical intervals do not touch each other, so at most one of a query's covers a block.
+    """
+    rows, queries, width = start.shape
+    query_blocks, key_blocks = -(-queries // query_block), -(-key_length // key_block)
+    line = (
+        torch.arange(queries, device=start.device) // query_block
+        + torch.arange(rows, device=start.device).unsqueeze(1) * query_blocks
+    )
+    base = (line * (key_blocks + 1)).unsqueeze(2).expand(rows, queries, width)  # of each query's line of counters
+    seen = stop > start
+
+    def count(first: Tensor, end: Tensor) -> Tensor:
+        one = ((end > first) & seen).to(torch.int32).flatten()
+        counters = torch.zeros(rows * query_blocks * (key_blocks + 1), dtype=torch.int32, device=start.device)
+        counters.scatter_add_(0, (base + first).flatten(), one)
+        counters.scatter_add_(0, (base + torch.maximum(end, first)).flatten(), -one)
+        lines = counters.view(rows, query_blocks, key_blocks + 1)
+        return lines.cumsum(dim=2, dtype=torch.int32)[..., :key_blocks]
+
+    touched = count(start // key_block, (stop + key_block - 1) // key_block) > 0
+    full = count((start + key_block - 1) // key_block, stop // key_block) == query_block
+    return touched & ~full, full
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Number and indices of the true blocks of each line, those first and in order, the others after them.
+
+    blocks: bool [B, N, M]. Returns int32 [B, 1, N] and int32 [B, 1, N, M]. This is the order that a stable descending
+    sort gives `create_block_mask`; a prefix sum finds it without sorting.
+    """
+    blocks = blocks.contiguous()
+    place = torch.arange(blocks.shape[2], dtype=torch.int32, device=blocks.device)
+    before = blocks.cumsum(dim=2, dtype=torch.int32)
+    number = before[..., -1:]
+    target = torch.where(blocks, before - 1, number + place - before)
+    indices = torch.empty_like(target)
+    indices.scatter_(2, target.long(), place.expand_as(target))
+    return number.squeeze(2).unsqueeze(1), indices.unsqueeze(1)
