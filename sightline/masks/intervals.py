@@ -107,8 +107,8 @@ def from_dense(dense: Tensor, max_intervals: int) -> tuple[Tensor, Tensor]:
         row, query = divmod(int(count.flatten().argmax()), dense.shape[1])
         raise ValueError(
             f"this mask needs K={needed} intervals (row {row}, query {query}), more than "
-            f"max_intervals={max_intervals}; pass max_intervals={needed} to accept {needed} x 8 bytes a query, or give the keys an order in which "
-            "what a query sees lies together"
+            f"max_intervals={max_intervals}; pass max_intervals={needed} to accept {needed} x 8 bytes a query, "
+            "or give the keys an order in which what a query sees lies together"
         )
     first = count.flatten().cumsum(0) - count.flatten()  # intervals before each query's own
     row, query, begin = opens.nonzero(as_tuple=True)

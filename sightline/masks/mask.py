@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from sightline.masks.blocks import build_block_mask, build_mask_mod
 from sightline.masks.intervals import canonical, from_dense, pad_intervals
+from sightline.masks.tiles import Tile, build_tiles
 from sightline.masks.varlen import VarlenLayout, build_varlen
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -180,7 +181,7 @@ class AttentionMask:
 
     @property
     def mask_mod(self) -> MaskMod:
-        """FlexAttention's form of the mask, one function for all masks: `any_k(start[b, q, k] <= kv < stop[b, q, k])`."""
+        """FlexAttention's form, one function for all masks: `any_k(start[b, q, k] <= kv < stop[b, q, k])`."""
         return build_mask_mod(self.start, self.stop)
 
     def to_block_mask(self, block_size: int | tuple[int, int] = 128, *, compute_q_blocks: bool = True) -> BlockMask:
@@ -197,6 +198,13 @@ class AttentionMask:
         Errors: ValueError when varlen cannot say this mask; the text names the first query it fails at and why.
         """
         return build_varlen(self.start, self.stop, self.key_length)
+
+    def to_tiles(self) -> list[Tile]:
+        """The mask as tiles of queries, each with the few slices of keys it attends: what the CPU kernel eats.
+
+        Waits for the device when the mask lies on one.
+        """
+        return build_tiles(self.start.cpu(), self.stop.cpu())
 
 
 def _flatten(mask: AttentionMask) -> tuple[list[Tensor], int]:

@@ -1,80 +1,72 @@
-"""Pictures of a mask: how much of every cell is visible, which blocks are full, and the mask as text.
+"""Pictures of a mask: how much of every cell is visible, where a row falls apart, and the mask as text.
 
 All of it is counted from the intervals in O(Q K + cells); a dense Q x T mask never exists, so 64k tokens are as easy
-as 64. `sightline.masks.page` makes the same numbers into a page to explore, `sightline.training.plots` into a PNG.
+as 64. `sightline.masks.page` makes a page to explore of the same data, `sightline.training.plots` a PNG.
 """
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sightline.masks.blocks import block_states
 from sightline.masks.mask import AttentionMask
 
-EMPTY, PARTIAL, FULL = 0, 1, 2  # states of a block
+MOST_LINES = 64  # up to this many queries may take a line each
+HALVES = " ▄▀█"  # index: 2 * (upper query sees the key) + (lower query sees it)
 
 
 def visible_in_cells(mask: AttentionMask, row: int, cell: tuple[int, int]) -> Tensor:
     """Visible pairs in every cell of `cell` = (queries, keys) tokens: int64 [ceil(Q / queries), ceil(T / keys)].
 
     The keys from x on fill w - x % w of the cell that x lies in (cells are w keys wide) and w of each cell right of
-    it. As a prefix sum along a line of cells that is two numbers, w - x % w and x % w, in neighbouring places; an
+    it. As a prefix sum along a line of cells that is two numbers in neighbouring places, w - x % w and x % w; an
     interval [start, stop) adds them for start and takes them away for stop.
     """
     tall, wide = cell
     _, queries, keys = mask.shape
     lines, columns = _ceil(queries, tall), _ceil(keys, wide)
     line = torch.arange(queries)[:, None] // tall
-    steps = torch.zeros(lines, columns + 2, dtype=torch.int64)  # stop = T may write two places past the last cell
+    steps = torch.zeros(lines, columns + 2, dtype=torch.int64)  # stop = T may write into two places past the last cell
     for end, sign in ((mask.start[row], 1), (mask.stop[row], -1)):
-        column, rest = end.cpu().long() // wide, end.cpu().long() % wide
-        place = line * (columns + 2) + column
-        steps.view(-1).scatter_add_(0, place.flatten(), (sign * (wide - rest)).flatten())
-        steps.view(-1).scatter_add_(0, place.flatten() + 1, (sign * rest).flatten())
+        end = end.cpu().long()
+        place, rest = (line * (columns + 2) + end // wide).flatten(), (end % wide).flatten()
+        steps.view(-1).scatter_add_(0, place, sign * (wide - rest))
+        steps.view(-1).scatter_add_(0, place + 1, sign * rest)
     return steps.cumsum(1)[:, :columns]
 
 
 def occupancy(mask: AttentionMask, row: int, cell: tuple[int, int]) -> Tensor:
     """Share of the pairs of every cell that is visible: float64 [ceil(Q / queries), ceil(T / keys)].
 
-    Cells at the lower and right edge are measured by the pairs that they really have.
+    cell: its size in (queries, keys). Cells at the lower and right edge are measured by the pairs they really have.
     """
     _, queries, keys = mask.shape
     pairs = _sizes(queries, cell[0])[:, None] * _sizes(keys, cell[1])
     return visible_in_cells(mask, row, cell).double() / pairs
 
 
-def block_states(mask: AttentionMask, row: int, block_size: int) -> Tensor:
-    """EMPTY, PARTIAL or FULL of every block: uint8 [ceil(Q / block_size), ceil(T / block_size)].
-
-    As in FlexAttention's BlockMask, a block that hangs over the edge of the mask is never full.
-    """
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1 token, got {block_size}")
-    visible = visible_in_cells(mask, row, (block_size, block_size))
-    return (visible > 0).to(torch.uint8) + (visible == block_size**2).to(torch.uint8)
-
-
 def separations(mask: AttentionMask, row: int) -> list[int]:
-    """Tokens before which the row falls apart: none from there on sees one before it, nor the other way round.
+    """Tokens before which the row falls apart: no token from there on sees one before it, nor the other way round.
 
-    These are the document boundaries of a packed row (and its chunk boundaries under `chunked`). Padding counts as
+    These are the document boundaries of a packed row (and the chunk boundaries under `chunked`); padding counts as
     one part. Empty where queries and keys are not the same tokens (Q != T).
     """
     _, queries, keys = mask.shape
     if queries != keys:
         return []
     start, stop = mask.start[row].cpu().long(), mask.stop[row].cpu().long()
-    blind = start >= stop
-    lowest = start.masked_fill(blind, keys).amin(1)  # [Q], first key that a query sees
-    highest = stop.masked_fill(blind, 0).amax(1)  # [Q], end of the last key that it sees
+    empty = start >= stop
+    lowest = start.masked_fill(empty, keys).amin(1)  # [Q], first key that a query sees
+    highest = stop.masked_fill(empty, 0).amax(1)  # [Q], end of the last key that it sees
     token = torch.arange(1, queries)
-    from_here = lowest.flip(0).cummin(0).values.flip(0)[1:] >= token
-    before = highest.cummax(0).values[:-1] <= token
-    padding = blind.all(1)
-    return token[from_here & before & ~(padding[1:] & padding[:-1])].tolist()
+    none_looks_back = lowest.flip(0).cummin(0).values.flip(0)[1:] >= token
+    none_looks_ahead = highest.cummax(0).values[:-1] <= token
+    blind = empty.all(1)
+    return token[none_looks_back & none_looks_ahead & ~(blind[1:] & blind[:-1])].tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,58 +81,63 @@ class Statistics:
     """Of each row."""
     block_size: int
     blocks: tuple[int, int, int]
-    """Empty, partial and full ones, over all rows."""
+    """Full, partial and empty ones over all rows, as in FlexAttention's BlockMask: one that hangs over the edge of
+    the mask is never full."""
+
+    @property
+    def pairs_per_row(self) -> float:
+        return sum(self.visible_pairs) / len(self.visible_pairs)
 
     @property
     def sparsity(self) -> float:
         """Share of all query-key pairs that is not visible."""
-        return 1 - sum(self.visible_pairs) / (len(self.visible_pairs) * self.queries * self.keys)
+        return 1 - self.pairs_per_row / (self.queries * self.keys)
 
     @property
     def share_of_causal(self) -> float | None:
-        """Visible pairs as a share of plain causal attention's, S (S + 1) / 2 a row; None where Q != T."""
+        """Visible pairs as a share of those of plain causal attention, S (S + 1) / 2 a row; None where Q != T."""
         if self.queries != self.keys:
             return None
-        return sum(self.visible_pairs) / (len(self.visible_pairs) * self.queries * (self.queries + 1) / 2)
+        return self.pairs_per_row / (self.queries * (self.queries + 1) / 2)
 
     def describe(self) -> str:
-        """One line: shape, K, visible pairs of a row (the mean of several), share of causal or of all pairs."""
-        shape = f"S {self.queries:,}" if self.queries == self.keys else f"Q {self.queries:,}  T {self.keys:,}"
-        pairs = round(sum(self.visible_pairs) / len(self.visible_pairs))
-        if self.share_of_causal is None:
-            share = f"{1 - self.sparsity:.1%} of all"
-        else:
-            share = f"{self.share_of_causal:.1%} of causal"
-        return f"{shape}  K {self.intervals}  {pairs:,} visible pairs, {share}"
+        """One line: shape, K, visible pairs of a row (the mean of several), and their share."""
+        shape = f"S {self.queries:,}" if self.queries == self.keys else f"Q {self.queries:,}, T {self.keys:,}"
+        causal = self.share_of_causal
+        share = f"{1 - self.sparsity:.1%} of all" if causal is None else f"{causal:.1%} of causal"
+        return f"{shape}, K {self.intervals}, {round(self.pairs_per_row):,} visible pairs ({share})"
 
 
 def get_statistics(mask: AttentionMask, block_size: int = 128) -> Statistics:
-    """Count the mask's pairs and blocks, over all rows."""
+    """Count the pairs and blocks of all rows."""
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1 token, got {block_size}")
     batch_size, queries, keys = mask.shape
-    counts = torch.zeros(3, dtype=torch.int64)
-    strip = max(1, 2**22 // _ceil(keys, block_size)) * block_size  # so that a small block size fits in memory too
+    full = partial = 0
+    # Strip by strip: a small block size makes many more blocks than there are tokens.
+    strip = max(1, 2**22 // (batch_size * _ceil(keys, block_size))) * block_size
     for first in range(0, queries, strip):
         part = mask.take_queries(torch.arange(first, min(first + strip, queries), device=mask.device))
-        for row in range(batch_size):
-            counts += torch.bincount(block_states(part, row, block_size).flatten(), minlength=3)
+        partial_blocks, full_blocks = block_states(part.start, part.stop, keys, block_size, block_size)
+        full, partial = full + int(full_blocks.sum()), partial + int(partial_blocks.sum())
+    total = batch_size * _ceil(queries, block_size) * _ceil(keys, block_size)
     return Statistics(
         queries=queries,
         keys=keys,
-        intervals=mask.start.shape[2],
+        intervals=mask.intervals,
         visible_pairs=mask.visible_pairs().tolist(),
         block_size=block_size,
-        blocks=(int(counts[EMPTY]), int(counts[PARTIAL]), int(counts[FULL])),
+        blocks=(full, partial, total - full - partial),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Glyphs:
-    """The characters of a picture."""
+    """The characters of a picture. `shades`: none of a cell visible, under 1/3, under 2/3, not all, all of it."""
 
     seen: str
     unseen: str
     shades: str
-    """Share of a cell that is visible: none, under 1/3, under 2/3, under 1, all."""
     corner: str
     across: str
     down: str
@@ -148,52 +145,137 @@ class _Glyphs:
     split_down: str
 
 
-UNICODE = _Glyphs(
+_UNICODE = _Glyphs(
     seen="██", unseen=" ·", shades=" ░▒▓█", corner="┌", across="─", down="│", split_across="┬", split_down="├"
 )
-ASCII = _Glyphs(
-    seen="# ", unseen=". ", shades=" .+*#", corner="+", across="-", down="|", split_across="v", split_down=">"
+_ASCII = _Glyphs(
+    seen="##", unseen=" .", shades=" .+*#", corner="+", across="-", down="|", split_across="v", split_down=">"
 )
-HALVES = " ▄▀█"  # 2 * (upper token visible) + (lower token visible)
-MOST_SINGLE_TOKENS = 64  # up to here a token is a cell, wherever the width allows it
 
 
 def to_text(mask: AttentionMask, row: int = 0, width: int = 80, unicode: bool = True) -> str:
     """The mask as text of at most `width` columns: queries downwards, keys to the right.
 
-    Small masks show every token: two columns a key and a line a query where that fits, else half blocks (a column a
-    key, two queries a line). Larger ones show the visible share of cells, by shades. `unicode=False` is plain ASCII.
+    Small masks show every token: up to 32 tokens a line is a query and two columns are a key; up to what fits, half
+    blocks make a column a key and a line two queries. Larger masks show by shades how much of each cell is visible.
+    `unicode=False` keeps to ASCII.
     Errors: ValueError for a row the mask has not, and for a width under 24.
     """
-    _check_row(mask, row)
+    check_row(mask, row)
     if width < 24:
-        raise ValueError(f"width must be at least 24 columns to draw a mask, got {width}")
+        raise ValueError(f"a picture of a mask needs a width of at least 24 columns, got {width}")
     _, queries, keys = mask.shape
-    glyphs = UNICODE if unicode else ASCII
-    numbers = len(str(queries - 1))
+    glyphs = _UNICODE if unicode else _ASCII
+    numbers = max(5, len(str(queries - 1)))  # columns of the query numbers
     room = width - numbers - 2
-    tall, wide = _cell_of_text(queries, keys, room)
-    small = max(queries, keys) <= MOST_SINGLE_TOKENS
-    if small and 2 * keys <= room:
-        body = _draw_tokens(mask, row, (glyphs.unseen, glyphs.seen))
-        tall, columns_per_key, legend = 1, 2.0, "one token a cell"
-    elif unicode and wide == 1 and tall <= 2:
+    if 2 * max(queries, keys) <= min(MOST_LINES, room):
+        columns, tall = 2.0, 1
+        body = _draw_tokens(mask, row, glyphs.unseen, glyphs.seen)
+        legend = "a line is a query, two columns are a key"
+    elif unicode and max(queries, keys) <= room:
+        columns, tall = 1.0, 2
         body = _draw_halves(mask, row)
-        tall, columns_per_key, legend = 2, 1.0, "one column a key, two queries a line"
-    elif small and keys <= room:
-        body = _draw_tokens(mask, row, (glyphs.unseen[0], glyphs.seen[0]))
-        tall, columns_per_key, legend = 1, 1.0, "one token a cell"
+        legend = "a line is two queries, a column is a key"
+    elif max(queries, keys) <= min(MOST_LINES, room):
+        columns, tall = 1.0, 1
+        body = _draw_tokens(mask, row, glyphs.unseen[1], glyphs.seen[1])
+        legend = "a line is a query, a column is a key"
     else:
+        tall, wide = _text_cell(queries, keys, room)
+        columns = 1 / wide
         body = _draw_shades(mask, row, (tall, wide), glyphs.shades)
-        some = glyphs.shades
-        legend = f"one character is {wide} keys x {tall} queries: {some[1]} under 1/3 visible, {some[2]} under 2/3, "
-        legend += f"{some[3]} under all, {some[4]} all"
-        columns_per_key = 1 / wide
+        meanings = zip(glyphs.shades[1:], ("under 1/3", "under 2/3", "not all", "all of them"), strict=True)
+        legend = f"a character is {tall:,} x {wide:,} tokens (queries x keys); visible: "
+        legend += ", ".join(f"{shade} {meaning}" for shade, meaning in meanings)
     splits = separations(mask, row)
-    ruler = _ruler(keys, columns_per_key, splits, glyphs)
+    if splits and len(splits) <= len(body) / 3:
+        legend += f"; nothing sees across {glyphs.split_across} {glyphs.split_down}"
+    elif splits:  # too many to mark
+        legend += f"; {len(splits) + 1} parts that see nothing of each other"
+        splits = []
+    left = " " * numbers
+    head = ["query" + left[5:] + "  " + _key_numbers(keys, columns), left + " " + _ruler(keys, columns, splits, glyphs)]
     gutter = _gutter(queries, tall, splits, glyphs, numbers)
-    if glyphs.split_across in ruler:
-        legend += f"; {glyphs.split_across} {glyphs.split_down} nothing sees across"
-    lines = [" " * (numbers + 2) + _key_numbers(keys, columns_per_key), " " * (numbers + 1) + ruler]
-    lines += [left + line for left, line in zip(gutter, body, strict=True)]
-    return "\n".join(line.rstrip() for line in [*lines, *_wrap(legend, width)])
+    picture = head + [edge + line for edge, line in zip(gutter, body, strict=True)]
+    return "\n".join([*(line.rstrip() for line in picture), *textwrap.wrap(legend, width)])
+
+
+def check_row(mask: AttentionMask, row: int) -> None:
+    """Errors: ValueError for a row the mask has not."""
+    if not 0 <= row < mask.shape[0]:
+        raise ValueError(f"row {row} is not in this mask of {mask.shape[0]} rows: choose 0 to {mask.shape[0] - 1}")
+
+
+def _text_cell(queries: int, keys: int, room: int) -> tuple[int, int]:
+    """Size of a character's cell: twice as many queries as keys, since a character is twice as tall as it is wide.
+
+    A mask with far more or fewer queries than keys is stretched to between 8 and room / 2 lines.
+    """
+    wide = _ceil(keys, room)
+    tall = min(2 * wide, _ceil(queries, 8))
+    return max(tall, _ceil(2 * queries, room)), wide
+
+
+def _draw_tokens(mask: AttentionMask, row: int, unseen: str, seen: str) -> list[str]:
+    visible = visible_in_cells(mask, row, (1, 1)).tolist()
+    return ["".join(seen if pair else unseen for pair in line) for line in visible]
+
+
+def _draw_halves(mask: AttentionMask, row: int) -> list[str]:
+    visible = visible_in_cells(mask, row, (1, 1))
+    visible = torch.cat([visible, visible.new_zeros(visible.shape[0] % 2, visible.shape[1])])
+    glyphs = 2 * visible[0::2] + visible[1::2]
+    return ["".join(HALVES[glyph] for glyph in line) for line in glyphs.tolist()]
+
+
+def _draw_shades(mask: AttentionMask, row: int, cell: tuple[int, int], shades: str) -> list[str]:
+    share = occupancy(mask, row, cell)
+    level = (share > 0).long() + (share >= 1 / 3) + (share >= 2 / 3) + (share >= 1)
+    return ["".join(shades[index] for index in line) for line in level.tolist()]
+
+
+def _key_numbers(keys: int, columns: float) -> str:
+    """Numbers of some keys, each above its column; `columns` are the columns a key takes."""
+    step = _step((len(str(keys)) + 3) / columns)
+    line = ""
+    for key in range(0, keys, step):
+        line = line.ljust(int(key * columns)) + str(key)
+    return line
+
+
+def _ruler(keys: int, columns: float, splits: list[int], glyphs: _Glyphs) -> str:
+    """The upper edge of the picture."""
+    edge = [glyphs.across] * max(1, int(-(-keys * columns // 1)))
+    for split in splits:
+        edge[int(split * columns)] = glyphs.split_across
+    return glyphs.corner + "".join(edge)
+
+
+def _gutter(queries: int, tall: int, splits: list[int], glyphs: _Glyphs, numbers: int) -> list[str]:
+    """The left edge of the picture with numbers of some queries; a line is `tall` queries."""
+    step = _step(3 * tall)
+    split_lines = {split // tall for split in splits}
+    edge = []
+    for line, first in enumerate(range(0, queries, tall)):
+        number = _ceil(first, step) * step  # the first multiple of step from here on, if it is on this line
+        label = str(number) if number < min(first + tall, queries) else ""
+        edge.append(label.rjust(numbers) + " " + (glyphs.split_down if line in split_lines else glyphs.down))
+    return edge
+
+
+def _step(tokens: float) -> int:
+    """The smallest power of two that is no less."""
+    step = 1
+    while step < tokens:
+        step *= 2
+    return step
+
+
+def _sizes(length: int, cell: int) -> Tensor:
+    """Tokens of each cell that a length is cut into; the last one may be smaller."""
+    first = torch.arange(0, length, cell)
+    return (length - first).clamp(max=cell)
+
+
+def _ceil(length: int, cell: int) -> int:
+    return -(-length // cell)

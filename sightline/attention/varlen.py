@@ -1,0 +1,87 @@
+"""Variable-length FlashAttention by `torch.nn.attention.varlen`: CUDA, half precision, what cu_seqlens can say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.varlen import varlen_attn
+
+from sightline.masks import AttentionMask
+from sightline.masks.varlen import VarlenLayout
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def refusal(mask: AttentionMask, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
+    if device.type != "cuda":
+        return f"varlen runs on CUDA only, and this is {device.type}; backends that can: sdpa, reference"
+    if dtype not in DTYPES:
+        return f"varlen computes in bfloat16 or float16, got {dtype}; backends that can: flex, sdpa, reference"
+    try:
+        mask.to_varlen()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def lower(mask: AttentionMask, device: torch.device, dtype: torch.dtype, training: bool) -> VarlenLayout:
+    return mask.to(device).to_varlen()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, form: VarlenLayout, scale: float, sinks: Tensor | None) -> Tensor:
+    rows, _, length, _ = q.shape
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * S, heads, D]
+    if sinks is None:
+        longest, offsets = form.max_length, form.cu_seqlens
+        gqa = q.shape[1] != k.shape[1]
+        out = varlen_attn(
+            query, key, value, offsets, offsets, longest, longest,
+            scale=scale, window_size=form.window, enable_gqa=gqa,
+        )  # fmt: skip
+    else:
+        out = _SinkAttention.apply(query, key, value, sinks, form, scale)
+    out = torch.unflatten(out, 0, (rows, length)).transpose(1, 2)  # type: ignore[arg-type]
+    return out if form.padding is None else out.masked_fill(form.padding[:, None, :, None], 0.0)
+
+
+class _SinkAttention(torch.autograd.Function):
+    """varlen attention with learned sinks [H].
+
+    `varlen_attn` gives its log-sum-exp no gradient, so a sink cannot be added behind it. It can be added between its
+    two kernels: a sink raises the log-sum-exp and scales the output, and the backward kernel, which rebuilds the
+    weights from both, then returns the exact gradients. The sink's own is -sum(p * delta), p being its weight and
+    delta = sum(dO * O).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, form: VarlenLayout, scale: float
+    ) -> Tensor:
+        offsets, longest = form.cu_seqlens, form.max_length
+        causal = form.window == (-1, 0)
+        window = list(form.window)
+        out, lse, rng = torch.ops.torch_attn._varlen_attn(
+            query, key, value, offsets, offsets, longest, longest, causal, scale, window, query.shape[1] != key.shape[1]
+        )
+        with_sink = torch.logaddexp(lse, sinks.to(lse.dtype).unsqueeze(1))  # [H, N]
+        out = (out * (lse - with_sink).exp().mT.unsqueeze(2)).to(query.dtype)
+        ctx.save_for_backward(query, key, value, sinks, out, with_sink, rng)
+        ctx.form, ctx.scale, ctx.causal, ctx.window = form, scale, causal, window
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks, out, lse, rng = ctx.saved_tensors
+        offsets, longest = ctx.form.cu_seqlens, ctx.form.max_length
+        d_query, d_key, d_value = torch.ops.torch_attn._varlen_attn_backward(
+            d_out, query, key, value, out, lse, offsets, offsets, longest, longest, ctx.causal, rng, ctx.scale,
+            ctx.window,
+        )  # fmt: skip
+        delta = (d_out.to(lse.dtype) * out.to(lse.dtype)).sum(dim=2).mT  # [H, N]
+        weight = (sinks.to(lse.dtype).unsqueeze(1) - lse).exp()
+        d_sinks = -(weight * delta).sum(dim=1).to(sinks.dtype)
+        return d_query, d_key, d_value, d_sinks, None, None
