@@ -17,6 +17,8 @@ from sightline.masks.tiles import Segment
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+CPU = "cpu"  # where attention is computed tile by tile
+
 # The order in which CUDA's kernels are tried, fastest first.
 PRIORITY = [
     SDPBackend.CUDNN_ATTENTION,
@@ -54,7 +56,7 @@ def refusal(mask: AttentionMask, device: torch.device, dtype: torch.dtype, train
 
 
 def lower(mask: AttentionMask, device: torch.device, dtype: torch.dtype, training: bool) -> Tiles | Dense:
-    return _lower_tiles(mask, dtype) if device.type == "cpu" else _lower_dense(mask, device)
+    return _lower_tiles(mask, dtype) if device.type == CPU else _lower_dense(mask, device)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, form: Tiles | Dense, scale: float, sinks: Tensor | None) -> Tensor:

@@ -104,9 +104,9 @@ def from_dense(dense: Tensor, max_intervals: int) -> tuple[Tensor, Tensor]:
     count = opens.sum(dim=2)
     needed = max(1, int(count.max())) if count.numel() else 1
     if needed > max_intervals:
-        row, query = divmod(int(count.flatten().argmax()), dense.shape[1])
+        at_row, at_query = divmod(int(count.flatten().argmax()), dense.shape[1])
         raise ValueError(
-            f"this mask needs K={needed} intervals (row {row}, query {query}), more than "
+            f"this mask needs K={needed} intervals (row {at_row}, query {at_query}), more than "
             f"max_intervals={max_intervals}; pass max_intervals={needed} to accept {needed} x 8 bytes a query, "
             "or give the keys an order in which what a query sees lies together"
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 from sightline.masks.blocks import block_states
 from sightline.masks.mask import AttentionMask
 
+BLOCKS_AT_ONCE = 2**22  # small blocks are counted in strips, for they may be many more than there are tokens
 MOST_LINES = 64  # up to this many queries may take a line each
 HALVES = " ▄▀█"  # index: 2 * (upper query sees the key) + (lower query sees it)
 
@@ -114,8 +115,7 @@ def get_statistics(mask: AttentionMask, block_size: int = 128) -> Statistics:
         raise ValueError(f"block_size must be at least 1 token, got {block_size}")
     batch_size, queries, keys = mask.shape
     full = partial = 0
-    # Strip by strip: a small block size makes many more blocks than there are tokens.
-    strip = max(1, 2**22 // (batch_size * _ceil(keys, block_size))) * block_size
+    strip = max(1, BLOCKS_AT_ONCE // (batch_size * _ceil(keys, block_size))) * block_size
     for first in range(0, queries, strip):
         part = mask.take_queries(torch.arange(first, min(first + strip, queries), device=mask.device))
         partial_blocks, full_blocks = block_states(part.start, part.stop, keys, block_size, block_size)
@@ -188,13 +188,13 @@ def to_text(mask: AttentionMask, row: int = 0, width: int = 80, unicode: bool = 
         legend = f"a character is {tall:,} x {wide:,} tokens (queries x keys); visible: "
         legend += ", ".join(f"{shade} {meaning}" for shade, meaning in meanings)
     splits = separations(mask, row)
-    if splits and len(splits) <= len(body) / 3:
-        legend += f"; nothing sees across {glyphs.split_across} {glyphs.split_down}"
-    elif splits:  # too many to mark
-        legend += f"; {len(splits) + 1} parts that see nothing of each other"
+    if columns < 1 and len(splits) > len(body) / 3:  # too many to mark
+        legend += f"; {len(splits) + 1:,} parts that see nothing of each other"
         splits = []
+    elif splits:
+        legend += f"; nothing sees across {glyphs.split_across} {glyphs.split_down}"
     left = " " * numbers
-    head = ["query" + left[5:] + "  " + _key_numbers(keys, columns), left + " " + _ruler(keys, columns, splits, glyphs)]
+    head = ["query" + left[5:] + "  " + _key_numbers(keys, columns, room), left + " " + _ruler(keys, columns, splits, glyphs)]
     gutter = _gutter(queries, tall, splits, glyphs, numbers)
     picture = head + [edge + line for edge, line in zip(gutter, body, strict=True)]
     return "\n".join([*(line.rstrip() for line in picture), *textwrap.wrap(legend, width)])
@@ -234,13 +234,13 @@ def _draw_shades(mask: AttentionMask, row: int, cell: tuple[int, int], shades: s
     return ["".join(shades[index] for index in line) for line in level.tolist()]
 
 
-def _key_numbers(keys: int, columns: float) -> str:
-    """Numbers of some keys, each above its column; `columns` are the columns a key takes."""
+def _key_numbers(keys: int, columns: float, room: int) -> str:
+    """Numbers of some keys, each above its column, as far as the room goes; `columns` are those a key takes."""
     step = _step((len(str(keys)) + 3) / columns)
     line = ""
     for key in range(0, keys, step):
         line = line.ljust(int(key * columns)) + str(key)
-    return line
+    return line if len(line) <= room else line[: line.rindex(" ")]
 
 
 def _ruler(keys: int, columns: float, splits: list[int], glyphs: _Glyphs) -> str:

@@ -1,0 +1,78 @@
+"""What every benchmark here shares: things timed in turn in one run, and rows of documents like real ones."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def in_turn(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each contestant, run A B C A B C ... so that a noisy machine is noisy to all alike."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for lap in range(rounds + 1):
+        for name, run in contestants.items():
+            _wait()
+            begin = time.perf_counter()
+            run()
+            _wait()
+            if lap > 0:  # the first lap warms up
+                times[name].append(time.perf_counter() - begin)
+    return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def gemm() -> Callable[[], Tensor]:
+    """A float32 matrix product to time in turn with others: 2 * 1024^3 FLOPs (see GEMM_FLOPS)."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    return lambda: a @ b
+
+
+GEMM_FLOPS = 2 * 1024**3
+
+
+def lognormal_documents(length: int, rows: int = 1, *, median: float = 300.0, seed: int = 0) -> Tensor:
+    """Document ids int32 [rows, length] of documents with lognormal lengths (sigma 1), cut where a row ends."""
+    generator = torch.Generator().manual_seed(seed)
+    packed = []
+    for _ in range(rows):
+        lengths = (torch.randn(length, generator=generator) + torch.tensor(median).log()).exp().long().clamp(min=1)
+        packed.append(torch.repeat_interleave(torch.arange(length), lengths)[:length])
+    return torch.stack(packed).to(torch.int32)
+
+
+def even_documents(length: int, count: int) -> Tensor:
+    """Document ids int32 [1, length] of `count` documents of equal length."""
+    return (torch.arange(length) * count // length).to(torch.int32).unsqueeze(0)
+
+
+def positions_of(document_ids: Tensor) -> Tensor:
+    """int32 [B, S], position inside the document."""
+    index = torch.arange(document_ids.shape[1]).expand_as(document_ids)
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return (index - index.masked_fill(~begins, 0).cummax(dim=1).values).to(torch.int32)
+
+
+def machine() -> str:
+    """One line for the table: processor, threads, torch."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{platform.machine()} {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def save(name: str, rows: list[dict[str, object]]) -> None:
+    """Keep a benchmark's figures as JSON beside the code, for the table and for the next comparison."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")

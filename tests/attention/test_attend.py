@@ -1,0 +1,228 @@
+"""Every backend against `reference`, in outputs and gradients, and `reference` against a softmax written per query."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sightline.attention import attend, lower
+from sightline.masks import (
+    AttentionMask,
+    causal,
+    document,
+    global_tokens,
+    prefix_lm,
+    shared_prefix,
+    sliding_window,
+)
+from tests.masks.random_masks import expressions
+
+
+def inputs(
+    mask: AttentionMask, heads: int, kv_heads: int, size: int = 8, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Leaf tensors q, k, v in the layout a model makes: [B, S, heads, D] seen as [B, heads, S, D]."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, queries, keys = mask.shape
+    shapes = [(rows, queries, heads, size), (rows, keys, kv_heads, size), (rows, keys, kv_heads, size)]
+    q, k, v = (torch.randn(shape, generator=generator, dtype=dtype).transpose(1, 2) for shape in shapes)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+
+
+def results(backend: str, mask: AttentionMask, leaves: tuple[Tensor, ...], sinks: Tensor | None) -> list[Tensor]:
+    """Output and gradients of every leaf under a fixed random cotangent."""
+    out = attend(*leaves, mask, backend=backend, sinks=sinks)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
+    wanted = leaves if sinks is None else (*leaves, sinks)
+    return [out, *torch.autograd.grad(out, wanted, cotangent)]
+
+
+def assert_close(
+    mask: AttentionMask, heads: int, kv_heads: int, sinks: Tensor | None, tolerance: float = 1e-10
+) -> None:
+    leaves = inputs(mask, heads, kv_heads)
+    truth = results("reference", mask, leaves, sinks)
+    for one, other in zip(results("sdpa", mask, leaves, sinks), truth, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=80, deadline=None)
+@given(expressions(max_length=50), st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]), st.booleans())
+def test_sdpa_is_exact_under_any_mask(pair, heads, with_sinks) -> None:
+    mask, _ = pair
+    sinks = torch.linspace(-2, 2, heads[0], dtype=torch.float64).requires_grad_() if with_sinks else None
+    assert_close(mask, *heads, sinks)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 2), st.integers(1, 9), st.integers(1, 20), st.integers(0, 2**31))
+def test_sdpa_is_exact_for_other_lengths_of_queries_and_keys(rows, queries, keys, seed) -> None:
+    dense = torch.rand(rows, queries, keys, generator=torch.Generator().manual_seed(seed)) < 0.4
+    assert_close(AttentionMask.from_dense(dense), 2, 1, None)
+
+
+def long_masks() -> dict[str, AttentionMask]:
+    length = 1100
+    ids = torch.repeat_interleave(torch.arange(6), torch.tensor([1, 300, 1, 500, 20, 278]))[None]
+    ids[:, -30:] = -1
+    positions = torch.cat([torch.arange(n) for n in (1, 300, 1, 500, 20, 278)])[None]
+    order = causal(1, length)
+    starts = torch.zeros(1, length, dtype=torch.bool)
+    starts[:, [0, 1, 500, 700]] = True
+    five = torch.zeros(1, 60, length, dtype=torch.bool)
+    for k in range(5):
+        five[:, :, 200 * k : 200 * k + 3] = True
+    return {
+        "documents": order & document(ids),
+        "both directions": document(ids),
+        "window": sliding_window(1, length, 70) & document(ids),
+        "wide window": sliding_window(1, length, 900),
+        "prefix": (prefix_lm(positions, torch.full_like(positions, 100)) | order) & document(ids),
+        "shared": shared_prefix(ids, torch.where(ids < 0, -1, 1)) & order,
+        "K = 4": (global_tokens(starts) | sliding_window(1, length, 40)) & order,
+        "K = 5": AttentionMask.from_dense(five),
+        "shard": order.take_queries(torch.arange(1, length, 3)),
+    }
+
+
+@pytest.mark.parametrize("name", long_masks())
+def test_sdpa_is_exact_where_tiles_are_joined(name: str) -> None:
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).requires_grad_()
+    assert_close(long_masks()[name], 4, 2, None)
+    assert_close(long_masks()[name], 4, 2, sinks)
+
+
+def test_float32_and_bfloat16_stay_near_the_truth() -> None:
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 5e-2)):
+        for mask in long_masks().values():
+            leaves = inputs(mask, 4, 2, dtype=dtype)
+            for one, other in zip(
+                results("sdpa", mask, leaves, None), results("reference", mask, leaves, None), strict=True
+            ):
+                torch.testing.assert_close(one.float(), other.float(), rtol=tolerance, atol=tolerance)
+
+
+def test_reference_is_a_softmax_over_the_visible_keys() -> None:
+    mask = (sliding_window(2, 9, 4) & document(torch.tensor([[0] * 4 + [1] * 5, [0] * 3 + [1] * 3 + [-1] * 3]))) | (
+        AttentionMask.from_dense(torch.eye(9, dtype=torch.bool).roll(5, 1).expand(2, 9, 9))
+        & document(torch.zeros(2, 9, dtype=torch.int32))
+    )
+    q, k, v = (x.detach() for x in inputs(mask, 4, 2))
+    sinks = torch.tensor([0.3, 0.0, -1.0, 4.0], dtype=torch.float64)
+    dense = mask.to_dense()
+    out = attend(q, k, v, mask, backend="reference", sinks=sinks)
+    for b in range(2):
+        for h in range(4):
+            for i in range(9):
+                keys = dense[b, i].nonzero().flatten()
+                logits = [float(q[b, h, i] @ k[b, h // 2, j]) / 8**0.5 for j in keys]
+                weights = torch.tensor([*logits, float(sinks[h])], dtype=torch.float64).softmax(0)[:-1]
+                expected = sum((w * v[b, h // 2, j] for w, j in zip(weights, keys, strict=True)), torch.zeros(8))
+                torch.testing.assert_close(out[b, h, i], expected.double())
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_gradients_by_finite_differences(with_sinks: bool) -> None:
+    ids = torch.tensor([[0, 0, 0, 1, 2, 2, 2, -1]])
+    starts = torch.tensor([[True, False, False, False, False, False, False, False]])
+    mask = (global_tokens(starts) | sliding_window(1, 8, 2)) & causal(1, 8) & document(ids.clamp(min=-1))
+    leaves = inputs(mask, 2, 1, size=4)
+    sinks = torch.tensor([0.5, -0.5], dtype=torch.float64, requires_grad=True) if with_sinks else None
+    wanted = leaves if sinks is None else (*leaves, sinks)
+    for backend in ("reference", "sdpa"):
+        assert torch.autograd.gradcheck(
+            lambda *x, b=backend: attend(*x[:3], mask, backend=b, sinks=x[3] if with_sinks else None), wanted
+        )
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_padding_gives_exact_zeros_and_zero_gradients(backend: str) -> None:
+    ids = torch.tensor([[0] * 5 + [-1] * 3, [-1] * 8])
+    mask = causal(2, 8) & document(ids)
+    leaves = inputs(mask, 4, 2, dtype=torch.float32)
+    sinks = torch.zeros(4, requires_grad=True)
+    out, d_q, d_k, d_v, d_sinks = results(backend, mask, leaves, sinks)
+    padding = ids < 0
+    for x in (out, d_q, d_k, d_v):
+        assert torch.equal(x.transpose(1, 2)[padding], torch.zeros_like(x.transpose(1, 2)[padding]))
+        assert x.isfinite().all()
+    assert d_sinks.isfinite().all() and d_sinks.abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_needle(backend: str) -> None:
+    """Change one token of a document: not one bit of another document's output or gradient changes."""
+    ids = torch.repeat_interleave(torch.arange(9), torch.tensor([3, 1, 200, 5, 1, 40, 2, 17, 31]))[None]
+    length = ids.shape[1]
+    for mask in (
+        causal(1, length) & document(ids),
+        sliding_window(1, length, 12) & document(ids),
+        document(ids),
+    ):
+        leaves = inputs(mask, 4, 2, dtype=torch.float32)
+        before = results(backend, mask, leaves, None)
+        for place in (0, 3, 100, 206, 230, length - 1):
+            changed = [x.detach().clone() for x in leaves]
+            for x in changed:
+                x[:, :, place] += 3.0
+            after = results(backend, mask, tuple(x.requires_grad_() for x in changed), None)
+            others = (ids != ids[0, place])[0]
+            for one, other in zip(before, after, strict=True):
+                assert torch.equal(one[:, :, others], other[:, :, others])
+            assert not torch.equal(before[0][:, :, ~others], after[0][:, :, ~others])
+
+
+def test_a_lowered_mask_serves_many_layers() -> None:
+    mask = causal(2, 16)
+    leaves = inputs(mask, 2, 2)
+    lowered = lower(mask, device="cpu", dtype=torch.float64, training=True)
+    assert lowered.backend == "sdpa" and "CPU" in lowered.reason
+    assert torch.equal(attend(*leaves, lowered), attend(*leaves, mask))
+
+
+def test_scale_is_honoured() -> None:
+    mask = causal(1, 12)
+    leaves = inputs(mask, 2, 2)
+    one, other = (attend(*leaves, mask, backend=b, scale=0.7) for b in ("sdpa", "reference"))
+    torch.testing.assert_close(one, other)
+    assert not torch.allclose(one, attend(*leaves, mask))
+
+
+def test_sdpa_as_one_call_is_what_other_devices_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of GPUs, run here on the CPU's unfused kernel."""
+    from_tiles = {}
+    masks = {**long_masks(), "plain causal": causal(2, 20), "one token": causal(1, 1)}
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).requires_grad_()
+    for name, mask in masks.items():
+        leaves = inputs(mask, 4, 2)
+        from_tiles[name] = results("sdpa", mask, leaves, None), results("sdpa", mask, leaves, sinks)
+    monkeypatch.setattr("sightline.attention.sdpa.CPU", "no such device")
+    for name, mask in masks.items():
+        leaves = inputs(mask, 4, 2)
+        for expected, sink in zip(from_tiles[name], (None, sinks), strict=True):
+            for one, other in zip(results("sdpa", mask, leaves, sink), expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"k": (1, 2, 9, 4)}, "expected q"),
+        ({"q": (1, 3, 8, 4)}, "multiple of key/value heads, got 3 and 2"),
+        ({"q": (2, 4, 8, 4)}, "agree in B and D"),
+        ({"q": (1, 4, 7, 4)}, r"the mask is for \(B, Q, T\) = \(1, 8, 8\)"),
+        ({"sinks": (3,)}, r"sinks must be \[H\] = \[4\]"),
+        ({"backend": "magic"}, "unknown attention backend 'magic'"),
+        ({"backend": "flex"}, "flex cannot train on a CPU"),
+        ({"backend": "varlen"}, "varlen runs on CUDA only"),
+    ],
+)
+def test_refusals(change: dict, text: str) -> None:
+    shapes = {"q": (1, 4, 8, 4), "k": (1, 2, 8, 4), "v": (1, 2, 8, 4)} | {
+        n: s for n, s in change.items() if n in ("q", "k", "v")
+    }
+    tensors = [torch.randn(shape, requires_grad=True) for shape in shapes.values()]
+    sinks = torch.randn(change["sinks"]) if "sinks" in change else None
+    with pytest.raises(ValueError, match=text):
+        attend(*tensors, causal(1, 8), backend=change.get("backend", "auto"), sinks=sinks)

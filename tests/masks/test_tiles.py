@@ -1,0 +1,81 @@
+import torch
+from hypothesis import given, settings
+
+from sightline.masks import AttentionMask, causal, document, global_tokens, shared_prefix, sliding_window
+from sightline.masks.tiles import Tile
+from tests.masks.random_masks import expressions
+
+
+def dense_of(tiles: list[Tile], shape: tuple[int, int, int]) -> torch.Tensor:
+    """What the tiles compute, counted: int [B, Q, T], 1 where a pair is attended once."""
+    counts = torch.zeros(shape, dtype=torch.int32)
+    for row, first, last, segments in tiles:
+        for segment in segments:
+            part = torch.ones(last - first, segment.last - segment.first, dtype=torch.bool)
+            if segment.causal:
+                assert part.shape[0] == part.shape[1] and segment.pattern is None
+                part = part.tril()
+            if segment.pattern is not None:
+                part = segment.pattern
+            counts[row, first:last, segment.first : segment.last] += part.int()
+    return counts
+
+
+@settings(max_examples=150, deadline=None)
+@given(expressions(max_length=60))
+def test_tiles_attend_each_visible_pair_once_and_no_other(pair) -> None:
+    mask, dense = pair
+    tiles = mask.to_tiles()
+    assert torch.equal(dense_of(tiles, mask.shape), dense.int())
+    for tile in tiles:
+        assert dense[tile.row, tile.first : tile.last].any(dim=1).all(), "a query that sees nothing lies in a tile"
+
+
+def test_long_rows_too() -> None:
+    """Long enough for causal squares that are cut, windows in step, slices with a call of their own."""
+    length = 2500
+    ids = torch.repeat_interleave(torch.arange(6), torch.tensor([1, 300, 1, 700, 20, 1478]))[None]
+    starts = torch.zeros(1, length, dtype=torch.bool)
+    starts[:, :3] = True
+    order = causal(1, length)
+    for mask in (
+        order & document(ids),
+        sliding_window(1, length, 100) & document(ids),
+        sliding_window(1, length, 900),
+        (global_tokens(starts) | sliding_window(1, length, 64)) & order,
+        shared_prefix(ids, torch.ones_like(ids)) & order,
+        document(ids),
+        order.take_queries(torch.arange(0, length, 3)),
+        AttentionMask.from_dense(torch.rand(1, 300, length) < 0.002, max_intervals=100),
+    ):
+        assert torch.equal(dense_of(mask.to_tiles(), mask.shape), mask.to_dense().int())
+
+
+def test_a_causal_document_is_one_call() -> None:
+    tiles = (causal(1, 2000) & document(torch.arange(2000)[None] // 1000)).to_tiles()
+    assert tiles == [(0, 0, 1000, [(0, 1000, True, None)]), (0, 1000, 2000, [(1000, 2000, True, None)])]
+
+
+def test_nothing_between_far_intervals_is_computed() -> None:
+    length = 4096
+    first = torch.zeros(1, length, dtype=torch.bool)
+    first[:, :4] = True
+    mask = (global_tokens(first) | sliding_window(1, length, 64)) & causal(1, length)
+    computed = sum(
+        (tile.last - tile.first) * (segment.last - segment.first)
+        for tile in mask.to_tiles()
+        for segment in tile.segments
+    )
+    assert computed < 4 * int(mask.visible_pairs().sum())
+
+
+def test_tiles_of_a_window_share_their_pattern() -> None:
+    """So that memory stays O(S) however many tiles there are."""
+    patterns = [s.pattern for tile in sliding_window(1, 16384, 256).to_tiles() for s in tile.segments]
+    assert len(patterns) > 100
+    assert len({id(p) for p in patterns if p is not None}) < 6
+
+
+def test_many_tiny_documents_share_tiles() -> None:
+    ids = torch.arange(4096)[None] // 5
+    assert len((causal(1, 4096) & document(ids)).to_tiles()) < 50
