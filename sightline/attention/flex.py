@@ -29,6 +29,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, form: BlockMask, scale: float, sinks
     gqa = q.shape[1] != k.shape[1]
     if sinks is None:
         return _compiled(q, k, v, block_mask=form, scale=scale, enable_gqa=gqa)
+    if q.device.type == "cpu":
+        raise ValueError(
+            "flex gives no log-sum-exp on a CPU, so it cannot honour sinks there; backends that can: sdpa, reference"
+        )
     wanted: Any = AuxRequest(lse=True)
     out, aux = _compiled(q, k, v, block_mask=form, scale=scale, enable_gqa=gqa, return_aux=wanted)
     # exp(lse - logaddexp(lse, sink)) is a sigmoid; where a query sees nothing, lse is -inf and this is 0.

@@ -1,0 +1,90 @@
+"""flex on a CPU: a forward, exact, compiled once for all layouts. (On CUDA: tests marked gpu.)"""
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from sightline.attention import attend, lower
+from sightline.masks import AttentionMask, causal, document, global_tokens, sliding_window
+from tests.attention.test_attend import inputs, results
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+CUDA = torch.cuda.is_available()
+
+
+def random_documents(seed: int, length: int) -> torch.Tensor:
+    """Document ids int32 [2, length] with padding in the second row."""
+    generator = torch.Generator().manual_seed(seed)
+    cuts = torch.rand(2, length, generator=generator) < 0.02
+    ids = cuts.cumsum(dim=1).to(torch.int32)
+    ids[1, length - int(torch.randint(1, length // 2, (), generator=generator)) :] = -1
+    return ids
+
+
+def masks(seed: int, length: int) -> list[AttentionMask]:
+    ids = random_documents(seed, length)
+    return [
+        causal(2, length) & document(ids),
+        sliding_window(2, length, 20 + seed % 30) & document(ids),
+        document(ids),
+    ]
+
+
+@needs_compiler
+def test_forward_is_exact_and_no_layout_compiles_again() -> None:
+    """A thousand layouts of three rules, one compiled kernel. (Another length or K adds one each.)"""
+    length = 200
+    q, k, v = (x.detach().float() for x in inputs(masks(0, length)[0], 4, 2, size=16))
+    with torch.no_grad():
+        attend(q, k, v, masks(0, length)[0], backend="flex")
+        before = counters["stats"]["unique_graphs"]
+        for seed in range(334):
+            for mask in masks(seed, length):
+                out = attend(q, k, v, mask, backend="flex")
+                if seed % 50 == 0:
+                    expected = attend(q, k, v, mask, backend="reference")
+                    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] == before
+
+
+@needs_compiler
+def test_several_intervals_and_no_sinks() -> None:
+    length = 200
+    starts = torch.zeros(2, length, dtype=torch.bool)
+    starts[:, [0, 60, 120]] = True
+    mask = (global_tokens(starts) | sliding_window(2, length, 16)) & causal(2, length)
+    q, k, v = (x.detach().float() for x in inputs(mask, 4, 2, size=16))
+    with torch.no_grad():
+        out = attend(q, k, v, mask, backend="flex")
+    torch.testing.assert_close(out, attend(q, k, v, mask, backend="reference"), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="cannot honour sinks"), torch.no_grad():
+        attend(q, k, v, mask, backend="flex", sinks=torch.zeros(4))
+
+
+def test_training_on_a_cpu_is_refused_before_the_kernel_is_touched() -> None:
+    """One such call would leave every later flex call of the process uncompiled, so it must never happen."""
+    with pytest.raises(ValueError, match=r"flex cannot train on a CPU .* sdpa, reference"):
+        lower(causal(1, 8), backend="flex", device="cpu", dtype=torch.float32, training=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+@pytest.mark.parametrize("backend", ["flex", "varlen", "sdpa"])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_cuda_backends_train_like_the_reference(backend: str, with_sinks: bool) -> None:
+    length = 700
+    for mask in masks(1, length):
+        leaves = inputs(mask, 4, 2, size=64)
+        sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).requires_grad_() if with_sinks else None
+        truth = results("reference", mask, leaves, sinks)
+        low = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in leaves]
+        low_sinks = sinks.detach().to("cuda", torch.float32).requires_grad_() if sinks is not None else None
+        out = attend(*low, mask.to("cuda"), backend=backend, sinks=low_sinks)
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+        wanted = low if low_sinks is None else [*low, low_sinks]
+        ours = [out, *torch.autograd.grad(out, wanted, cotangent.to("cuda", torch.bfloat16))]
+        for one, other in zip(ours, truth, strict=True):
+            error = (one.double().cpu() - other).norm() / other.norm()
+            assert error < 2e-2, f"relative error {error:.3g}"

@@ -1,0 +1,82 @@
+"""varlen runs on CUDA only. What Sightline adds around its two kernels is tested here with both kernels written out."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sightline.attention import choose_backend, varlen
+from sightline.masks import causal, document, prefix_lm, sliding_window
+from tests.attention.test_attend import inputs, results
+
+
+def scores_of(q: Tensor, k: Tensor, offsets: Tensor, scale: float, window: list[int]) -> Tensor:
+    """Masked scores [H, N, N] of sequences laid end to end, as varlen kernels see them. q [N, H, D], k [N, G, D]."""
+    number = torch.bucketize(torch.arange(len(q)), offsets[1:].long(), right=True)
+    index = torch.arange(len(q))
+    visible = number[:, None] == number
+    left, right = window
+    if left >= 0:
+        visible &= index[:, None] - index <= left
+    if right >= 0:
+        visible &= index - index[:, None] <= right
+    keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return (torch.einsum("qhd,khd->hqk", q, keys) * scale).masked_fill(~visible, float("-inf"))
+
+
+def forward_kernel(q, k, v, offsets, _, longest, __, causal_, scale, window, gqa):
+    scores = scores_of(q, k, offsets, scale, window)
+    values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values), scores.logsumexp(-1), None
+
+
+def backward_kernel(d_out, q, k, v, out, lse, offsets, _, longest, __, causal_, rng, scale, window):
+    """The backward of FlashAttention: weights rebuilt from the log-sum-exp it is given, delta from the output."""
+    group = q.shape[1] // k.shape[1]
+    weights = (scores_of(q, k, offsets, scale, window) - lse[..., None]).exp()
+    keys, values = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    delta = (d_out * out).sum(-1).mT[..., None]
+    d_scores = weights * (torch.einsum("qhd,khd->hqk", d_out, values) - delta) * scale
+    d_k = torch.einsum("hqk,qhd->khd", d_scores, q).unflatten(1, (-1, group)).sum(2)
+    d_v = torch.einsum("hqk,qhd->khd", weights, d_out).unflatten(1, (-1, group)).sum(2)
+    return torch.einsum("hqk,khd->qhd", d_scores, keys), d_k, d_v
+
+
+class Kernels:
+    _varlen_attn = staticmethod(forward_kernel)
+    _varlen_attn_backward = staticmethod(backward_kernel)
+
+
+@pytest.fixture
+def kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "torch_attn", Kernels)
+    monkeypatch.setattr(varlen, "refusal", lambda *_: None)
+
+    def varlen_attn(q, k, v, offsets, _, longest, __, *, scale, window_size, enable_gqa):
+        return forward_kernel(q, k, v, offsets, _, longest, __, False, scale, list(window_size), enable_gqa)[0]
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_rows_padding_and_sinks_around_the_kernels(kernels_on_a_cpu: None, with_sinks: bool) -> None:
+    ids = torch.tensor([[0] * 7 + [1] + [2] * 12, [0] * 5 + [1] * 9 + [-1] * 6])
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).requires_grad_() if with_sinks else None
+    for mask in (causal(2, 20) & document(ids), sliding_window(2, 20, 4) & document(ids), document(ids)):
+        leaves = inputs(mask, 4, 2)
+        ours, truth = (results(backend, mask, leaves, sinks) for backend in ("varlen", "reference"))
+        for one, other in zip(ours, truth, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_auto_on_cuda_takes_varlen_where_it_can_and_says_why_not() -> None:
+    cuda = torch.device("cuda")
+    positions = torch.arange(8)[None]
+    packed = causal(1, 8) & document(torch.zeros(1, 8, dtype=torch.int32))
+    assert choose_backend(packed, cuda, torch.bfloat16, True)[0] == "varlen"
+    backend, reason = choose_backend(packed, cuda, torch.float32, True)
+    assert backend == "flex" and "float32" in reason
+    prefix = prefix_lm(positions, torch.full_like(positions, 3)) | causal(1, 8)
+    backend, reason = choose_backend(prefix, cuda, torch.bfloat16, True)
+    assert backend == "flex" and "none of these" in reason
+    assert choose_backend(packed, torch.device("mps"), torch.float32, True)[0] == "sdpa"
+    assert choose_backend(packed, torch.device("cpu"), torch.float32, False)[0] == "sdpa"
