@@ -24,16 +24,16 @@ class Data:
     """Where the text comes from and how it is packed into rows."""
 
     source: str = "python-stdlib"
-    """`python-stdlib` (the source of this Python's own standard library), a file or folder of .txt, .md, .py or
-    .jsonl, or `hf:NAME` (a Hugging Face dataset; needs the extra `hf`)."""
+    """`python-stdlib` is the source of this Python's own standard library.
+    Else a file or folder of .txt, .md, .py or .jsonl, or `hf:NAME`, a Hugging Face dataset (needs the extra `hf`)."""
     text_field: str = "text"
     """The field that holds the text in .jsonl files and Hugging Face datasets."""
     tokenizer: Path | None = None
-    """A `tokenizer.json` to use. Without one, a byte-level BPE with the model's vocabulary is trained on the source
-    and kept with the run."""
+    """A `tokenizer.json` to use.
+    Without one, a byte-level BPE with the model's vocabulary is trained on the source and kept with the run."""
     packing: Literal["stream", "best_fit"] = "stream"
-    """`stream` fills rows in order and carries a document over into the next row; `best_fit` cuts documents only
-    where they are longer than a row and pads what stays free."""
+    """`stream` fills rows in order and carries a document over into the next row.
+    `best_fit` cuts documents only where they are longer than a row, and pads what stays free."""
     validation_share: float = 0.05
     """Share of the documents held out for validation."""
 
@@ -57,8 +57,8 @@ class Training:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of forward and backward; weights and optimizer stay in float32. bfloat16 (autocast) is for GPUs: most
-    CPUs compute it several times slower than float32."""
+    """Precision of forward and backward; weights and optimizer stay in float32.
+    bfloat16 (autocast) is for GPUs: most CPUs compute it several times slower than float32."""
     deterministic: bool = False
     """Only deterministic algorithms: slower on a GPU, the same bits on every run."""
 
@@ -120,8 +120,8 @@ class Attention:
     """The kernel that honours the masks."""
 
     backend: Literal["auto", "flex", "sdpa", "varlen", "reference"] = "auto"
-    """`auto` chooses by device, dtype and mask, and says what it chose and why. `sdpa` trains everywhere; `flex` and
-    `varlen` train on CUDA; `reference` is the slow truth."""
+    """`auto` chooses by device, dtype and mask, and says what it chose and why.
+    `sdpa` trains everywhere; `flex` and `varlen` train on CUDA; `reference` is the slow truth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,12 +144,12 @@ class Checkpoint:
     """What is kept so that a run can go on."""
 
     every: int = 500
-    """Steps between checkpoints; one is always written at the end and on SIGTERM or Ctrl-C. 0 is only then."""
+    """Steps between checkpoints; one is always written at the end and on SIGTERM or Ctrl-C, and with 0 only then."""
     keep: int = 2
     """Newest checkpoints kept."""
     resume: str = "auto"
-    """`auto` continues from the newest checkpoint of the output directory where there is one, `never` starts anew in
-    an empty directory, and a path names the checkpoint to continue from."""
+    """`auto` continues from the newest checkpoint of the output directory where there is one.
+    `never` starts anew in an empty directory; a path names the checkpoint, or the run, to continue from."""
 
     def __post_init__(self) -> None:
         _positive("checkpoint", keep=self.keep)

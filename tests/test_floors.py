@@ -73,7 +73,7 @@ def test_imports_stand_at_the_top(path: Path) -> None:
 
 def test_masks_know_only_torch() -> None:
     stdlib = __import__("sys").stdlib_module_names
-    for path in (ROOT / "masks").glob("*.py"):
+    for path in (ROOT / "masks").rglob("*.py"):
         for module, _ in imports(path):
             top = module.split(".")[0]
             assert top in MASKS_MAY_IMPORT or top in stdlib, f"{path} imports {module}"

@@ -194,7 +194,10 @@ def to_text(mask: AttentionMask, row: int = 0, width: int = 80, unicode: bool = 
     elif splits:
         legend += f"; nothing sees across {glyphs.split_across} {glyphs.split_down}"
     left = " " * numbers
-    head = ["query" + left[5:] + "  " + _key_numbers(keys, columns, room), left + " " + _ruler(keys, columns, splits, glyphs)]
+    head = [
+        "query" + left[5:] + "  " + _key_numbers(keys, columns, room),
+        left + " " + _ruler(keys, columns, splits, glyphs),
+    ]
     gutter = _gutter(queries, tall, splits, glyphs, numbers)
     picture = head + [edge + line for edge, line in zip(gutter, body, strict=True)]
     return "\n".join([*(line.rstrip() for line in picture), *textwrap.wrap(legend, width)])

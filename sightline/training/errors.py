@@ -1,12 +1,12 @@
 """How a run can end before its last step.
 
-    Exception
-    ├── ValueError          the user asked for what cannot be: nothing was begun, nothing is lost
-    └── RunEnded            the run was under way
-        ├── Stopped         SIGTERM or Ctrl-C: saved, and the same command continues
-        └── RunFailed       it cannot go on
-            ├── NonFiniteLoss
-            └── SaveFailed
+Exception
+├── ValueError          the user asked for what cannot be: nothing was begun, nothing is lost
+└── RunEnded            the run was under way
+    ├── Stopped         SIGTERM or Ctrl-C: saved, and the same command continues
+    └── RunFailed       it cannot go on
+        ├── NonFiniteLoss
+        └── SaveFailed
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class RunEnded(Exception):
 class Stopped(RunEnded):
     """A signal asked the run to leave; it finished its step and saved."""
 
-    def __init__(self, signum: int, step: int, checkpoint: Path) -> None:
+    def __init__(self, signum: int, step: int, checkpoint: Path | None) -> None:
         self.exit_code = 128 + signum
         name = signal.Signals(signum).name
         super().__init__(

@@ -125,6 +125,15 @@ def run_in_node(call: str, data: dict) -> list:
 
 
 @needs_node
+@pytest.mark.parametrize("script", ["data.js", "view.js"])
+def test_the_scripts_are_javascript(script: str) -> None:
+    assert NODE
+    with resources.as_file(resources.files("sightline.masks.page").joinpath(script)) as path:
+        done = subprocess.run([NODE, "--check", path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_node
 def test_the_page_knows_the_keys_of_every_query() -> None:
     call = "[...Array(mask.queries).keys()].map(query => keysOf(mask, query))"
     for mask, seen in zip(MASKS.values(), run_in_node(call, data_of(to_html(MASKS))), strict=True):

@@ -139,17 +139,22 @@ function line(x1, y1, x2, y2) {
   context.lineTo(sharp(x2), sharp(y2));
 }
 
-// Single tokens where they are large enough, and what the mask keeps apart.
+// Single tokens where they are large enough, and a frame around each part that sees nothing of the others.
 function drawLines() {
-  const { width, height } = plot();
+  const { width } = plot();
   if (Math.min(view.wide, view.tall) >= 8) drawGrid(1, style("--line"));
-  const shown = mask.parts.filter(part => toX(part) >= LEFT && toX(part) <= LEFT + width || toY(part) >= TOP && toY(part) <= TOP + height);
-  if (shown.length > width / 16) return;
+  if (!mask.parts.length) return;
+  const bounds = [0, ...mask.parts, mask.keys];
+  const shown = [...mask.parts, mask.keys].map((stop, number) => ({ start: bounds[number], stop }))
+    .filter(({ start, stop }) => toX(stop) >= LEFT && toX(start) <= LEFT + width);
+  if (shown.length > width / 6) return;
   context.strokeStyle = style("--part");
+  context.lineWidth = 1;
   context.setLineDash([4, 3]);
-  context.beginPath();
-  for (const part of shown) { line(toX(part), TOP, toX(part), TOP + height); line(LEFT, toY(part), LEFT + width, toY(part)); }
-  context.stroke();
+  for (const { start, stop } of shown) {
+    const x = Math.round(toX(start)) - 0.5, y = Math.round(toY(start)) - 0.5;
+    context.strokeRect(x, y, Math.round(toX(stop)) - 0.5 - x, Math.round(toY(stop)) - 0.5 - y);
+  }
   context.setLineDash([]);
 }
 
@@ -318,7 +323,7 @@ canvas.addEventListener("wheel", event => {
 }, { passive: false });
 
 window.addEventListener("keydown", event => {
-  if (event.target.matches("input, select") || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.target.matches("input[type=number], select") || event.ctrlKey || event.metaKey || event.altKey) return;
   const { width, height } = plot(), across = width / view.wide / 8, down = height / view.tall / 8;
   const pan = (keys, queries) => { view.key += keys; view.query += queries; moved(); };
   const keys = {

@@ -1,0 +1,195 @@
+"""A whole training step on packed rows of the corpus: Sightline against the same model written plainly.
+
+    python -m benchmarks.training_step [--lengths 2048 8192] [--threads 2]
+
+The model: 6 layers, width 256, 8 heads, 4 key/value heads, FFN 688, vocabulary 8192, float32. The plain model has the
+same weights and is written as one would write it down: PyTorch's own modules, SDPA, full logits, cross_entropy,
+clipping, fused AdamW. It runs once with a dense document mask (built from the batch in each step, as trainers do) and
+once with plain causal attention, where every document leaks into the next. All three take the same rows, in turn.
+Mask work is what Sightline does with masks in a step: the rules and the lowering.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks.timing import in_turn, machine, save
+from sightline.attention import lower
+from sightline.batch import Batch
+from sightline.config import Data, Optimizer
+from sightline.data import Loader, load_documents, train_tokenizer
+from sightline.models import build_model, config_of
+from sightline.models.llama3 import Llama3, Llama3Config
+from sightline.training.optimizer import build_optimizer
+from sightline.training.step import train_step
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, config: Llama3Config) -> None:
+        super().__init__()
+        width, size = config.width, config.resolved_head_size
+        self.heads, self.kv_heads, self.size = config.heads, config.kv_heads, size
+        self.attention_norm = nn.RMSNorm(width, config.norm_eps)
+        self.query = nn.Linear(width, config.heads * size, bias=False)
+        self.key = nn.Linear(width, config.kv_heads * size, bias=False)
+        self.value = nn.Linear(width, config.kv_heads * size, bias=False)
+        self.attention_output = nn.Linear(config.heads * size, width, bias=False)
+        self.mlp_norm = nn.RMSNorm(width, config.norm_eps)
+        self.gate = nn.Linear(width, config.ffn, bias=False)
+        self.up = nn.Linear(width, config.ffn, bias=False)
+        self.down = nn.Linear(config.ffn, width, bias=False)
+
+    def forward(self, h: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        x = self.attention_norm(h)
+        q, k, v = (
+            linear(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for linear in (self.query, self.key, self.value)
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        h = h + self.attention_output(out.transpose(1, 2).flatten(2))
+        x = self.mlp_norm(h)
+        return h + self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class PlainModel(nn.Module):
+    def __init__(self, config: Llama3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(PlainBlock(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.output = nn.Linear(config.width, config.vocab_size, bias=False)
+
+    def forward(self, batch: Batch, dense: bool) -> Tensor:
+        mask = None
+        if dense:
+            ids, length = batch.document_ids, batch.shape[1]
+            mask = (ids[:, :, None] == ids[:, None, :]).unsqueeze(1)
+            mask = mask & torch.ones(length, length, dtype=torch.bool).tril()
+        size = self.config.resolved_head_size
+        frequencies = self.config.rope_theta ** -(torch.arange(0, size, 2) / size)
+        angles = (batch.positions[:, None, :, None] * frequencies).repeat(1, 1, 1, 2)
+        cos, sin = angles.cos(), angles.sin()
+        h = self.embedding(batch.tokens)
+        for layer in self.layers:
+            h = layer(h, mask, cos, sin)
+        return self.output(self.norm(h))
+
+    def copy_weights(self, model: Llama3) -> None:
+        """The weights of Sightline's model, whose parameters come in the same order."""
+        with torch.no_grad():
+            for own, other in zip(self.parameters(), model.parameters(), strict=True):
+                own.copy_(other)
+
+
+def plain_step(model: PlainModel, batch: Callable[[], Batch], dense: bool) -> Callable[[], float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.1, fused=True)
+
+    def step() -> float:
+        rows = batch()
+        optimizer.zero_grad(set_to_none=True)
+        logits = model(rows, dense)
+        loss = F.cross_entropy(logits.flatten(0, 1), rows.labels.flatten(), ignore_index=-100)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    documents = load_documents(Data())
+    tokenizer = train_tokenizer(documents, 8192)
+    config = config_of("llama3-tiny")
+    table = Table(title=f"training step, tokens/s, {machine()}")
+    for name in ("S", "ours", "dense mask", "leaky causal", "ours / dense", "ours / leaky", "mask work"):
+        table.add_column(name, justify="right")
+    results: list[dict[str, object]] = []
+    for length in options.lengths:
+        torch.manual_seed(0)
+        model = build_model(config)
+        plain = {name: PlainModel(config) for name in ("dense", "leaky")}
+        for other in plain.values():
+            other.copy_weights(model)
+        loader = Loader(documents, tokenizer, rows=1, sequence_length=length, seed=1)
+        rows = [batch for batch in (next(loader) for _ in range(60)) if int(batch.document_ids.max()) >= 2]
+        optimizer = build_optimizer(model, Optimizer(learning_rate=1e-5))
+
+        following = cycle(rows)
+
+        def ours(model=model, optimizer=optimizer, batch=following) -> float:
+            result = train_step(
+                model, optimizer, batch(), tokenizer, micro_batch_size=1, max_grad_norm=1.0, device=torch.device("cpu")
+            )
+            return result.loss.item()
+
+        first = {
+            "ours": ours,
+            "dense": plain_step(plain["dense"], cycle(rows), True),
+            "leaky": plain_step(plain["leaky"], cycle(rows), False),
+        }
+        seconds = in_turn(first, options.rounds)
+        mask_seconds = mask_work(model, rows)
+        loader.close()
+        row = {name: length / value for name, value in seconds.items()} | {
+            "length": length,
+            "times_dense": seconds["dense"] / seconds["ours"],
+            "times_leaky": seconds["leaky"] / seconds["ours"],
+            "mask_share": mask_seconds / seconds["ours"],
+        }
+        results.append(row)
+        table.add_row(
+            str(length),
+            *(f"{row[name]:.0f}" for name in ("ours", "dense", "leaky")),
+            *(f"{row[name]:.2f}x" for name in ("times_dense", "times_leaky")),
+            f"{row['mask_share']:.2%}",
+        )
+    Console().print(table)
+    save(f"training-step-{options.threads}t", results)
+
+
+def cycle(rows: list[Batch]) -> Callable[[], Batch]:
+    """The next row of a list, over and over."""
+    at = -1
+
+    def following() -> Batch:
+        nonlocal at
+        at = (at + 1) % len(rows)
+        return rows[at]
+
+    return following
+
+
+def mask_work(model: Llama3, rows: list[Batch]) -> float:
+    """Median seconds of the masks of one step: rules and lowering."""
+    times = []
+    for batch in rows[:15]:
+        begin = time.perf_counter()
+        mask = model.get_attention_masks(batch)
+        lower(mask, device="cpu", dtype=torch.float32, training=True)
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[len(times) // 2]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The command `sightline`: finds the command, and turns errors into one message and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn
+
+from rich.console import Console
+from rich.markup import escape
+
+from sightline import __version__
+from sightline.cli import generate, masks, train
+from sightline.training import RunEnded, Stopped
+
+
+class Command(NamedTuple):
+    main: Callable[[list[str]], None]
+    line: str
+
+
+COMMANDS = {
+    "train": Command(train.main, "train a model by a recipe, or continue where it stopped"),
+    "generate": Command(generate.main, "continue a text with a trained model"),
+    "masks": Command(masks.main, "draw what each token may see"),
+}
+
+EXAMPLES = """examples:
+  sightline train llama3-tiny
+  sightline generate runs/llama3-tiny --prompt "def "
+  sightline masks llama3-tiny"""
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run one command and end the process: 0 done, 1 failed, 2 wrong input, 128 + n ended by signal n."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        sys.exit(run(argv))
+    except BrokenPipeError:  # `sightline generate ... | head`: nobody reads on, and nobody wants to hear of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def run(argv: list[str]) -> int:
+    """The exit code of one command."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(f"sightline {__version__}")
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise ValueError(f"unknown command {argv[0]!r}; the commands are: {', '.join(COMMANDS)}")
+        COMMANDS[argv[0]].main(argv[1:])
+    except Stopped as stopped:
+        tell(str(stopped), style="yellow")
+        return stopped.exit_code
+    except RunEnded as ended:
+        tell(f"error: {ended}")
+        return ended.exit_code
+    except ValueError as error:
+        tell(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        tell("left at once; checkpoints are as they were", style="yellow")
+        return 130
+    return 0
+
+
+def tell(message: str, style: str = "red") -> None:
+    console = Console(stderr=True, highlight=False)
+    console.print(escape(message), style=style, soft_wrap=not console.is_terminal)
+
+
+def usage() -> str:
+    commands = "\n".join(f"  {name:<10} {command.line}" for name, command in COMMANDS.items())
+    return (
+        "Sightline trains language models on packed documents: what each token may see is data.\n\n"
+        "usage: sightline COMMAND [options]\n\n"
+        f"commands:\n{commands}\n\n"
+        f"help: sightline COMMAND --help; sightline train RECIPE --help lists every option\n\n{EXAMPLES}"
+    )

@@ -1,0 +1,247 @@
+"""`sightline masks`: draw and count what each token may see, for a recipe, a run or an expression of rules."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sightline.batch import PADDING, Batch
+from sightline.cli.expression import HELPERS, RULES, evaluate
+from sightline.config import Run
+from sightline.data import load_documents, split_documents
+from sightline.masks import AttentionMask
+from sightline.masks.page import to_html
+from sightline.masks.pictures import Statistics, check_row, get_statistics, to_text
+from sightline.models import build_model
+from sightline.recipes import RECIPES
+from sightline.training import prepare_batch
+from sightline.training.plots import draw_masks
+from sightline.training.run_directory import RunDirectory, load_config
+from sightline.training.setup import get_tokenizer, open_loader
+from sightline.training.step import Model, flops_per_pair, named_masks
+
+WIDEST = 100  # columns a picture takes by itself; a wider one would not fit a screen in height
+DESCRIPTION = """Draw what each token may see.
+
+WHAT is a recipe or the directory of a run (the masks of its model on the first batch of its data), or an expression
+of rules over one row.
+
+examples:
+  sightline masks llama3-tiny --stats
+  sightline masks runs/llama3-tiny --html masks.html
+  sightline masks "causal(1, 64) & sliding_window(1, 64, 8)"
+  sightline masks "causal(1, 16) & document(documents(5, 9, padding=2))" --png masks.png
+  sightline masks "(prefix_lm(positions(9, 7), repeat([4, 2], [9, 7])) | causal(1, 16)) & document(documents(9, 7))"
+
+"""
+DESCRIPTION += f"""rules: {", ".join(RULES)}
+
+facts about tokens: {", ".join(HELPERS)}, or lists of numbers"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masks:
+    what: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
+    """Recipe, directory of a run, or expression of rules."""
+    png: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Write the masks as a picture."""
+    html: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Write them as one page to explore in a browser: hover over a query, zoom down to single tokens."""
+    row: int = 0
+    """Row of the batch that is drawn; `--stats` counts all of them."""
+    block_size: int = 128
+    """Tokens a side of the blocks that are counted as full, partial or empty."""
+    width: Annotated[int | None, tyro.conf.arg(metavar="COLUMNS")] = None
+    """Columns of the picture in the terminal; without it, the terminal's, at most 100."""
+    stats: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Count: visible pairs, blocks, and for a recipe or a run the FLOPs of a training step."""
+    sequence_length: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
+    """Tokens of a row, in place of those of the recipe or the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What there is to draw: named masks, and for a recipe or a run the model and the batch they are of."""
+
+    title: str
+    masks: dict[str, AttentionMask]
+    model: Model | None = None
+    batch: Batch | None = None
+
+
+def main(argv: list[str]) -> None:
+    options = tyro.cli(Masks, args=argv, prog="sightline masks", description=DESCRIPTION)
+    console = Console(highlight=False)
+    subject = find_subject(options.what, options.sequence_length)
+    for mask in subject.masks.values():
+        check_row(mask, options.row)
+    counted = {name: get_statistics(mask, options.block_size) for name, mask in subject.masks.items()}
+    for name, mask in subject.masks.items():
+        show(console, name, mask, options)
+    if options.stats:
+        console.print(tabulate({name: describe(counted[name], subject, name) for name in counted}))
+        if subject.model is not None:
+            console.print(tabulate({"a training step, forward and backward": describe_step(counted, subject)}))
+    if options.png:
+        with writing(options.png):
+            draw_masks(subject.masks, options.png, options.row)
+    if options.html:
+        facts = {
+            name: describe_flops(get_statistics(mask[options.row]), subject, name)
+            for name, mask in subject.masks.items()
+        }
+        page = to_html(subject.masks, options.row, title=subject.title, block_size=options.block_size, facts=facts)
+        with writing(options.html):
+            options.html.write_text(page, encoding="utf-8")
+
+
+def find_subject(what: str, sequence_length: int | None) -> Subject:
+    """The masks of a recipe, of the directory of a run, or of an expression.
+
+    Errors: ValueError where `what` is none of them, or cannot be read as what it is.
+    """
+    if what in RECIPES:
+        return first_batch(what, RECIPES[what], None, sequence_length)
+    if os.path.isdir(what):
+        config = RunDirectory(Path(what)).config
+        if not config.exists():
+            raise ValueError(
+                f"{what} is no directory of a run: it has no {config.name}, which `sightline train` writes"
+            )
+        return first_batch(what, load_config(config), Path(what), sequence_length)
+    if "(" in what:
+        if sequence_length is not None:
+            raise ValueError("--sequence-length is for recipes and runs; an expression of rules states its own lengths")
+        return Subject(title=what, masks={"attention": evaluate(what)})
+    raise ValueError(
+        f"{what!r} is no recipe ({', '.join(RECIPES)}), no directory, and no expression of rules such as "
+        f'"causal(1, 64) & sliding_window(1, 64, 8)"'
+    )
+
+
+def first_batch(title: str, run: Run, directory: Path | None, sequence_length: int | None) -> Subject:
+    """The masks that training would see first, on its data, with its tokenizer: that of the run, else a new one."""
+    if sequence_length is not None:
+        run = replace(run, training=replace(run.training, sequence_length=sequence_length))
+    with Console(stderr=True).status(f"reading {run.data.source} and packing the first batch"):
+        documents, _ = split_documents(load_documents(run.data), run.data.validation_share)
+        tokenizer = get_tokenizer(run, documents, directory)
+        with torch.device("meta"):  # masks and FLOPs need no weights
+            model = build_model(run.model)
+        with closing(open_loader(run, documents, tokenizer)) as loader:
+            batch = next(loader)
+        masks = named_masks(prepare_batch(model, batch, tokenizer, "cpu")["attention_masks"])
+    return Subject(title=f"{title}, first batch", masks=masks, model=model, batch=batch)
+
+
+def show(console: Console, name: str, mask: AttentionMask, options: Masks) -> None:
+    """One mask in the terminal, in colour where it has colours."""
+    rows = f", row {options.row} of {mask.shape[0]}" if mask.shape[0] > 1 else ""
+    console.print(
+        Text.assemble((name, "bold"), f"{rows}: {get_statistics(mask[options.row]).describe()}"), soft_wrap=True
+    )
+    unicode = console.encoding.lower().startswith("utf")
+    width = options.width or min(console.width, WIDEST)
+    picture = Text(to_text(mask, options.row, width, unicode=unicode))
+    picture.highlight_regex(r"[█▓▒░▀▄#*+]+", "bright_blue")
+    picture.highlight_regex(r"[·─│┌.|-]+", "dim")
+    console.print(picture, soft_wrap=True)
+    console.print()
+
+
+def describe(counts: Statistics, subject: Subject, name: str) -> dict[str, str]:
+    """What there is to count of one mask, over all rows of the batch."""
+    pairs, blocks = counts.visible_pairs, counts.blocks
+    spread = f" ({min(pairs):,} to {max(pairs):,})" if len(pairs) > 1 else ""
+    share = {} if counts.share_of_causal is None else {"share of causal": f"{counts.share_of_causal:.2%}"}
+    full, partial, empty = (f"{number:,} ({number / sum(blocks):.1%})" for number in blocks)
+    return {
+        "rows, queries, keys": f"{len(pairs)}, {counts.queries:,}, {counts.keys:,}",
+        "intervals a query (K)": f"{counts.intervals}",
+        "visible pairs a row": f"{round(counts.pairs_per_row):,}{spread}",
+        **share,
+        "sparsity": f"{counts.sparsity:.2%}",
+        f"blocks of {counts.block_size}, full": full,
+        f"blocks of {counts.block_size}, partial": partial,
+        f"blocks of {counts.block_size}, empty": empty,
+        **describe_flops(counts, subject, name),
+    }
+
+
+def describe_flops(counts: Statistics, subject: Subject, name: str) -> dict[str, str]:
+    """Forward and backward FLOPs of attention under one mask, over all rows; nothing for a mask without a model.
+
+    A visible pair takes 12 a channel of each query head (see attention_flops_per_pair of the models).
+    """
+    if subject.model is None:
+        return {}
+    config, pairs = subject.model.config, sum(counts.visible_pairs)
+    total, head = pairs * flops_per_pair(subject.model, name), pairs * 12 * config.resolved_head_size
+    return {
+        "attention FLOPs, all layers": flops(total),
+        f"one of {total / (head * config.heads):.0f} layers": flops(head * config.heads),
+        f"one of its {config.kv_heads} head groups": flops(head * config.heads / config.kv_heads),
+    }
+
+
+def describe_step(counted: dict[str, Statistics], subject: Subject) -> dict[str, str]:
+    """Forward and backward FLOPs of the whole batch: what MFU counts, and what it would count without the masks."""
+    assert subject.model is not None and subject.batch is not None
+    attention = causal = 0.0
+    for name, counts in counted.items():
+        per_pair, rows, length = flops_per_pair(subject.model, name), len(counts.visible_pairs), counts.keys
+        attention += per_pair * sum(counts.visible_pairs)
+        causal += per_pair * rows * length * (length + 1) / 2
+    tokens = int((subject.batch.document_ids != PADDING).sum())
+    matmul = tokens * subject.model.flops_per_token()
+    step = matmul + attention
+    return {
+        "tokens": f"{tokens:,} ({subject.batch.fill():.1%} of the rows)",
+        "matrix products": flops(matmul),
+        "attention": f"{flops(attention)} ({attention / step:.1%} of the step)",
+        "the step": flops(step),
+        "as plain causal rows": f"{flops(matmul + causal)}, {(matmul + causal) / step:.2f} times as much",
+    }
+
+
+def tabulate(columns: dict[str, dict[str, str]]) -> Table:
+    """Columns of labelled values, side by side."""
+    table = Table.grid(padding=(0, 3))
+    labels = list(dict.fromkeys(label for column in columns.values() for label in column))
+    table.add_row("", *(Text(name, "bold") for name in columns))
+    for label in labels:
+        table.add_row(Text(label, "dim"), *(column.get(label, "") for column in columns.values()))
+    table.add_row()
+    return table
+
+
+def flops(number: float) -> str:
+    """`1.23 TFLOP`."""
+    for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.3g} {letter}FLOP"
+    return f"{number:,.0f} FLOP"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make room for a file and say where it is.
+
+    Errors: ValueError where it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}; choose another path") from error
+    print(f"wrote {path}")

@@ -1,0 +1,110 @@
+"""The output projection and the cross-entropy in one, so that the logits of all tokens never exist."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sightline.batch import IGNORE
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int = 512) -> Tensor:
+    """Sum over tokens of -log softmax(hidden @ weight.T)[label], as a float32 scalar (float64 for float64 inputs).
+
+    hidden      [N, W]
+    weight      [V, W]
+    labels      int64 [N]; tokens with -100 are not computed: no loss, zero gradient
+    chunk_size  tokens whose logits exist at a time, in float32 also where hidden is bfloat16. 512 x 8192 floats stay
+                in a CPU's cache while the matrix products are still large enough to run at full rate.
+
+    The forward computes the gradients too, chunk by chunk, and the backward only scales them: three matrix products
+    and not the four of recomputing the logits. Under `no_grad` it computes the loss alone.
+    Errors: ValueError for a label outside the vocabulary.
+    """
+    tokens = _labelled_tokens(hidden, weight, labels)
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    with_grads = torch.is_grad_enabled()
+    with torch.autocast(kind, enabled=False):  # it would round the logits to its own precision
+        return _LinearCrossEntropy.apply(hidden, weight, labels, tokens, chunk_size, with_grads)
+
+
+def _labelled_tokens(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Check the arguments; returns the indices of the tokens that have a label, int64 [M]."""
+    if hidden.dim() != 2 or weight.dim() != 2 or labels.dim() != 1:
+        shapes = [tuple(t.shape) for t in (hidden, weight, labels)]
+        raise ValueError(f"expected hidden [N, W], weight [V, W] and labels [N], got {shapes}; flatten rows first")
+    tokens = (labels != IGNORE).nonzero().squeeze(1)
+    if len(tokens):
+        low, high = torch.stack(labels[tokens].aminmax()).tolist()
+        if low < 0 or high >= len(weight):
+            raise ValueError(
+                f"label {high if high >= len(weight) else low} is outside the vocabulary of {len(weight)} tokens; "
+                f"a label is 0 to {len(weight) - 1}, or {IGNORE} for no loss: give the model the tokenizer's vocabulary"
+            )
+    return tokens
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, tokens: Tensor, chunk_size: int, with_grads: bool
+    ) -> Tensor:
+        need_hidden, need_weight = (with_grads and need for need in ctx.needs_input_grad[:2])
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        loss = hidden.new_zeros((), dtype=wide)
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        buffer = hidden.new_empty(min(chunk_size, len(tokens)), len(weight), dtype=wide)
+        for chunk in tokens.split(chunk_size):
+            x, label = hidden[chunk], labels[chunk]
+            logits = buffer[: len(chunk)]
+            _matmul_into(logits, x, weight.t())
+            loss += _losses_to_grads(logits, label).sum()
+            grad_logits = logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad = torch.empty_like(x, dtype=wide)
+                _matmul_into(grad, grad_logits, weight)
+                grad_hidden[chunk] = grad.to(hidden.dtype)
+            if grad_weight is not None:
+                _matmul_into(grad_weight, grad_logits.t(), x, add=True)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale: Tensor):  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * scale
+        if grad_weight is not None:
+            grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _losses_to_grads(logits: Tensor, label: Tensor) -> Tensor:
+    """The loss of each token [C]; `logits` [C, V] become their gradient, softmax - onehot, in place.
+
+    -log softmax[label] = max - logit[label] - log softmax[argmax]: the last is at least 1/V, so its log is exact where
+    that of a tiny softmax[label] would be -inf. torch.softmax works row by row in the cache, exp and sum in one go.
+    """
+    rows = torch.arange(len(label), device=label.device)
+    losses = logits.amax(dim=1) - logits[rows, label]
+    torch.softmax(logits, dim=1, out=logits)
+    losses -= logits.amax(dim=1).log()
+    logits[rows, label] -= 1
+    return losses
+
+
+def _matmul_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b, summed and kept in out's precision where a and b have less."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b, beta=int(add))
+        return
+    # On CUDA bfloat16 tensor cores give a float32 result; a CPU multiplies float32 several times faster than bfloat16.
+    product = torch.mm(a, b, out_dtype=out.dtype) if a.is_cuda else a.to(out.dtype) @ b.to(out.dtype)
+    out.add_(product) if add else out.copy_(product)

@@ -1,0 +1,171 @@
+"""Text from a model, token by token, with a key/value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sightline.batch import IGNORE, Batch
+from sightline.layers import KeyValueCache
+from sightline.masks import AttentionMask
+from sightline.models.llama3 import Llama3
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What decoders put where the bytes of a character have not all come."""
+
+
+class Tokenizer(Protocol):
+    """What generation asks of a tokenizer."""
+
+    @property
+    def eos_id(self) -> int: ...
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The beginning of a document: with its opening token where the tokenizer has one, never with the closing."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+def generate(
+    model: Llama3,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> str:
+    """The text that `stream` yields, in one piece and without the prompt."""
+    return "".join(
+        stream(
+            model,
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+    )
+
+
+def stream(
+    model: Llama3,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Continue the prompt, piece by piece; a piece never ends inside a character.
+
+    max_new_tokens  stop after so many tokens, or at the end of the document before that
+    temperature     logits are divided by it; 0 always takes the likeliest token
+    top_k           draw from the k likeliest tokens; None is all
+    top_p           draw from the fewest likeliest tokens whose probabilities reach p; 1 is all
+    seed            the same seed draws the same text
+
+    Errors: ValueError for an option out of its range and for a prompt without a token, before anything is generated.
+    """
+    if max_new_tokens < 0:
+        raise ValueError(f"max-new-tokens must be at least 0, got {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 (always the likeliest token) or greater, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top-k must be at least 1 token, got {top_k}; leave it out to draw from all")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top-p must be greater than 0 and at most 1 (all tokens), got {top_p}")
+    ids = tokenizer.encode_prompt(prompt)
+    if not ids:
+        raise ValueError(f"the prompt {prompt!r} has no tokens: give at least one character to continue")
+    generator = torch.Generator(_device_of(model)).manual_seed(seed)
+
+    def choose(logits: Tensor) -> int:
+        return sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+
+    return _pieces(tokenizer, _continue(model, tokenizer, ids, max_new_tokens, choose))
+
+
+def sample(logits: Tensor, *, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator) -> int:
+    """Draw a token from logits [V]; the options as in `stream`."""
+    if temperature == 0:
+        return int(logits.argmax())
+    logits, tokens = (logits.float() / temperature).sort(descending=True, stable=True)
+    probabilities = logits[:top_k].softmax(dim=0)
+    before = probabilities.cumsum(dim=0) - probabilities  # 0 for the likeliest token, so one always stays
+    probabilities[before >= top_p] = 0
+    return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+@torch.no_grad()
+def _continue(
+    model: Llama3, tokenizer: Tokenizer, ids: list[int], max_new_tokens: int, choose: Callable[[Tensor], int]
+) -> Iterator[int]:
+    """New tokens until the end of the document. Each is computed once: the cache holds what came before."""
+    device = _device_of(model)
+    cache = {name: KeyValueCache() for name in model.layers}
+    text, seen = list(ids), 0
+    for _ in range(max_new_tokens):
+        batch = _one_document(text)
+        new = torch.arange(seen, len(text))
+        # The model's own rule for the whole text, then the rows of the new tokens: windows and chunks stay exact.
+        masks = _take_queries(model.get_attention_masks(batch, tokenizer), new, device)
+        tokens, positions = batch.tokens[:, new].to(device), batch.positions[:, new].to(device)
+        logits = model(tokens, attention_masks=masks, positions=positions, cache=cache)
+        token = choose(logits[0, -1])
+        if token == tokenizer.eos_id:
+            return
+        yield token
+        seen = len(text)
+        text.append(token)
+
+
+def _one_document(ids: list[int]) -> Batch:
+    tokens = torch.tensor([ids])
+    positions = torch.arange(len(ids), dtype=torch.int32)[None]
+    return Batch(
+        tokens=tokens,
+        labels=torch.full_like(tokens, IGNORE),
+        document_ids=torch.zeros_like(positions),
+        positions=positions,
+    )
+
+
+def _take_queries(
+    masks: AttentionMask | dict[str, AttentionMask], index: Tensor, device: torch.device
+) -> AttentionMask | dict[str, AttentionMask]:
+    if isinstance(masks, dict):
+        return {name: mask.take_queries(index).to(device) for name, mask in masks.items()}
+    return masks.take_queries(index).to(device)
+
+
+def _pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of the tokens as it grows. A character whose bytes have not all come waits for them.
+
+    The whole text is decoded each time, because some decoders write a token differently at the beginning of a text.
+    """
+    ids: list[int] = []
+    told = ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith(UNFINISHED) and len(text) > len(told):
+            yield text[len(told) :]
+            told = text
+    rest = tokenizer.decode(ids)[len(told) :]
+    if rest:
+        yield rest
+
+
+def _device_of(model: Llama3) -> torch.device:
+    return next(model.parameters()).device

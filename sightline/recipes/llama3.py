@@ -1,0 +1,58 @@
+"""How each size of Llama 3 is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sightline.config import Checkpoint, Optimizer, Run, Training, Validation
+from sightline.models import config_of
+
+
+def on_laptop(name: str, *, training: Training, optimizer: Optimizer, validation: Validation, every: int) -> Run:
+    """Minutes on two CPU cores, on the source of Python's standard library."""
+    return Run(
+        model=config_of(name),
+        output_dir=Path("runs") / name,
+        training=training,
+        optimizer=optimizer,
+        validation=validation,
+        checkpoint=Checkpoint(every=every),
+    )
+
+
+def on_gpus(name: str, learning_rate: float) -> Run:
+    """The sequence length and peak learning rate of the Llama 3 report (arXiv 2407.21783, table 3), at a batch that
+    one machine accumulates; `--data.source` and `--data.tokenizer` are yours to give."""
+    return Run(
+        model=config_of(name),
+        output_dir=Path("runs") / name,
+        training=Training(
+            steps=20_000, sequence_length=8192, global_batch_size=64, micro_batch_size=1, dtype="bfloat16"
+        ),
+        optimizer=Optimizer(learning_rate=learning_rate, warmup_steps=1000),
+        validation=Validation(every=500, rows=64),
+        checkpoint=Checkpoint(every=500),
+    )
+
+
+LLAMA3_RECIPES = {
+    "llama3-debug": on_laptop(
+        "llama3-debug",
+        training=Training(steps=50, sequence_length=256, global_batch_size=4, micro_batch_size=4),
+        optimizer=Optimizer(learning_rate=3e-3, warmup_steps=5),
+        validation=Validation(every=25, rows=4),
+        every=25,
+    ),
+    "llama3-tiny": on_laptop(
+        "llama3-tiny",
+        training=Training(steps=150, sequence_length=1024, global_batch_size=2, micro_batch_size=2),
+        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=20),
+        validation=Validation(every=25, rows=8),
+        every=50,
+    ),
+    "llama3-1b": on_gpus("llama3-1b", learning_rate=3e-4),
+    "llama3-3b": on_gpus("llama3-3b", learning_rate=3e-4),
+    "llama3-8b": on_gpus("llama3-8b", learning_rate=3e-4),
+    "llama3-70b": on_gpus("llama3-70b", learning_rate=1.5e-4),
+    "llama3-405b": on_gpus("llama3-405b", learning_rate=8e-5),
+}

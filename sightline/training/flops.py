@@ -1,0 +1,60 @@
+"""Model FLOPs utilisation: the arithmetic a step needs, against what the device can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+# Dense peak by the maker's data sheets, FLOP/s: (float32 without TF32, bfloat16). The first name that the device's
+# name contains counts, so the particular stand before the general.
+GPU_PEAKS = {
+    "B200": (75e12, 2250e12),
+    "GH200": (67e12, 989e12),
+    "H200": (67e12, 989e12),
+    "H100 PCIe": (51e12, 756e12),
+    "H100 NVL": (60e12, 835e12),
+    "H100": (67e12, 989e12),
+    "A100": (19.5e12, 312e12),
+    "L40S": (91.6e12, 362e12),
+    "A10G": (31.5e12, 70e12),
+    "A10": (31.2e12, 125e12),
+    "RTX 4090": (82.6e12, 165.2e12),
+}
+MEASURE_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Peak:
+    """FLOP/s of a device and where the number comes from."""
+
+    flops: float
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.flops / 1e12:.3g} TFLOP/s ({self.source})"
+
+
+def find_peak(device: torch.device, dtype: str) -> Peak:
+    """By the table for the GPUs in it; for a CPU and any other device measured, once, by a short matmul."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, (float32, bfloat16) in GPU_PEAKS.items():
+            if known in name:
+                return Peak(bfloat16 if dtype == "bfloat16" else float32, f"{known}, {dtype}, data sheet")
+    return Peak(measure_peak(device), "float32 matmul, measured now")
+
+
+def measure_peak(device: torch.device, size: int = 1024) -> float:
+    """FLOP/s of the best of several square float32 matmuls in about 0.2 s."""
+    a, b = torch.ones(2, size, size, device=device)  # not torch.rand: the run counts on its random numbers
+    fastest, begin = float("inf"), perf_counter()
+    out = a @ b  # not timed: threads and kernels start here
+    while perf_counter() - begin < MEASURE_SECONDS or fastest == float("inf"):
+        started = perf_counter()
+        torch.mm(a, b, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        fastest = min(fastest, perf_counter() - started)
+    return 2 * size**3 / fastest

@@ -1,0 +1,89 @@
+"""masks.png: what the tokens of a row may see."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MultipleLocator, StrMethodFormatter
+
+from sightline.masks import AttentionMask
+from sightline.masks.pictures import check_row, get_statistics, occupancy, separations
+
+LEAST, ALL = "#d3dcf5", "#2f5bd3"
+GRID, PART, TEXT = "#e2e6ee", "#8a94a6", "#1b2130"
+PANEL = 5.2  # inches
+CELLS = 700  # a side of a panel at most, about one for each of its pixels
+MOST_GRID_LINES = 128
+MOST_PARTS = 100  # that are framed; more would only blur the picture
+SHADES = LinearSegmentedColormap.from_list("visible", [LEAST, ALL])  # a little visible is plainly not nothing
+
+
+def draw_masks(masks: Mapping[str, AttentionMask], path: Path, row: int = 0) -> None:
+    """One panel for each named mask: the share of every cell of queries x keys that is visible in row `row`.
+
+    Up to 700 tokens a cell is a pair; longer rows are averaged over cells of several tokens, so nothing disappears.
+    Dashed frames are parts that see nothing of each other: the documents.
+    """
+    columns = min(3, len(masks))
+    lines = -(-len(masks) // columns)
+    figure = Figure(figsize=(PANEL * columns + 0.4, (PANEL + 0.5) * lines), dpi=150, layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes, (name, mask) in zip(panels, masks.items(), strict=False):
+        check_row(mask, row)
+        _draw_mask(axes, name, mask[row])
+    for axes in panels[len(masks) :]:
+        axes.set_axis_off()
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
+
+
+def _draw_mask(axes: Axes, name: str, mask: AttentionMask) -> None:
+    """mask: of one row. A token's centre has its number as its coordinate."""
+    _, queries, keys = mask.shape
+    tall, wide = -(-queries // CELLS), -(-keys // CELLS)
+    share = occupancy(mask, 0, (tall, wide)).numpy()
+    lines, columns = share.shape
+    extent = (-0.5, columns * wide - 0.5, lines * tall - 0.5, -0.5)
+    axes.imshow(
+        np.ma.masked_equal(share, 0), cmap=SHADES, vmin=0, vmax=1, extent=extent, interpolation="nearest", aspect="auto"
+    )
+    axes.set(xlim=(-0.5, keys - 0.5), ylim=(queries - 0.5, -0.5))
+    axes.set_xlabel("key", fontsize=9, color=TEXT)
+    axes.set_ylabel("query", fontsize=9, color=TEXT)
+    if max(queries, keys) / min(queries, keys) < 5:
+        axes.set_aspect("equal")
+    if max(queries, keys) <= MOST_GRID_LINES:
+        axes.vlines([key - 0.5 for key in range(1, keys)], -0.5, queries - 0.5, color=GRID, linewidth=0.5)
+        axes.hlines([query - 0.5 for query in range(1, queries)], -0.5, keys - 0.5, color=GRID, linewidth=0.5)
+    parts = separations(mask, 0)
+    if 0 < len(parts) < MOST_PARTS:
+        for first, end in pairwise([0, *parts, keys]):
+            corner, size = (first - 0.5, first - 0.5), end - first
+            axes.add_patch(
+                Rectangle(corner, size, size, fill=False, edgecolor=PART, linewidth=0.8, linestyle=(0, (4, 3)))
+            )
+    for axis, length in ((axes.xaxis, keys), (axes.yaxis, queries)):
+        axis.set_major_locator(MultipleLocator(_tick_step(length)))
+        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.tick_params(labelsize=8, colors=TEXT, length=3, width=0.6)
+    axes.spines[:].set(color=PART, linewidth=0.6)
+    count = f", {len(parts) + 1:,} parts" if parts else ""
+    facts = textwrap.wrap(get_statistics(mask).describe() + count, 76)
+    axes.text(0, 1.015, "\n".join(facts), transform=axes.transAxes, fontsize=8, color=TEXT, va="bottom")
+    above_facts = 9 + 10 * len(facts)  # points
+    axes.set_title(name, loc="left", pad=above_facts, fontsize=11, fontweight="bold", color=TEXT)
+
+
+def _tick_step(length: int) -> int:
+    """The smallest power of two that makes at most 8 ticks."""
+    step = 1
+    while length > 8 * step:
+        step *= 2
+    return step

@@ -1,0 +1,105 @@
+"""What a run tells at its beginning and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sightline.attention import choose_backend
+from sightline.config import Run
+from sightline.data import Documents
+from sightline.masks import AttentionMask
+from sightline.training.checkpoint import find_latest
+from sightline.training.flops import Peak
+from sightline.training.loss_plot import draw_loss
+from sightline.training.metrics import read_metrics
+from sightline.training.plots import draw_masks
+from sightline.training.run_directory import RunDirectory
+from sightline.training.terminal import Terminal, count, duration
+
+
+def announce(
+    terminal: Terminal,
+    run: Run,
+    model: nn.Module,
+    device: torch.device,
+    peak: Peak,
+    documents: Documents,
+    held_out: Documents,
+) -> None:
+    """The lines before the first step: what is trained, where, on what."""
+    training = run.training
+    where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    accumulation = training.global_batch_size // training.micro_batch_size
+    micro = f" in {accumulation} forwards" if accumulation > 1 else ""
+    parameters = sum(p.numel() for p in model.parameters())
+    terminal.table(
+        {
+            "run": str(run.output_dir),
+            "model": f"{type(model).__name__}, {count(parameters)} parameters",
+            "device": f"{where}, {training.dtype}, peak {peak}",
+            "data": f"{documents.describe()}; {len(held_out):,} held out",
+            "step": f"{training.global_batch_size} rows of {training.sequence_length} tokens{micro}",
+        }
+    )
+    if device.type == "cpu" and training.dtype == "bfloat16":
+        terminal.warn(
+            "bfloat16 on a CPU without AVX512-BF16 or AMX takes 5 to 14 times as long as float32; "
+            "--training.dtype float32 is the fast one here"
+        )
+
+
+def introduce_masks(
+    terminal: Terminal, run: Run, directory: RunDirectory, masks: dict[str, AttentionMask], device: torch.device
+) -> None:
+    """Say which kernel honours the first batch's masks and why; draw masks.png where there is none."""
+    dtype = getattr(torch, run.training.dtype)
+    for name, mask in masks.items():
+        asked: str = run.attention.backend
+        backend, reason = (asked, "it was asked for")
+        if asked == "auto":
+            backend, reason = choose_backend(mask, device, dtype, training=True)
+        terminal.table({"attention": f"{name} by {backend}: {reason}" if len(masks) > 1 else f"{backend}: {reason}"})
+    if not directory.mask_plot.exists():
+        draw(terminal, directory.mask_plot, lambda path: draw_masks(masks, path))
+
+
+def draw_losses(terminal: Terminal, run: Run, directory: RunDirectory) -> None:
+    """loss.png from the whole metrics.jsonl, so a resumed run shows all its steps."""
+    rows = read_metrics(directory.metrics)
+    if rows:
+        title = f"{run.output_dir.name} · {run.data.source}"
+        draw(terminal, directory.loss_plot, lambda path: draw_loss(rows, path, title))
+
+
+def draw(terminal: Terminal, path: Path, draw_to: Callable[[Path], None]) -> None:
+    """A picture that the disk does not take must not end a run."""
+    try:
+        draw_to(path)
+    except OSError as error:
+        terminal.warn(f"{path} could not be written: {error}")
+
+
+def tell_end(terminal: Terminal, run: Run, directory: RunDirectory, seconds: float) -> None:
+    """How the loss fell, and where everything lies."""
+    rows = read_metrics(directory.metrics)
+    if rows:
+        first, last = rows[0], rows[-1]
+        validation = [row["validation_loss"] for row in rows if "validation_loss" in row]
+        held_out = f", validation {validation[0]:.3f} to {validation[-1]:.3f}" if validation else ""
+        terminal.say(
+            f"step {last['step']} reached, loss {first['loss']:.3f} to {last['loss']:.3f}{held_out}; "
+            f"this took {duration(seconds)}"
+        )
+    places = {
+        "checkpoint": find_latest(directory.checkpoints),
+        "metrics": directory.metrics,
+        "loss": directory.loss_plot,
+        "masks": directory.mask_plot,
+        "TensorBoard": directory.tensorboard,
+    }
+    terminal.table({what: str(where) for what, where in places.items() if where and where.exists()})
+    terminal.table({"more text": f'sightline generate {run.output_dir} --prompt "{run.logging.sample_prompt}"'})

@@ -1,0 +1,140 @@
+"""The directory of a run: the names in it, its config to JSON and back, and the lock of the process that trains in it.
+
+config.json  tokenizer.json  metrics.jsonl  checkpoints/step-N/  tensorboard/  loss.png  masks.png
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from sightline.config import Run
+from sightline.data import Tokenizer
+from sightline.models import MODELS
+from sightline.training.checkpoint import find_latest
+
+
+class RunDirectory:
+    """Paths of a run, and who may write there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.tokenizer = path / "tokenizer.json"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+        self.loss_plot = path / "loss.png"
+        self.mask_plot = path / "masks.png"
+
+    @property
+    def kept_with_checkpoints(self) -> list[Path]:
+        """What each checkpoint carries, so that it stands on its own."""
+        return [self.config, self.tokenizer, self.path / "tokenizer_config.json"]
+
+    def write(self, run: Run, tokenizer: Tokenizer) -> None:
+        """Note what decides the run. `load_config` reads it back."""
+        aside = self.config.with_name(".config.json.partial")
+        aside.write_text(json.dumps(settings(run), indent=2) + "\n")
+        aside.rename(self.config)  # whole or not at all, whenever a kill comes
+        tokenizer.save(self.tokenizer)
+
+    def lock(self) -> typing.IO[str]:
+        """Hold the directory until the returned file is closed or the process ends, however it ends.
+
+        Errors: ValueError where another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(
+                f"another process is training in {self.path}; wait for it, stop it, or choose another --output-dir"
+            ) from None
+        return file
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint at `path`, or the newest one where `path` is the directory of a run.
+
+    Errors: ValueError where there is none.
+    """
+    if (path / "checkpoints").is_dir():
+        latest = find_latest(path / "checkpoints")
+        if latest is None:
+            raise ValueError(f"the run in {path} has no checkpoint yet; run its training command again to get one")
+        return latest
+    if not path.is_dir():
+        raise ValueError(f"{path} does not exist; expected the directory of a run or one of its checkpoints")
+    return path
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """Every field of a run as JSON values, and the family its model belongs to."""
+    return {"family": family_of(run.model), **encode(run)}
+
+
+def load_config(path: Path) -> Run:
+    """The Run of a config.json.
+
+    Errors: ValueError for a file that is none, or one with fields that this version does not know.
+    """
+    try:
+        written = json.loads(path.read_text())
+        family = written.pop("family")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not the config of a run ({type(error).__name__}: {error}); expected a config.json that "
+            "`sightline train` wrote"
+        ) from error
+    classes = {family_of(model): type(model) for model in MODELS.values()}
+    if family not in classes:
+        raise ValueError(f"{path} names the model family {family!r}; this version knows {', '.join(classes)}")
+    model = decode(classes[family], written.pop("model", {}), f"{path}: model")
+    return decode(Run, {**written, "model": model}, str(path))
+
+
+def family_of(model: Any) -> str:
+    """`llama3` for the config of a llama3 of any size."""
+    return next(name.rsplit("-", 1)[0] for name, known in MODELS.items() if type(known) is type(model))
+
+
+def encode(value: Any) -> Any:
+    """A config as JSON values."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [encode(item) for item in value]
+    if isinstance(value, dict):
+        return {name: encode(item) for name, item in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def decode(kind: Any, value: Any, where: str) -> Any:
+    """The inverse of `encode` for a field of type `kind`. A field that is missing takes its default.
+
+    Errors: ValueError naming the field that is not known, in `where`.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        types_of = typing.get_type_hints(kind)
+        unknown = sorted(value.keys() - types_of.keys())
+        if unknown:
+            raise ValueError(f"{where} has the field {unknown[0]!r}, which this version does not know")
+        fields = {name: decode(types_of[name], item, f"{where}: {name}") for name, item in value.items()}
+        return kind(**fields)  # type: ignore[operator]
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return decode(next(part for part in arguments if part is not type(None)), value, where)
+    if isinstance(value, list):
+        item = arguments[0] if arguments else Any
+        return (origin or list)(decode(item, part, where) for part in value)
+    return Path(value) if kind is Path else value

@@ -1,0 +1,240 @@
+"""A training run, from its config to its report."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sightline.config import Run
+from sightline.data import load_documents, split_documents
+from sightline.models import build_model
+from sightline.models.generation import generate
+from sightline.training.checkpoint import (
+    CannotSave,
+    Progress,
+    find_latest,
+    load_checkpoint,
+    remove_partial,
+    save_checkpoint,
+    step_of,
+    tensors,
+)
+from sightline.training.errors import NonFiniteLoss, SaveFailed, Stopped
+from sightline.training.flops import find_peak
+from sightline.training.metrics import Metrics
+from sightline.training.optimizer import build_optimizer, learning_rate
+from sightline.training.report import announce, draw_losses, introduce_masks, tell_end
+from sightline.training.resume import check_continues, find_start
+from sightline.training.run_directory import RunDirectory, settings
+from sightline.training.setup import choose_device, get_tokenizer, make_reproducible, open_loader, open_validation
+from sightline.training.signals import StopRequest
+from sightline.training.step import StepResult, named_masks, train_step
+from sightline.training.terminal import Terminal
+from sightline.training.validation import validate
+
+
+def train(run: Run, terminal: Terminal | None = None) -> None:
+    """Train what `run` describes and leave its directory full.
+
+    Errors: ValueError for what cannot be trained or continued; Stopped after a signal; RunFailed when it cannot go on.
+    """
+    with ExitStack() as opened:
+        Trainer(run, terminal or Terminal(), opened).train()
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that the device has been given; its numbers may still be on their way."""
+
+    step: int
+    started: float
+    learning_rate: float
+    result: StepResult
+
+
+class Trainer:
+    """One run, from its config to its report. What it opens is closed with `opened`."""
+
+    def __init__(self, run: Run, terminal: Terminal, opened: ExitStack) -> None:
+        self.run, self.terminal = run, terminal
+        self.began = time.perf_counter()
+        self.device = choose_device(run.training)
+        make_reproducible(run)
+        self.directory = RunDirectory(run.output_dir)
+        start = find_start(run, self.directory)
+        changes = check_continues(start, run) if start else []
+        opened.enter_context(self.directory.lock())
+        remove_partial(self.directory.checkpoints)
+
+        documents = load_documents(run.data)
+        training, held_out = split_documents(documents, run.data.validation_share)
+        self.tokenizer = get_tokenizer(run, training, start)
+        with self.device:
+            self.model = build_model(run.model, attention_backend=run.attention.backend)
+        self.optimizer = build_optimizer(self.model, run.optimizer)
+        self.loader = opened.enter_context(closing(open_loader(run, training, self.tokenizer)))
+        self.validation = open_validation(run, held_out, self.tokenizer)
+        self.peak = find_peak(self.device, run.training.dtype)
+        self.step = self.first_step = self.continue_from(start) if start else 0
+
+        self.directory.write(run, self.tokenizer)
+        self.metrics = opened.enter_context(
+            closing(Metrics(self.directory.path, run.logging, self.step, settings(run)))
+        )
+        self.last_read = 0.0
+        self.reads_at_once = self.device.type == "cpu"  # there a step has its numbers when it returns
+        announce(terminal, run, self.model, self.device, self.peak, documents, held_out)
+        if start:
+            terminal.say(f"continues from {start}")
+            for change in changes:
+                terminal.warn(change)
+        if self.step >= run.training.steps:
+            terminal.say(f"all {run.training.steps} steps are done (now at {self.step}): nothing is left to train")
+
+    def train(self) -> None:
+        """Step by step to the last one, or to the first signal."""
+        steps = self.run.training.steps
+        with StopRequest() as stop, self.terminal.progress(self.step, steps):
+            waiting: Taken | None = None
+            while self.step < steps and stop.received is None:
+                taken = self.take_step()
+                if waiting:
+                    self.write(self.read(waiting))  # while the device works on the step just given to it
+                waiting = taken
+                if self.reads_at_once or self.validates() or self.saves():
+                    self.finish(waiting)
+                    waiting = None
+            if waiting:
+                self.finish(waiting)
+            self.save(at_the_end=True)
+        draw_losses(self.terminal, self.run, self.directory)
+        if stop.received is not None and self.step < steps:
+            raise Stopped(stop.received, self.step, self.last_checkpoint())
+        self.write_sample()
+        tell_end(self.terminal, self.run, self.directory, time.perf_counter() - self.began)
+
+    def take_step(self) -> Taken:
+        """Give the next step to the device. Nothing here waits for its result."""
+        started = time.perf_counter()
+        batch = next(self.loader)
+        if self.step == self.first_step:
+            masks = named_masks(self.model.get_attention_masks(batch, self.tokenizer))
+            introduce_masks(self.terminal, self.run, self.directory, masks, self.device)
+            started = time.perf_counter()
+        self.step += 1
+        rate = learning_rate(self.step, self.run.optimizer, self.run.training.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        result = train_step(
+            self.model,
+            self.optimizer,
+            batch,
+            self.tokenizer,
+            micro_batch_size=self.run.training.micro_batch_size,
+            max_grad_norm=self.run.optimizer.max_grad_norm,
+            device=self.device,
+            dtype=self.run.training.dtype,
+        )
+        return Taken(self.step, started, rate, result)
+
+    def read(self, taken: Taken) -> dict[str, Any]:
+        """The row of a step. Waits for the device to have taken it.
+
+        Errors: NonFiniteLoss.
+        """
+        result = taken.result
+        loss, grad_norm = result.loss.item(), result.grad_norm.item()
+        now = time.perf_counter()
+        seconds = now - max(taken.started, self.last_read)
+        self.last_read = now
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise NonFiniteLoss(taken.step, loss, grad_norm, self.last_checkpoint())
+        flops = self.model.flops_per_token() * result.tokens + result.attention_flops.item()
+        return {
+            "step": taken.step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": taken.learning_rate,
+            "tokens": result.tokens,
+            "packing_fill": result.fill,
+            "visible_pairs": result.visible_pairs.item(),
+            "seconds": seconds,
+            "tokens_per_second": result.tokens / seconds,
+            "mfu": flops / seconds / self.peak.flops,
+        }
+
+    def finish(self, taken: Taken) -> None:
+        """Wait for a step, note it, and validate and save where that is due after it."""
+        row = self.read(taken)
+        if self.validates():
+            row["validation_loss"] = validate(
+                self.model, self.validation, self.tokenizer, self.device, self.run.training.dtype
+            )
+        self.write(row)
+        if self.saves():
+            self.save()
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.metrics.write(row)
+        self.terminal.step(row)
+
+    def validates(self) -> bool:
+        """Whether validation is due after the step just taken."""
+        every = self.run.validation.every
+        return bool(self.validation) and (self.step % every == 0 or self.step == self.run.training.steps)
+
+    def saves(self) -> bool:
+        """Whether a checkpoint is due after the step just taken; the one at the end comes by itself."""
+        every = self.run.checkpoint.every
+        return every > 0 and self.step % every == 0
+
+    def save(self, at_the_end: bool = False) -> None:
+        """Write a checkpoint of the step just taken, unless there is one.
+
+        Errors: SaveFailed at the end; before that a full disk is a warning, and the run goes on.
+        """
+        latest = find_latest(self.directory.checkpoints)
+        if latest and step_of(latest) == self.step:
+            return
+        try:
+            self.metrics.sync()
+            save_checkpoint(
+                self.directory.checkpoints,
+                tensors(self.model, self.optimizer, self.device),
+                Progress(self.step, self.loader.state_dict()),
+                self.directory.kept_with_checkpoints,
+                keep=self.run.checkpoint.keep,
+            )
+        except CannotSave as error:
+            if at_the_end:
+                raise SaveFailed(self.step, str(error), latest) from error
+            self.terminal.warn(
+                f"the checkpoint of step {self.step} could not be written: {error}. The run goes on; "
+                + (f"{latest} is intact" if latest else "there is no earlier checkpoint")
+            )
+
+    def continue_from(self, checkpoint: Path) -> int:
+        """Load everything that decides the steps to come; returns the step it was saved after."""
+        progress = load_checkpoint(checkpoint, tensors(self.model, self.optimizer, self.device), self.device)
+        self.loader.load_state_dict(progress.loader)
+        return progress.step
+
+    def last_checkpoint(self) -> Path | None:
+        return find_latest(self.directory.checkpoints)
+
+    def write_sample(self) -> None:
+        """A piece of text, to see what the model has learnt."""
+        logging = self.run.logging
+        if logging.sample_tokens:
+            text = generate(
+                self.model,
+                self.tokenizer,
+                logging.sample_prompt,
+                max_new_tokens=logging.sample_tokens,
+                seed=self.run.seed,
+            )
+            self.terminal.sample(logging.sample_prompt, text)

@@ -1,0 +1,137 @@
+"""Commands, help texts, messages and exit codes."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from sightline.cli import main as cli
+from sightline.cli.train import parse
+from sightline.recipes import RECIPES
+from sightline.training import NonFiniteLoss, SaveFailed, Stopped
+
+
+def call(capsys, *argv: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(argv))
+    out, err = capsys.readouterr()
+    return ended.value.code or 0, out, err  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("argv", [(), ("--help",), ("-h",)])
+def test_alone_it_lists_its_commands(argv, capsys) -> None:
+    code, out, _ = call(capsys, *argv)
+    assert code == 0
+    for words in ("  train  ", "  generate  ", "  masks  ", "examples:\n  sightline train llama3-tiny"):
+        assert words in out
+
+
+def test_version(capsys) -> None:
+    assert call(capsys, "--version") == (0, "sightline 0.1.0\n", "")
+
+
+@pytest.mark.parametrize("argv", [("train",), ("train", "--help"), ("train", "-h")])
+def test_train_lists_its_recipes(argv, capsys) -> None:
+    code, out, _ = call(capsys, *argv)
+    assert code == 0
+    assert all(f"  {name} " in out for name in RECIPES)
+    assert "examples:" in out and "sightline train RECIPE --help" in out
+
+
+@pytest.mark.parametrize("name", ["llama3-tiny", "llama3-8b"])
+def test_help_teaches_every_field(name, capsys) -> None:
+    code, out, _ = call(capsys, "train", name, "--help")
+    assert code == 0
+    for option in (
+        "--output-dir", "--seed", "--model.layers", "--model.kv-heads", "--data.source", "--data.packing",
+        "--training.steps", "--training.sequence-length", "--training.global-batch-size", "--training.micro-batch-size",
+        "--training.deterministic", "--optimizer.learning-rate", "--optimizer.schedule", "--attention.backend",
+        "--validation.every", "--checkpoint.every", "--checkpoint.resume", "--logging.wandb",
+    ):  # fmt: skip
+        assert option in out, option
+    assert "Where the run is kept." in out and "Tokens of a row (S)." in out
+    assert f"(default: runs/{name})" in out
+    assert "examples:" in out
+
+
+def test_options_become_the_run() -> None:
+    run = parse([
+        "llama3-tiny", "--output-dir", "x/y", "--seed", "7", "--training.steps", "12", "--training.sequence-length",
+        "64", "--attention.backend", "reference", "--data.source", "some/path", "--checkpoint.every", "3",
+        "--model.layers", "2", "--training.deterministic", "--data.tokenizer", "t.json", "--checkpoint.resume", "never",
+    ])  # fmt: skip
+    assert run.output_dir == Path("x/y") and run.seed == 7
+    assert run.training.steps == 12 and run.training.sequence_length == 64 and run.training.deterministic
+    assert run.attention.backend == "reference" and run.data.source == "some/path"
+    assert run.checkpoint.every == 3 and run.checkpoint.resume == "never"
+    assert run.model.layers == 2 and run.model.width == RECIPES["llama3-tiny"].model.width
+    assert run.data.tokenizer == Path("t.json")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_alone_is_itself(name) -> None:
+    assert parse([name]) == RECIPES[name]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("nonsense",), "unknown command 'nonsense'; the commands are: train, generate, masks"),
+        (("train", "nonsense"), "unknown recipe 'nonsense'; the recipes are: llama3-debug, llama3-tiny"),
+        (("train", "--seed", "1", "llama3-tiny"), "the recipe comes before the options, got '--seed' first"),
+        (("generate", "nowhere"), "nowhere does not exist; expected the directory of a run"),
+    ],
+)
+def test_wrong_input_is_one_message_and_code_2(argv, words, capsys) -> None:
+    code, out, err = call(capsys, *argv)
+    assert code == 2
+    assert f"error: {words}" in err
+    assert "Traceback" not in err and out == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--training.micro-batch-size", "3", "micro-batch sizes that divide it"),
+        ("--training.sequence-length", "1", "must be at least 2"),
+        ("--model.kv-heads", "3", "not divisible by"),
+        ("--training.stepz", "3", "--training.steps"),
+        ("--data.packing", "dense", "best_fit"),
+        ("--attention.backend", "magic", "reference"),
+    ],
+)
+def test_wrong_options_name_the_remedy(option, value, words, capsys) -> None:
+    code, _, err = call(capsys, "train", "llama3-tiny", option, value)
+    assert code == 2
+    assert words in " ".join(err.replace("│", " ").split())
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (Stopped(signal.SIGTERM, 7, Path("c/step-7")), 143, "stopped by SIGTERM after step 7; saved in c/step-7"),
+        (Stopped(signal.SIGINT, 7, Path("c/step-7")), 130, "The same command continues"),
+        (NonFiniteLoss(9, float("nan"), 1.0, None), 1, "error: step 9: loss nan"),
+        (SaveFailed(9, "no room", Path("c/step-7")), 1, "c/step-7 is intact"),
+        (ValueError("came 1, expected 2"), 2, "error: came 1, expected 2"),
+        (KeyboardInterrupt(), 130, "left at once"),
+    ],
+)
+def test_each_end_has_its_code(error, code, words, capsys, monkeypatch) -> None:
+    def fail(argv):
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command(fail, ""))
+    came, _, err = call(capsys, "train")
+    assert came == code
+    assert words in err
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch) -> None:
+    def fail(argv):
+        raise AssertionError("ours")
+
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command(fail, ""))
+    with pytest.raises(AssertionError, match="ours"):
+        cli.main(["train"])

@@ -1,0 +1,174 @@
+"""`sightline masks`, as a user calls it."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sightline.cli.masks import find_subject, flops, main
+from sightline.config import Data, Run
+from sightline.data import load_documents, split_documents, train_tokenizer
+from sightline.masks import causal, document
+from sightline.recipes import RECIPES, get_recipe
+from sightline.training.run_directory import RunDirectory
+from sightline.training.setup import open_loader
+
+EXPRESSION = "causal(1, 16) & document(documents(5, 9, padding=2))"
+DEBUG_RECIPES = [name for name in RECIPES if name.endswith("-debug")]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Forty documents of different length."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number:02}.txt").write_text(f"document {number} says: " + "some words and more " * (number % 7))
+    return folder
+
+
+def small(recipe: Run, source: Path) -> Run:
+    return replace(recipe, data=Data(source=str(source)), training=replace(recipe.training, sequence_length=96))
+
+
+@pytest.fixture
+def recipe(source: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(RECIPES, "llama3-small", small(get_recipe("llama3-debug"), source))
+    return "llama3-small"
+
+
+@pytest.fixture
+def run_directory(source: Path, tmp_path: Path) -> Path:
+    """What `sightline train` leaves of a run: its config and its own tokenizer, here of hardly more than bytes."""
+    run = small(get_recipe("llama3-debug"), source)
+    directory = tmp_path / "run"
+    directory.mkdir()
+    RunDirectory(directory).write(run, train_tokenizer(load_documents(run.data), 260))
+    return directory
+
+
+def test_an_expression_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    main([EXPRESSION])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "attention: S 16, K 1, 60 visible pairs (44.1% of causal)"
+    assert lines[2] == "      ┌──────────┬─────────────────┬───"
+    assert lines[7] == "    4 │██████████ · · · · · · · · · · ·"
+
+
+def test_the_width_is_the_users(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["causal(1, 4096)", "--width", "30"])
+    picture = capsys.readouterr().out.split("\n", 1)[1]
+    assert max(len(line) for line in picture.splitlines()) == 30
+
+
+def test_statistics_of_an_expression(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["document([[0, 0, 0, 1], [0, 1, 2, 2]])", "--stats", "--block-size", "2", "--row", "1"])
+    text = capsys.readouterr().out
+    assert "attention, row 1 of 2: S 4, K 1, 6 visible pairs (60.0% of causal)" in text
+    rows = dict(re.findall(r"^(\S.*?) {2,}(\S.*?) *$", text, re.MULTILINE))
+    assert rows["rows, queries, keys"] == "2, 4, 4"
+    assert rows["visible pairs a row"] == "8 (6 to 10)"
+    assert rows["share of causal"] == "80.00%"
+    assert rows["sparsity"] == "50.00%"
+    assert [rows[f"blocks of 2, {state}"] for state in ("full", "partial", "empty")] == [
+        "2 (25.0%)", "4 (50.0%)", "2 (25.0%)",
+    ]  # fmt: skip
+    assert "FLOP" not in text
+
+
+def test_a_recipe_shows_the_first_batch_of_its_training(recipe: str, source: Path) -> None:
+    run = RECIPES[recipe]
+    training, _ = split_documents(load_documents(run.data), run.data.validation_share)
+    loader = open_loader(run, training, train_tokenizer(training, run.model.vocab_size))
+    batch = next(loader)
+    loader.close()
+    subject = find_subject(recipe, None)
+    assert list(subject.masks) == ["attention"]
+    assert batch.document_ids.amax() > 1
+    assert subject.masks["attention"].equal(causal(*batch.shape) & document(batch.document_ids))
+    assert subject.batch is not None and torch.equal(subject.batch.tokens, batch.tokens)
+
+
+def test_a_run_shows_its_own_tokenizers_batch(recipe: str, run_directory: Path) -> None:
+    of_recipe, of_run = find_subject(recipe, None), find_subject(str(run_directory), None)
+    assert of_run.batch is not None and int(of_run.batch.tokens.max()) < 260
+    assert not of_run.masks["attention"].equal(of_recipe.masks["attention"])
+
+
+def test_another_sequence_length(recipe: str, run_directory: Path) -> None:
+    for what in (recipe, str(run_directory)):
+        assert find_subject(what, 40).masks["attention"].shape == (4, 40, 40)
+
+
+def test_flops_of_a_step_by_hand(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """llama3-debug: 2 layers of 4 heads of 16 channels, 2 key/value heads; 12 FLOPs a pair, head and channel."""
+    pairs = int(find_subject(recipe, None).masks["attention"].visible_pairs().sum())
+    main([recipe, "--stats"])
+    rows = dict(re.findall(r"^(\S.*?) {2,}(\S.*?) *$", capsys.readouterr().out, re.MULTILINE))
+    attention, tokens = pairs * 12 * 4 * 16 * 2, 4 * 96
+    assert rows["attention FLOPs, all layers"] == flops(attention)
+    assert rows["one of 2 layers"] == flops(attention / 2)
+    assert rows["one of its 2 head groups"] == flops(attention / 4)
+    # 64 wide: q and o 64 x 64, k and v 64 x 32, three of 64 x 128 in each of 2 layers, and 512 x 64 of vocabulary
+    matmul = tokens * 6 * (2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + 512 * 64)
+    assert rows["tokens"] == f"{tokens} (100.0% of the rows)"
+    assert rows["matrix products"] == flops(matmul)
+    assert rows["the step"] == flops(matmul + attention)
+    causal_rows = matmul + 4 * 96 * 97 / 2 * 12 * 4 * 16 * 2
+    assert rows["as plain causal rows"].startswith(flops(causal_rows))
+
+
+@pytest.mark.parametrize("name", DEBUG_RECIPES)
+def test_every_family_has_masks_to_draw_and_count(
+    name: str, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(RECIPES, name, small(get_recipe(name), source))
+    main([name, "--stats"])
+    assert "FLOP" in capsys.readouterr().out
+
+
+def test_files_are_written_where_they_are_wanted(
+    tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    png, html = tmp_path / "new" / "masks.png", tmp_path / "new" / "masks.html"
+    main([recipe, "--png", str(png), "--html", str(html), "--row", "3", "--block-size", "32"])
+    assert png.read_bytes().startswith(b"\x89PNG")
+    found = re.search(r'type="application/json">(.*?)</script>', html.read_text(), re.DOTALL)
+    assert found
+    data = json.loads(found.group(1))
+    assert (data["title"], data["row"], data["block_size"]) == ("llama3-small, first batch", 3, 32)
+    assert "attention FLOPs, all layers" in data["masks"][0]["facts"]
+    assert capsys.readouterr().out.endswith(f"wrote {png}\nwrote {html}\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["llama9-tiny"], r"'llama9-tiny' is no recipe \(llama3-debug, .*no directory, and no expression"),
+        (["window(1, 4)"], "unknown name 'window'"),
+        ([EXPRESSION, "--row", "1"], "row 1 is not in this mask of 1 rows"),
+        ([EXPRESSION, "--row", "-1"], "row -1 is not in this mask"),
+        ([EXPRESSION, "--width", "5"], "at least 24 columns, got 5"),
+        ([EXPRESSION, "--block-size", "0"], "at least 1 token, got 0"),
+        ([EXPRESSION, "--sequence-length", "32"], "--sequence-length is for recipes and runs"),
+        ([EXPRESSION, "--png", "masks.nothing"], "Format 'nothing' is not supported"),
+        ([EXPRESSION, "--html", "/dev/null/masks.html"], "cannot write /dev/null/masks.html: .*choose another path"),
+    ],
+)
+def test_refusals_say_what_came_and_what_to_do(argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        main(argv)
+
+
+def test_a_directory_that_holds_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no directory of a run: it has no config"):
+        main([str(tmp_path)])
+
+
+def test_sizes_of_numbers() -> None:
+    assert [flops(number) for number in (640, 9.4e6, 1.234e9, 2e13, 5.5e17, 3e18)] == [
+        "640 FLOP", "9.4 MFLOP", "1.23 GFLOP", "20 TFLOP", "550 PFLOP", "3 EFLOP",
+    ]  # fmt: skip

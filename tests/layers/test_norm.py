@@ -1,0 +1,18 @@
+import torch
+
+from sightline.layers import RMSNorm
+
+
+def test_norm_divides_by_the_root_mean_square() -> None:
+    norm = RMSNorm(4, eps=0.0)
+    norm.init_weights()
+    x = torch.tensor([[1.0, 1.0, 1.0, 1.0], [3.0, -4.0, 0.0, 0.0]])  # root mean squares 1 and 2.5
+    torch.testing.assert_close(norm(x), torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.2, -1.6, 0.0, 0.0]]))
+
+
+def test_eps_keeps_a_zero_row_zero_and_the_weight_scales() -> None:
+    norm = RMSNorm(2, eps=1e-5)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([2.0, 10.0]))
+    assert torch.equal(norm(torch.zeros(1, 2)), torch.zeros(1, 2))
+    torch.testing.assert_close(norm(torch.tensor([[5.0, 5.0]])), torch.tensor([[2.0, 10.0]]))

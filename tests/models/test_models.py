@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from sightline.models import MODELS, Llama3Config, build_model, config_of
+
+
+def test_names_and_published_parameter_counts() -> None:
+    counts = {}
+    for name in MODELS:
+        with torch.device("meta"):
+            counts[name] = sum(p.numel() for p in build_model(name).parameters())
+    assert counts == {
+        "llama3-debug": 139_584,
+        "llama3-tiny": 8_547_584,
+        "llama3-1b": 1_235_814_400,
+        "llama3-3b": 3_212_749_824,
+        "llama3-8b": 8_030_261_248,
+        "llama3-70b": 70_553_706_496,
+        "llama3-405b": 405_853_388_800,
+    }
+
+
+def test_an_unknown_name_lists_the_models() -> None:
+    with pytest.raises(ValueError, match="unknown model 'llama3-9b'; the models are: llama3-debug, llama3-tiny, "):
+        config_of("llama3-9b")
+    with pytest.raises(ValueError, match="unknown model 'gpt'"):
+        build_model("gpt")
+
+
+def test_build_takes_a_config() -> None:
+    config = Llama3Config(vocab_size=32, width=16, layers=1, heads=2, kv_heads=1, ffn=24)
+    assert build_model(config, attention_backend="reference").attention_backend == "reference"
+    assert build_model(config).config is config
+
+
+def test_meta_construction_gives_the_weights_of_direct_construction() -> None:
+    torch.manual_seed(3)
+    direct = build_model("llama3-debug")
+    with torch.device("meta"):
+        model = build_model("llama3-debug")
+    assert all(p.is_meta for p in model.parameters())
+    model.to_empty(device="cpu")
+    torch.manual_seed(3)
+    model.init_weights()
+    assert all(
+        torch.equal(a, b) for a, b in zip(direct.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+    torch.manual_seed(4)
+    model.init_weights()
+    assert not torch.equal(direct.embedding.weight, model.embedding.weight)

@@ -1,0 +1,107 @@
+"""A run that takes a second, and ways to end it at a chosen moment."""
+
+import dataclasses
+import importlib
+import io
+import json
+import os
+import random
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from sightline.config import Checkpoint, Data, Logging, Optimizer, Run, Training, Validation
+from sightline.models import Llama3Config
+from sightline.training import Trainer, train
+from sightline.training.metrics import TIMES, read_metrics
+from sightline.training.terminal import Terminal
+from sightline.training.trained import load_trained
+
+MODEL = Llama3Config(vocab_size=320, width=32, layers=2, heads=4, kv_heads=2, ffn=64)
+STEPS = 8
+
+
+def write_corpus(directory: Path) -> Path:
+    """Twenty documents of 3 to 120 words."""
+    words = list(dict.fromkeys((__doc__ or "").split()))
+    draw = random.Random(0)
+    directory.mkdir()
+    for number in range(20):
+        text = " ".join(draw.choice(words) for _ in range(draw.randint(3, 120)))
+        (directory / f"{number}.txt").write_text(text)
+    return directory
+
+
+def small_run(output_dir: Path, source: Path, **changes: Any) -> Run:
+    """`changes` are fields by dotted name with `__` for the dot: training__steps=4."""
+    run = Run(
+        model=MODEL,
+        output_dir=output_dir,
+        data=Data(source=str(source), validation_share=0.1),
+        training=Training(steps=STEPS, sequence_length=48, global_batch_size=2, micro_batch_size=1, device="cpu"),
+        optimizer=Optimizer(learning_rate=3e-3, warmup_steps=2),
+        validation=Validation(every=4, rows=2),
+        checkpoint=Checkpoint(every=3),
+        logging=Logging(tensorboard=False, sample_tokens=0),
+    )
+    for name, value in changes.items():
+        group, _, field = name.partition("__")
+        part = dataclasses.replace(getattr(run, group), **{field: value}) if field else value
+        run = dataclasses.replace(run, **{group: part})
+    return run
+
+
+def train_quietly(run: Run) -> str:
+    """Train in this process; returns what was said."""
+    said = io.StringIO()
+    train(run, Terminal(Console(file=said, width=200)))
+    return said.getvalue()
+
+
+def rows_of(run_directory: Path) -> list[dict[str, Any]]:
+    """The metrics without the numbers that are times."""
+    rows = read_metrics(run_directory / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    return load_trained(path, torch.device("cpu")).model.state_dict()
+
+
+def die_at(name: str, call: int, *, halfway: bool = False) -> None:
+    """Make the function called `name` kill this process at its n-th call, `halfway` after it wrote some bytes."""
+    module, _, attribute = name.partition(":")
+    owner: Any = importlib.import_module(module)
+    *classes, function = attribute.split(".")
+    for part in classes:
+        owner = getattr(owner, part)
+    original = getattr(owner, function)
+    calls = 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            if halfway:
+                metrics, row = args
+                with metrics.path.open("ab") as file:
+                    file.write(json.dumps(row).encode()[:25])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, function, wrapped)
+
+
+def train_and_die(run: Run, name: str, call: int, halfway: bool) -> None:
+    """For a process of its own."""
+    torch.set_num_threads(1)
+    die_at(name, call, halfway=halfway)
+    train_quietly(run)
+
+
+def open_trainer(run: Run, opened: ExitStack) -> Trainer:
+    return Trainer(run, Terminal(Console(file=io.StringIO())), opened)

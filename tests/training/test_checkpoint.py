@@ -1,0 +1,189 @@
+"""Checkpoints: what goes in comes out, and what is not whole is refused."""
+
+import dataclasses
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sightline import Batch
+from sightline.config import Optimizer
+from sightline.models import build_model
+from sightline.training import checkpoint as checkpoints
+from sightline.training.checkpoint import (
+    CannotSave,
+    Progress,
+    find_latest,
+    list_checkpoints,
+    load_checkpoint,
+    remove_partial,
+    save_checkpoint,
+    tensors,
+)
+from sightline.training.optimizer import build_optimizer, optimizer_state
+from sightline.training.step import train_step
+from tests.training.small_runs import MODEL
+
+CPU = torch.device("cpu")
+LOADER = {"epoch": 1, "place": 7, "waiting": [[3, 40]], "identity": {"seed": 0}}
+
+
+def build(seed: int, config=MODEL):
+    torch.manual_seed(seed)
+    model = build_model(config)
+    return model, build_optimizer(model, Optimizer())
+
+
+def trained(seed: int = 0, config=MODEL):
+    model, optimizer = build(seed, config)
+    batch = Batch.from_documents([[1, 2, 3, 4, 5], [6, 7, 8]], length=8)
+    for _ in range(2):
+        train_step(model, optimizer, batch, None, micro_batch_size=1, max_grad_norm=1.0, device=CPU)
+    return model, optimizer
+
+
+def save(directory: Path, model, optimizer, step: int = 2, keep: int = 2) -> Path:
+    run_file = directory.parent / "config.json"
+    run_file.write_text("{}")
+    return save_checkpoint(
+        directory, tensors(model, optimizer, CPU), Progress(step, LOADER), [run_file], keep=keep
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [MODEL, dataclasses.replace(MODEL, tied_embeddings=True)], ids=["untied", "tied"])
+def test_what_goes_in_comes_out(config, tmp_path) -> None:
+    model, optimizer = trained(config=config)
+    saved = save(tmp_path / "checkpoints", model, optimizer)
+    expected = torch.rand(3)
+    other, other_optimizer = build(1, config)
+    progress = load_checkpoint(saved, tensors(other, other_optimizer, CPU), CPU)
+    assert progress == Progress(2, LOADER)
+    assert torch.equal(torch.rand(3), expected), "the random numbers go on"
+    for name, weight in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], weight), name
+    theirs = optimizer_state(other, other_optimizer)
+    for name, state in optimizer_state(model, optimizer).items():
+        assert state["step"] == 2
+        for key, value in state.items():
+            assert torch.equal(theirs[name][key], value), (name, key)
+
+
+def test_options_of_the_optimizer_are_the_config_s(tmp_path) -> None:
+    saved = save(tmp_path / "checkpoints", *trained())
+    model, _ = build(1)
+    optimizer = build_optimizer(model, Optimizer(weight_decay=0.7))
+    load_checkpoint(saved, tensors(model, optimizer, CPU), CPU)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.7
+
+
+def test_the_newest_are_kept_and_counted_as_numbers(tmp_path) -> None:
+    directory = tmp_path / "checkpoints"
+    model, optimizer = trained()
+    for step in (8, 9, 10, 11):
+        save(directory, model, optimizer, step, keep=2)
+    assert [path.name for path in list_checkpoints(directory)] == ["step-10", "step-11"]
+    assert find_latest(directory) == directory / "step-11"
+    assert sorted(path.name for path in directory.iterdir()) == ["step-10", "step-11"]
+    assert find_latest(tmp_path / "nothing") is None
+
+
+def test_leftovers_are_no_checkpoints_and_are_removed(tmp_path) -> None:
+    directory = tmp_path / "checkpoints"
+    saved = save(directory, *trained())
+    (directory / ".step-5.partial").mkdir()
+    (directory / ".step-5.partial" / "__0_0.distcp").write_bytes(b"half")
+    assert find_latest(directory) == saved
+    remove_partial(directory)
+    assert [path.name for path in directory.iterdir()] == ["step-2"]
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json", "config.json"])
+@pytest.mark.parametrize("how", ["missing", "short"])
+def test_cut_short_is_refused(name, how, tmp_path) -> None:
+    saved = save(tmp_path / "checkpoints", *trained())
+    file = saved / name
+    size = file.stat().st_size
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    came = "is missing" if how == "missing" else f"has {size - 1} bytes"
+    model, optimizer = build(1)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=rf"step-2 is cut short: {name} {came}, it was written with {size}.*start again"
+    ):
+        load_checkpoint(saved, tensors(model, optimizer, CPU), CPU)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_the_remedy_names_the_checkpoint_before(tmp_path) -> None:
+    directory = tmp_path / "checkpoints"
+    model, optimizer = trained()
+    save(directory, model, optimizer, 2)
+    saved = save(directory, model, optimizer, 4)
+    (saved / "state.json").unlink()
+    with pytest.raises(ValueError, match=r"step-4 is cut short.* Delete it to continue from .*step-2"):
+        load_checkpoint(saved, tensors(model, optimizer, CPU), CPU)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_damage_that_keeps_the_size_is_refused(name, tmp_path) -> None:
+    saved = save(tmp_path / "checkpoints", *trained())
+    file = saved / name
+    file.write_bytes(b"\0" * file.stat().st_size)
+    with pytest.raises(
+        ValueError, match=r"step-2 cannot be read: what is in it is damaged; expected a whole checkpoint.*Delete"
+    ):
+        load_checkpoint(saved, tensors(*build(1), CPU), CPU)
+
+
+def test_a_damaged_manifest_is_refused(tmp_path) -> None:
+    saved = save(tmp_path / "checkpoints", *trained())
+    (saved / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        load_checkpoint(saved, tensors(*build(1), CPU), CPU)
+
+
+def test_not_a_checkpoint_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"is not a checkpoint: it has no manifest\.json"):
+        load_checkpoint(tmp_path, tensors(*build(1), CPU), CPU)
+
+
+def test_another_shape_is_refused(tmp_path) -> None:
+    saved = save(tmp_path / "checkpoints", *trained())
+    wider = dataclasses.replace(MODEL, ffn=96)
+    with pytest.raises(ValueError, match=r"cannot be read: .*expected a whole checkpoint of this model"):
+        load_checkpoint(saved, tensors(*build(1, wider), CPU), CPU)
+
+
+def test_the_manifest_lists_every_file(tmp_path) -> None:
+    saved = save(tmp_path / "checkpoints", *trained())
+    listed = json.loads((saved / "manifest.json").read_text())["files"]
+    there = {file.name: file.stat().st_size for file in saved.iterdir() if file.name != "manifest.json"}
+    assert listed == there and len(there) == 4
+
+
+@pytest.mark.parametrize("where", ["dcp.save", "shutil.copyfile", "sync"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+def test_a_full_disk_leaves_the_old_checkpoints(where, number, tmp_path, monkeypatch) -> None:
+    directory = tmp_path / "checkpoints"
+    model, optimizer = trained()
+    saved = save(directory, model, optimizer, 2)
+
+    def full(*_, **__):
+        raise OSError(number, "no room")
+
+    owner, _, name = f"checkpoints.{where}".rpartition(".")
+    target = {"checkpoints": checkpoints, "checkpoints.dcp": checkpoints.dcp, "checkpoints.shutil": checkpoints.shutil}
+    monkeypatch.setattr(target[owner], name, full)
+    with pytest.raises(CannotSave, match="no room") as error:
+        save(directory, model, optimizer, 4)
+    assert error.value.errno == number
+    monkeypatch.undo()
+    assert [path.name for path in directory.iterdir()] == ["step-2"]
+    load_checkpoint(saved, tensors(*build(1), CPU), CPU)
+    save(directory, model, optimizer, 4)
+    assert find_latest(directory).name == "step-4"

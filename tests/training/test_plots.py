@@ -1,0 +1,66 @@
+"""masks.png: that the picture shows the mask it is of."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from sightline.masks import AttentionMask, causal, document, sliding_window
+from sightline.training.plots import draw_masks
+
+INK = np.array([0x2F, 0x5B, 0xD3]) / 255
+
+
+def packed(*lengths: int) -> AttentionMask:
+    ids = torch.tensor([[number for number, length in enumerate(lengths) for _ in range(length)]])
+    return causal(1, ids.shape[1]) & document(ids)
+
+
+def ink_share(path: Path) -> float:
+    """Share of the picture's area that has the colour of a visible pair."""
+    pixels = imread(path)[..., :3]
+    return float((np.abs(pixels - INK).max(axis=2) < 0.02).mean())
+
+
+def test_a_panel_for_each_mask(tmp_path: Path) -> None:
+    one, four = tmp_path / "one.png", tmp_path / "four.png"
+    draw_masks({"attention": causal(1, 64)}, one)
+    draw_masks({name: causal(1, 64) for name in "abcd"}, four)
+    (height, width, _), (tall, wide, _) = imread(one).shape, imread(four).shape
+    assert wide > 2.5 * width and tall > 1.8 * height  # three beside each other, the fourth below
+
+
+@pytest.mark.parametrize("length", [600, 65_536])
+def test_the_area_of_ink_is_the_share_of_visible_pairs(tmp_path: Path, length: int) -> None:
+    """The whole square against a causal mask (a half) and one of two equal documents (a quarter)."""
+    shares = []
+    everything = document(torch.zeros(1, length, dtype=torch.int32))
+    for mask in (everything, causal(1, length), packed(length // 2, length // 2)):
+        draw_masks({"attention": mask}, tmp_path / "masks.png")
+        shares.append(ink_share(tmp_path / "masks.png"))
+    assert shares[0] > 0.6
+    assert shares[1] / shares[0] == pytest.approx(0.5, abs=0.02)
+    assert shares[2] / shares[0] == pytest.approx(0.25, abs=0.02)
+
+
+def test_any_shape_can_be_drawn(tmp_path: Path) -> None:
+    ids = torch.tensor([[0, 1]], dtype=torch.int32)
+    masks = {
+        "one token": causal(1, 1),
+        "cross": document(ids, ids.repeat_interleave(500, dim=1)),
+        "padding only": document(torch.full((1, 8), -1)),
+        "1,200 documents of one token": packed(*[1] * 1200),
+    }
+    draw_masks(masks, tmp_path / "masks.png")
+    assert (tmp_path / "masks.png").stat().st_size > 10_000
+
+
+def test_the_row_that_was_asked_for(tmp_path: Path) -> None:
+    ids = torch.tensor([[0] * 8, [-1] * 8])  # row 1 is padding: nothing to see
+    for row in (0, 1):
+        draw_masks({"attention": document(ids)}, tmp_path / f"{row}.png", row=row)
+    assert ink_share(tmp_path / "0.png") > 0.5 > 0.01 > ink_share(tmp_path / "1.png")
+    with pytest.raises(ValueError, match="row 2 is not in this mask of 2 rows"):
+        draw_masks({"attention": sliding_window(2, 8, 2)}, tmp_path / "2.png", row=2)

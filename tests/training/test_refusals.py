@@ -1,0 +1,210 @@
+"""What a run refuses, and that nothing is lost by it."""
+
+import dataclasses
+import math
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from sightline.config import Optimizer
+from sightline.data import Documents, load_tokenizer, train_tokenizer
+from sightline.training import NonFiniteLoss, SaveFailed, trainer
+from sightline.training.checkpoint import list_checkpoints
+from sightline.training.resume import check_continues
+from sightline.training.trained import load_trained
+from tests.training.small_runs import MODEL, STEPS, rows_of, small_run, train_quietly, write_corpus
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("source") / "texts")
+
+
+@pytest.fixture(scope="module")
+def finished(source, tmp_path_factory) -> Path:
+    """A run of 4 steps with checkpoints of step 3 and 4. The tests only look at it."""
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    train_quietly(small_run(directory, source, training__steps=4))
+    return directory
+
+
+def everything_in(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+CHANGES = {
+    "model.layers": ({"model": dataclasses.replace(MODEL, layers=3)}, "3, expected 2", "--model.layers 2"),
+    "model.ffn": ({"model": dataclasses.replace(MODEL, ffn=96)}, "96, expected 64", "--model.ffn 64"),
+    "model.tied_embeddings": (
+        {"model": dataclasses.replace(MODEL, tied_embeddings=True)},
+        "True, expected False",
+        "--model.no-tied-embeddings",
+    ),
+    "seed": ({"seed": 5}, "5, expected 0", "--seed 0"),
+    "data.packing": ({"data__packing": "best_fit"}, "'best_fit', expected 'stream'", "--data.packing stream"),
+    "data.validation_share": ({"data__validation_share": 0.2}, "0.2, expected 0.1", "--data.validation-share 0.1"),
+    "training.sequence_length": ({"training__sequence_length": 32}, "32, expected 48", "--training.sequence-length 48"),
+    "training.global_batch_size": (
+        {"training__global_batch_size": 4},
+        "4, expected 2",
+        "--training.global-batch-size 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_another_run_is_not_continued(field, source, finished) -> None:
+    changes, values, option = CHANGES[field]
+    before = everything_in(finished)
+    with pytest.raises(ValueError) as error:
+        train_quietly(small_run(finished, source, training__steps=6, **changes))
+    assert "cannot continue from" in str(error.value)
+    assert f"{field} is {values}" in str(error.value)
+    assert option in str(error.value)
+    assert "another --output-dir" in str(error.value)
+    assert everything_in(finished) == before
+
+
+def test_what_may_change_is_said(source, finished) -> None:
+    run = small_run(
+        finished, source, training__micro_batch_size=2, optimizer__learning_rate=1e-4, checkpoint__every=7,
+        logging__sample_prompt="x", validation__rows=1, training__deterministic=True, training__steps=9,
+    )  # fmt: skip
+    assert [line.split(" is now ")[0] for line in check_continues(finished / "checkpoints" / "step-4", run)] == [
+        "optimizer.learning_rate",
+        "training.deterministic",
+        "training.micro_batch_size",
+        "training.steps",
+        "validation.rows",
+    ]
+
+
+def test_never_refuses_a_directory_that_is_not_empty(source, finished, tmp_path) -> None:
+    before = everything_in(finished)
+    with pytest.raises(ValueError, match=r"is not empty and checkpoint.resume is 'never'.*--output-dir"):
+        train_quietly(small_run(finished, source, checkpoint__resume="never"))
+    assert everything_in(finished) == before
+    train_quietly(small_run(tmp_path / "new", source, checkpoint__resume="never", training__steps=1))
+
+
+def test_a_path_that_is_no_checkpoint_is_refused(source, finished, tmp_path) -> None:
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        train_quietly(small_run(tmp_path / "run", source, checkpoint__resume="nowhere"))
+    with pytest.raises(ValueError, match=r"is not a checkpoint: it has no manifest\.json"):
+        train_quietly(small_run(tmp_path / "run", source, checkpoint__resume=str(source)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_path_behind_the_run_is_refused(source, finished) -> None:
+    before = everything_in(finished)
+    older = finished / "checkpoints" / "step-3"
+    with pytest.raises(ValueError, match=r"step-3 is of step 3, but .* already goes to step 4\..*branch off"):
+        train_quietly(small_run(finished, source, checkpoint__resume=str(older)))
+    assert everything_in(finished) == before
+
+
+def test_the_directory_of_something_else_is_refused(source, tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="is not the config of a run"):
+        train_quietly(small_run(tmp_path, source))
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "llama"}'
+
+
+def test_other_documents_are_refused(source, tmp_path) -> None:
+    texts = write_corpus(tmp_path / "texts")
+    run = small_run(tmp_path / "run", texts, training__steps=2)
+    train_quietly(run)
+    (texts / "new.txt").write_text("one more")
+    with pytest.raises(ValueError, match="another number of training documents"):
+        train_quietly(dataclasses.replace(run, training=dataclasses.replace(run.training, steps=3)))
+
+
+def test_a_tokenizer_too_large_for_the_model_is_refused(source, tmp_path) -> None:
+    train_tokenizer(Documents.from_texts(["some text " * 50] * 3), 400).save(tmp_path / "tokenizer.json")
+    large = load_tokenizer(tmp_path).vocab_size
+    run = small_run(
+        tmp_path / "run", source, data__tokenizer=tmp_path / "tokenizer.json",
+        model=dataclasses.replace(MODEL, vocab_size=large - 1),
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match=rf"has {large} tokens and the model's vocabulary has {large - 1}.*--model.vocab"
+    ):
+        train_quietly(run)
+
+
+def test_cuda_that_is_not_there_is_refused(source, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"training\.device is 'cuda'.*--training.device cpu"):
+        train_quietly(small_run(tmp_path / "run", source, training__device="cuda"))
+
+
+def test_a_loss_that_is_no_number_ends_the_run(source, tmp_path) -> None:
+    """A learning rate that throws the weights to infinity in the fourth step, the first after its warm-up."""
+    run = small_run(tmp_path / "run", source)
+    train_quietly(dataclasses.replace(run, training=dataclasses.replace(run.training, steps=3)))
+    weights = load_trained(tmp_path / "run", torch.device("cpu")).model.state_dict()
+    wild = dataclasses.replace(run, optimizer=Optimizer(learning_rate=1e38, warmup_steps=2))
+    with pytest.raises(NonFiniteLoss) as error:
+        train_quietly(wild)
+    step = error.value.step
+    assert 4 < step <= STEPS
+    assert not (math.isfinite(error.value.loss) and math.isfinite(error.value.grad_norm))
+    assert f"step {step}: loss" in str(error.value)
+    assert "step-3" in str(error.value) and "--optimizer.learning-rate" in str(error.value)
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, step))
+    assert error.value.exit_code == 1
+    kept = load_trained(tmp_path / "run" / "checkpoints" / "step-3", torch.device("cpu")).model.state_dict()
+    assert all(torch.equal(kept[name], weight) for name, weight in weights.items())
+    assert "continues from" in train_quietly(run), "a better learning rate goes on"
+
+
+@pytest.fixture
+def small_files_only():
+    """Files may not grow past 100 kB, as on a full disk: a checkpoint does not fit, the metrics do."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(on: bool) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if on else soft, hard))
+
+    yield limit
+    limit(False)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(source, tmp_path, monkeypatch, small_files_only) -> None:
+    save, saved = trainer.save_checkpoint, []
+
+    def save_on_a_full_disk(*args, **kwargs):
+        saved.append(args[2].step)
+        small_files_only(args[2].step == 6)
+        try:
+            return save(*args, **kwargs)
+        finally:
+            small_files_only(False)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", save_on_a_full_disk)
+    said = train_quietly(small_run(tmp_path / "run", source))
+    assert saved == [3, 6, 8]
+    assert "warning: the checkpoint of step 6 could not be written" in said and "step-3 is intact" in said
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-3", "step-8"]
+
+
+def test_a_disk_that_stays_full_ends_with_the_old_checkpoint(source, tmp_path, monkeypatch, small_files_only) -> None:
+    save = trainer.save_checkpoint
+
+    def save_on_a_full_disk(*args, **kwargs):
+        small_files_only(args[2].step > 3)
+        try:
+            return save(*args, **kwargs)
+        finally:
+            small_files_only(False)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", save_on_a_full_disk)
+    with pytest.raises(SaveFailed, match=r"checkpoint of step 8 could not be written: .*step-3 is intact") as error:
+        train_quietly(small_run(tmp_path / "run", source))
+    assert error.value.exit_code == 1
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-3"]
+    monkeypatch.undo()
+    assert "continues from" in train_quietly(small_run(tmp_path / "run", source))
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, STEPS + 1))

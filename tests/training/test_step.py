@@ -1,0 +1,151 @@
+"""prepare_batch and the train step, against plain PyTorch."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sightline import Batch
+from sightline.config import Optimizer
+from sightline.models import build_model
+from sightline.training.optimizer import build_optimizer
+from sightline.training.step import prepare_batch, train_step
+from sightline.training.validation import validate
+from tests.training.small_runs import MODEL
+
+CPU = torch.device("cpu")
+ROWS = [[[7, 3, 9, 200, 4, 31, 8, 2]], [[5, 6], [11, 12, 13, 14]], [[1], [2, 3, 4, 5, 6]], [[9, 9]]]
+"""Documents of each row of 8 tokens."""
+
+
+def build(seed: int = 0):
+    torch.manual_seed(seed)
+    return build_model(MODEL, attention_backend="sdpa")
+
+
+def uneven_batch() -> Batch:
+    """4 rows with 7, 4, 4 and 1 labels: the rows of a batch must not count alike."""
+    rows = [Batch.from_documents(documents, length=8) for documents in ROWS]
+    assert [row.valid_tokens() for row in rows] == [7, 4, 4, 1]
+    names = ("tokens", "labels", "document_ids", "positions")
+    return Batch(**{name: torch.cat([getattr(row, name) for row in rows]) for name in names})
+
+
+@torch.no_grad()
+def mean_loss_of_documents(model) -> float:
+    """Each document alone, by F.cross_entropy over full logits; the mean over all predicted tokens."""
+    total, count = 0.0, 0
+    for document in (document for row in ROWS for document in row):
+        if len(document) > 1:
+            alone = prepare_batch(model, Batch.from_documents([document], length=len(document)), None, CPU)
+            labels = alone.pop("labels")
+            logits = model(**alone)
+            total += float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"))
+            count += len(document) - 1
+    return total / count
+
+
+def step(model, batch, micro_batch_size, **changes):
+    optimizer = build_optimizer(model, Optimizer())
+    options = {"max_grad_norm": 1e9, "device": CPU, **changes}
+    return optimizer, train_step(model, optimizer, batch, None, micro_batch_size=micro_batch_size, **options)
+
+
+def test_prepare_batch_states_everything_the_forward_takes() -> None:
+    model = build()
+    batch = uneven_batch()
+    batch.extra["reward"] = torch.arange(4)
+    inputs = prepare_batch(model, batch, None, CPU)
+    assert set(inputs) == {"tokens", "labels", "positions", "attention_masks", "reward"}
+    assert torch.equal(inputs["attention_masks"].to_dense(), model.get_attention_masks(batch).to_dense())
+    assert torch.equal(inputs["labels"], batch.labels)
+
+
+def test_loss_is_the_mean_over_valid_tokens() -> None:
+    model = build()
+    expected = mean_loss_of_documents(model)
+    _, result = step(model, uneven_batch(), micro_batch_size=1)
+    assert result.loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_validation_is_the_mean_over_valid_tokens_too() -> None:
+    model = build()
+    batch = uneven_batch()
+    assert validate(model, [batch[:1], batch[1:]], None, CPU) == pytest.approx(mean_loss_of_documents(model), rel=1e-6)
+    assert model.training
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_accumulated_gradients_are_those_of_one_batch(micro_batch_size) -> None:
+    whole, parts = build(), build()
+    _, expected = step(whole, uneven_batch(), micro_batch_size=4)
+    _, result = step(parts, uneven_batch(), micro_batch_size=micro_batch_size)
+    assert result.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    assert result.grad_norm.item() == pytest.approx(expected.grad_norm.item(), rel=1e-6)
+    for (name, a), b in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        assert a.grad is not None and a.grad.abs().max() > 0, name
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_mean_of_means_would_be_noticed() -> None:
+    """The rows of the batch differ enough for the wrong weighting to show."""
+    model = build()
+    batch = uneven_batch()
+    means = [step(build(), batch[row : row + 1], 1)[1].loss.item() for row in range(4)]
+    assert abs(sum(means) / 4 - mean_loss_of_documents(model)) > 1e-3
+
+
+def test_clipping_scales_to_the_norm() -> None:
+    model = build()
+    _, result = step(model, uneven_batch(), 4, max_grad_norm=0.01)
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
+    assert result.grad_norm.item() > 0.1
+    assert norm == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_touches_nothing(bad) -> None:
+    model = build()
+    batch = uneven_batch()
+    optimizer, _ = step(model, batch, 4)
+    with torch.no_grad():
+        model.norm.weight[3] = bad
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in model.named_parameters()}
+    result = train_step(model, optimizer, batch, None, micro_batch_size=4, max_grad_norm=1.0, device=CPU)
+    assert not (math.isfinite(result.loss.item()) and math.isfinite(result.grad_norm.item()))
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), weights[name], rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(optimizer.state[p]["exp_avg"], moments[name])
+        assert optimizer.state[p]["step"] == 1
+    with torch.no_grad():
+        model.norm.weight[3] = 1.0
+    assert math.isfinite(train_step(
+        model, optimizer, batch, None, micro_batch_size=4, max_grad_norm=1.0, device=CPU
+    ).loss.item())  # fmt: skip
+    assert optimizer.state[model.norm.weight]["step"] == 2, "a finite step after it counts again"
+
+
+def test_work_is_counted_from_the_mask() -> None:
+    batch = Batch.from_documents([[1, 2, 3], [4, 5, 6, 7]], length=8)
+    model = build()
+    _, result = step(model, batch, 1)
+    assert result.tokens == 7
+    assert result.fill == 0.875
+    assert result.visible_pairs.item() == 6 + 10  # 1 + 2 + 3, 1 + 2 + 3 + 4, and nothing for the padding
+    assert result.attention_flops.item() == 16 * model.attention_flops_per_pair()
+
+
+def test_a_batch_without_any_label_is_no_division_by_zero() -> None:
+    _, result = step(build(), Batch.from_documents([[1], [2], [3]], length=2), 2)
+    assert result.loss.item() == 0.0
+
+
+def test_bfloat16_is_autocast() -> None:
+    model = build()
+    expected = mean_loss_of_documents(model)
+    _, result = step(model, uneven_batch(), 4, dtype="bfloat16")
+    assert result.loss.item() == pytest.approx(expected, rel=0.02)
+    assert result.loss.item() != pytest.approx(expected, rel=1e-6)
+    assert all(p.dtype == torch.float32 for p in model.parameters())

@@ -1,0 +1,184 @@
+"""A run from its config to its report."""
+
+import dataclasses
+import json
+import math
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from sightline.config import Logging
+from sightline.training import step, trainer
+from sightline.training.checkpoint import list_checkpoints
+from sightline.training.metrics import read_metrics
+from sightline.training.optimizer import learning_rate
+from sightline.training.run_directory import load_config
+from sightline.training.trained import load_trained
+from tests.training.small_runs import STEPS, open_trainer, rows_of, small_run, train_quietly, write_corpus
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("source") / "texts")
+
+
+@pytest.fixture(scope="module")
+def run(source, tmp_path_factory):
+    """A whole run with everything a run writes."""
+    run = small_run(tmp_path_factory.mktemp("run") / "run", source, validation__every=3)
+    return dataclasses.replace(run, logging=Logging(tensorboard=True, sample_tokens=8, sample_prompt="def "))
+
+
+@pytest.fixture(scope="module")
+def said(run) -> str:
+    return train_quietly(run)
+
+
+def test_the_directory_is_full(run, said) -> None:
+    names = {path.name for path in run.output_dir.iterdir() if not path.name.startswith(".")}
+    assert names == {
+        "config.json", "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "checkpoints", "tensorboard",
+        "loss.png", "masks.png",
+    }  # fmt: skip
+    assert load_config(run.output_dir / "config.json") == run
+    assert [path.name for path in list_checkpoints(run.output_dir / "checkpoints")] == ["step-6", "step-8"]
+
+
+def test_each_step_has_its_row(run, said) -> None:
+    rows = read_metrics(run.output_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows if "validation_loss" in row] == [3, 6, 8]
+    for row in rows:
+        assert all(math.isfinite(value) for value in row.values())
+        assert row["learning_rate"] == learning_rate(row["step"], run.optimizer, STEPS)
+        assert row["tokens"] == 2 * 48 and row["packing_fill"] == 1.0
+        assert 2 * 48 <= row["visible_pairs"] <= 2 * 48 * 49 // 2
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+        assert 0 < row["mfu"] < 1
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    text = (run.output_dir / "metrics.jsonl").read_text()
+    assert all(set(json.loads(line)) >= {"loss", "grad_norm", "mfu"} for line in text.splitlines())
+
+
+def test_the_log_says_what_is_trained_and_where_it_lies(run, said) -> None:
+    for words in (
+        "Llama3, 39.1 K parameters",
+        "20 documents",
+        "2 held out",
+        "2 rows of 48 tokens in 2 forwards",
+        "attention    sdpa: on a CPU",
+        "MFU",
+        "a sample:\ndef ",
+        "step 8 reached, loss",
+        str(run.output_dir / "checkpoints" / "step-8"),
+        str(run.output_dir / "loss.png"),
+        f'sightline generate {run.output_dir} --prompt "def "',
+    ):
+        assert words in said, words
+    assert "warning" not in said
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(run, said, source, tmp_path) -> None:
+    again = dataclasses.replace(run, output_dir=tmp_path / "again")
+    other = dataclasses.replace(run, output_dir=tmp_path / "other", seed=1)
+    for one in (again, other):
+        train_quietly(one)
+    assert rows_of(again.output_dir) == rows_of(run.output_dir)
+    assert rows_of(other.output_dir)[0]["loss"] != rows_of(run.output_dir)[0]["loss"]
+
+
+def test_micro_batches_do_not_change_the_run(run, said, tmp_path) -> None:
+    training = dataclasses.replace(run.training, micro_batch_size=2)
+    whole = dataclasses.replace(run, output_dir=tmp_path / "whole", training=training)
+    train_quietly(whole)
+    expected = [row["loss"] for row in rows_of(run.output_dir)]
+    assert [row["loss"] for row in rows_of(whole.output_dir)] == pytest.approx(expected, rel=1e-4)
+
+
+def test_training_and_validation_prepare_their_batches_alike(run, source, tmp_path, monkeypatch) -> None:
+    seen: list[bool] = []
+    original = step.prepare_batch
+
+    def watched(model, batch, tokenizer, device):
+        seen.append(torch.is_grad_enabled())
+        assert tokenizer is not None
+        return original(model, batch, tokenizer, device)
+
+    monkeypatch.setattr("sightline.training.step.prepare_batch", watched)
+    monkeypatch.setattr("sightline.training.validation.prepare_batch", watched)
+    train_quietly(small_run(tmp_path / "run", source, training__steps=2, validation__every=2))
+    assert seen == [True, True, True, True, False, False], "2 steps of 2 forwards, 2 validation rows without gradients"
+
+
+def test_numbers_read_late_are_the_same_numbers(source, tmp_path) -> None:
+    """As on a GPU: the row of a step is written while the device works on the next one."""
+    now, late = (small_run(tmp_path / name, source) for name in ("now", "late"))
+    train_quietly(now)
+    seen: list[int] = []
+    with ExitStack() as opened:
+        one = open_trainer(late, opened)
+        one.reads_at_once = False
+        one.take_step, take_step = lambda: (seen.append(len(rows_of(tmp_path / "late"))), take_step())[1], one.take_step
+        one.train()
+    assert rows_of(tmp_path / "late") == rows_of(tmp_path / "now")
+    # Rows on file when steps 1 to 8 begin: a step late, but for those of step 3, 4 and 6, saved or validated after.
+    assert seen == [0, 0, 1, 3, 4, 4, 6, 6]
+    assert all(row["seconds"] > 0 for row in read_metrics(tmp_path / "late" / "metrics.jsonl"))
+
+
+def test_deterministic_algorithms_are_asked_for(source, tmp_path, monkeypatch) -> None:
+    asked: list[bool] = []
+    original = trainer.train_step
+
+    def watched(*args, **kwargs):
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "train_step", watched)
+    for name in ("one", "two"):
+        train_quietly(small_run(tmp_path / name, source, training__steps=3, training__deterministic=True))
+    train_quietly(small_run(tmp_path / "three", source, training__steps=1))
+    assert asked == [True] * 6 + [False]
+    assert rows_of(tmp_path / "one") == rows_of(tmp_path / "two")
+
+
+def test_bfloat16_on_a_cpu_is_warned_of(source, tmp_path) -> None:
+    said = train_quietly(small_run(tmp_path / "run", source, training__steps=1, training__dtype="bfloat16"))
+    assert "warning: bfloat16 on a CPU" in said and "--training.dtype float32" in said
+
+
+def test_without_held_out_documents_nothing_is_validated(source, tmp_path) -> None:
+    train_quietly(small_run(tmp_path / "run", source, training__steps=4, data__validation_share=0.0))
+    assert not any("validation_loss" in row for row in rows_of(tmp_path / "run"))
+
+
+def test_best_fit_pads_and_counts_only_tokens(tmp_path) -> None:
+    (tmp_path / "texts").mkdir()
+    for number in range(6):  # documents of equal length, which does not divide a row's
+        (tmp_path / "texts" / f"{number}.txt").write_text("abcdefghijklmnopqrs")
+    run = small_run(tmp_path / "run", tmp_path / "texts", training__steps=4, data__packing="best_fit")
+    train_quietly(run)
+    rows = rows_of(run.output_dir)
+    assert any(row["packing_fill"] < 1 for row in rows)
+    assert all(row["tokens"] == round(row["packing_fill"] * 2 * 48) for row in rows)
+
+
+def test_a_trained_model_loads_with_its_tokenizer(run, said) -> None:
+    for path in (run.output_dir, run.output_dir / "checkpoints" / "step-6"):
+        trained = load_trained(path, torch.device("cpu"))
+        assert trained.run == run
+        assert not trained.model.training
+        assert trained.tokenizer.decode(trained.tokenizer.encode("def f")) == "def f"
+
+
+def test_a_picture_that_cannot_be_written_ends_nothing(source, tmp_path, monkeypatch) -> None:
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sightline.training.report.draw_masks", full)
+    monkeypatch.setattr("sightline.training.report.draw_loss", full)
+    said = train_quietly(small_run(tmp_path / "run", source, training__steps=1))
+    assert said.count("could not be written: [Errno 28] No space left on device") == 2
+    assert len(rows_of(tmp_path / "run")) == 1
