@@ -167,6 +167,10 @@ class AttentionMask:
             self.start.to(device, non_blocking=True), self.stop.to(device, non_blocking=True), self.key_length
         )
 
+    def seeing(self) -> Tensor:
+        """bool [B, Q]: queries that see at least one key; padding does not."""
+        return self.stop[..., 0] > self.start[..., 0]
+
     def visible_pairs(self) -> Tensor:
         """int64 [B]: (query, key) pairs a row computes. Four FLOPs per pair, head and channel in the forward."""
         return (self.stop - self.start).sum(dim=(1, 2), dtype=torch.int64)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from sightline.batch import IGNORE, Batch
-from sightline.layers import KeyValueCache
 from sightline.masks import AttentionMask
-from sightline.models.llama3 import Llama3
+from sightline.models.decoder import Decoder
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What decoders put where the bytes of a character have not all come."""
@@ -31,7 +30,7 @@ class Tokenizer(Protocol):
 
 
 def generate(
-    model: Llama3,
+    model: Decoder,
     tokenizer: Tokenizer,
     prompt: str,
     *,
@@ -57,7 +56,7 @@ def generate(
 
 
 def stream(
-    model: Llama3,
+    model: Decoder,
     tokenizer: Tokenizer,
     prompt: str,
     *,
@@ -109,11 +108,11 @@ def sample(logits: Tensor, *, temperature: float, top_k: int | None, top_p: floa
 
 @torch.no_grad()
 def _continue(
-    model: Llama3, tokenizer: Tokenizer, ids: list[int], max_new_tokens: int, choose: Callable[[Tensor], int]
+    model: Decoder, tokenizer: Tokenizer, ids: list[int], max_new_tokens: int, choose: Callable[[Tensor], int]
 ) -> Iterator[int]:
     """New tokens until the end of the document. Each is computed once: the cache holds what came before."""
     device = _device_of(model)
-    cache = {name: KeyValueCache() for name in model.layers}
+    cache = model.new_cache()
     text, seen = list(ids), 0
     for _ in range(max_new_tokens):
         batch = _one_document(text)
@@ -167,5 +166,5 @@ def _pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
         yield rest
 
 
-def _device_of(model: Llama3) -> torch.device:
+def _device_of(model: Decoder) -> torch.device:
     return next(model.parameters()).device

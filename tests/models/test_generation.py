@@ -49,11 +49,14 @@ class Scripted(torch.nn.Module):
 
     def __init__(self, text: bytes) -> None:
         super().__init__()
-        self.text, self.layers = text, torch.nn.ModuleDict()
+        self.text = text
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def get_attention_masks(self, batch: Batch, tokenizer: object = None) -> AttentionMask:
         return document(batch.document_ids)
+
+    def new_cache(self) -> dict[str, KeyValueCache]:
+        return {}
 
     def forward(self, tokens: Tensor, *, positions: Tensor, **rest) -> Tensor:  # type: ignore[no-untyped-def]
         logits = torch.zeros(1, tokens.shape[1], 256)

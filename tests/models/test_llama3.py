@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sightline import Batch
-from sightline.models import Llama3, Llama3Config, Llama3RopeScaling, build_model, llama3
+from sightline.models import Llama3, Llama3Config, Llama3RopeScaling, build_model, decoder
 
 CONFIG = Llama3Config(
     vocab_size=61,
@@ -197,8 +197,8 @@ def test_the_mask_is_lowered_once_and_for_what_the_forward_needs(monkeypatch: py
         seen.append(kwargs)
         return lower(*args, **kwargs)
 
-    lower = llama3.lower
-    monkeypatch.setattr(llama3, "lower", spy)
+    lower = decoder.lower
+    monkeypatch.setattr(decoder, "lower", spy)
     model, batch = make_model(backend="sdpa"), make_batch()
     expected = {"backend": "sdpa", "device": torch.device("cpu"), "dtype": torch.float32, "training": True}
     run(model, batch)
@@ -239,6 +239,25 @@ def test_tied_embeddings_are_one_parameter_with_both_gradients() -> None:
     run(untied, batch, labels=True).backward()
     both = untied.embedding.weight.grad + untied.output.weight.grad
     torch.testing.assert_close(tied.embedding.weight.grad, both)
+
+
+def test_fresh_weights_have_the_stated_spread() -> None:
+    torch.manual_seed(0)
+    tiny = Llama3Config(width=256, layers=2, heads=4, kv_heads=2, ffn=512)
+    state = build_model(tiny).state_dict()
+    inner, residual = 1 / 16, 1 / 16 / 2  # width^-0.5, and that / sqrt(2 layers)
+    expected = {
+        "embedding": 1.0,
+        "output": inner,
+        **{f"layers.1.attention.{name}": inner for name in ("query", "key", "value")},
+        **{f"layers.1.mlp.{name}": inner for name in ("gate", "up")},
+        "layers.0.attention.output": residual,
+        "layers.0.mlp.down": residual,
+    }
+    assert {n: state[n + ".weight"].std().item() for n in expected} == pytest.approx(expected, rel=0.02)
+    assert all(torch.equal(w, torch.ones(256)) for name, w in state.items() if "norm" in name)
+    tied = build_model(replace(tiny, tied_embeddings=True))
+    assert tied.embedding.weight.std().item() == pytest.approx(inner, rel=0.02)
 
 
 def test_names_of_the_weights() -> None:
