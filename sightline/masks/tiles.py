@@ -16,8 +16,6 @@ from torch import Tensor
 
 TILE = 128  # queries of a tile that needs a pattern
 SHORT = 32  # runs shorter than this share a tile: one masked call is cheaper than many small ones
-CAUSAL_CUT = 128  # queries of a piece of a causal square ...
-CUT_FROM, CUT_TO = 192, 768  # ... of these lengths: the CPU kernel computes 512 keys at a time, so cutting saves half
 WORTH_A_CALL = 256  # keys everyone sees get a call of their own, without a pattern, from this many on
 SMALL_GAP = 32  # hidden keys between two slices that are cheaper to compute than to leave out
 
@@ -133,26 +131,22 @@ def _only_seen(
 def _tiles_of_run(run: _Run) -> Iterator[Tile]:
     if any(run.slides):
         yield from _sliding(run)
-    elif any(run.grows) and CUT_FROM <= run.length <= CUT_TO:
-        for at in range(0, run.length, CAUSAL_CUT):
-            length = min(CAUSAL_CUT, run.length - at)
-            yield Tile(run.row, run.first + at, run.first + at + length, _growing(run, at, length))
     else:
-        yield Tile(run.row, run.first, run.last, _growing(run, 0, run.length))
+        yield Tile(run.row, run.first, run.last, _growing(run))
 
 
-def _growing(run: _Run, at: int, length: int) -> list[Segment]:
-    """Segments of `length` queries from the run's query `at`, where no interval slides: a rectangle that all of them
-    see and, where an interval grows, a causal square behind it."""
+def _growing(run: _Run) -> list[Segment]:
+    """Segments of a run where no interval slides: a rectangle that all its queries see and, where an interval grows, a
+    causal square behind it."""
     segments = []
     for start, stop, grows in zip(run.start, run.stop, run.grows, strict=True):
-        if not grows or length == 1:
-            segments.append(Segment(start, stop + at * grows))
+        if not grows:
+            segments.append(Segment(start, stop))
             continue
-        square = stop + at - 1  # the last key of the first query
+        square = stop - 1  # the last key of the first query
         if square > start:
             segments.append(Segment(start, square))
-        segments.append(Segment(square, square + length, causal=True))
+        segments.append(Segment(square, square + run.length, causal=True))
     return segments
 
 
