@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import platform
+import resource
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -26,6 +29,46 @@ def in_turn(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[s
             if lap > 0:  # the first lap warms up
                 times[name].append(time.perf_counter() - begin)
     return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+
+
+def processes_in_turn(
+    makers: dict[str, tuple[Callable[..., Callable[[], object]], tuple[object, ...]]], rounds: int
+) -> dict[str, tuple[float, float]]:
+    """The same with every contestant in a process of its own: median seconds and peak MiB of each.
+
+    makers: name -> (function that builds the contestant, its arguments); both must be picklable. What one contestant
+    does to its process (allocator, threads, caches) does not touch the others, and its memory is its own.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes = {}
+    for name, (maker, arguments) in makers.items():
+        here, there = context.Pipe()
+        context.Process(target=_contestant, args=(there, maker, arguments), daemon=True).start()
+        pipes[name] = here
+    for pipe in pipes.values():
+        assert pipe.recv() == "ready"
+    times: dict[str, list[float]] = {name: [] for name in makers}
+    for lap in range(rounds + 2):
+        for name, pipe in pipes.items():
+            pipe.send("run")
+            seconds = pipe.recv()
+            if lap > 1:  # the first laps warm up
+                times[name].append(seconds)
+    results = {}
+    for name, pipe in pipes.items():
+        pipe.send("end")
+        results[name] = sorted(times[name])[rounds // 2], pipe.recv()
+    return results
+
+
+def _contestant(pipe: Connection, maker: Callable[..., Callable[[], object]], arguments: tuple[object, ...]) -> None:
+    run = maker(*arguments)
+    pipe.send("ready")
+    while pipe.recv() == "run":
+        begin = time.perf_counter()
+        run()
+        pipe.send(time.perf_counter() - begin)
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def _wait() -> None:

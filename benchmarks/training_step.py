@@ -2,11 +2,13 @@
 
     python -m benchmarks.training_step [--lengths 2048 8192] [--threads 2]
 
+Each contestant runs in a process of its own, and they take their steps in turn.
+
 The model: 6 layers, width 256, 8 heads, 4 key/value heads, FFN 688, vocabulary 8192, float32. The plain model has the
 same weights and is written as one would write it down: PyTorch's own modules, SDPA, full logits, cross_entropy,
 clipping, fused AdamW. It runs once with a dense document mask (built from the batch in each step, as trainers do) and
-once with plain causal attention, where every document leaks into the next. All three take the same rows, in turn.
-Mask work is what Sightline does with masks in a step: the rules and the lowering.
+once with plain causal attention, where every document leaks into the next. All take the same rows of at least three
+documents. Mask work is what Sightline does with masks in a step: the rules and the lowering.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.timing import in_turn, machine, save
+from benchmarks.timing import machine, processes_in_turn, save
 from sightline.attention import lower
 from sightline.batch import Batch
 from sightline.config import Data, Optimizer
-from sightline.data import Loader, load_documents, train_tokenizer
-from sightline.models import build_model, config_of
+from sightline.data import Loader, Tokenizer, load_documents, train_tokenizer
+from sightline.models import build_model
 from sightline.models.llama3 import Llama3, Llama3Config
 from sightline.training.optimizer import build_optimizer
 from sightline.training.step import train_step
@@ -95,14 +97,50 @@ class PlainModel(nn.Module):
                 own.copy_(other)
 
 
-def plain_step(model: PlainModel, batch: Callable[[], Batch], dense: bool) -> Callable[[], float]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.1, fused=True)
+def rows_of(length: int) -> tuple[Tokenizer, list[Batch]]:
+    """Rows of the corpus with at least three documents, the same ones for every contestant."""
+    documents = load_documents(Data())
+    tokenizer = train_tokenizer(documents, 8192)
+    loader = Loader(documents, tokenizer, rows=1, sequence_length=length, seed=1)
+    rows = [batch for batch in (next(loader) for _ in range(60)) if int(batch.document_ids.max()) >= 2]
+    loader.close()
+    return tokenizer, rows
+
+
+def ours(length: int, threads: int) -> Callable[[], float]:
+    """A step of Sightline, as `sightline train` takes it."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    tokenizer, rows = rows_of(length)
+    model = build_model("llama3-tiny")
+    optimizer = build_optimizer(model, Optimizer(learning_rate=1e-5))
+    following = cycle(rows)
 
     def step() -> float:
-        rows = batch()
+        batch = following()
+        device = torch.device("cpu")
+        taken = train_step(model, optimizer, batch, tokenizer, micro_batch_size=1, max_grad_norm=1.0, device=device)
+        return taken.loss.item()
+
+    return step
+
+
+def plain(length: int, threads: int, dense: bool) -> Callable[[], float]:
+    """A step of the plain model, with a dense document mask or with leaky causal attention."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    _, rows = rows_of(length)
+    source = build_model("llama3-tiny")
+    model = PlainModel(source.config)
+    model.copy_weights(source)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.1, fused=True)
+    following = cycle(rows)
+
+    def step() -> float:
+        batch = following()
         optimizer.zero_grad(set_to_none=True)
-        logits = model(rows, dense)
-        loss = F.cross_entropy(logits.flatten(0, 1), rows.labels.flatten(), ignore_index=-100)
+        logits = model(batch, dense)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -115,57 +153,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    documents = load_documents(Data())
-    tokenizer = train_tokenizer(documents, 8192)
-    config = config_of("llama3-tiny")
-    table = Table(title=f"training step, tokens/s, {machine()}")
-    for name in ("S", "ours", "dense mask", "leaky causal", "ours / dense", "ours / leaky", "mask work"):
-        table.add_column(name, justify="right")
+    threads = options.threads
+    table = Table(title=f"training step, {machine()}, {threads} threads")
+    for name in ("S", "contestant", "tokens/s", "peak MiB", "ours is faster by"):
+        table.add_column(name, justify="left" if name == "contestant" else "right")
     results: list[dict[str, object]] = []
     for length in options.lengths:
-        torch.manual_seed(0)
-        model = build_model(config)
-        plain = {name: PlainModel(config) for name in ("dense", "leaky")}
-        for other in plain.values():
-            other.copy_weights(model)
-        loader = Loader(documents, tokenizer, rows=1, sequence_length=length, seed=1)
-        rows = [batch for batch in (next(loader) for _ in range(60)) if int(batch.document_ids.max()) >= 2]
-        optimizer = build_optimizer(model, Optimizer(learning_rate=1e-5))
-
-        following = cycle(rows)
-
-        def ours(model=model, optimizer=optimizer, batch=following) -> float:
-            result = train_step(
-                model, optimizer, batch(), tokenizer, micro_batch_size=1, max_grad_norm=1.0, device=torch.device("cpu")
-            )
-            return result.loss.item()
-
-        first = {
-            "ours": ours,
-            "dense": plain_step(plain["dense"], cycle(rows), True),
-            "leaky": plain_step(plain["leaky"], cycle(rows), False),
-        }
-        seconds = in_turn(first, options.rounds)
-        mask_seconds = mask_work(model, rows)
-        loader.close()
-        row = {name: length / value for name, value in seconds.items()} | {
-            "length": length,
-            "times_dense": seconds["dense"] / seconds["ours"],
-            "times_leaky": seconds["leaky"] / seconds["ours"],
-            "mask_share": mask_seconds / seconds["ours"],
-        }
-        results.append(row)
-        table.add_row(
-            str(length),
-            *(f"{row[name]:.0f}" for name in ("ours", "dense", "leaky")),
-            *(f"{row[name]:.2f}x" for name in ("times_dense", "times_leaky")),
-            f"{row['mask_share']:.2%}",
+        measured = processes_in_turn(
+            {
+                "ours": (ours, (length, threads)),
+                "dense mask": (plain, (length, threads, True)),
+                "leaky causal": (plain, (length, threads, False)),
+            },
+            options.rounds,
         )
+        _, rows = rows_of(length)
+        own = measured["ours"][0]
+        share = mask_work(build_model("llama3-tiny"), rows) / own
+        for name, (seconds, peak) in measured.items():
+            row = {"length": length, "contestant": name, "tokens_per_second": length / seconds, "peak_mib": peak}
+            results.append({**row, "ours_times": seconds / own, "mask_share": share if name == "ours" else None})
+            table.add_row(str(length), name, f"{length / seconds:.0f}", f"{peak:.0f}", f"{seconds / own:.2f}x")
+        table.add_section()
+        Console().print(f"S = {length}: mask work is {share:.2%} of our step")
     Console().print(table)
-    save(f"training-step-{options.threads}t", results)
+    save(f"training-step-{threads}t", results)
 
 
 def cycle(rows: list[Batch]) -> Callable[[], Batch]:

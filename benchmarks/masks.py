@@ -1,0 +1,109 @@
+"""What masks cost: building them, lowering them to tiles and to block masks, against create_block_mask.
+
+    python -m benchmarks.masks [--lengths 2048 4096 ... 131072] [--threads 1]
+
+Writes the figures and docs/mask_cost.png: cost against S, both on a logarithmic scale, where linear is a slope of 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch.nn.attention.flex_attention import create_block_mask
+
+from benchmarks.timing import in_turn, lognormal_documents, machine, positions_of, save
+from sightline.masks import AttentionMask, causal, document, prefix_lm, shared_prefix, sliding_window
+
+THEIRS_UP_TO = 16384  # create_block_mask looks at every pair: 17 GB of indices at 64k
+PICTURE = Path(__file__).parent.parent / "docs" / "mask_cost.png"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    lengths = [2048, 4096, 8192, 16384, 32768, 65536, 131072]
+    parser.add_argument("--lengths", type=int, nargs="+", default=lengths)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    table = Table(title=f"masks, ms, lognormal documents of median 300, {machine()}")
+    for name in (
+        "S", "causal & document", "window", "prefix-LM", "shared prefix", "tiles", "window tiles", "BlockMask",
+        "BlockMask, forward", "create_block_mask", "times faster",
+    ):  # fmt: skip
+        table.add_column(name, justify="right")
+    rows: list[dict[str, object]] = []
+    for length in options.lengths:
+        ids = lognormal_documents(length)
+        positions = positions_of(ids)
+        prompts = ids - ids % 9
+        order = causal(1, length)
+
+        def build(length=length, ids=ids) -> AttentionMask:
+            return causal(1, length) & document(ids)
+
+        mask = build()
+        window = sliding_window(1, length, 256) & document(ids)
+        contestants = {
+            "build": build,
+            "window": lambda length=length, ids=ids: sliding_window(1, length, 256) & document(ids),
+            "prefix": lambda order=order, ids=ids, p=positions: (
+                (prefix_lm(p, torch.full_like(p, 100)) | order) & document(ids)
+            ),
+            "shared": lambda order=order, ids=ids, prompts=prompts: shared_prefix(ids, prompts) & order,
+            "tiles": mask.to_tiles,
+            "window_tiles": window.to_tiles,
+            "blocks": mask.to_block_mask,
+            "blocks_forward": lambda mask=mask: mask.to_block_mask(compute_q_blocks=False),
+        }
+        seconds = in_turn(contestants, options.rounds)
+        if length <= THEIRS_UP_TO:
+            seconds |= in_turn(
+                {
+                    "theirs": lambda mask=mask, length=length: create_block_mask(
+                        mask.mask_mod, 1, None, length, length, device="cpu"
+                    ),
+                    "blocks": mask.to_block_mask,
+                },
+                3,
+            )
+        row: dict[str, object] = {name: 1e3 * value for name, value in seconds.items()}
+        rows.append({"length": length, **row})
+        theirs = f"{row['theirs']:.0f}" if "theirs" in row else "-"
+        times = f"{seconds['theirs'] / seconds['blocks']:.0f}x" if "theirs" in row else "-"
+        names = ("build", "window", "prefix", "shared", "tiles", "window_tiles", "blocks", "blocks_forward")
+        table.add_row(str(length), *(f"{row[name]:.2f}" for name in names), theirs, times)
+    Console(width=140).print(table)
+    save(f"masks-{options.threads}t", rows)
+    draw(rows)
+
+
+def draw(rows: list[dict[str, object]]) -> None:
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    names = {
+        "build": "causal & document",
+        "tiles": "tiles (CPU kernel)",
+        "blocks": "BlockMask",
+        "theirs": "create_block_mask",
+    }
+    for name, label in names.items():
+        points = [(row["length"], row[name]) for row in rows if name in row]
+        axes.loglog(*zip(*points, strict=True), marker="o", label=label, base=2)
+    first = rows[0]
+    linear = [first["build"] * row["length"] / first["length"] for row in rows]  # type: ignore[operator]
+    axes.loglog([row["length"] for row in rows], linear, color="gray", linestyle=":", label="linear in S", base=2)
+    axes.set_yscale("log")
+    axes.set(xlabel="tokens of a row (S)", ylabel="ms", title="What a mask costs, on one CPU core")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(PICTURE, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Every benchmark that this machine can run, one after the other: `make bench`. About half an hour on two cores."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+import torch
+
+CPU = [
+    ("benchmarks.masks", []),
+    ("benchmarks.attention", []),
+    ("benchmarks.attention", ["--kv-heads", "2", "--lengths", "8192"]),
+    ("benchmarks.memory", []),
+    ("benchmarks.training_step", ["--threads", "1"]),
+    ("benchmarks.training_step", ["--threads", "2"]),
+]
+
+
+def main() -> None:
+    for module, arguments in [("benchmarks.gpu", [])] if torch.cuda.is_available() else CPU:
+        print(f"\npython -m {module} {' '.join(arguments)}", flush=True)
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
