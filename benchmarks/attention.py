@@ -91,11 +91,14 @@ def main() -> None:
         if length <= PLAIN_UP_TO:
             # What is dense costs the same whatever it shows, so one dense mask stands for all.
             dense = next(iter(chosen.values())).to_dense().unsqueeze(1)
-            gqa = kv_heads != heads
-            for name, options_of_sdpa in (("dense", {"attn_mask": dense}), ("causal row", {"is_causal": True})):
+            gqa = {"enable_gqa": kv_heads != heads}
+            for name, options_of_sdpa in (
+                ("dense", {"attn_mask": dense, **gqa}),
+                ("causal row", {"is_causal": True, **gqa}),
+            ):
                 contestants[name] = step(
                     q, k, v, grad,
-                    lambda q, k, v, o=options_of_sdpa: F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa, **o),
+                    lambda q, k, v, o=options_of_sdpa: F.scaled_dot_product_attention(q, k, v, **o),
                 )  # fmt: skip
         seconds = in_turn(contestants, options.rounds)
         for name, mask in chosen.items():
