@@ -54,7 +54,7 @@ MODELS = [
     "vlm-tiny",
 ]
 RATE = 1e-5
-SAME_LOSS = 1e-3
+SAME_LOSS = 2e-5
 
 
 class Inputs(NamedTuple):
@@ -255,6 +255,7 @@ def main() -> None:
     for name in options.models:
         rows, tokenizer = rows_of(name, options.length, tokenizers)
         row = compare(name, rows, tokenizer, options.rounds)
+        Console().print(row)
         results.append(row)
         table.add_row(
             name,

@@ -25,7 +25,8 @@ class Data:
 
     source: str = "python-stdlib"
     """`python-stdlib` is the source of this Python's own standard library.
-    Else a file or folder of .txt, .md, .py or .jsonl, or `hf:NAME`, a Hugging Face dataset (needs the extra `hf`)."""
+    Else a file or folder of .txt, .md, .py or .jsonl, or `hf:NAME`, a Hugging Face dataset (needs the extra `hf`).
+    `synthetic-images` is drawings and their captions, for models that see."""
     text_field: str = "text"
     """The field that holds the text in .jsonl files and Hugging Face datasets."""
     tokenizer: Path | None = None
@@ -177,6 +178,9 @@ class Run(Generic[Model]):
 
     model: Model
     """The model's own config: its sizes."""
+    model_from: Path | None = None
+    """A Hugging Face directory (config.json, safetensors) whose weights the run begins with.
+    Its config decides the sizes of the model, and its tokenizer is the run's where data.tokenizer names no other."""
     output_dir: Path = Path("runs/default")
     """Where the run is kept. The same command on the same directory continues where it stopped."""
     seed: int = 0

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from sightline import __version__
-from sightline.cli import generate, masks, train
+from sightline.cli import convert, generate, masks, train
 from sightline.training import RunEnded, Stopped
 
 
@@ -23,6 +23,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(train.main, "train a model by a recipe, or continue where it stopped"),
     "generate": Command(generate.main, "continue a text with a trained model"),
+    "convert": Command(convert.main, "write a trained model as a Hugging Face directory"),
     "masks": Command(masks.main, "draw what each token may see"),
 }
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import tyro
 
 from sightline.config import Run
+from sightline.models.pretrained import read_model_config
 from sightline.recipes import RECIPES, get_recipe
 from sightline.training import train
 from sightline.training.terminal import count
@@ -16,7 +20,8 @@ EXAMPLES = """examples:
   sightline train llama3-tiny --output-dir runs/mine --data.source ~/texts --training.steps 500
   sightline train llama3-tiny --training.sequence-length 4096 --training.global-batch-size 1 \\
       --training.micro-batch-size 1
-  sightline train llama3-debug --model.layers 4 --optimizer.schedule wsd"""
+  sightline train llama3-debug --model.layers 4 --optimizer.schedule wsd
+  sightline train qwen3-0.6b --model-from ~/Qwen3-0.6B --data.source ~/texts"""
 
 
 def main(argv: list[str]) -> None:
@@ -31,6 +36,9 @@ def parse(argv: list[str]) -> Run:
     if argv[0].startswith("-"):
         raise ValueError(f"the recipe comes before the options, got {argv[0]!r} first; recipes: {', '.join(RECIPES)}")
     recipe = get_recipe(argv[0])
+    directory = _model_from(argv[1:])
+    if directory is not None:
+        recipe = dataclasses.replace(recipe, model=read_model_config(directory), model_from=directory)
     kind: Any = Run[type(recipe.model)]  # type: ignore[misc]  # so that the model's own fields are options too
     return tyro.cli(
         kind,
@@ -40,6 +48,13 @@ def parse(argv: list[str]) -> Run:
         description=f"Train {argv[0]}. The defaults are the recipe's.\n\n{EXAMPLES}",
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+
+def _model_from(options: list[str]) -> Path | None:
+    """The option that is read first, because it decides which sizes the other options begin with."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model-from", "--model_from", type=Path)
+    return parser.parse_known_args(options)[0].model_from
 
 
 def usage() -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from sightline.config import Data
 from sightline.data.documents import Documents, describe_skipped
+from sightline.data.images import SYNTHETIC_IMAGES, caption_documents
 
 try:
     import datasets
@@ -33,6 +34,8 @@ def load_documents(data: Data) -> Documents:
     Errors: ValueError for a source that does not exist or holds no text, and for a .jsonl line that is not an object
     with text in `data.text_field`.
     """
+    if data.source == SYNTHETIC_IMAGES:
+        return caption_documents()
     if data.source == "python-stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         return _read(root, _find(root, (".py",), NOT_STDLIB), data)
@@ -45,7 +48,7 @@ def load_documents(data: Data) -> Documents:
         return _read(path.parent, [path] if path.suffix.lower() in ENDINGS else [], data)
     raise ValueError(
         f"data.source {data.source!r} does not exist: expected `python-stdlib`, a file or folder of "
-        f"{', '.join(ENDINGS)}, or `hf:NAME`; seen from {Path.cwd()}"
+        f"{', '.join(ENDINGS)}, `hf:NAME`, or `{SYNTHETIC_IMAGES}`; seen from {Path.cwd()}"
     )
 
 

@@ -1,21 +1,42 @@
 """The parts models are built of. Each takes plain tensors; attention takes the mask its caller lowered."""
 
 from sightline.layers.attention import GroupedQueryAttention
-from sightline.layers.cache import KeyValueCache
-from sightline.layers.loss import linear_cross_entropy
+from sightline.layers.cache import KeyValueCache, LayerCache, RecurrentCache
+from sightline.layers.loss import linear_cross_entropy, with_gradient_of
+from sightline.layers.mla import MultiHeadLatentAttention
 from sightline.layers.mlp import SwiGLU
-from sightline.layers.norm import RMSNorm
-from sightline.layers.rope import Llama3RopeScaling, Rotation, build_rotation, rope_frequencies, rotate
+from sightline.layers.moe import Experts, MoE, Router, routers_of
+from sightline.layers.norm import RMSNorm, ZeroCentredRMSNorm
+from sightline.layers.recurrence import GatedDeltaNet
+from sightline.layers.rope import (
+    Llama3RopeScaling,
+    Rotation,
+    YarnScaling,
+    build_rotation,
+    rope_frequencies,
+    rotate,
+)
 
 __all__ = [
+    "Experts",
+    "GatedDeltaNet",
     "GroupedQueryAttention",
     "KeyValueCache",
+    "LayerCache",
     "Llama3RopeScaling",
+    "MoE",
+    "MultiHeadLatentAttention",
     "RMSNorm",
+    "RecurrentCache",
     "Rotation",
+    "Router",
     "SwiGLU",
+    "YarnScaling",
+    "ZeroCentredRMSNorm",
     "build_rotation",
     "linear_cross_entropy",
     "rope_frequencies",
     "rotate",
+    "routers_of",
+    "with_gradient_of",
 ]

@@ -2,42 +2,91 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from sightline.attention import Lowered, attend
 from sightline.layers.cache import KeyValueCache
-from sightline.layers.rope import Rotation, rotate
+from sightline.layers.norm import RMSNorm
+from sightline.layers.rope import rotate
 from sightline.masks import AttentionMask
 
 
 class GroupedQueryAttention(nn.Module):
-    """H query heads share G key/value heads (arXiv 2305.13245); query head h reads key/value head h // (H / G)."""
+    """H query heads share G key/value heads (arXiv 2305.13245); query head h reads key/value head h // (H / G).
 
-    def __init__(self, width: int, heads: int, kv_heads: int, head_size: int) -> None:
+    bias         the four projections have one
+    qk_norm_eps  with it, queries and keys are normed over their head before they are rotated (arXiv 2302.05442), by
+                 one weight [D] for all query heads and one for all key heads
+    sinks        every query head has a learned logit that takes part in its softmax and carries no value: where no
+                 key deserves attention, it takes it (arXiv 2309.17453)
+
+    A family whose positions enter in another way overrides `encode`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_size: int,
+        *,
+        bias: bool = False,
+        qk_norm_eps: float | None = None,
+        sinks: bool = False,
+    ) -> None:
         super().__init__()
         self.head_size = head_size
-        self.query = nn.Linear(width, heads * head_size, bias=False)
-        self.key = nn.Linear(width, kv_heads * head_size, bias=False)
-        self.value = nn.Linear(width, kv_heads * head_size, bias=False)
-        self.output = nn.Linear(heads * head_size, width, bias=False)
+        self.query = nn.Linear(width, heads * head_size, bias=bias)
+        self.key = nn.Linear(width, kv_heads * head_size, bias=bias)
+        self.value = nn.Linear(width, kv_heads * head_size, bias=bias)
+        self.output = nn.Linear(heads * head_size, width, bias=bias)
+        self.query_norm = None if qk_norm_eps is None else RMSNorm(head_size, qk_norm_eps)
+        self.key_norm = None if qk_norm_eps is None else RMSNorm(head_size, qk_norm_eps)
+        self.sinks = nn.Parameter(torch.empty(heads)) if sinks else None
 
     def init_weights(self, std: float, output_std: float) -> None:
-        for linear in (self.query, self.key, self.value):
-            nn.init.normal_(linear.weight, std=std)
-        nn.init.normal_(self.output.weight, std=output_std)
+        """Weights normal with these spreads; norms 1; biases and sinks 0."""
+        for linear in (self.query, self.key, self.value, self.output):
+            nn.init.normal_(linear.weight, std=output_std if linear is self.output else std)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        for norm in (self.query_norm, self.key_norm):
+            if norm is not None:
+                norm.init_weights()
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
 
     def forward(
-        self, x: Tensor, mask: AttentionMask | Lowered, rotation: Rotation, cache: KeyValueCache | None = None
+        self, x: Tensor, mask: AttentionMask | Lowered, encoding: Any, cache: KeyValueCache | None = None
     ) -> Tensor:
-        """x [B, S, W] -> [B, S, W]. With a cache the mask's queries are these S tokens, its keys all tokens so far."""
-        q_BSHD = rotate(self._heads(self.query(x)), rotation)
-        k_BSGD = rotate(self._heads(self.key(x)), rotation)
-        v_BSGD = self._heads(self.value(x))
+        """x [B, S, W] -> [B, S, W]; encoding is what `encode` takes, a Rotation or None for no rotation.
+
+        With a cache the mask's queries are these S tokens, its keys all tokens so far.
+        """
+        return self.output(self.mix(x, mask, encoding, cache))
+
+    def mix(
+        self, x: Tensor, mask: AttentionMask | Lowered, encoding: Any, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """What the heads gather, [B, S, H * D]: `forward` before the output projection."""
+        q_BSHD, k_BSGD, v_BSGD = (self._heads(linear(x)) for linear in (self.query, self.key, self.value))
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BSHD, k_BSGD = self.query_norm(q_BSHD), self.key_norm(k_BSGD)
+        q_BSHD, k_BSGD = self.encode(q_BSHD, k_BSGD, encoding)
         # The kernels take strided views, and attend's output lies in memory as [B, S, H, D]: nothing here copies.
         q, k, v = (t.transpose(1, 2) for t in (q_BSHD, k_BSGD, v_BSGD))
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.output(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        return attend(q, k, v, mask, sinks=self.sinks).transpose(1, 2).flatten(2)
+
+    def encode(self, q_BSHD: Tensor, k_BSGD: Tensor, encoding: Any) -> tuple[Tensor, Tensor]:
+        """Write the positions into queries and keys: turn both by a Rotation, or leave both where it is None."""
+        if encoding is None:
+            return q_BSHD, k_BSGD
+        return rotate(q_BSHD, encoding), rotate(k_BSGD, encoding)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, S, heads * D] -> [B, S, heads, D], for as many heads as this process holds."""

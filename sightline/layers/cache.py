@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -19,6 +20,25 @@ class KeyValueCache:
         self._keys = _put(self._keys, k, begin)
         self._values = _put(self._values, v, begin)
         return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+
+
+class RecurrentCache:
+    """What a layer with a memory keeps of the tokens seen so far: the same, however many they are."""
+
+    def __init__(self) -> None:
+        self.state: Tensor | None = None
+        """[B, H, D, E], the memory after the last token."""
+        self._inputs: Tensor | None = None
+
+    def remember_inputs(self, x: Tensor, count: int) -> Tensor:
+        """Add new tokens [B, S, C]; returns the `count` tokens before them, 0 where there were none."""
+        past = x.new_zeros(x.shape[0], count, x.shape[2]) if self._inputs is None else self._inputs
+        self._inputs = torch.cat([past, x], dim=1)[:, x.shape[1] :]
+        return past
+
+
+LayerCache = KeyValueCache | RecurrentCache
+"""What a layer remembers; which of them, its own `new_cache` says."""
 
 
 def _put(buffer: Tensor | None, new: Tensor, begin: int) -> Tensor:

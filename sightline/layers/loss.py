@@ -32,6 +32,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_s
         return _LinearCrossEntropy.apply(hidden, weight, labels, tokens, chunk_size, with_grads)
 
 
+def with_gradient_of(loss: Tensor, auxiliary: Tensor) -> Tensor:
+    """The value of `loss` and the gradients of both, so that a loss stays comparable whatever else is asked for."""
+    return loss + (auxiliary - auxiliary.detach())
+
+
 def _labelled_tokens(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Check the arguments; returns the indices of the tokens that have a label, int64 [M]."""
     if hidden.dim() != 2 or weight.dim() != 2 or labels.dim() != 1:

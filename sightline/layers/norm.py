@@ -20,3 +20,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class ZeroCentredRMSNorm(RMSNorm):
+    """RMSNorm whose weight is the difference from 1, so that a decay of the weight pulls it to 1 and not to 0."""
+
+    def init_weights(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, 1 + self.weight, self.eps)

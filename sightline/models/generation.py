@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sightline.batch import IGNORE, Batch
 from sightline.masks import AttentionMask
-from sightline.models.decoder import Decoder
+from sightline.models.decoder import Decoder, Masks
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What decoders put where the bytes of a character have not all come."""
@@ -32,8 +32,9 @@ class Tokenizer(Protocol):
 def generate(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | Sequence[int],
     *,
+    extra: dict[str, Tensor] | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.8,
     top_k: int | None = None,
@@ -46,6 +47,7 @@ def generate(
             model,
             tokenizer,
             prompt,
+            extra=extra,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -58,8 +60,9 @@ def generate(
 def stream(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | Sequence[int],
     *,
+    extra: dict[str, Tensor] | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.8,
     top_k: int | None = None,
@@ -68,6 +71,8 @@ def stream(
 ) -> Iterator[str]:
     """Continue the prompt, piece by piece; a piece never ends inside a character.
 
+    prompt          a text, or the token ids of the beginning of a document
+    extra           what else of the prompt the model takes, as in a batch of one row: its images
     max_new_tokens  stop after so many tokens, or at the end of the document before that
     temperature     logits are divided by it; 0 always takes the likeliest token
     top_k           draw from the k likeliest tokens; None is all
@@ -84,7 +89,7 @@ def stream(
         raise ValueError(f"top-k must be at least 1 token, got {top_k}; leave it out to draw from all")
     if not 0 < top_p <= 1:
         raise ValueError(f"top-p must be greater than 0 and at most 1 (all tokens), got {top_p}")
-    ids = tokenizer.encode_prompt(prompt)
+    ids = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
     if not ids:
         raise ValueError(f"the prompt {prompt!r} has no tokens: give at least one character to continue")
     generator = torch.Generator(_device_of(model)).manual_seed(seed)
@@ -92,7 +97,7 @@ def stream(
     def choose(logits: Tensor) -> int:
         return sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
 
-    return _pieces(tokenizer, _continue(model, tokenizer, ids, max_new_tokens, choose))
+    return _pieces(tokenizer, _continue(model, tokenizer, ids, extra or {}, max_new_tokens, choose))
 
 
 def sample(logits: Tensor, *, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator) -> int:
@@ -108,20 +113,27 @@ def sample(logits: Tensor, *, temperature: float, top_k: int | None, top_p: floa
 
 @torch.no_grad()
 def _continue(
-    model: Decoder, tokenizer: Tokenizer, ids: list[int], max_new_tokens: int, choose: Callable[[Tensor], int]
+    model: Decoder,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    extra: dict[str, Tensor],
+    max_new_tokens: int,
+    choose: Callable[[Tensor], int],
 ) -> Iterator[int]:
     """New tokens until the end of the document. Each is computed once: the cache holds what came before."""
     device = _device_of(model)
     cache = model.new_cache()
     text, seen = list(ids), 0
     for _ in range(max_new_tokens):
-        batch = _one_document(text)
+        batch = _one_document(text, extra)
         new = torch.arange(seen, len(text))
         # The model's own rule for the whole text, then the rows of the new tokens: windows and chunks stay exact.
-        masks = _take_queries(model.get_attention_masks(batch, tokenizer), new, device)
+        masks = _take_queries(model, model.get_attention_masks(batch, tokenizer), new, device)
         tokens, positions = batch.tokens[:, new].to(device), batch.positions[:, new].to(device)
-        logits = model(tokens, attention_masks=masks, positions=positions, cache=cache)
-        token = choose(logits[0, -1])
+        given = {} if seen else {name: value.to(device) for name, value in extra.items()}
+        logits = model(tokens, attention_masks=masks, positions=positions, cache=cache, **given)[0, -1]
+        logits[list(model.unspoken)] = -float("inf")
+        token = choose(logits)
         if token == tokenizer.eos_id:
             return
         yield token
@@ -129,7 +141,7 @@ def _continue(
         text.append(token)
 
 
-def _one_document(ids: list[int]) -> Batch:
+def _one_document(ids: list[int], extra: dict[str, Tensor]) -> Batch:
     tokens = torch.tensor([ids])
     positions = torch.arange(len(ids), dtype=torch.int32)[None]
     return Batch(
@@ -137,15 +149,16 @@ def _one_document(ids: list[int]) -> Batch:
         labels=torch.full_like(tokens, IGNORE),
         document_ids=torch.zeros_like(positions),
         positions=positions,
+        extra=extra,
     )
 
 
-def _take_queries(
-    masks: AttentionMask | dict[str, AttentionMask], index: Tensor, device: torch.device
-) -> AttentionMask | dict[str, AttentionMask]:
-    if isinstance(masks, dict):
-        return {name: mask.take_queries(index).to(device) for name, mask in masks.items()}
-    return masks.take_queries(index).to(device)
+def _take_queries(model: Decoder, masks: Masks, index: Tensor, device: torch.device) -> Masks:
+    """The masks for the tokens at `index` alone; those that no decoder layer uses are not about tokens, and stay."""
+    if isinstance(masks, AttentionMask):
+        return masks.take_queries(index).to(device)
+    of_tokens = {layer.mask_name for layer in model.layers.values()}
+    return {name: (mask.take_queries(index) if name in of_tokens else mask).to(device) for name, mask in masks.items()}
 
 
 def _pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

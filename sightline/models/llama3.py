@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sightline.attention import Lowered
 from sightline.batch import Batch
@@ -20,6 +22,7 @@ from sightline.layers import (
 )
 from sightline.masks import AttentionMask, causal, document
 from sightline.models.decoder import Decoder, Layer
+from sightline.models.weights import HuggingFace, Weight, expect, read_rope, read_scaling, write_rope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,31 +130,6 @@ class Llama3(Decoder):
 
     def __init__(self, config: Llama3Config, *, attention_backend: str = "auto") -> None:
         super().__init__(config, (Block(config) for _ in range(config.layers)), attention_backend=attention_backend)
-        self.config = config
-
-    def init_weights(self) -> None:
-        """Draw fresh weights, all of them normal around 0, in the order of the layers.
-
-        embedding                      std 1, the size at which the norms leave it as it is; tied: as output
-        query, key, value, gate, up    std width^-0.5, so that every product keeps the size of its input
-        attention's output, down       std width^-0.5 / sqrt(2 layers): the sum over all layers stays of size 1
-        norms                          1, not drawn
-        output                         std width^-0.5: logits begin with a variance of 1
-
-        The usual 0.02 is width^-0.5 at a width of 2500, and too little for a narrow model: after 100 steps of 1024
-        tokens llama3-tiny stands at a loss of 5.62 as drawn here, 5.98 with 0.02 in the layers, 6.39 with 0.02
-        everywhere.
-        """
-        config = self.config
-        std = config.width**-0.5
-        if self.embedding is not None:
-            nn.init.normal_(self.embedding.weight, std=std if config.tied_embeddings else 1.0)
-        for layer in self.layers.values():
-            layer.init_weights(std, std / (2 * config.layers) ** 0.5)  # type: ignore[operator]
-        if self.norm is not None:
-            self.norm.init_weights()
-        if self.output is not None:
-            nn.init.normal_(self.output.weight, std=std)
 
     def get_attention_masks(self, batch: Batch, tokenizer: object = None) -> AttentionMask:
         """Every token sees itself and what comes before it in its own document."""
@@ -183,3 +161,70 @@ class Llama3(Decoder):
         arXiv 2204.02311: what a kernel recomputes in its backward does not count).
         """
         return 12.0 * self.config.heads * self.config.resolved_head_size * self.config.layers
+
+
+def config_from_hf(hf: dict[str, Any]) -> Llama3Config:
+    """From the fields of a config.json."""
+    expect(hf, hidden_act="silu", attention_bias=False, mlp_bias=False)
+    rope = read_rope(hf, "llama3")
+    return Llama3Config(
+        vocab_size=hf["vocab_size"],
+        width=hf["hidden_size"],
+        layers=hf["num_hidden_layers"],
+        heads=hf["num_attention_heads"],
+        kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        head_size=hf.get("head_dim"),
+        ffn=hf["intermediate_size"],
+        rope_theta=rope["rope_theta"],
+        rope_scaling=read_scaling(rope),
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        tied_embeddings=hf.get("tie_word_embeddings", False),
+    )
+
+
+def config_to_hf(config: Llama3Config) -> dict[str, Any]:
+    """And back."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.resolved_head_size,
+        "intermediate_size": config.ffn,
+        **write_rope(config.rope_theta, config.rope_scaling),
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied_embeddings,
+    }
+
+
+def hf_weights(config: Llama3Config) -> Iterator[Weight]:
+    """Which tensor of theirs is which of ours."""
+    yield Weight("model.embed_tokens.weight", "embedding.weight")
+    for i in range(config.layers):
+        for theirs, ours in (
+            ("input_layernorm", "attention_norm"),
+            ("self_attn.q_proj", "attention.query"),
+            ("self_attn.k_proj", "attention.key"),
+            ("self_attn.v_proj", "attention.value"),
+            ("self_attn.o_proj", "attention.output"),
+            ("post_attention_layernorm", "mlp_norm"),
+            ("mlp.gate_proj", "mlp.gate"),
+            ("mlp.up_proj", "mlp.up"),
+            ("mlp.down_proj", "mlp.down"),
+        ):
+            yield Weight(f"model.layers.{i}.{theirs}.weight", f"layers.{i}.{ours}.weight")
+    yield Weight("model.norm.weight", "norm.weight")
+    if not config.tied_embeddings:
+        yield Weight("lm_head.weight", "output.weight")
+
+
+LLAMA3_HF = HuggingFace(
+    model=Llama3,
+    architectures=("LlamaForCausalLM",),
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
+    weights=hf_weights,
+)

@@ -21,27 +21,34 @@ from sightline.training.run_directory import RunDirectory
 from sightline.training.terminal import Terminal, count, duration
 
 
-def announce(
-    terminal: Terminal,
-    run: Run,
-    model: nn.Module,
-    device: torch.device,
-    peak: Peak,
-    documents: Documents,
-    held_out: Documents,
-) -> None:
-    """The lines before the first step: what is trained, where, on what."""
+def announce_data(terminal: Terminal, run: Run, documents: Documents, held_out: Documents, start: Path | None) -> None:
+    """What is known before the tokenizer is trained, which may take its time."""
+    tokenizer = str(
+        run.data.tokenizer
+        or run.model_from
+        or f"a byte-level BPE of {run.model.vocab_size:,} tokens is trained on them now"
+    )
+    terminal.table(
+        {
+            "run": f"{run.output_dir}, continued from {start.name}" if start else str(run.output_dir),
+            "data": f"{documents.describe()}; {len(held_out):,} held out",
+            "tokenizer": f"of {start}" if start else tokenizer,
+        }
+    )
+
+
+def announce_model(terminal: Terminal, run: Run, model: nn.Module, device: torch.device, peak: Peak) -> None:
+    """What is trained, where, and in what portions."""
     training = run.training
     where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     accumulation = training.global_batch_size // training.micro_batch_size
     micro = f" in {accumulation} forwards" if accumulation > 1 else ""
     parameters = sum(p.numel() for p in model.parameters())
+    begun = f", begun with the weights of {run.model_from}" if run.model_from else ""
     terminal.table(
         {
-            "run": str(run.output_dir),
-            "model": f"{type(model).__name__}, {count(parameters)} parameters",
+            "model": f"{type(model).__name__}, {count(parameters)} parameters{begun}",
             "device": f"{where}, {training.dtype}, peak {peak}",
-            "data": f"{documents.describe()}; {len(held_out):,} held out",
             "step": f"{training.global_batch_size} rows of {training.sequence_length} tokens{micro}",
         }
     )

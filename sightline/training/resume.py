@@ -9,7 +9,7 @@ from sightline.config import Run
 from sightline.training.checkpoint import CONFIG, check_checkpoint, find_latest, step_of
 from sightline.training.run_directory import RunDirectory, find_checkpoint, load_config, settings
 
-FIXED = ("family", "model", "data", "seed", "training.sequence_length", "training.global_batch_size")
+FIXED = ("family", "model", "model_from", "data", "seed", "training.sequence_length", "training.global_batch_size")
 """With another value of these it would be another run: other weights, other documents or another batch."""
 SILENT = ("output_dir", "logging", "checkpoint")
 """Of no meaning to the numbers. Whatever is in neither may change, and is said."""
@@ -72,9 +72,11 @@ CONSEQUENCES = {
 
 
 def option(name: str, value: Any) -> str:
-    """How the command line says `name` is `value`: `--model.ffn 64`, `--model.no-tied-embeddings`."""
+    """How the command line says that: `--model.ffn 64`, `--model.no-tied-embeddings`, `no --model-from` for None."""
     group, _, field = name.replace("_", "-").rpartition(".")
     prefix = f"--{group}." if group else "--"
+    if value is None:
+        return f"no {prefix}{field}"
     return f"{prefix}{'' if value else 'no-'}{field}" if isinstance(value, bool) else f"{prefix}{field} {value}"
 
 

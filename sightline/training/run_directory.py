@@ -103,7 +103,7 @@ def load_config(path: Path) -> Run:
 
 def family_of(model: Any) -> str:
     """`llama3` for the config of a llama3 of any size."""
-    return next(name.rsplit("-", 1)[0] for name, known in MODELS.items() if type(known) is type(model))
+    return next(name.split("-")[0] for name, known in MODELS.items() if type(known) is type(model))
 
 
 def encode(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -10,8 +11,19 @@ import torch
 from sightline import config
 from sightline.batch import Batch
 from sightline.config import Run
-from sightline.data import Documents, Loader, Tokenizer, load_tokenizer, train_tokenizer, validation_batches
+from sightline.data import (
+    SYNTHETIC_IMAGES,
+    Documents,
+    ImageLoader,
+    Loader,
+    Tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+    validation_batches,
+)
 from sightline.training.checkpoint import TOKENIZER
+
+VALIDATION_SEED = 0  # any constant: a run's seed must not change what it is validated on
 
 
 def choose_device(options: config.Training) -> torch.device:
@@ -37,25 +49,29 @@ def make_reproducible(run: Run) -> None:
 
 
 def get_tokenizer(run: Run, documents: Documents, start: Path | None) -> Tokenizer:
-    """The tokenizer of the checkpoint, else the one the config names, else one trained on the documents.
+    """The tokenizer of the checkpoint, else the one the config names, else that of the pretrained weights, else one
+    trained on the documents.
 
     Errors: ValueError where the model has no room for its vocabulary.
     """
     if start:
         return load_tokenizer(start / TOKENIZER)
-    if run.data.tokenizer is None:
+    path = run.data.tokenizer or run.model_from
+    if path is None:
         return train_tokenizer(documents, run.model.vocab_size)
-    tokenizer = load_tokenizer(run.data.tokenizer)
+    tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > run.model.vocab_size:
         raise ValueError(
-            f"the tokenizer {run.data.tokenizer} has {tokenizer.vocab_size} tokens and the model's vocabulary has "
+            f"the tokenizer {path} has {tokenizer.vocab_size} tokens and the model's vocabulary has "
             f"{run.model.vocab_size}; expected at most as many. Use --model.vocab-size {tokenizer.vocab_size}"
         )
     return tokenizer
 
 
-def open_loader(run: Run, documents: Documents, tokenizer: Tokenizer) -> Loader:
+def open_loader(run: Run, documents: Documents, tokenizer: Tokenizer) -> Loader | ImageLoader:
     """The batches to train on, all rows of an optimizer step each."""
+    if run.data.source == SYNTHETIC_IMAGES:
+        return open_images(run, documents, tokenizer, rows=run.training.global_batch_size, seed=run.seed)
     return Loader(
         documents,
         tokenizer,
@@ -70,6 +86,10 @@ def open_validation(run: Run, documents: Documents, tokenizer: Tokenizer) -> lis
     """The batches to validate on, always the same; none where the run does not validate."""
     if run.validation.every == 0 or len(documents) == 0:
         return []
+    if run.data.source == SYNTHETIC_IMAGES:
+        rows = min(run.training.micro_batch_size, run.validation.rows)
+        images = open_images(run, documents, tokenizer, rows=rows, seed=VALIDATION_SEED)
+        return list(islice(images, run.validation.rows // rows))
     return list(
         validation_batches(
             documents,
@@ -78,4 +98,26 @@ def open_validation(run: Run, documents: Documents, tokenizer: Tokenizer) -> lis
             rows_per_batch=run.training.micro_batch_size,
             sequence_length=run.training.sequence_length,
         )
+    )
+
+
+def open_images(run: Run, captions: Documents, tokenizer: Tokenizer, *, rows: int, seed: int) -> ImageLoader:
+    """Batches of drawings and their captions.
+
+    Errors: ValueError for a model that sees no images.
+    """
+    if not hasattr(run.model, "image_token"):
+        raise ValueError(
+            f"data.source {SYNTHETIC_IMAGES!r} holds images, and a {type(run.model).__name__} describes a model that "
+            "reads text alone; take a recipe of the family vlm, or another --data.source"
+        )
+    return ImageLoader(
+        captions,
+        tokenizer,
+        rows=rows,
+        sequence_length=run.training.sequence_length,
+        patch_size=run.model.vision.patch_size,
+        merge=run.model.merge,
+        image_token=run.model.image_token,
+        seed=seed,
     )

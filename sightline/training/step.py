@@ -67,6 +67,8 @@ class StepResult:
     """Tokens that are no padding."""
     fill: float
     """Their share of the rows."""
+    of_model: dict[str, Tensor]
+    """Scalars that the model tells of the step, by name: the load of its experts, ..."""
 
 
 def train_step(
@@ -113,6 +115,7 @@ def train_step(
         attention_flops=flops,
         tokens=int((batch.document_ids != PADDING).sum()),
         fill=batch.fill(),
+        of_model=model.finish_step(),
     )
 
 

@@ -79,7 +79,9 @@ class Terminal:
 
     def table(self, rows: Mapping[str, str]) -> None:
         """Two columns without lines: what, and where."""
-        table = Table.grid(padding=(0, 2))
+        table = Table.grid(padding=(0, 1))
+        table.add_column(min_width=12)
+        table.add_column()
         for what, where in rows.items():
             if self.console.is_terminal:
                 table.add_row(f"[dim]{escape(what)}[/dim]", escape(where))

@@ -13,6 +13,7 @@ from sightline.config import Run
 from sightline.data import load_documents, split_documents
 from sightline.models import build_model
 from sightline.models.generation import generate
+from sightline.models.pretrained import read_pretrained
 from sightline.training.checkpoint import (
     CannotSave,
     Progress,
@@ -27,7 +28,7 @@ from sightline.training.errors import NonFiniteLoss, SaveFailed, Stopped
 from sightline.training.flops import find_peak
 from sightline.training.metrics import Metrics
 from sightline.training.optimizer import build_optimizer, learning_rate
-from sightline.training.report import announce, draw_losses, introduce_masks, tell_end
+from sightline.training.report import announce_data, announce_model, draw_losses, introduce_masks, tell_end
 from sightline.training.resume import check_continues, find_start
 from sightline.training.run_directory import RunDirectory, settings
 from sightline.training.setup import choose_device, get_tokenizer, make_reproducible, open_loader, open_validation
@@ -72,9 +73,12 @@ class Trainer:
 
         documents = load_documents(run.data)
         training, held_out = split_documents(documents, run.data.validation_share)
+        announce_data(terminal, run, documents, held_out, start)
         self.tokenizer = get_tokenizer(run, training, start)
         with self.device:
             self.model = build_model(run.model, attention_backend=run.attention.backend)
+        if run.model_from and not start:
+            read_pretrained(self.model, run.model_from)
         self.optimizer = build_optimizer(self.model, run.optimizer)
         self.loader = opened.enter_context(closing(open_loader(run, training, self.tokenizer)))
         self.validation = open_validation(run, held_out, self.tokenizer)
@@ -87,11 +91,9 @@ class Trainer:
         )
         self.last_read = 0.0
         self.reads_at_once = self.device.type == "cpu"  # there a step has its numbers when it returns
-        announce(terminal, run, self.model, self.device, self.peak, documents, held_out)
-        if start:
-            terminal.say(f"continues from {start}")
-            for change in changes:
-                terminal.warn(change)
+        announce_model(terminal, run, self.model, self.device, self.peak)
+        for change in changes:
+            terminal.warn(change)
         if self.step >= run.training.steps:
             terminal.say(f"all {run.training.steps} steps are done (now at {self.step}): nothing is left to train")
 
@@ -165,6 +167,7 @@ class Trainer:
             "seconds": seconds,
             "tokens_per_second": result.tokens / seconds,
             "mfu": flops / seconds / self.peak.flops,
+            **{name: value.item() for name, value in result.of_model.items()},
         }
 
     def finish(self, taken: Taken) -> None:

@@ -76,7 +76,7 @@ def test_a_recipe_alone_is_itself(name) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (("nonsense",), "unknown command 'nonsense'; the commands are: train, generate, masks"),
+        (("nonsense",), "unknown command 'nonsense'; the commands are: train, generate, convert, masks"),
         (("train", "nonsense"), "unknown recipe 'nonsense'; the recipes are: llama3-debug, llama3-tiny"),
         (("train", "--seed", "1", "llama3-tiny"), "the recipe comes before the options, got '--seed' first"),
         (("generate", "nowhere"), "nowhere does not exist; expected the directory of a run"),

@@ -64,7 +64,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     assert "Traceback" not in said
     last = start(base / "ended", source)
     said = last.communicate(timeout=300)[0]
-    assert last.returncode == 0 and "continues from" in said, said
+    assert last.returncode == 0 and "continued from step-" in said, said
     return {"alone": base / "alone", "ended": base / "ended"}
 
 

@@ -1,52 +1,103 @@
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
-from sightline.layers import GroupedQueryAttention, KeyValueCache, build_rotation, rope_frequencies, rotate
-from sightline.masks import causal
+from sightline.layers import GroupedQueryAttention, KeyValueCache, Rotation, build_rotation, rope_frequencies, rotate
+from sightline.masks import AttentionMask, causal
 
-WIDTH, HEADS, KV_HEADS, HEAD_SIZE, S = 24, 6, 2, 8, 7
+WIDTH, HEADS, KV_HEADS, HEAD_SIZE, S, EPS = 24, 6, 2, 8, 7, 1e-6
+PLAIN: dict[str, Any] = {}
+BIAS = {"bias": True}
+SINKS = {"sinks": True}
+QK_NORM = {"qk_norm_eps": EPS}
+VARIANTS = [PLAIN, BIAS, SINKS, QK_NORM, {**BIAS, **SINKS, **QK_NORM}]
 
 
-def make_layer() -> GroupedQueryAttention:
+def make_layer(**options: Any) -> GroupedQueryAttention:
     torch.manual_seed(0)
-    layer = GroupedQueryAttention(WIDTH, HEADS, KV_HEADS, HEAD_SIZE)
+    layer = GroupedQueryAttention(WIDTH, HEADS, KV_HEADS, HEAD_SIZE, **options)
     layer.init_weights(0.3, 0.3)
+    with torch.no_grad():
+        for parameter in layer.parameters():  # biases of 0 and norms of 1 would hide that they are missing
+            parameter += 0.3 * torch.randn_like(parameter)
     return layer
 
 
-def head_by_head(layer: GroupedQueryAttention, x: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
-    """Each query head on its own, with the key head h // 3."""
-    rotation = build_rotation(positions, rope_frequencies(HEAD_SIZE, 10_000.0))
+def turn(positions: Tensor) -> Rotation:
+    return build_rotation(positions, rope_frequencies(HEAD_SIZE, 10_000.0))
+
+
+def head_by_head(layer: GroupedQueryAttention, x: Tensor, visible: Tensor, rotation: Rotation | None) -> Tensor:
+    """Each query head on its own, with the key head h // 3; a sink is a key of its own whose value is 0."""
+    state = layer.state_dict()
+
+    def project(name: str, head: int) -> Tensor:
+        own = slice(head * HEAD_SIZE, (head + 1) * HEAD_SIZE)
+        bias = state.get(f"{name}.bias")
+        return x @ state[f"{name}.weight"][own].t() + (0 if bias is None else bias[own])
+
+    def place(name: str, head: int) -> Tensor:
+        heads = project(name, head)
+        if f"{name}_norm.weight" in state:
+            heads = heads / (heads.square().mean(-1, keepdim=True) + EPS).sqrt() * state[f"{name}_norm.weight"]
+        return heads if rotation is None else rotate(heads[:, :, None], rotation)[:, :, 0]
+
     outputs = []
     for h in range(HEADS):
-        own = slice(h * HEAD_SIZE, (h + 1) * HEAD_SIZE)
         g = h // (HEADS // KV_HEADS)
-        shared = slice(g * HEAD_SIZE, (g + 1) * HEAD_SIZE)
-        q = rotate((x @ layer.query.weight[own].t())[:, :, None], rotation)[:, :, 0]
-        k = rotate((x @ layer.key.weight[shared].t())[:, :, None], rotation)[:, :, 0]
-        v = x @ layer.value.weight[shared].t()
-        scores = (q @ k.transpose(1, 2) / HEAD_SIZE**0.5).masked_fill(~visible, -torch.inf)
-        outputs.append(scores.softmax(dim=-1) @ v)
-    return torch.cat(outputs, dim=-1) @ layer.output.weight.t()
+        scores = place("query", h) @ place("key", g).transpose(1, 2) / HEAD_SIZE**0.5
+        weights = scores.masked_fill(~visible, -torch.inf).exp()
+        total = weights.sum(-1, keepdim=True) + (state["sinks"][h].exp() if "sinks" in state else 0)
+        outputs.append(weights / total @ project("value", g))
+    return torch.cat(outputs, dim=-1) @ layer.output.weight.t() + state.get("output.bias", 0)
 
 
-def test_equals_attention_head_by_head() -> None:
-    layer, x = make_layer(), torch.randn(2, S, WIDTH)
-    positions, mask = torch.arange(S).expand(2, S), causal(2, S)
-    out = layer(x, mask, build_rotation(positions, rope_frequencies(HEAD_SIZE, 10_000.0)))
-    torch.testing.assert_close(out, head_by_head(layer, x, mask.to_dense(), positions), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "+".join(options) or "plain")
+@pytest.mark.parametrize("rotated", [True, False])
+def test_equals_attention_head_by_head(options: dict[str, Any], rotated: bool) -> None:
+    layer, x, mask = make_layer(**options), torch.randn(2, S, WIDTH), causal(2, S)
+    rotation = turn(torch.arange(S).expand(2, S)) if rotated else None
+    expected = head_by_head(layer, x, mask.to_dense(), rotation)
+    torch.testing.assert_close(layer(x, mask, rotation), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_with_a_cache_the_new_tokens_see_the_old_ones() -> None:
-    layer, x = make_layer(), torch.randn(1, S, WIDTH)
-    mask, cache = causal(1, S), KeyValueCache()
-    rotation = build_rotation(torch.arange(S)[None], rope_frequencies(HEAD_SIZE, 10_000.0))
-    whole = layer(x, mask, rotation)
+def test_every_parameter_of_every_option_learns() -> None:
+    layer, x = make_layer(**BIAS, **SINKS, **QK_NORM), torch.randn(2, S, WIDTH)
+    layer(x, causal(2, S), turn(torch.arange(S).expand(2, S))).square().sum().backward()
+    names = ["sinks", *(f"{n}.{kind}" for n in ("query", "key", "value", "output") for kind in ("weight", "bias"))]
+    grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    assert sorted(grads) == sorted([*names, "query_norm.weight", "key_norm.weight"])
+    assert all(grad is not None and grad.abs().max() > 1e-4 for grad in grads.values())
+
+
+def test_fresh_biases_and_sinks_are_0_and_norms_1() -> None:
+    layer = GroupedQueryAttention(WIDTH, HEADS, KV_HEADS, HEAD_SIZE, **BIAS, **SINKS, **QK_NORM)
+    layer.init_weights(0.3, 0.1)
+    state = layer.state_dict()
+    assert all(torch.equal(w, torch.zeros_like(w)) for name, w in state.items() if "bias" in name or name == "sinks")
+    assert all(torch.equal(w, torch.ones(HEAD_SIZE)) for name, w in state.items() if "norm" in name)
+    assert state["query.weight"].std().item() == pytest.approx(0.3, rel=0.1)
+    assert state["output.weight"].std().item() == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.parametrize("options", [PLAIN, {**BIAS, **SINKS, **QK_NORM}], ids=["plain", "all"])
+def test_with_a_cache_the_new_tokens_see_the_old_ones(options: dict[str, Any]) -> None:
+    layer, x = make_layer(**options), torch.randn(1, S, WIDTH)
+    cache = KeyValueCache()
+    whole = layer(x, causal(1, S), turn(torch.arange(S)[None]))
     pieces = []
     for first, last in ((0, 4), (4, 5), (5, 7)):
         new = torch.arange(first, last)
         part = causal(1, last).take_queries(new)
-        now = build_rotation(new[None], rope_frequencies(HEAD_SIZE, 10_000.0))
         with torch.no_grad():
-            pieces.append(layer(x[:, first:last], part, now, cache))
+            pieces.append(layer(x[:, first:last], part, turn(new[None]), cache))
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_a_query_that_sees_nothing_leaves_only_the_bias() -> None:
+    layer, x = make_layer(**BIAS, **SINKS), torch.randn(1, S, WIDTH)
+    nothing = torch.zeros(1, S, 1, dtype=torch.int32)
+    out = layer(x, AttentionMask(nothing, nothing, S), None)
+    assert torch.equal(out, layer.output.bias.expand(1, S, WIDTH))

@@ -1,6 +1,6 @@
 import torch
 
-from sightline.layers import KeyValueCache
+from sightline.layers import KeyValueCache, RecurrentCache
 
 
 def test_cache_returns_all_that_was_appended() -> None:
@@ -28,3 +28,10 @@ def test_what_was_returned_before_stays() -> None:
     first, _ = cache.append(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2))
     cache.append(torch.zeros(1, 1, 9, 2), torch.zeros(1, 1, 9, 2))
     assert torch.equal(first, torch.ones(1, 1, 2, 2))
+
+
+def test_a_recurrent_cache_gives_the_inputs_before_and_keeps_no_more() -> None:
+    cache, x = RecurrentCache(), torch.arange(1.0, 9.0).view(1, 8, 1)
+    given = [cache.remember_inputs(x[:, begin:end], 3)[0, :, 0].tolist() for begin, end in ((0, 1), (1, 3), (3, 8))]
+    assert given == [[0, 0, 0], [0, 0, 1], [1, 2, 3]]
+    assert cache.remember_inputs(x, 3)[0, :, 0].tolist() == [6, 7, 8]

@@ -1,6 +1,6 @@
 import torch
 
-from sightline.layers import RMSNorm
+from sightline.layers import RMSNorm, ZeroCentredRMSNorm
 
 
 def test_norm_divides_by_the_root_mean_square() -> None:
@@ -16,3 +16,14 @@ def test_eps_keeps_a_zero_row_zero_and_the_weight_scales() -> None:
         norm.weight.copy_(torch.tensor([2.0, 10.0]))
     assert torch.equal(norm(torch.zeros(1, 2)), torch.zeros(1, 2))
     torch.testing.assert_close(norm(torch.tensor([[5.0, 5.0]])), torch.tensor([[2.0, 10.0]]))
+
+
+def test_a_zero_centred_weight_is_the_difference_from_one() -> None:
+    norm = ZeroCentredRMSNorm(2, eps=0.0)
+    norm.init_weights()
+    assert torch.equal(norm.weight, torch.zeros(2))
+    x = torch.tensor([[5.0, -5.0]])
+    torch.testing.assert_close(norm(x), torch.tensor([[1.0, -1.0]]))
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, -1.0]))
+    torch.testing.assert_close(norm(x), torch.tensor([[1.5, 0.0]]))

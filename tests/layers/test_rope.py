@@ -3,8 +3,10 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from sightline.layers import Llama3RopeScaling, build_rotation, rope_frequencies, rotate
+from sightline.layers import Llama3RopeScaling, YarnScaling, build_rotation, rope_frequencies, rotate
 
 
 def turn_complex(x: Tensor, positions: Tensor, theta: float) -> Tensor:
@@ -76,18 +78,81 @@ def test_llama31_scaling_against_its_three_cases(factor: float, head_size: int) 
     assert all(kind > 5 for kind in kinds) and sum(kinds) < head_size // 2, "all three cases must occur"
 
 
+DEEPSEEK_V3 = {"factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}
+GPT_OSS = {"factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+DEEPSEEK_V2 = {"factor": 40, "mscale": 0.707, "mscale_all_dim": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("head_size", "theta", "fields", "rotation_factor"),
+    [
+        (64, 10_000.0, DEEPSEEK_V3, 1.0),
+        (64, 150_000.0, GPT_OSS, 1 + 0.1 * math.log(32)),
+        (64, 10_000.0, DEEPSEEK_V2, (1 + 0.0707 * math.log(40)) / (1 + 0.05 * math.log(40))),
+        (8, 100.0, {"factor": 4.0, "beta_fast": 300.0}, 1 + 0.1 * math.log(4)),  # the line is cut at both ends
+    ],
+)
+def test_yarn_against_transformers(head_size: int, theta: float, fields: dict, rotation_factor: float) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": theta, "original_max_position_embeddings": 4096, **fields}
+    config = PreTrainedConfig(rope_parameters=rope, head_dim=head_size, max_position_embeddings=4096)
+    config.hidden_size, config.num_attention_heads = head_size, 1
+    expected, expected_factor = ROPE_INIT_FUNCTIONS["yarn"](config)
+    scaling = YarnScaling(original_context=4096, **fields)
+    torch.testing.assert_close(rope_frequencies(head_size, theta, scaling), expected, atol=0, rtol=1e-6)
+    assert scaling.rotation_factor == pytest.approx(expected_factor) == pytest.approx(rotation_factor)
+
+
+def test_yarn_keeps_fast_pairs_and_slows_slow_ones() -> None:
+    """Over 4096 tokens with theta 10000 the line goes from pair 10 (floor of 10.47) to pair 23 (ceil of 22.51)."""
+    kept = rope_frequencies(64, 10_000.0, YarnScaling(factor=4.0)) / rope_frequencies(64, 10_000.0)
+    expected = [1.0] * 10 + [1 - 0.75 * step / 13 for step in range(13)] + [0.25] * 9
+    torch.testing.assert_close(kept, torch.tensor(expected))
+
+
+def test_yarn_sharpens_the_scores_by_both_factors() -> None:
+    scaling = YarnScaling(factor=40.0, mscale=0.5, mscale_all_dim=1.0)
+    assert scaling.score_factor == pytest.approx((1 + 0.1 * math.log(40)) ** 2)
+    x = torch.randn(1, 3, 1, 8, dtype=torch.float64, requires_grad=True)
+    rotation = build_rotation(torch.arange(3)[None], rope_frequencies(8, 100.0, scaling), scaling.rotation_factor)
+    longer = rotate(x, rotation).norm() / x.norm()
+    assert longer.item() == pytest.approx((1 + 0.05 * math.log(40)) / (1 + 0.1 * math.log(40)))
+    assert torch.autograd.gradcheck(lambda x: rotate(x, rotation), x)
+
+
 def test_frequencies_against_literals() -> None:
     torch.testing.assert_close(rope_frequencies(8, 10_000.0), torch.tensor([1.0, 0.1, 0.01, 0.001]))
+
+
+def test_llama3_scaling_with_equal_factors_is_a_step() -> None:
+    """Llama 4 Scout: a pair that turns less than once over the original context is slowed, the others stay."""
+    plain = rope_frequencies(64, 500_000.0)
+    scaling = Llama3RopeScaling(factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0)
+    slow = plain * 8192 / (2 * math.pi) < 1
+    assert 0 < slow.sum() < 32
+    torch.testing.assert_close(rope_frequencies(64, 500_000.0, scaling), torch.where(slow, plain / 16, plain))
 
 
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
         ({"factor": 0.5}, "factor must be at least 1.*got 0.5"),
-        ({"low_freq_factor": 4.0, "high_freq_factor": 4.0}, "low-freq-factor < high-freq-factor.*got 4.0 and 4.0"),
+        ({"low_freq_factor": 5.0, "high_freq_factor": 4.0}, "low-freq-factor <= high-freq-factor.*got 5.0 and 4.0"),
         ({"original_context": 0}, "original-context must be at least 1 token, got 0"),
     ],
 )
 def test_scaling_refuses(fields: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Llama3RopeScaling(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"factor": 0.5}, "factor must be at least 1.*got 0.5"),
+        ({"beta_slow": 32.0}, "0 < beta-slow < beta-fast.*got 32.0 and 32.0"),
+        ({"original_context": 0}, "original-context must be at least 1 token, got 0"),
+    ],
+)
+def test_yarn_refuses(fields: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        YarnScaling(**fields)

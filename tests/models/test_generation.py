@@ -37,15 +37,19 @@ class Bytes(Letters):
 class Windowed(Llama3):
     """A model whose tokens see 4 tokens, by a dict of masks."""
 
+    def __init__(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(*args, **kwargs)
+        for layer in self.layers.values():
+            layer.mask_name = "window"
+
     def get_attention_masks(self, batch: Batch, tokenizer: object = None) -> dict[str, AttentionMask]:  # type: ignore[override]
         return {"window": sliding_window(*batch.shape, 4) & document(batch.document_ids)}
-
-    def forward(self, tokens: Tensor, *, attention_masks, **rest) -> Tensor:  # type: ignore[no-untyped-def, override]
-        return super().forward(tokens, attention_masks=attention_masks["window"], **rest)
 
 
 class Scripted(torch.nn.Module):
     """Says the bytes of a text, whatever it is asked; the prompt has one token."""
+
+    unspoken = ()
 
     def __init__(self, text: bytes) -> None:
         super().__init__()

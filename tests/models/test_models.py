@@ -4,9 +4,10 @@ import torch
 from sightline.models import MODELS, Llama3Config, build_model, config_of
 
 
-def test_names_and_published_parameter_counts() -> None:
+def test_names_and_published_parameter_counts_of_llama3() -> None:
+    """Each other family tests its own."""
     counts = {}
-    for name in MODELS:
+    for name in [name for name in MODELS if name.startswith("llama3-")]:
         with torch.device("meta"):
             counts[name] = sum(p.numel() for p in build_model(name).parameters())
     assert counts == {

@@ -42,6 +42,7 @@ CHANGES = {
         "True, expected False",
         "--model.no-tied-embeddings",
     ),
+    "model_from": ({"model_from": Path("hf")}, "'hf', expected None", "(no --model-from)"),
     "seed": ({"seed": 5}, "5, expected 0", "--seed 0"),
     "data.packing": ({"data__packing": "best_fit"}, "'best_fit', expected 'stream'", "--data.packing stream"),
     "data.validation_share": ({"data__validation_share": 0.2}, "0.2, expected 0.1", "--data.validation-share 0.1"),
@@ -157,7 +158,7 @@ def test_a_loss_that_is_no_number_ends_the_run(source, tmp_path) -> None:
     assert error.value.exit_code == 1
     kept = load_trained(tmp_path / "run" / "checkpoints" / "step-3", torch.device("cpu")).model.state_dict()
     assert all(torch.equal(kept[name], weight) for name, weight in weights.items())
-    assert "continues from" in train_quietly(run), "a better learning rate goes on"
+    assert "continued from step-" in train_quietly(run), "a better learning rate goes on"
 
 
 @pytest.fixture
@@ -206,5 +207,5 @@ def test_a_disk_that_stays_full_ends_with_the_old_checkpoint(source, tmp_path, m
     assert error.value.exit_code == 1
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-3"]
     monkeypatch.undo()
-    assert "continues from" in train_quietly(small_run(tmp_path / "run", source))
+    assert "continued from step-" in train_quietly(small_run(tmp_path / "run", source))
     assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, STEPS + 1))

@@ -1,0 +1,280 @@
+"""Mixture of experts: a router chooses K of E feed-forward layers for each token.
+
+Each token's choice depends on that token alone: no expert has a capacity, so none drops a token because others came
+first, and a document cannot be reached through the experts of another one. What is left is the order in which a matrix
+product sums: it may differ in the last bit with the number of tokens that share an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sightline.layers.grouped import grouped_linear
+
+
+class Routing(NamedTuple):
+    """Where N tokens go.
+
+    weights  [N, K], what each chosen expert counts; 0 for a token that is not routed
+    experts  int64 [N, K], the chosen experts, all different; E for a token that is not routed
+    counts   int64 [E], tokens that come to each expert
+    """
+
+    weights: Tensor
+    experts: Tensor
+    counts: Tensor
+
+
+class Router(nn.Module):
+    """Chooses `top_k` of `experts` by a score of each, and weighs them by it.
+
+    score         softmax over all experts (Qwen 3), or a sigmoid of each logit by itself (DeepSeek V3, Llama 4)
+    renormalize   the chosen weights sum to 1; with softmax that is the softmax over the chosen logits (gpt-oss)
+    scale         the weights are multiplied by it
+    bias          learned, added to the logits
+    groups        the experts stand in so many groups of equal size, of which only the `kept_groups` are open to a token
+                  whose two best experts have the greatest sum of scores (DeepSeek V3)
+    balance_rate  balances the load without a loss (arXiv 2408.15664): an expert with less than the mean load of a step
+                  gets so much added to the score that chooses it, one with more so much subtracted. Its weight stays
+                  as it was. See `finish_step`
+    auxiliary     coefficient of a loss that balances too (arXiv 2101.03961): E * sum over experts of (its share of the
+                  choices * its mean share of the scores), which is 1 where all are equal. The decoder adds its
+                  gradient to that of the token losses, whose value stays as it was
+
+    Logits and scores are computed in float32: a choice that bfloat16 rounds goes to another expert.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        experts: int,
+        top_k: int,
+        *,
+        score: Literal["softmax", "sigmoid"] = "softmax",
+        renormalize: bool = False,
+        scale: float = 1.0,
+        bias: bool = False,
+        groups: int = 1,
+        kept_groups: int = 1,
+        balance_rate: float | None = None,
+        auxiliary: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.top_k, self.score, self.renormalize, self.scale = top_k, score, renormalize, scale
+        self.groups, self.kept_groups = groups, kept_groups
+        self.balance_rate, self.auxiliary = balance_rate, auxiliary
+        self.weight = nn.Parameter(torch.empty(experts, width))
+        self.bias = nn.Parameter(torch.empty(experts)) if bias else None
+        # Checkpoints keep the balance. The counts of a step live only until its end, where there are no checkpoints.
+        self.register_buffer("balance", None if balance_rate is None else torch.empty(experts))
+        self.balance: Tensor | None
+        self.counts: Tensor | None = None
+        self.auxiliary_loss: Tensor | None = None
+
+    def init_weights(self, std: float) -> None:
+        nn.init.normal_(self.weight, std=std)
+        for start_at_zero in (self.bias, self.balance):
+            if start_at_zero is not None:
+                nn.init.zeros_(start_at_zero)
+
+    def forward(self, x: Tensor, seeing: Tensor | None = None) -> Routing:
+        """x [N, W], seeing bool [N]: False for padding, which is not routed and not counted."""
+        scores = self._scores(x)
+        choice = scores.detach() if self.balance is None else scores.detach() + self.balance
+        experts = self._open_groups(choice).topk(self.top_k, dim=-1, sorted=False).indices
+        weights = scores.gather(1, experts)
+        if self.renormalize:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
+        weights = weights * self.scale
+        if seeing is not None:
+            weights = weights.masked_fill(~seeing[:, None], 0.0)
+            experts = experts.masked_fill(~seeing[:, None], len(self.weight))
+        counts = torch.zeros(len(self.weight) + 1, dtype=torch.int64, device=x.device)
+        counts = counts.scatter_add_(0, experts.flatten(), torch.ones_like(experts).flatten())[:-1]
+        if self.training and torch.is_grad_enabled():
+            self._note(counts, scores, seeing)
+        return Routing(weights.to(x.dtype), experts, counts)
+
+    def _scores(self, x: Tensor) -> Tensor:
+        """[N, E] in float32, or in float64 for such x."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.to(wide)
+            logits = F.linear(x.to(wide), self.weight.to(wide), bias)
+        return logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()
+
+    def _open_groups(self, choice: Tensor) -> Tensor:
+        """The scores [N, E], -inf in the groups that are closed to the token."""
+        if self.kept_groups == self.groups:
+            return choice
+        grouped = choice.unflatten(1, (self.groups, -1))
+        best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(self.kept_groups, dim=-1, sorted=False).indices
+        closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
+        return grouped.masked_fill(closed[..., None], -torch.inf).flatten(1)
+
+    def _note(self, counts: Tensor, scores: Tensor, seeing: Tensor | None) -> None:
+        """Keep what a training step wants to know later."""
+        self.counts = counts if self.counts is None else self.counts + counts
+        if self.auxiliary:
+            shares = scores / scores.sum(dim=-1, keepdim=True)
+            if seeing is not None:
+                shares = shares * seeing[:, None]
+            chosen = counts.to(shares.dtype) / counts.sum().clamp(min=1)
+            # The mean over the tokens would be a loss of each; their sum joins the sum of the token losses.
+            self.auxiliary_loss = self.auxiliary * len(counts) * (chosen @ shares.sum(dim=0))
+
+    @torch.no_grad()
+    def finish_step(self) -> Tensor | None:
+        """Move the balance by the counts of all forwards since the last step, and forget them.
+
+        Returns the load of the busiest expert as a multiple of the mean load (1 is even), or None where nothing was
+        counted. Whoever trains on many processes first sums `counts` over them.
+        """
+        counts, self.counts = self.counts, None
+        if counts is None:
+            return None
+        load = counts.float()
+        if self.balance is not None and self.balance_rate is not None:
+            self.balance += self.balance_rate * (load.mean() - load).sign()
+        return load.max() / load.mean().clamp(min=1e-9)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (arXiv 2002.05202)."""
+    return F.silu(gate) * up
+
+
+class Experts(nn.Module):
+    """E feed-forward layers, their weights stacked: down(activation(gate(x), up(x))), with or without biases.
+
+    gate, up [E, F, W] and down [E, W, F] lie as in nn.Linear, one after another; biases [E, F] and [E, W].
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        width: int,
+        ffn: int,
+        *,
+        bias: bool = False,
+        activation: Callable[[Tensor, Tensor], Tensor] = swiglu,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gate = nn.Parameter(torch.empty(experts, ffn, width))
+        self.up = nn.Parameter(torch.empty(experts, ffn, width))
+        self.down = nn.Parameter(torch.empty(experts, width, ffn))
+        self.gate_bias = nn.Parameter(torch.empty(experts, ffn)) if bias else None
+        self.up_bias = nn.Parameter(torch.empty(experts, ffn)) if bias else None
+        self.down_bias = nn.Parameter(torch.empty(experts, width)) if bias else None
+
+    def init_weights(self, std: float, output_std: float) -> None:
+        for weight in (self.gate, self.up):
+            nn.init.normal_(weight, std=std)
+        nn.init.normal_(self.down, std=output_std)
+        for bias in (self.gate_bias, self.up_bias, self.down_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x [M, W], sorted by expert; counts int64 [E], rows of each -> [M, W], 0 for rows behind the last expert's."""
+        gate = grouped_linear(x, self.gate, counts, self.gate_bias)
+        up = grouped_linear(x, self.up, counts, self.up_bias)
+        return grouped_linear(self.activation(gate, up), self.down, counts, self.down_bias)
+
+
+class MoE(nn.Module):
+    """The weighted sum of each token's experts, and of one expert that all tokens share where there is one.
+
+    weigh_inputs  a weight multiplies what comes into its expert and not what comes out (Llama 4)
+    """
+
+    def __init__(
+        self, router: Router, experts: nn.Module, shared: nn.Module | None = None, *, weigh_inputs: bool = False
+    ) -> None:
+        super().__init__()
+        self.router, self.experts, self.shared = router, experts, shared
+        self.weigh_inputs = weigh_inputs
+
+    def init_weights(self, std: float, output_std: float) -> None:
+        self.router.init_weights(std)
+        for part in (self.experts, self.shared):
+            if part is not None:
+                part.init_weights(std, output_std)  # type: ignore[operator]
+
+    def forward(self, x: Tensor, seeing: Tensor | None = None) -> Tensor:
+        """x [B, S, W] -> [B, S, W]. seeing bool [B, S], a mask's `seeing()`: padding has only the shared expert."""
+        tokens = x.flatten(0, 1)
+        routing = self.router(tokens, None if seeing is None else seeing.flatten())
+        # A slot is one of a token's K choices. Sorted by expert, unrouted ones last, the slots are the experts' rows.
+        slots = routing.experts.flatten().argsort(stable=True)
+        rows = spread(tokens, slots, self.router.top_k)
+        weights = routing.weights
+        if self.weigh_inputs:
+            rows, weights = rows * weights.flatten()[slots, None], torch.ones_like(weights)
+        out = collect(self.experts(rows, routing.counts), weights, slots).view_as(x)
+        return out if self.shared is None else out + self.shared(x)
+
+
+# Autograd's own backward of an index adds row by row into zeros, in no fixed order on a GPU. Here each way is a gather,
+# and the way back the sum over K in a fixed order, which embedding_bag takes without writing down what it sums.
+
+
+def spread(tokens: Tensor, slots: Tensor, top_k: int) -> Tensor:
+    """tokens [N, W], slots a permutation of N * K: row i of the result [N * K, W] is the token that slot i is of."""
+    return _Spread.apply(tokens, slots, top_k)
+
+
+def collect(rows: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
+    """The way back: the sum of each token's K rows, weighted by weights [N, K], in the order of its slots: [N, W]."""
+    return _Collect.apply(rows, weights.to(rows.dtype), slots)
+
+
+def _places(slots: Tensor, top_k: int) -> Tensor:
+    """The rows of each token's slots: the inverse permutation, [N, K]."""
+    index = torch.arange(len(slots), device=slots.device)
+    return torch.empty_like(slots).scatter_(0, slots, index).view(-1, top_k)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, slots: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(slots)
+        ctx.top_k = top_k
+        return tokens.index_select(0, slots // top_k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        (slots,) = ctx.saved_tensors
+        return F.embedding_bag(_places(slots, ctx.top_k), grad, mode="sum"), None, None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, slots)
+        places = _places(slots, weights.shape[1])
+        return F.embedding_bag(places, rows, mode="sum", per_sample_weights=weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        rows, weights, slots = ctx.saved_tensors
+        grad_rows = grad.index_select(0, slots // weights.shape[1])
+        grad_weights = torch.empty_like(weights).flatten()
+        grad_weights[slots] = torch.linalg.vecdot(rows, grad_rows)
+        grad_rows *= weights.flatten()[slots, None]
+        return grad_rows, grad_weights.view_as(weights), None
+
+
+def routers_of(model: nn.Module) -> dict[str, Router]:
+    """All routers of a model, by the name of the layer they stand in."""
+    named = ((name, module) for name, module in model.named_modules() if isinstance(module, Router))
+    return {name.removesuffix(".router"): router for name, router in named}

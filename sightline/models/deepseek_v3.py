@@ -1,0 +1,368 @@
+"""DeepSeek V3 (arXiv 2412.19437): latent attention, many small experts, a look one token further."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sightline.attention import Lowered
+from sightline.batch import IGNORE, Batch
+from sightline.layers import (
+    Experts,
+    KeyValueCache,
+    LayerCache,
+    MoE,
+    MultiHeadLatentAttention,
+    RMSNorm,
+    Rotation,
+    Router,
+    SwiGLU,
+    YarnScaling,
+    build_rotation,
+    linear_cross_entropy,
+    rope_frequencies,
+    with_gradient_of,
+)
+from sightline.masks import AttentionMask, causal, document
+from sightline.models.checks import check_experts, check_positive
+from sightline.models.decoder import Decoder, Layer, Masks
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepseekV3Config:
+    """The sizes of a DeepSeek V3."""
+
+    vocab_size: int = 8192
+    """Tokens of the vocabulary (V)."""
+    width: int = 256
+    """Size of a token's hidden state."""
+    layers: int = 6
+    """Blocks of attention and feed-forward."""
+    dense_layers: int = 1
+    """The first so many have one feed-forward layer for all tokens, the others have experts."""
+    heads: int = 8
+    """Heads (H)."""
+    query_rank: int | None = 128
+    """Size of the latent that queries come through; None: they come straight from the hidden state."""
+    kv_rank: int = 64
+    """Size of the latent that keys and values come through, which is what generation remembers of a token."""
+    plain_size: int = 16
+    """Channels of a head's query and key that know no position."""
+    rope_size: int = 16
+    """Channels that RoPE turns, an even number."""
+    value_size: int = 32
+    """Channels of a head's value."""
+    ffn: int = 688
+    """Inner width of the feed-forward layer of the dense layers."""
+    expert_ffn: int = 128
+    """Inner width of an expert."""
+    experts: int = 16
+    """Experts that tokens are sent to (E)."""
+    experts_per_token: int = 4
+    """Experts that a token is sent to (K)."""
+    shared_experts: int = 1
+    """Experts that all tokens share: one feed-forward layer of so many times expert-ffn."""
+    expert_groups: int = 1
+    """The experts stand in so many groups (the nodes they lie on) ..."""
+    groups_per_token: int = 1
+    """... of which a token is sent to no more than this many."""
+    expert_scale: float = 2.5
+    """What the experts of a token give together, against 1 of the shared."""
+    balance_rate: float = 0.001
+    """How far a step moves the bias of an expert with more or less than the mean load, so that the loads even out."""
+    auxiliary_loss: float = 0.0
+    """Weight of a loss that evens out the loads as well."""
+    prediction_weight: float | None = None
+    """With it, an extra layer learns to predict the token after the next, its loss weighted by this (0.3 at first, then
+    0.1 in the paper); the loss that is told stays that of the next token."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies: the slowest channel turns about once in 2 pi theta tokens."""
+    rope_scaling: YarnScaling | None = None
+    """YaRN's stretch of RoPE to longer contexts."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in the norms."""
+    tied_embeddings: bool = False
+    """Use the embedding as the output projection too."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "vocab_size", "width", "layers", "heads", "kv_rank", "plain_size", "rope_size")
+        check_positive(self, "value_size", "ffn", "expert_ffn", "experts", "experts_per_token", "shared_experts")
+        check_positive(self, "expert_groups", "groups_per_token", "rope_theta", "norm_eps")
+        check_experts(self.experts, self.experts_per_token)
+        if self.query_rank is not None:
+            check_positive(self, "query_rank")
+        if self.rope_size % 2:
+            raise ValueError(f"model.rope-size must be even: RoPE turns pairs of channels, got {self.rope_size}")
+        if not 0 <= self.dense_layers <= self.layers:
+            raise ValueError(f"model.dense-layers must be 0 to {self.layers}, all layers, got {self.dense_layers}")
+        if self.experts % self.expert_groups:
+            fits = [n for n in range(1, self.experts + 1) if self.experts % n == 0]
+            raise ValueError(
+                f"model.experts {self.experts} is not divisible by model.expert-groups {self.expert_groups}; "
+                f"groups that divide it: {fits}"
+            )
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        if self.groups_per_token > self.expert_groups:
+            raise ValueError(
+                f"model.groups-per-token must be at most {self.expert_groups}, all groups, got {self.groups_per_token}"
+            )
+        size = self.experts // self.expert_groups
+        if self.groups_per_token < self.expert_groups and size < 2:
+            raise ValueError(
+                f"a group is judged by its two best experts, but model.experts {self.experts} in "
+                f"{self.expert_groups} groups leave one to each; lower model.expert-groups"
+            )
+        if self.groups_per_token * size < self.experts_per_token:
+            raise ValueError(
+                f"model.groups-per-token {self.groups_per_token} opens {self.groups_per_token * size} experts to a "
+                f"token, but it is sent to {self.experts_per_token}; raise it or lower model.experts-per-token"
+            )
+
+
+DEEPSEEK_V3_SIZES = {
+    "debug": DeepseekV3Config(
+        vocab_size=512,
+        width=64,
+        layers=2,
+        heads=4,
+        query_rank=32,
+        kv_rank=16,
+        plain_size=8,
+        rope_size=8,
+        value_size=16,
+        ffn=128,
+        expert_ffn=32,
+        experts=8,
+        experts_per_token=2,
+        expert_groups=4,
+        groups_per_token=2,
+    ),
+    "tiny": DeepseekV3Config(expert_groups=4, groups_per_token=2),
+    "16b": DeepseekV3Config(  # the sizes of DeepSeek V2 Lite (arXiv 2405.04434)
+        vocab_size=102_400,
+        width=2048,
+        layers=27,
+        dense_layers=1,
+        heads=16,
+        query_rank=None,
+        kv_rank=512,
+        plain_size=128,
+        rope_size=64,
+        value_size=128,
+        ffn=10_944,
+        expert_ffn=1408,
+        experts=64,
+        experts_per_token=6,
+        shared_experts=2,
+        expert_scale=1.0,
+    ),
+    "671b": DeepseekV3Config(
+        vocab_size=129_280,
+        width=7168,
+        layers=61,
+        dense_layers=3,
+        heads=128,
+        query_rank=1536,
+        kv_rank=512,
+        plain_size=128,
+        rope_size=64,
+        value_size=128,
+        ffn=18_432,
+        expert_ffn=2048,
+        experts=256,
+        experts_per_token=8,
+        shared_experts=1,
+        expert_groups=8,
+        groups_per_token=4,
+        rope_scaling=YarnScaling(factor=40.0, original_context=4096, mscale=1.0, mscale_all_dim=1.0),
+    ),
+}
+
+
+class Block(Layer):
+    """One layer: h + attention(norm(h)), then h + mlp(norm(h)), where the mlp is one for all tokens or experts."""
+
+    def __init__(self, config: DeepseekV3Config, *, dense: bool) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = MultiHeadLatentAttention(
+            config.width,
+            config.heads,
+            query_rank=config.query_rank,
+            kv_rank=config.kv_rank,
+            plain_size=config.plain_size,
+            rope_size=config.rope_size,
+            value_size=config.value_size,
+            score_factor=1.0 if config.rope_scaling is None else config.rope_scaling.score_factor,
+        )
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = SwiGLU(config.width, config.ffn) if dense else build_moe(config)
+
+    def init_weights(self, std: float, output_std: float) -> None:
+        for norm in (self.attention_norm, self.mlp_norm):
+            norm.init_weights()
+        for part in (self.attention, self.mlp):
+            part.init_weights(std, output_std)
+
+    def forward(self, h: Tensor, mask: Lowered, rotation: Rotation, cache: KeyValueCache | None = None) -> Tensor:
+        """h [B, S, W] -> [B, S, W]."""
+        h = h + self.attention(self.attention_norm(h), mask, rotation, cache)
+        x = self.mlp_norm(h)
+        return h + (self.mlp(x, mask.mask.seeing()) if isinstance(self.mlp, MoE) else self.mlp(x))
+
+
+def build_moe(config: DeepseekV3Config) -> MoE:
+    """Section 2.1.2 of the paper: sigmoid scores, the limit on groups, and the balance without a loss."""
+    router = Router(
+        config.width,
+        config.experts,
+        config.experts_per_token,
+        score="sigmoid",
+        renormalize=True,
+        scale=config.expert_scale,
+        groups=config.expert_groups,
+        kept_groups=config.groups_per_token,
+        balance_rate=config.balance_rate,
+        auxiliary=config.auxiliary_loss,
+    )
+    experts = Experts(config.experts, config.width, config.expert_ffn)
+    return MoE(router, experts, SwiGLU(config.width, config.shared_experts * config.expert_ffn))
+
+
+class Prediction(nn.Module):
+    """The layer that looks one token further (section 2.2): from what the model knows at a token, and the next token,
+    it predicts the one after that. Embedding and output projection are the model's own."""
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        self.embedding_norm = RMSNorm(config.width, config.norm_eps)
+        self.hidden_norm = RMSNorm(config.width, config.norm_eps)
+        self.join = nn.Linear(2 * config.width, config.width, bias=False)
+        self.block = Block(config, dense=config.dense_layers == config.layers)
+        self.norm = RMSNorm(config.width, config.norm_eps)
+
+    def init_weights(self, std: float, output_std: float) -> None:
+        for norm in (self.embedding_norm, self.hidden_norm, self.norm):
+            norm.init_weights()
+        nn.init.normal_(self.join.weight, std=self.join.in_features**-0.5)
+        self.block.init_weights(std, output_std)
+
+    def forward(self, h: Tensor, next_embedding: Tensor, mask: Lowered, rotation: Rotation) -> Tensor:
+        """The model's normed hidden states [B, S, W] and the next tokens' embeddings -> normed hidden states."""
+        x = self.join(torch.cat([self.embedding_norm(next_embedding), self.hidden_norm(h)], dim=-1))
+        return self.norm(self.block(x, mask, rotation))
+
+
+class DeepseekV3(Decoder):
+    """The whole model."""
+
+    def __init__(self, config: DeepseekV3Config, *, attention_backend: str = "auto") -> None:
+        layers = (Block(config, dense=i < config.dense_layers) for i in range(config.layers))
+        super().__init__(config, layers, attention_backend=attention_backend)
+        self.prediction = None if config.prediction_weight is None else Prediction(config)
+        self.predicted: list[Tensor] = []  # (sum of losses, tokens) of each forward of a step
+
+    def init_weights(self) -> None:
+        """As in every decoder; the router as what reads the hidden state, what reads a latent or two hidden states by
+        the size of these, the experts' balance 0."""
+        super().init_weights()
+        if self.prediction is not None:
+            std = self.config.width**-0.5
+            self.prediction.init_weights(std, std / 2**0.5)
+
+    def get_attention_masks(self, batch: Batch, tokenizer: object = None) -> AttentionMask:
+        """Every token sees itself and what comes before it in its own document."""
+        rows, length = batch.shape
+        return causal(rows, length, device=batch.tokens.device) & document(batch.document_ids)
+
+    def encode_positions(self, positions: Tensor) -> Rotation:
+        config = self.config
+        scaling = config.rope_scaling
+        frequencies = rope_frequencies(config.rope_size, config.rope_theta, scaling, device=positions.device)
+        return build_rotation(positions, frequencies, 1.0 if scaling is None else scaling.rotation_factor)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        attention_masks: Masks,
+        positions: Tensor,
+        labels: Tensor | None = None,
+        cache: dict[str, LayerCache] | None = None,
+    ) -> Tensor:
+        """As in every decoder. In training with labels, the token after the next is learnt too where that is wanted:
+        its gradients are there, its loss is not in the sum."""
+        if self.prediction is None or labels is None or not self.training:
+            return super().forward(
+                tokens, attention_masks=attention_masks, positions=positions, labels=labels, cache=cache
+            )
+        assert self.embedding is not None and self.norm is not None, "prediction needs both ends of the model"
+        h = self.embedding(tokens)
+        lowered, rotation = self.lower_masks(attention_masks, h), self.encode_positions(positions)
+        h = self.norm(self.run_layers(h, lowered, rotation, cache=None))
+        next_tokens, next_labels = look_further(tokens, labels)
+        further = self.prediction(h, self.embedding(next_tokens), lowered["attention"], rotation)
+        output = self.embedding if self.output is None else self.output
+        loss = linear_cross_entropy(further.flatten(0, 1), output.weight, next_labels.flatten())
+        self.predicted.append(torch.stack([loss.detach(), (next_labels != IGNORE).sum()]))
+        return with_gradient_of(self.head(h, labels), self.config.prediction_weight * loss)
+
+    def finish_step(self) -> dict[str, Tensor]:
+        """As in every decoder, and `prediction_loss`: the mean loss of the token after the next."""
+        metrics = super().finish_step()
+        if self.predicted:
+            loss, tokens = torch.stack(self.predicted).sum(dim=0)
+            metrics["prediction_loss"] = loss / tokens.clamp(min=1)
+            self.predicted.clear()
+        return metrics
+
+    def flops_per_token(self) -> float:
+        """Forward and backward FLOPs of one token in matrix products, attention scores left out.
+
+        6 a matmul parameter that the token meets: of the experts only those it is sent to. The output projection
+        counts, also where it is the embedding, and twice where the token after the next is predicted.
+        """
+        config = self.config
+        query_size, value_size = config.plain_size + config.rope_size, config.value_size
+        rank = config.query_rank
+        queries = config.width if rank is None else rank
+        attention = (
+            (0 if rank is None else config.width * rank)
+            + queries * config.heads * query_size
+            + config.width * (config.kv_rank + config.rope_size)
+            + config.kv_rank * config.heads * (config.plain_size + value_size)
+            + config.heads * value_size * config.width
+        )
+        dense = attention + 3 * config.width * config.ffn
+        met = config.experts_per_token + config.shared_experts
+        sparse = attention + config.width * (config.experts + 3 * met * config.expert_ffn)
+        output = config.width * config.vocab_size
+        total = config.dense_layers * dense + (config.layers - config.dense_layers) * sparse + output
+        if self.prediction is not None:
+            total += 2 * config.width**2 + (dense if config.dense_layers == config.layers else sparse) + output
+        return 6.0 * total
+
+    def attention_flops_per_pair(self) -> float:
+        """Forward and backward FLOPs of one visible (query, key) pair over all layers: 6 a channel of q k, 6 of p v,
+        zeros that fill up a head for the kernel's sake not counted."""
+        config = self.config
+        layers = config.layers + (self.prediction is not None)
+        return 6.0 * config.heads * (config.plain_size + config.rope_size + config.value_size) * layers
+
+
+def look_further(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The next token of each token, and its label: what comes after the next, int64 [B, S] each.
+
+    A label says both that the next token is of the same document and which one it is, also where the row ends. Where
+    there is none the next token of the row stands in: in a document, it is the right one; at its end, it is another's,
+    but there is nothing to predict, and no other token sees what comes of it.
+    """
+    has_next = labels != IGNORE
+    next_tokens = torch.where(has_next, labels, tokens.roll(-1, dims=1))
+    next_labels = labels.roll(-1, dims=1)
+    next_labels[:, -1] = IGNORE
+    return next_tokens, next_labels.masked_fill(~has_next, IGNORE)

@@ -1,0 +1,208 @@
+"""Models in Hugging Face directories: config.json and safetensors, in and out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from sightline.models.deepseek_v3_hf import DEEPSEEK_V3_HF
+from sightline.models.gpt_oss import GPT_OSS_HF
+from sightline.models.llama3 import LLAMA3_HF
+from sightline.models.llama4 import LLAMA4_HF
+from sightline.models.qwen3 import QWEN3_HF
+from sightline.models.qwen3_next_hf import QWEN3_NEXT_HF
+from sightline.models.vlm import VLM_HF
+from sightline.models.weights import HuggingFace, holds_weights, read_weights, write_weights
+
+FORMATS: tuple[HuggingFace, ...] = (
+    LLAMA3_HF,
+    DEEPSEEK_V3_HF,
+    GPT_OSS_HF,
+    LLAMA4_HF,
+    QWEN3_HF,
+    QWEN3_NEXT_HF,
+    VLM_HF,
+)
+
+CONFIG = "config.json"
+KEPT_FIELDS = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Fields of config.json of no meaning to our models, which those who read the directory want."""
+KEPT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+"""Files that travel along from one directory to the next."""
+
+
+def load_pretrained(directory: str | Path, *, dtype: torch.dtype | None = None, attention_backend: str = "auto") -> Any:
+    """The model of a Hugging Face directory, on the default device.
+
+    dtype  of its parameters; without it, the one that config.json names, else float32
+
+    Memory stays near one file of weights above the model.
+    Errors: ValueError for what is no such directory, a model that no family here can be, and weights that do not fit.
+    """
+    directory = Path(directory)
+    hf = read_config(directory)
+    family = find_family(hf, directory)
+    config = read_model_config(directory)
+    device = torch.get_default_device()
+    with torch.device("meta"):
+        model = family.model(config, attention_backend=attention_backend)
+    for parameter in model.parameters():  # and no buffers: those are few, and some lose their meaning when rounded
+        parameter.data = parameter.data.to(dtype or _dtype_of(hf))
+    model.to_empty(device=device)
+    read_weights(model, directory, family)
+    return model
+
+
+def read_pretrained(model: Any, directory: Path) -> None:
+    """Fill a model that is there already with the weights of a Hugging Face directory.
+
+    Errors: as `load_pretrained`.
+    """
+    read_weights(model, directory, find_family(read_config(directory), directory))
+
+
+def save_pretrained(
+    model: Any,
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    source: str | Path | None = None,
+    config_fields: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a model as a Hugging Face directory that transformers loads.
+
+    dtype            what its parameters are written in; without it, their own
+    source           a directory whose tokenizer and generation config travel along
+    config_fields    more of config.json, where the source does not say: what readers of the directory want to know
+                     and the model does not, such as eos_token_id
+    max_shard_bytes  size of a file of weights; a larger tensor has a file to itself
+
+    Everything is written aside first: a full disk or a kill leaves no half model. Errors: ValueError where the
+    directory has weights already or the model is of no family; OSError where the disk does not take it.
+    """
+    directory = Path(directory)
+    family = _family_of(model)
+    if max_shard_bytes < 1:
+        raise ValueError(f"max-shard-bytes must be at least 1, got {max_shard_bytes}")
+    if holds_weights(directory):
+        raise ValueError(f"{directory} holds the weights of a model already; choose another directory, or empty it")
+    written = dtype or next(model.parameters()).dtype
+    hf = {**family.config_to_hf(model.config), "dtype": str(written).removeprefix("torch.")}
+    hf |= config_fields or {}
+    if source is not None:
+        hf |= _kept_fields(Path(source))
+
+    partial = directory / ".partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        if source is not None:
+            _copy_files(Path(source), partial)
+        write_weights(model, partial, family.weights(model.config), dtype=dtype, max_shard_bytes=max_shard_bytes)
+        (partial / CONFIG).write_text(json.dumps(hf, indent=2) + "\n")
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == CONFIG):  # without it, it is no model yet
+            file.rename(directory / file.name)
+        partial.rmdir()
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            f"the model could not be written to {directory}: {error}; nothing of it was left there"
+        ) from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The fields of a directory's config.json.
+
+    Errors: ValueError where there is none or it is no Hugging Face model's.
+    """
+    path = directory / CONFIG
+    try:
+        hf = json.loads(path.read_text())
+        hf["architectures"][0]
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} does not exist; expected a Hugging Face directory: {CONFIG} and safetensors files"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{path} is not the config of a Hugging Face model ({type(error).__name__}: {error}); expected a JSON "
+            'object with "architectures"'
+        ) from error
+    return hf
+
+
+def find_family(hf: dict[str, Any], directory: Path) -> HuggingFace:
+    """The family that reads such a config.
+
+    Errors: ValueError naming the architectures that are known.
+    """
+    name = hf["architectures"][0]
+    for family in FORMATS:
+        if name in family.architectures:
+            if hf.get("quantization_config"):
+                method = hf["quantization_config"].get("quant_method")
+                raise ValueError(
+                    f"the weights in {directory} are quantized ({method}); expected float32, bfloat16 or float16: "
+                    "get them unquantized, or dequantize and save them with transformers"
+                )
+            return family
+    known = [architecture for family in FORMATS for architecture in family.architectures]
+    raise ValueError(f"{directory} holds a {name}, which is not known here; the architectures are: {', '.join(known)}")
+
+
+def read_model_config(directory: Path) -> Any:
+    """The config of the model in a Hugging Face directory.
+
+    Errors: ValueError where a field is missing or asks for what our models do not do.
+    """
+    hf = read_config(directory)
+    try:
+        return find_family(hf, directory).config_from_hf(hf)
+    except KeyError as error:
+        raise ValueError(f"{directory / CONFIG} has no field {error}, which {hf['architectures'][0]} needs") from error
+
+
+def _family_of(model: Any) -> HuggingFace:
+    for family in FORMATS:
+        if type(model) is family.model:
+            return family
+    known = ", ".join(getattr(family.model, "__name__", "") for family in FORMATS)
+    raise ValueError(f"cannot save a {type(model).__name__} in Hugging Face's form; expected one of {known}")
+
+
+def _dtype_of(hf: dict[str, Any]) -> torch.dtype:
+    name = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+    dtype = getattr(torch, name, None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"config.json has dtype {name!r}; expected float32, bfloat16 or float16")
+    return dtype
+
+
+def _kept_fields(source: Path) -> dict[str, Any]:
+    hf = json.loads((source / CONFIG).read_text()) if (source / CONFIG).is_file() else {}
+    return {name: hf[name] for name in KEPT_FIELDS if name in hf}
+
+
+def _copy_files(source: Path, directory: Path) -> None:
+    for name in KEPT_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)

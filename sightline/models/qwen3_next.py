@@ -1,0 +1,283 @@
+"""Qwen3-Next (Qwen, 2025): three layers of four have a memory, the gated delta rule (arXiv 2412.06464), the fourth has
+gated attention, and a mixture of experts follows each. Read top to bottom, small to large.
+
+One mask serves both kinds of layers: attention obeys it, and the memory is empty where it shows that a document begins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sightline.attention import Lowered
+from sightline.batch import Batch
+from sightline.layers import (
+    Experts,
+    GatedDeltaNet,
+    GroupedQueryAttention,
+    KeyValueCache,
+    LayerCache,
+    MoE,
+    RecurrentCache,
+    Rotation,
+    Router,
+    SwiGLU,
+    ZeroCentredRMSNorm,
+    build_rotation,
+    rope_frequencies,
+    rotate,
+)
+from sightline.masks import AttentionMask, causal, document
+from sightline.models.checks import check_experts, check_heads, check_positive
+from sightline.models.decoder import Decoder, Layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3NextConfig:
+    """The sizes of a Qwen3-Next."""
+
+    vocab_size: int = 8192
+    """Tokens of the vocabulary (V)."""
+    width: int = 256
+    """Size of a token's hidden state."""
+    layers: int = 4
+    """Blocks of memory or attention, and feed-forward."""
+    attention_every: int = 4
+    """Every so many-th layer has attention, the others a memory."""
+    heads: int = 4
+    """Query heads of attention (H)."""
+    kv_heads: int = 2
+    """Key/value heads of attention (G); each serves heads / kv-heads query heads."""
+    head_size: int = 64
+    """Channels of an attention head (D)."""
+    rotary_share: float = 0.25
+    """Share of a head's channels that RoPE turns: the first ones, an even number."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies: the slowest channel turns about once in 2 pi theta tokens."""
+    key_heads: int = 4
+    """Query and key heads of a memory."""
+    value_heads: int = 8
+    """Value heads of a memory; key head i serves value-heads / key-heads of them."""
+    key_size: int = 32
+    """Channels of a memory's query and key head."""
+    value_size: int = 32
+    """Channels of a memory's value head."""
+    taps: int = 4
+    """Tokens that the convolution before a memory takes in, the token itself included."""
+    experts: int = 8
+    """Feed-forward layers the router chooses from; 0 is one dense layer for all tokens."""
+    experts_per_token: int = 2
+    """Experts a token is sent to."""
+    expert_ffn: int = 256
+    """Inner width of an expert."""
+    shared_ffn: int = 256
+    """Inner width of the expert that all tokens share."""
+    ffn: int = 688
+    """Inner width of the dense feed-forward layer, where there are no experts."""
+    auxiliary_loss: float = 0.001
+    """Coefficient of the loss that balances the load of the experts; 0 is none."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in the norms."""
+    tied_embeddings: bool = False
+    """Use the embedding as the output projection too."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "vocab_size", "width", "layers", "attention_every", "heads", "kv_heads", "head_size")
+        check_positive(self, "rope_theta", "key_heads", "value_heads", "key_size", "value_size", "taps", "norm_eps")
+        check_heads(self.heads, self.kv_heads, self.rotary_size)
+        if not 2 <= self.rotary_size <= self.head_size:
+            raise ValueError(
+                f"model.rotary-share {self.rotary_share} of model.head-size {self.head_size} are {self.rotary_size} "
+                "channels; RoPE turns at least 2 and at most all: raise the share, or the head, up to a share of 1"
+            )
+        if self.value_heads % self.key_heads:
+            fits = [n for n in range(1, self.value_heads + 1) if self.value_heads % n == 0]
+            raise ValueError(
+                f"model.value-heads {self.value_heads} is not divisible by model.key-heads {self.key_heads}; "
+                f"key heads that divide it: {fits}"
+            )
+        if self.experts:
+            check_positive(self, "experts", "experts_per_token", "expert_ffn", "shared_ffn")
+            check_experts(self.experts, self.experts_per_token)
+        else:
+            check_positive(self, "ffn")
+
+    @property
+    def rotary_size(self) -> int:
+        """Channels of an attention head that RoPE turns."""
+        return int(self.head_size * self.rotary_share)
+
+    def has_attention(self, layer: int) -> bool:
+        """Whether layer number `layer`, counted from 0, has attention and not a memory."""
+        return (layer + 1) % self.attention_every == 0
+
+
+QWEN3_NEXT_SIZES = {
+    "debug": Qwen3NextConfig(
+        vocab_size=512,
+        width=64,
+        head_size=16,
+        key_heads=2,
+        value_heads=4,
+        key_size=16,
+        value_size=16,
+        experts=4,
+        expert_ffn=32,
+        shared_ffn=32,
+    ),
+    "tiny": Qwen3NextConfig(),
+    "80b-a3b": Qwen3NextConfig(
+        vocab_size=151_936,
+        width=2048,
+        layers=48,
+        heads=16,
+        kv_heads=2,
+        head_size=256,
+        rope_theta=10_000_000.0,
+        key_heads=16,
+        value_heads=32,
+        key_size=128,
+        value_size=128,
+        experts=512,
+        experts_per_token=10,
+        expert_ffn=512,
+        shared_ffn=512,
+    ),
+}
+
+
+class GatedAttention(GroupedQueryAttention):
+    """Grouped-query attention whose output is gated by the token it is for (arXiv 2505.06708).
+
+    Queries and keys are normed over their head, and RoPE turns only the first of their channels.
+    """
+
+    def __init__(self, config: Qwen3NextConfig) -> None:
+        super().__init__(config.width, config.heads, config.kv_heads, config.head_size)
+        self.query_norm = ZeroCentredRMSNorm(config.head_size, config.norm_eps)
+        self.key_norm = ZeroCentredRMSNorm(config.head_size, config.norm_eps)
+        self.gate = nn.Linear(config.width, config.heads * config.head_size, bias=False)
+
+    def init_weights(self, std: float, output_std: float) -> None:
+        super().init_weights(std, output_std)
+        nn.init.normal_(self.gate.weight, std=std)
+
+    def encode(self, q_BSHD: Tensor, k_BSGD: Tensor, encoding: Rotation) -> tuple[Tensor, Tensor]:
+        turned = encoding.cos.shape[-1]
+        q, k = (torch.cat([rotate(t[..., :turned], encoding), t[..., turned:]], dim=-1) for t in (q_BSHD, k_BSGD))
+        return q, k
+
+    def mix(
+        self, x: Tensor, mask: AttentionMask | Lowered, encoding: Rotation, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        return super().mix(x, mask, encoding, cache) * self.gate(x).sigmoid()
+
+
+class SharedExpert(SwiGLU):
+    """The expert of all tokens; each token says how much it wants of it."""
+
+    def __init__(self, width: int, ffn: int) -> None:
+        super().__init__(width, ffn)
+        self.share = nn.Linear(width, 1, bias=False)
+
+    def init_weights(self, std: float, output_std: float) -> None:
+        super().init_weights(std, output_std)
+        nn.init.normal_(self.share.weight, std=std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.share(x).sigmoid()
+
+
+class Block(Layer):
+    """One layer: h + memory or attention(norm(h)), then h + experts(norm(h))."""
+
+    def __init__(self, config: Qwen3NextConfig, *, attention: bool) -> None:
+        super().__init__()
+        self.mixer_norm = ZeroCentredRMSNorm(config.width, config.norm_eps)
+        self.mixer = GatedAttention(config) if attention else build_memory(config)
+        self.mlp_norm = ZeroCentredRMSNorm(config.width, config.norm_eps)
+        self.mlp = build_experts(config) if config.experts else SwiGLU(config.width, config.ffn)
+
+    def init_weights(self, std: float, output_std: float) -> None:
+        self.mixer_norm.init_weights()
+        self.mixer.init_weights(std, output_std)
+        self.mlp_norm.init_weights()
+        self.mlp.init_weights(std, output_std)
+
+    def forward(self, h: Tensor, mask: Lowered, rotation: Rotation, cache: LayerCache | None = None) -> Tensor:
+        """h [B, S, W] -> [B, S, W]."""
+        h = h + self.mixer(self.mixer_norm(h), mask, rotation, cache)
+        x = self.mlp_norm(h)
+        return h + (self.mlp(x, mask.mask.seeing()) if isinstance(self.mlp, MoE) else self.mlp(x))
+
+    def new_cache(self) -> LayerCache:
+        return KeyValueCache() if isinstance(self.mixer, GatedAttention) else RecurrentCache()
+
+
+def build_memory(config: Qwen3NextConfig) -> GatedDeltaNet:
+    return GatedDeltaNet(
+        config.width,
+        config.key_heads,
+        config.value_heads,
+        config.key_size,
+        config.value_size,
+        config.taps,
+        config.norm_eps,
+    )
+
+
+def build_experts(config: Qwen3NextConfig) -> MoE:
+    router = Router(
+        config.width, config.experts, config.experts_per_token, renormalize=True, auxiliary=config.auxiliary_loss
+    )
+    experts = Experts(config.experts, config.width, config.expert_ffn)
+    return MoE(router, experts, SharedExpert(config.width, config.shared_ffn))
+
+
+class Qwen3Next(Decoder):
+    """The whole model. Fresh weights are as in every decoder; what its layers have beyond that:
+
+    taps       std taps^-0.5
+    A_log      exp(A_log) uniform from 0.01 to 16, and dt_bias 1: some heads keep for hundreds of tokens, some for one
+    norms      0, which is a factor of 1; that of a memory's heads 1
+    """
+
+    def __init__(self, config: Qwen3NextConfig, *, attention_backend: str = "auto") -> None:
+        layers = (Block(config, attention=config.has_attention(i)) for i in range(config.layers))
+        super().__init__(config, layers, attention_backend=attention_backend)
+        self.norm = ZeroCentredRMSNorm(config.width, config.norm_eps)
+
+    def get_attention_masks(self, batch: Batch, tokenizer: object = None) -> AttentionMask:
+        """Every token sees itself and what comes before it in its own document; a memory reads its documents off it."""
+        rows, length = batch.shape
+        return causal(rows, length, device=batch.tokens.device) & document(batch.document_ids)
+
+    def encode_positions(self, positions: Tensor) -> Rotation:
+        config = self.config
+        frequencies = rope_frequencies(config.rotary_size, config.rope_theta, device=positions.device)
+        return build_rotation(positions, frequencies)
+
+    def flops_per_token(self) -> float:
+        """Forward and backward FLOPs of one token in matrix products, attention scores left out.
+
+        6 a matmul parameter that the token meets (`experts_per_token` experts of all), and 18 a number of each memory:
+        it is read by a key, corrected by an outer product and read by a query; a chunked form computes more.
+        """
+        config = self.config
+        keys, values = config.key_heads * config.key_size, config.value_heads * config.value_size
+        memory = config.width * (2 * keys + 3 * values + 2 * config.value_heads) + 3 * values * config.key_size
+        attention = config.width * config.head_size * (3 * config.heads + 2 * config.kv_heads)
+        mlp = 3 * config.width * config.ffn
+        if config.experts:
+            ffn = config.experts_per_token * config.expert_ffn + config.shared_ffn
+            mlp = config.width * (3 * ffn + config.experts + 1)
+        with_attention = config.layers // config.attention_every
+        layers = with_attention * attention + (config.layers - with_attention) * memory + config.layers * mlp
+        return 6.0 * (layers + config.width * config.vocab_size)
+
+    def attention_flops_per_pair(self) -> float:
+        """Forward and backward FLOPs of one visible (query, key) pair over the layers with attention: see Llama 3's."""
+        config = self.config
+        return 12.0 * config.heads * config.head_size * (config.layers // config.attention_every)

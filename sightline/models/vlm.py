@@ -1,0 +1,367 @@
+"""A Llama 3 that sees images: SigLIP 2's encoder (arXiv 2502.14786), a projector, and the decoder of llama3.py.
+
+A row is text with images in it. An image stands in the text as a run of image tokens, one for every `merge` x `merge`
+of its patches; the patches themselves lie in a row of their own:
+
+    tokens               the  cat  [i]  [i]  [i]  [i]  and   the  dog  [i]  [i]
+    extra["patches"]     16 patches of the first image, 8 of the second, padding
+    extra["patch_grid"]  [[4, 4], [2, 4], [0, 0]]
+
+Two masks: in `encoder` a patch sees its own image, in `decoder` a token sees its own document up to itself, and an
+image token all of its image. Where an image begins and ends is what `patch_grid` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sightline.batch import Batch
+from sightline.layers import LayerCache
+from sightline.layers.vision import Projector, VisionEncoder, place_patches
+from sightline.masks import AttentionMask, bidirectional, causal, document
+from sightline.models import llama3
+from sightline.models.checks import check_positive
+from sightline.models.decoder import Masks
+from sightline.models.llama3 import LLAMA3_SIZES, Llama3, Llama3Config
+from sightline.models.weights import HuggingFace, Weight, expect
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The sizes of a SigLIP 2 encoder."""
+
+    width: int = 128
+    """Size of a patch's hidden state."""
+    layers: int = 3
+    """Blocks of attention and feed-forward."""
+    heads: int = 4
+    """Heads of its attention."""
+    ffn: int = 512
+    """Inner width of its feed-forward layer."""
+    patch_size: int = 8
+    """Pixels a side of a patch."""
+    channels: int = 3
+    """Colours of a pixel."""
+    side: int = 8
+    """Learned positions a side; they are stretched or shrunk to the size of each image."""
+    norm_eps: float = 1e-6
+    """Added to the variance in its norms."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "layers", "heads", "ffn", "patch_size", "channels", "side", "norm_eps"):
+            if getattr(self, name) <= 0:
+                option = name.replace("_", "-")
+                raise ValueError(f"model.vision.{option} must be greater than 0, got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(
+                f"model.vision.width {self.width} is not divisible by model.vision.heads {self.heads}; change one of "
+                "them"
+            )
+
+    @property
+    def patch_channels(self) -> int:
+        """Numbers of a patch."""
+        return self.patch_size**2 * self.channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLMConfig(Llama3Config):
+    """The sizes of a Llama 3 that sees images."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    """The encoder of the images."""
+    merge: int = 2
+    """An image token holds merge x merge patches."""
+    projector: int = 512
+    """Inner width of the projector between encoder and decoder."""
+    image_token: int = 8191
+    """The token an image stands as in the text; no text is ever encoded as it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "merge", "projector")
+        if not 0 <= self.image_token < self.vocab_size:
+            raise ValueError(
+                f"model.image-token {self.image_token} is not in the vocabulary of {self.vocab_size} tokens; "
+                f"use --model.image-token {self.vocab_size - 1}"
+            )
+
+
+def add_vision(text: Llama3Config, **fields: Any) -> VLMConfig:
+    """A Llama 3 of these sizes that sees; the last token of its vocabulary is the image token, unless `fields` say."""
+    return VLMConfig(**{**vars(text), "image_token": text.vocab_size - 1, **fields})
+
+
+VLM_SIZES = {
+    "debug": add_vision(
+        LLAMA3_SIZES["debug"],
+        vision=VisionConfig(width=48, layers=2, heads=4, ffn=96, patch_size=4, side=4),
+        projector=96,
+    ),
+    "tiny": add_vision(LLAMA3_SIZES["tiny"]),
+    "1.7b": add_vision(  # siglip2-so400m-patch16-naflex and Llama 3.2 1B
+        LLAMA3_SIZES["1b"],
+        vision=VisionConfig(width=1152, layers=27, heads=16, ffn=4304, patch_size=16, side=16),
+        projector=2560,
+    ),
+}
+
+
+class VLM(Llama3):
+    """The whole model. A pipeline stage without `embedding` also does without `vision` and `projector`.
+
+    `flops_per_token` counts the decoder: how many patches there are is not a matter of the tokens. So the matrix
+    products of the encoder and the projector are missing in a run's MFU; the encoder's attention is in it.
+    """
+
+    config: VLMConfig
+
+    def __init__(self, config: VLMConfig, *, attention_backend: str = "auto") -> None:
+        super().__init__(config, attention_backend=attention_backend)
+        self.unspoken = (config.image_token,)
+        for layer in self.layers.values():
+            layer.mask_name = "decoder"  # type: ignore[assignment]
+        vision = config.vision
+        self.vision: VisionEncoder | None = VisionEncoder(
+            patch_channels=vision.patch_channels,
+            width=vision.width,
+            layers=vision.layers,
+            heads=vision.heads,
+            ffn=vision.ffn,
+            side=vision.side,
+            norm_eps=vision.norm_eps,
+        )
+        self.projector: Projector | None = Projector(
+            channels=vision.width, hidden=config.projector, width=config.width, merge=config.merge
+        )
+
+    def init_weights(self) -> None:
+        """The decoder as a Llama 3, then the encoder and the projector as sightline.layers.vision says."""
+        super().init_weights()
+        if self.vision is not None:
+            self.vision.init_weights()
+        if self.projector is not None:
+            self.projector.init_weights()
+
+    def get_attention_masks(self, batch: Batch, tokenizer: object = None) -> dict[str, AttentionMask]:  # type: ignore[override]
+        """`decoder`: text is causal, the tokens of one image see each other both ways, all inside the document.
+        `encoder`, for a batch with images: the patches of one image see each other.
+
+        Errors: ValueError where the image tokens of a row are not those that its `patch_grid` states.
+        """
+        image_token = getattr(tokenizer, "image_id", self.config.image_token)
+        if image_token != self.config.image_token:
+            raise ValueError(
+                f"the tokenizer's image token is {image_token}, the model's {self.config.image_token}; expected the "
+                f"same: use --model.image-token {image_token}"
+            )
+        rows, length = batch.shape
+        text = causal(rows, length, device=batch.tokens.device)
+        if "patch_grid" not in batch.extra:
+            return {"decoder": text & document(batch.document_ids)}
+        patch_grid, patches = batch.extra["patch_grid"], batch.extra["patches"]
+        self.check_patches(patches, patch_grid)
+        span_ids = self.image_spans(batch, patch_grid)
+        return {
+            "encoder": document(place_patches(patch_grid, patches.shape[1]).image),
+            "decoder": (text | bidirectional(span_ids)) & document(batch.document_ids),
+        }
+
+    def check_patches(self, patches: Tensor, patch_grid: Tensor) -> None:
+        """Refuse patches and grids that do not fit each other or this model."""
+        merge, numbers = self.config.merge, self.config.vision.patch_channels
+        if patches.dim() != 3 or patches.shape[2] != numbers or patches.shape[1] % merge**2:
+            raise ValueError(
+                f"patches must be [B, P, {numbers}] with P a multiple of {merge**2} (merge x merge patches make a "
+                f"token), got {tuple(patches.shape)}; pad the patches of a row behind its last image"
+            )
+        if patch_grid.dim() != 3 or patch_grid.shape[::2] != (len(patches), 2) or patch_grid.is_floating_point():
+            raise ValueError(
+                f"patch_grid must be integers [B, N, 2], the height and width of each image in patches, with "
+                f"B={len(patches)}, got {patch_grid.dtype} {tuple(patch_grid.shape)}"
+            )
+        if bool((patch_grid % merge).any()) or bool((patch_grid < 0).any()):
+            raise ValueError(
+                f"an image's height and width in patches must be multiples of merge = {merge}, got "
+                f"{patch_grid[((patch_grid % merge != 0) | (patch_grid < 0)).any(dim=2)][0].tolist()}; resize the image"
+            )
+        stated = int(patch_grid.prod(dim=2).sum(dim=1).max()) if patch_grid.numel() else 0
+        if stated > patches.shape[1]:
+            raise ValueError(f"patch_grid states {stated} patches in a row, but patches has only {patches.shape[1]}")
+
+    def image_spans(self, batch: Batch, patch_grid: Tensor) -> Tensor:
+        """Number of the image that each image token of its row belongs to, -1 for text: int64 [B, S]."""
+        is_image = batch.tokens == self.config.image_token
+        ends = (patch_grid.prod(dim=2) // self.config.merge**2).cumsum(dim=1).long()  # in image tokens of the row
+        number = is_image.cumsum(dim=1) - 1
+        stated = ends[:, -1] if ends.shape[1] else ends.new_zeros(len(ends))
+        for row, (came, expected) in enumerate(zip(is_image.sum(dim=1).tolist(), stated.tolist(), strict=True)):
+            if came != expected:
+                raise ValueError(
+                    f"row {row} has {came} image tokens ({self.config.image_token}), but its patch_grid states "
+                    f"{expected}: one for every {self.config.merge} x {self.config.merge} patches of its images"
+                )
+        span_ids = torch.searchsorted(ends, number.contiguous(), right=True).masked_fill(~is_image, -1)
+        # A new run begins where the image or the document changes; every image must be exactly one.
+        begins = is_image.clone()
+        same = (span_ids[:, 1:] == span_ids[:, :-1]) & (batch.document_ids[:, 1:] == batch.document_ids[:, :-1])
+        begins[:, 1:] &= ~same
+        torn = (begins.sum(dim=1) != (patch_grid.prod(dim=2) > 0).sum(dim=1)).nonzero().flatten().tolist()
+        if torn:
+            raise ValueError(
+                f"row {torn[0]} has an image whose tokens do not stand together in one document; put text before or "
+                "after an image, and cut no document inside one"
+            )
+        return span_ids
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        attention_masks: Masks,
+        positions: Tensor,
+        labels: Tensor | None = None,
+        cache: dict[str, LayerCache] | None = None,
+        patches: Tensor | None = None,
+        patch_grid: Tensor | None = None,
+    ) -> Tensor:
+        """As every decoder's, and with images:
+
+        patches     float [B, P, patch_size^2 * channels], the patches of a row's images one image after the other
+        patch_grid  int [B, N, 2], height and width of each image in patches, 0 where a row has fewer than N
+        With a cache they belong to the call that brings their image tokens, and to no later one.
+        """
+        assert isinstance(attention_masks, dict), "the masks of a VLM go by name"
+        h = tokens if self.embedding is None else self.embedding(tokens)
+        if self.embedding is not None and patches is not None and patch_grid is not None:
+            seen = self.see(patches, patch_grid, attention_masks["encoder"])
+            h = put_images(h, seen, tokens == self.config.image_token)
+        masks = {"decoder": attention_masks["decoder"]}
+        return self.decode(h, attention_masks=masks, positions=positions, labels=labels, cache=cache)
+
+    def see(self, patches: Tensor, patch_grid: Tensor, mask: AttentionMask) -> Tensor:
+        """Patches [B, P, ...] -> what stands for the image tokens of each row, in order: [B, P / merge^2, W]."""
+        assert self.vision is not None and self.projector is not None, "a stage with the embedding sees images"
+        places = place_patches(patch_grid, patches.shape[1])
+        lowered = self.lower_masks(mask, self.vision.positions)["attention"]
+        return self.projector(self.vision(patches, places, lowered), places)
+
+    def attention_flops_per_pair(self) -> dict[str, float]:  # type: ignore[override]
+        """By mask: see Llama3."""
+        vision = self.config.vision
+        return {"encoder": 12.0 * vision.width * vision.layers, "decoder": super().attention_flops_per_pair()}
+
+
+def put_images(h: Tensor, seen: Tensor, is_image: Tensor) -> Tensor:
+    """h [B, S, W] with the n-th image token of each row, by is_image bool [B, S], replaced by the n-th of seen
+    [B, M, W]."""
+    number = (is_image.cumsum(dim=1) - 1).clamp(min=0, max=seen.shape[1] - 1)
+    there = seen.gather(1, number[..., None].expand(-1, -1, seen.shape[2]))
+    return torch.where(is_image[..., None], there.to(h.dtype), h)
+
+
+def config_from_hf(hf: dict[str, Any]) -> VLMConfig:
+    """From the fields of a config.json."""
+    expect(hf, projector_hidden_act="gelu", projector_bias=True, projector_use_layernorm=True)
+    architectures, tied = hf["architectures"], hf.get("tie_word_embeddings", True)
+    text = {**hf["text_config"], "architectures": architectures, "tie_word_embeddings": tied}
+    expect(text, model_type="llama")
+    return add_vision(
+        llama3.config_from_hf(text),
+        vision=vision_from_hf({**hf["vision_config"], "architectures": architectures}),
+        merge=hf.get("downsample_factor", 2),
+        projector=hf.get("projector_hidden_size", 2560),
+        image_token=hf.get("image_token_id", 396),
+    )
+
+
+def vision_from_hf(hf: dict[str, Any]) -> VisionConfig:
+    """From the fields of a Siglip2VisionModel's config.json."""
+    expect(hf, model_type="siglip2_vision_model", hidden_act="gelu_pytorch_tanh")
+    return VisionConfig(
+        width=hf.get("hidden_size", 768),
+        layers=hf.get("num_hidden_layers", 12),
+        heads=hf.get("num_attention_heads", 12),
+        ffn=hf.get("intermediate_size", 3072),
+        patch_size=hf.get("patch_size", 16),
+        channels=hf.get("num_channels", 3),
+        side=round(hf.get("num_patches", 256) ** 0.5),
+        norm_eps=hf.get("layer_norm_eps", 1e-6),
+    )
+
+
+def config_to_hf(config: VLMConfig) -> dict[str, Any]:
+    """And back. Theirs is the class of LFM2-VL, whose text model may be any: here a Llama."""
+    return {
+        "architectures": ["Lfm2VlForConditionalGeneration"],
+        "model_type": "lfm2_vl",
+        "text_config": llama3.config_to_hf(config),
+        "vision_config": vision_to_hf(config.vision),
+        "downsample_factor": config.merge,
+        "projector_hidden_size": config.projector,
+        "image_token_id": config.image_token,
+        "tie_word_embeddings": config.tied_embeddings,
+    }
+
+
+def vision_to_hf(config: VisionConfig) -> dict[str, Any]:
+    """And back."""
+    return {
+        "architectures": ["Siglip2VisionModel"],
+        "model_type": "siglip2_vision_model",
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.ffn,
+        "patch_size": config.patch_size,
+        "num_channels": config.channels,
+        "num_patches": config.side**2,
+        "layer_norm_eps": config.norm_eps,
+        "vision_use_head": False,
+    }
+
+
+def hf_weights(config: VLMConfig) -> Iterator[Weight]:
+    """Which tensor of theirs is which of ours."""
+    for weight in llama3.hf_weights(config):
+        yield Weight(weight.theirs.replace("model.", "model.language_model.", 1), weight.ours)
+    yield from vision_weights(config.vision, "model.vision_tower.")
+    for theirs, ours in (("layer_norm", "norm"), ("linear_1", "up"), ("linear_2", "down")):
+        for kind in ("weight", "bias"):
+            yield Weight(f"model.multi_modal_projector.{theirs}.{kind}", f"projector.{ours}.{kind}")
+
+
+def vision_weights(config: VisionConfig, prefix: str) -> Iterator[Weight]:
+    """The tensors of a Siglip2VisionModel whose names begin with `prefix`."""
+    yield Weight(f"{prefix}embeddings.position_embedding.weight", "vision.positions")
+    modules = [("embeddings.patch_embedding", "embedding"), ("post_layernorm", "norm")]
+    for i in range(config.layers):
+        for theirs, ours in (
+            ("layer_norm1", "attention_norm"),
+            ("self_attn.q_proj", "attention.query"),
+            ("self_attn.k_proj", "attention.key"),
+            ("self_attn.v_proj", "attention.value"),
+            ("self_attn.out_proj", "attention.output"),
+            ("layer_norm2", "mlp_norm"),
+            ("mlp.fc1", "up"),
+            ("mlp.fc2", "down"),
+        ):
+            modules.append((f"encoder.layers.{i}.{theirs}", f"layers.{i}.{ours}"))
+    for theirs, ours in modules:
+        for kind in ("weight", "bias"):
+            yield Weight(f"{prefix}{theirs}.{kind}", f"vision.{ours}.{kind}")
+
+
+VLM_HF = HuggingFace(
+    model=VLM,
+    architectures=("Lfm2VlForConditionalGeneration",),
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
+    weights=hf_weights,
+    ignored=r"lm_head\.weight|.*\.rotary_emb\.inv_freq|model\.vision_tower\.head\..*",
+)

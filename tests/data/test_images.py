@@ -1,0 +1,137 @@
+"""Drawings and their captions: the rows state which patches belong to which image, and the state brings them back."""
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
+
+from sightline.batch import PADDING, Batch
+from sightline.config import Data
+from sightline.data import ImageLoader, load_documents, pack_patches, split_documents, to_patches, train_tokenizer
+from sightline.data.images import COLOURS, SYNTHETIC_IMAGES, caption_documents, draw
+
+IMAGE = 511
+CAPTIONS = load_documents(Data(source=SYNTHETIC_IMAGES))
+TOKENIZER = train_tokenizer(CAPTIONS, IMAGE)
+SIZES = {"rows": 3, "sequence_length": 96, "patch_size": 4, "merge": 2, "image_token": IMAGE, "seed": 5}
+
+
+def loader(**options) -> ImageLoader:
+    return ImageLoader(CAPTIONS, TOKENIZER, **{**SIZES, **options})
+
+
+def assert_same(one: Batch, other: Batch) -> None:
+    for name in ("tokens", "labels", "document_ids", "positions"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+    assert all(torch.equal(one.extra[name], other.extra[name]) for name in ("patches", "patch_grid"))
+
+
+def captions_and_images(batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
+    """The caption behind each image of the batch, and the image's patches."""
+    for row in range(batch.shape[0]):
+        grid = batch.extra["patch_grid"][row]
+        tokens, at, first = batch.tokens[row].tolist(), 0, 0
+        for height, width in grid[grid.prod(dim=1) > 0].tolist():
+            at = tokens.index(IMAGE, at)
+            count = height * width // 4
+            assert tokens[at : at + count] == [IMAGE] * count and tokens[at + count] != IMAGE
+            at += count
+            end = next(i for i in range(at, len(tokens)) if tokens[i] in (IMAGE, TOKENIZER.eos_id))
+            yield TOKENIZER.decode(tokens[at:end]), batch.extra["patches"][row, first : first + height * width]
+            first += height * width
+        assert IMAGE not in tokens[at:] and not batch.extra["patches"][row, first:].any()
+
+
+def test_every_image_stands_before_its_caption() -> None:
+    captions = set(CAPTIONS)
+    assert len(captions) == len(CAPTIONS) == 2 * 7 * 4 * 6
+    seen = set()
+    for batch in islice(loader(), 5):
+        for caption, patches in captions_and_images(batch):
+            assert caption in captions
+            seen.add(caption)
+            _, _, colour, _, _, ground = caption.split()
+            colours = {tuple(pixel) for pixel in ((patches.reshape(-1, 3) + 1) * 127.5).round().int().tolist()}
+            assert colours == {COLOURS[colour], COLOURS[ground]}
+    assert len(seen) > 20
+
+
+def test_documents_begin_and_end_in_their_row_and_images_are_no_labels() -> None:
+    for batch in islice(loader(), 5):
+        real = batch.document_ids != PADDING
+        assert 0.5 < batch.fill() <= 1
+        begins = batch.positions[real] == 0
+        assert torch.equal(batch.tokens[real][begins], torch.full_like(batch.tokens[real][begins], TOKENIZER.bos_id))
+        assert begins.sum() == (batch.tokens[real] == TOKENIZER.eos_id).sum()
+        assert not (batch.labels == IMAGE).any() and (batch.tokens == IMAGE).any()
+        following = batch.tokens[:, 1:]
+        wanted = (batch.document_ids[:, 1:] == batch.document_ids[:, :-1]) & real[:, 1:] & (following != IMAGE)
+        assert torch.equal(batch.labels[:, :-1], torch.where(wanted, following, -100))
+
+
+def test_the_state_brings_the_same_batches_back() -> None:
+    source = loader()
+    for _ in range(3):
+        next(source)
+    state = json.loads(json.dumps(source.state_dict()))
+    again = loader()
+    again.load_state_dict(state)
+    for _ in range(3):
+        assert_same(next(source), next(again))
+    with pytest.raises(AssertionError):
+        assert_same(next(source), next(loader(seed=6)))
+    with pytest.raises(ValueError, match=r"saved with .*'seed': 5.*, here it is .*'seed': 6"):
+        loader(seed=6).load_state_dict(state)
+
+
+def test_ranks_share_the_batches() -> None:
+    together = loader()
+    ranks = [loader(rank=rank, world=2) for rank in range(2)]
+    for number in range(4):
+        assert_same(next(together), next(ranks[number % 2]))
+
+
+def test_patches_are_those_of_siglip() -> None:
+    image = np.random.default_rng(0).integers(256, size=(8, 12, 3), dtype=np.uint8)
+    patches, grid = to_patches(image, 4)
+    assert grid == (2, 3)
+    theirs = convert_image_to_patches(image.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1, 4)
+    np.testing.assert_allclose(patches, theirs, atol=1e-6)
+    with pytest.raises(ValueError, match="an image of 8 x 12 pixels is no whole number of patches of 5 x 5"):
+        to_patches(image, 5)
+
+
+def test_packed_patches() -> None:
+    one, two = (np.full((4 * h, 4 * w, 3), value, dtype=np.uint8) for h, w, value in [(2, 3, 255), (1, 1, 0)])
+    extra = pack_patches([[one, two], [], [two]], 4)
+    assert extra["patch_grid"].tolist() == [[[2, 3], [1, 1]], [[0, 0], [0, 0]], [[1, 1], [0, 0]]]
+    assert extra["patches"].shape == (3, 64, 48)
+    assert extra["patches"][:, :, 0].sum(dim=1).tolist() == [6 - 1, 0, -1]
+    assert pack_patches([[one] * 11], 4)["patches"].shape == (1, 128, 48)
+    assert pack_patches([[], []], 4)["patch_grid"].tolist() == [[[0, 0]], [[0, 0]]]
+
+
+@pytest.mark.parametrize("shape", ["circle", "square", "triangle", "cross"])
+def test_a_large_drawing_covers_more_than_a_small_one(shape: str) -> None:
+    def covered(size: str) -> int:
+        image = draw(f"a {size} red {shape} on blue", 32, 48, np.random.default_rng(0))
+        assert image.shape == (32, 48, 3) and image.dtype == np.uint8
+        return int((image == COLOURS["red"]).all(axis=2).sum())
+
+    assert 30 < 2 * covered("small") < covered("large") < 32 * 48
+
+
+def test_held_out_captions_are_not_trained_on() -> None:
+    training, held_out = split_documents(caption_documents(), 0.05)
+    assert len(held_out) == 17 and not set(training) & set(held_out)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a row of 20 tokens does not hold .*--training.sequence-length \d\d or more"):
+        loader(sequence_length=20)
+    with pytest.raises(ValueError, match=r"has \d+ tokens, so token 100 may stand for text"):
+        loader(image_token=100)

@@ -1,0 +1,105 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from sightline.layers import KeyValueCache, MultiHeadLatentAttention, Rotation, build_rotation, rope_frequencies
+from sightline.masks import AttentionMask, causal, document
+
+SIZES: dict[str, Any] = {"query_rank": 10, "kv_rank": 9, "plain_size": 6, "rope_size": 4, "value_size": 8}
+CASES = {
+    "value smaller": SIZES,
+    "value larger": {**SIZES, "value_size": 14},
+    "queries without a latent": {**SIZES, "query_rank": None},
+    "sharpened": {**SIZES, "score_factor": 1.7},
+}
+W, H = 16, 3
+IDS = torch.tensor([[0] * 5 + [1] * 7, [0] * 9 + [-1] * 3], dtype=torch.int32)
+POSITIONS = torch.tensor([[*range(5), *range(7)], [*range(9), 0, 0, 0]])
+
+
+def make(case: str = "value smaller") -> MultiHeadLatentAttention:
+    torch.manual_seed(0)
+    layer = MultiHeadLatentAttention(W, H, **CASES[case])
+    layer.init_weights(0.4, 0.4)
+    for parameter in layer.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return layer.double()
+
+
+def mask_and_rotation() -> tuple[AttentionMask, Rotation]:
+    return causal(2, 12) & document(IDS), build_rotation(POSITIONS, rope_frequencies(4, 100.0))
+
+
+def by_hand(layer: MultiHeadLatentAttention, x: Tensor, positions: Tensor) -> Tensor:
+    """One document [n, W], head by head, as the paper writes it: equations 37 to 47 of arXiv 2405.04434."""
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+    def turn(x: Tensor) -> Tensor:
+        angles = positions[:, None].double() * torch.tensor([1.0, 0.1], dtype=torch.float64)
+        z = torch.complex(x[:, :2], x[:, 2:]) * torch.exp(1j * angles)
+        return torch.cat([z.real, z.imag], dim=1)
+
+    through = x if layer.query_down is None else norm(x @ layer.query_down.weight.t(), layer.query_norm.weight)
+    down = x @ layer.kv_down.weight.t()
+    latent, shared_key = norm(down[:, :9], layer.kv_norm.weight), turn(down[:, 9:])
+    outs, size = [], 6 + layer.value_size
+    for head in range(H):
+        q = through @ layer.query.weight[head * 10 : head * 10 + 10].t()
+        kv = latent @ layer.kv.weight[head * size : head * size + size].t()
+        scores = (q[:, :6] @ kv[:, :6].t() + turn(q[:, 6:]) @ shared_key.t()) * layer.scale
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+        outs.append(scores.softmax(-1) @ kv[:, 6:])
+    return torch.cat(outs, dim=1) @ layer.output.weight.t()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_packed_rows_are_the_paper_s_formulas_for_each_document(case: str) -> None:
+    layer, x = make(case), torch.randn(2, 12, W, dtype=torch.float64)
+    out = layer(x, *mask_and_rotation())
+    assert layer.scale == pytest.approx((1.7 if case == "sharpened" else 1.0) / math.sqrt(10))
+    for row, begin, end in ((0, 0, 5), (0, 5, 12), (1, 0, 9)):
+        expected = by_hand(layer, x[row, begin:end], POSITIONS[row, begin:end])
+        assert_close(out[row, begin:end], expected, atol=1e-6, rtol=0)  # angles are float32
+    assert torch.equal(out[1, 9:], torch.zeros(3, W, dtype=torch.float64))
+
+
+def test_gradients_are_those_of_the_formulas() -> None:
+    layer, x = make(), torch.randn(2, 12, W, dtype=torch.float64, requires_grad=True)
+    leaves, grad = [x, *layer.parameters()], torch.randn(5, W, dtype=torch.float64)
+    outs = layer(x, *mask_and_rotation())[0, :5], by_hand(layer, x[0, :5], POSITIONS[0, :5])
+    for mine, other in zip(*(torch.autograd.grad(out, leaves, grad) for out in outs), strict=True):
+        assert_close(mine, other, atol=1e-6, rtol=1e-6)
+        assert other.abs().sum() > 0
+
+
+def test_the_cache_holds_the_latent_and_the_shared_key_alone() -> None:
+    layer, x = make(), torch.randn(1, 12, W, dtype=torch.float64)
+    frequencies, mask = rope_frequencies(4, 100.0), causal(1, 12)
+    whole = layer(x, mask, build_rotation(torch.arange(12)[None], frequencies))
+    cache, begin = KeyValueCache(), 0
+    for end in (5, 6, 12):
+        new = torch.arange(begin, end)
+        part = AttentionMask(mask.start[:, new], mask.stop[:, new], end)
+        out = layer(x[:, new], part, build_rotation(new[None], frequencies), cache)
+        assert_close(out, whole[:, new])
+        begin = end
+    latents, keys = cache.append(torch.zeros(1, 1, 1, 9), torch.zeros(1, 1, 1, 4))
+    assert (latents.shape, keys.shape) == ((1, 1, 13, 9), (1, 1, 13, 4)), "9 + 4 numbers a token, for all heads"
+
+
+def test_fresh_weights_keep_sizes() -> None:
+    """What reads a latent is drawn by the latent's size, what reads the hidden state as it is told."""
+    torch.manual_seed(0)
+    layer = MultiHeadLatentAttention(64, 8, query_rank=400, kv_rank=100, plain_size=24, rope_size=8, value_size=32)
+    layer.init_weights(0.5, 0.25)
+    expected = {"query_down": 0.5, "query": 1 / 20, "kv_down": 0.5, "kv": 1 / 10, "output": 0.25}
+    assert {name: getattr(layer, name).weight.std().item() for name in expected} == pytest.approx(expected, rel=0.05)
+    straight = MultiHeadLatentAttention(64, 8, query_rank=None, kv_rank=100, plain_size=24, rope_size=8, value_size=32)
+    straight.init_weights(0.5, 0.25)
+    assert straight.query.weight.std().item() == pytest.approx(0.5, rel=0.05)

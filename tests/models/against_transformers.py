@@ -1,0 +1,192 @@
+"""The truth for every family: the transformers library's own model, run on one document at a time, never packed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sightline import Batch
+from sightline.models import load_pretrained, save_pretrained
+from sightline.models.generation import generate
+from sightline.models.weights import HuggingFace
+from sightline.training.step import named_masks
+
+LOGITS = 1e-4
+GRADIENTS = 1e-3  # of the largest element of each gradient
+
+
+def random_theirs(model: type, config: Any, spread: float = 0.15) -> nn.Module:
+    """Their model with weights in which nothing is 0 or 1: what is missing or misplaced must show."""
+    torch.manual_seed(0)
+    config._attn_implementation = "eager"
+    theirs = model(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(parameter + spread * torch.randn_like(parameter))
+    return theirs
+
+
+def as_ours(theirs: Any, directory: Path) -> Any:
+    """Their model, written by them and read by us."""
+    theirs.save_pretrained(directory)
+    return load_pretrained(directory)
+
+
+def random_documents(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def run(model: Any, batch: Batch, *, labels: bool = False) -> Tensor:
+    return model(
+        batch.tokens,
+        attention_masks=model.get_attention_masks(batch),
+        positions=batch.positions,
+        labels=batch.labels if labels else None,
+    )
+
+
+def pieces(batch: Batch) -> Iterator[tuple[int, Tensor]]:
+    """(row, token indices) of every document of the batch, as its ids state it."""
+    for row in range(batch.shape[0]):
+        for number in range(int(batch.document_ids[row].max()) + 1):
+            yield row, (batch.document_ids[row] == number).nonzero()[:, 0]
+
+
+def assert_same_model(ours: Any, theirs: Any, family: HuggingFace, documents: list[list[int]], length: int) -> None:
+    """Logits of every token and gradients of every parameter: ours from packed rows, theirs from each document."""
+    batch = Batch.from_documents(documents, length=length)
+    packed = [(row, index) for row, index in pieces(batch)]
+    assert [batch.tokens[row, index].tolist() for row, index in packed] == documents, "no document may be cut"
+    ours.zero_grad()
+    theirs.zero_grad()
+
+    logits, loss = run(ours, batch), run(ours, batch, labels=True)
+    their_loss = torch.zeros(())
+    for row, index in packed:
+        tokens = batch.tokens[row, index][None]
+        expected = theirs(input_ids=tokens, use_cache=False).logits[0]
+        torch.testing.assert_close(logits[row, index], expected, atol=LOGITS, rtol=0)
+        their_loss = their_loss + F.cross_entropy(expected[:-1], tokens[0, 1:], reduction="sum")
+    torch.testing.assert_close(loss, their_loss, rtol=1e-5, atol=0)
+
+    loss.backward()
+    their_loss.backward()
+    assert_same_gradients(ours, theirs, family)
+
+
+def assert_same_gradients(ours: Any, theirs: Any, family: HuggingFace) -> None:
+    """Of all parameters, each by the views through which its weights travel."""
+    our_grads = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    their_grads = dict(_their_grads(theirs, {weight.theirs for weight in family.weights(ours.config)}))
+    weights = [weight for weight in family.weights(ours.config) if weight.ours in our_grads]
+    assert {weight.ours for weight in weights} == set(our_grads)
+    assert {weight.theirs for weight in weights} == set(their_grads)
+    for weight in weights:
+        mine, other = our_grads[weight.ours], their_grads[weight.theirs]
+        assert mine is not None and other is not None, weight
+        mine, other = weight.of_ours(mine), weight.of_theirs(other)
+        largest = other.abs().max().item()
+        idle = ".experts." in weight.theirs and largest == 0.0  # an expert that no token was sent to
+        assert idle or largest > 1e-6, f"{weight.theirs} learns nothing, so the comparison is none"
+        torch.testing.assert_close(mine, other, atol=GRADIENTS * largest, rtol=0, msg=lambda m, w=weight: f"{w}: {m}")
+
+
+def _their_grads(theirs: Any, names: set[str]) -> Iterator[tuple[str, Tensor | None]]:
+    """By the names in their files: there, some models have a tensor an expert, and in memory all experts in one."""
+    for name, parameter in theirs.named_parameters():
+        experts, _, kind = name.rpartition(".")
+        if name in names or not experts.endswith(".experts"):
+            yield name, parameter.grad
+            continue
+        for e in range(len(parameter)):
+            grad = None if parameter.grad is None else parameter.grad[e]
+            if kind == "gate_up_proj" and grad is not None:
+                yield f"{experts}.{e}.gate_proj.weight", grad.chunk(2)[0]
+                yield f"{experts}.{e}.up_proj.weight", grad.chunk(2)[1]
+            else:
+                yield f"{experts}.{e}.{kind}.weight", grad
+
+
+def assert_way_back(ours: Any, theirs: Any, model: type, tokens: Tensor, directory: Path) -> None:
+    """What we write, they read: the same logits, and bit for bit the same weights."""
+    save_pretrained(ours, directory)
+    config = model.config_class.from_pretrained(directory)
+    config._attn_implementation = "eager"
+    back = model.from_pretrained(directory, config=config).eval()
+    state, before = back.state_dict(), theirs.state_dict()
+    assert list(state) == list(before) and all(torch.equal(state[name], before[name]) for name in state)
+    with torch.no_grad():
+        assert torch.equal(back(input_ids=tokens).logits, theirs(input_ids=tokens).logits)
+
+
+def assert_cached_logits(ours: Any, tokens: list[int], cuts: Sequence[int]) -> None:
+    """A document taken piece by piece through a cache gives the logits of the whole."""
+    with torch.no_grad():
+        whole = run(ours, Batch.from_documents([tokens], length=len(tokens)))[0]
+        cache, first = ours.new_cache(), 0
+        for last in (*cuts, len(tokens)):
+            batch, new = Batch.from_documents([tokens[:last]], length=last), torch.arange(first, last)
+            masks = named_masks(ours.get_attention_masks(batch))
+            masks = {name: mask.take_queries(new) for name, mask in masks.items()}
+            positions = batch.positions[:, new]
+            logits = ours(batch.tokens[:, new], attention_masks=masks, positions=positions, cache=cache)
+            torch.testing.assert_close(logits[0], whole[first:last], atol=LOGITS, rtol=0)
+            first = last
+
+
+class Numbers:
+    """A tokenizer whose text is the token ids, each with a space behind it."""
+
+    eos_id = -1
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(f"{token} " for token in ids)
+
+
+def assert_greedy_text(ours: Any, tokens: list[int], count: int) -> None:
+    """Generated text is what the likeliest token after the whole text, computed anew each time, makes of it."""
+    text = list(tokens)
+    with torch.no_grad():
+        for _ in range(count):
+            text.append(int(run(ours, Batch.from_documents([text], length=len(text)))[0, -1].argmax()))
+    told = generate(ours, Numbers(), Numbers().decode(tokens), max_new_tokens=count, temperature=0)
+    assert told == Numbers().decode(text[len(tokens) :])
+
+
+def assert_needle(ours: Any, batch: Batch, row: int, changed: int) -> None:
+    """Another token in one document changes its logits from there on, and those of no other document.
+
+    In float64: experts multiply the rows of all documents at once, and the number of rows may change how a sum rounds
+    in the last bit. What must be 0 to the bit are the gradients of the other documents' logits by this document.
+    """
+    ours = ours.double()
+    tokens = batch.tokens.clone()
+    tokens[row, changed] = (tokens[row, changed] + 1) % ours.config.vocab_size
+    own = batch.document_ids == batch.document_ids[row, changed]
+    own[torch.arange(len(own)) != row] = False
+
+    seeing = own.clone()
+    seeing[:, :changed] = False
+
+    before, after = run(ours, batch), run(ours, replace(batch, tokens=tokens))
+    assert torch.equal((before - after).abs().amax(dim=-1) > 1e-12, seeing)
+
+    h = ours.embedding(batch.tokens)
+    masks = ours.get_attention_masks(batch)
+    logits = ours.decode(h, attention_masks=masks, positions=batch.positions, labels=None, cache=None)
+    (grads,) = torch.autograd.grad(logits[~own].square().sum(), h)
+    assert torch.equal(grads[own], torch.zeros_like(grads[own])) and grads[~own].abs().sum() > 0

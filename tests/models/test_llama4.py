@@ -1,0 +1,196 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+from sightline import Batch
+from sightline.models import Llama4Config, build_model, config_of
+from sightline.models.llama4 import LLAMA4_HF, config_from_hf, config_to_hf
+from tests.models.against_transformers import (
+    as_ours,
+    assert_cached_logits,
+    assert_greedy_text,
+    assert_needle,
+    assert_same_model,
+    assert_way_back,
+    count_parameters,
+    random_documents,
+    random_theirs,
+    run,
+)
+from tests.training.small_runs import rows_of, small_run, train_quietly, write_corpus
+
+V, CHUNK = 96, 8
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 16.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 1.0,  # as in Scout: a step and not a line
+    "original_max_position_embeddings": 32,
+}
+PUBLISHED = {
+    "scout": {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 500_000.0, "original_max_position_embeddings": 8192}},
+    "maverick": {"num_local_experts": 128, "interleave_moe_layer_step": 2, "use_qk_norm": False},
+}
+FAMILIES = {
+    "scout": {"interleave_moe_layer_step": 1, "use_qk_norm": True, "rope_parameters": LLAMA3_ROPE},
+    "maverick": {"interleave_moe_layer_step": 2, "use_qk_norm": False, "num_experts_per_tok": 2},
+}
+CASES = {
+    "one document": ([40], 40),
+    "packed": ([1, 30, 2, 7, 17, 23, 8], 40),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def theirs(request: pytest.FixtureRequest) -> Any:
+    fields = {
+        "vocab_size": V,
+        "hidden_size": 64,
+        "intermediate_size": 48,
+        "intermediate_size_mlp": 80,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "attention_chunk_size": CHUNK,
+        "floor_scale": 4,
+        "attn_scale": 0.5,
+        "max_position_embeddings": 64,
+        "router_aux_loss_coef": 0.0,
+    }
+    return random_theirs(Llama4ForCausalLM, Llama4TextConfig(**{**fields, **FAMILIES[request.param]}))
+
+
+@pytest.fixture
+def ours(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return as_ours(theirs, tmp_path_factory.mktemp("llama4"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients_are_those_of_transformers(theirs: Any, ours: Any, case: str) -> None:
+    lengths, length = CASES[case]
+    assert_same_model(ours, theirs, LLAMA4_HF, random_documents(lengths, V), length)
+
+
+def test_transformers_reads_what_we_write(theirs: Any, ours: Any, tmp_path: Path) -> None:
+    assert_way_back(ours, theirs, Llama4ForCausalLM, torch.tensor(random_documents([40], V)), tmp_path)
+
+
+def test_the_cache_honours_the_chunks(ours: Any) -> None:
+    assert_cached_logits(ours, random_documents([30], V)[0], cuts=[5, 7, 8, 16, 29])
+
+
+def test_generated_text_is_the_uncached_text(ours: Any) -> None:
+    assert_greedy_text(ours, random_documents([6], V)[0], count=14)
+
+
+@pytest.mark.parametrize(("row", "changed"), [(0, 0), (0, 1), (0, 20), (1, 3)])
+def test_needle_no_other_document_changes(ours: Any, row: int, changed: int) -> None:
+    assert_needle(ours, Batch.from_documents(random_documents([1, 30, 2, 7, 17, 22], V), length=40), row, changed)
+
+
+def test_masks_chunked_and_full(ours: Any) -> None:
+    """Chunks are counted inside the document, and go on where it is carried over."""
+    batch = Batch.from_documents([[1] * 13, [2] * 9], length=18)  # the second: 5 tokens here, 4 in the next row
+    masks = ours.get_attention_masks(batch)
+    assert list(masks) == ["chunked", "full"]
+    chunked = [0] * 8 + [8] * 5 + [13] * 5
+    assert masks["chunked"].start[0, :, 0].tolist() == chunked
+    assert masks["full"].start[0, :, 0].tolist() == [0] * 13 + [13] * 5
+    assert all(mask.stop[0, :, 0].tolist() == list(range(1, 19)) for mask in masks.values())
+    assert masks["chunked"].start[1, :4, 0].tolist() == [0, 0, 0, 3]
+    assert masks["full"].start[1, :4, 0].tolist() == [0, 0, 0, 0]
+    assert masks["full"].seeing()[1].tolist() == [True] * 4 + [False] * 14
+    assert [layer.mask_name for layer in ours.layers.values()] == ["chunked"] * 3 + ["full"]
+
+
+def test_a_carried_over_document_keeps_its_positions() -> None:
+    """Its rest, in the next row, has the temperature and the chunks of the tokens it is made of."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(config_of("llama4-debug"), temperature_floor=4, temperature_scale=0.5, chunk=8)
+    model = build_model(config)
+    document = random_documents([30], config.vocab_size)[0]
+    batch = Batch.from_documents([document], length=20)
+    rest = dataclasses.replace(batch[1:2], positions=torch.arange(20, 40, dtype=torch.int32)[None])
+    anew = dataclasses.replace(batch[1:2], positions=torch.arange(20, dtype=torch.int32)[None])
+    with torch.no_grad():
+        logits = run(model, batch)[1, :10]
+        torch.testing.assert_close(run(model, rest)[0, :10], logits, atol=1e-5, rtol=1e-5)
+        assert (run(model, anew)[0, :10] - logits).abs().max() > 1e-2
+    assert model.encode_positions(batch.positions).temperature[1, 2:4].flatten().tolist() == pytest.approx(
+        [1 + 0.5 * torch.tensor(1.0 + n).log().item() for n in (5, 6)]
+    )  # positions 22 and 23
+
+
+@pytest.mark.parametrize(("size", "count"), [("scout", 107_769_861_120), ("maverick", 400_711_848_960)])
+def test_published_sizes_are_theirs(size: str, count: int) -> None:
+    their_config = Llama4TextConfig(**PUBLISHED[size])
+    hf = {**their_config.to_dict(), "architectures": ["Llama4ForCausalLM"]}
+    assert config_from_hf(hf) == config_of(f"llama4-{size}")
+    assert config_from_hf({**hf, "no_rope_layers": []}) == config_of(f"llama4-{size}")
+    with torch.device("meta"):
+        ours, theirs = build_model(f"llama4-{size}"), Llama4ForCausalLM(their_config)
+    assert count_parameters(ours) == count_parameters(theirs) == count
+
+
+@pytest.mark.parametrize("size", ["debug", "tiny", "scout", "maverick"])
+def test_their_config_of_ours_is_ours(size: str) -> None:
+    config = config_of(f"llama4-{size}")
+    fields = config_to_hf(config)
+    again = Llama4TextConfig(**{n: value for n, value in fields.items() if n not in ("architectures", "model_type")})
+    assert config_from_hf({**again.to_dict(), "architectures": fields["architectures"]}) == config
+
+
+def test_without_temperature_tuning_queries_stay() -> None:
+    hf = {**Llama4TextConfig(attn_temperature_tuning=False).to_dict(), "architectures": ["Llama4ForCausalLM"]}
+    config = config_from_hf(hf)
+    assert config.temperature_scale == 0 and config_to_hf(config)["attn_temperature_tuning"] is False
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"attention_bias": True}, "attention_bias = True, which Llama4ForCausalLM does not support.*expected False"),
+        ({"no_rope_layers": [1] * 48}, "no_rope_layers = .*expected"),
+        ({"moe_layers": [3]}, r"moe_layers = \[3\].*expected"),
+    ],
+)
+def test_configs_of_other_models_are_refused(fields: dict[str, Any], text: str) -> None:
+    hf = {**Llama4TextConfig().to_dict(), "architectures": ["Llama4ForCausalLM"], **fields}
+    with pytest.raises(ValueError, match=text):
+        config_from_hf(hf)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"chunk": 0}, "model.chunk must be greater than 0, got 0"),
+        ({"experts_per_token": 9}, "experts-per-token is 9, but there are only 8 experts"),
+        ({"full_every": -1}, "model.full-every must be greater than 0, got -1"),
+    ],
+)
+def test_config_refuses(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Llama4Config(**fields)
+
+
+def test_flops_of_tiny_by_hand() -> None:
+    model = build_model("llama4-tiny")
+    attention = 256 * 2 * (8 + 4) * 32
+    dense, experts = 256 * 3 * 688, 256 * (8 + 2 * 3 * 344)
+    assert model.flops_per_token() == 6 * (8 * attention + 4 * dense + 4 * experts + 256 * 8192)
+    assert model.attention_flops_per_pair() == {"chunked": 12 * 256 * 6, "full": 12 * 256 * 2}
+
+
+def test_a_small_run_learns(tmp_path: Path) -> None:
+    model = dataclasses.replace(config_of("llama4-debug"), vocab_size=320)
+    run = small_run(tmp_path / "run", write_corpus(tmp_path / "source"), model=model, training__steps=30)
+    train_quietly(run)
+    losses = [row["loss"] for row in rows_of(run.output_dir)]
+    assert len(losses) == 30 and sum(losses[-5:]) < 0.9 * sum(losses[:5])

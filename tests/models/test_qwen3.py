@@ -1,0 +1,173 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen3Config as TheirConfig
+from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeConfig as TheirMoeConfig
+
+from sightline import Batch
+from sightline.layers import MoE
+from sightline.models import Qwen3Config, build_model, config_of
+from sightline.models.qwen3 import QWEN3_HF, QWEN3_SIZES, config_from_hf, config_to_hf
+from tests.models.against_transformers import (
+    as_ours,
+    assert_cached_logits,
+    assert_needle,
+    assert_same_model,
+    assert_way_back,
+    random_documents,
+    random_theirs,
+    run,
+)
+
+V = 96
+SIZES: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+MODELS: dict[str, tuple[type, Any]] = {
+    "dense": (Qwen3ForCausalLM, TheirConfig(intermediate_size=96, **SIZES)),
+    "tied": (Qwen3ForCausalLM, TheirConfig(intermediate_size=96, tie_word_embeddings=True, **SIZES)),
+    "yarn": (Qwen3ForCausalLM, TheirConfig(intermediate_size=96, rope_parameters=YARN, **SIZES)),
+    "moe": (
+        Qwen3MoeForCausalLM,
+        TheirMoeConfig(
+            moe_intermediate_size=48,
+            num_experts=6,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            router_aux_loss_coef=0.0,
+            **SIZES,
+        ),
+    ),
+}
+CASES = {"one document": ([40], 40), "packed": ([1, 30, 2, 7, 17, 23, 8], 40)}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def theirs(request: pytest.FixtureRequest) -> Any:
+    return random_theirs(*MODELS[request.param])
+
+
+@pytest.fixture
+def ours(theirs: Any, tmp_path: Path) -> Any:
+    return as_ours(theirs, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients_are_those_of_transformers(theirs: Any, ours: Any, case: str) -> None:
+    lengths, length = CASES[case]
+    assert_same_model(ours, theirs, QWEN3_HF, random_documents(lengths, V), length)
+
+
+def test_transformers_reads_what_we_write(theirs: Any, ours: Any, tmp_path: Path) -> None:
+    assert_way_back(ours, theirs, type(theirs), torch.tensor(random_documents([40], V)), tmp_path / "back")
+
+
+def test_a_cache_gives_the_logits_of_the_whole(ours: Any) -> None:
+    assert_cached_logits(ours, random_documents([30], V)[0], cuts=[5, 6, 15, 29])
+
+
+@pytest.mark.parametrize(("row", "changed"), [(0, 0), (0, 20), (0, 32), (1, 3)])
+def test_needle_no_other_document_changes_by_one_bit(ours: Any, row: int, changed: int) -> None:
+    assert_needle(ours, Batch.from_documents(random_documents([30, 7, 17, 23], V), length=40), row, changed)
+
+
+def test_padding_is_not_routed_and_not_counted() -> None:
+    torch.manual_seed(0)
+    model = build_model("qwen3-debug-moe")
+    batch = Batch.from_documents(random_documents([30, 20], 512), length=64)
+    run(model, batch, labels=True).backward()
+    routers = [layer.mlp.router for layer in model.layers.values()]
+    assert [int(router.counts.sum()) for router in routers] == [50 * 2, 50 * 2]
+
+
+@pytest.mark.parametrize("size", ["debug", "debug-moe"])
+def test_thirty_steps_lower_the_loss(size: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(f"qwen3-{size}")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    # Two documents to learn by heart, in one row.
+    batch = Batch.from_documents(random_documents([60, 60], 512), length=120)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = run(model, batch, labels=True) / 118
+        loss.backward()
+        optimizer.step()
+        model.finish_step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_parameter_counts_are_the_published_ones() -> None:
+    counts = {}
+    for size in QWEN3_SIZES:
+        with torch.device("meta"):
+            counts[size] = sum(p.numel() for p in build_model(f"qwen3-{size}").parameters())
+    assert counts == {
+        "debug": 164_288,
+        "debug-moe": 312_768,
+        "tiny": 7_630_848,
+        "tiny-moe": 17_166_336,
+        "0.6b": 596_049_920,
+        "1.7b": 1_720_574_976,
+        "4b": 4_022_468_096,
+        "8b": 8_190_735_360,
+        "14b": 14_768_307_200,
+        "32b": 32_762_123_264,
+        "30b-a3b": 30_532_122_624,
+        "235b-a22b": 235_093_634_560,
+    }
+
+
+def test_flops_count_the_experts_a_token_is_sent_to() -> None:
+    """30B with 3.3B active: embeddings 0.31B looked up, not multiplied."""
+    with torch.device("meta"):
+        model = build_model("qwen3-30b-a3b")
+        dense = build_model("qwen3-debug")
+    mlp = next(iter(model.layers.values())).mlp
+    assert isinstance(mlp, MoE)
+    expert = sum(p[0].numel() for p in mlp.experts.parameters())
+    norms = sum(p.numel() for n, p in model.named_parameters() if "norm" in n)
+    everything = sum(p.numel() for p in model.parameters())
+    active = everything - model.embedding.weight.numel() - norms - 48 * (128 - 8) * expert
+    assert model.flops_per_token() == 6 * active
+    assert round(active / 1e9, 1) == 3.0
+    matrices = sum(p.numel() for n, p in dense.named_parameters() if p.dim() == 2 and n != "embedding.weight")
+    assert dense.flops_per_token() == 6 * matrices
+    assert dense.attention_flops_per_pair() == 12 * 2 * 4 * 32
+
+
+def test_the_config_goes_there_and_back() -> None:
+    for size in QWEN3_SIZES:
+        config = config_of(f"qwen3-{size}")
+        assert config_from_hf(config_to_hf(config)) == config
+
+
+def test_a_config_of_what_we_do_not_do_is_refused() -> None:
+    hf = config_to_hf(QWEN3_SIZES["debug-moe"])
+    for field, value, told in (
+        ("use_sliding_window", True, "use_sliding_window = True, which Qwen3MoeForCausalLM does not support"),
+        ("norm_topk_prob", False, "norm_topk_prob = False"),
+        ("mlp_only_layers", [0], r"mlp_only_layers = \[0\]"),
+        ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "RoPE type 'dynamic'.*expected default or yarn"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            config_from_hf({**hf, field: value})
+
+
+def test_sizes_that_cannot_be_are_refused() -> None:
+    config = Qwen3Config()
+    for field, value in (("head_size", 33), ("kv_heads", 3), ("width", 0), ("experts", -1), ("experts", 4)):
+        with pytest.raises(ValueError, match=field.replace("_", "-")):
+            replace(config, **{field: value})

@@ -1,0 +1,278 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3NextConfig as TheirConfig
+from transformers import Qwen3NextForCausalLM
+
+from sightline import Batch
+from sightline.layers import GatedDeltaNet, MoE, RecurrentCache
+from sightline.models import Qwen3NextConfig, build_model, config_of
+from sightline.models.generation import generate
+from sightline.models.qwen3_next import QWEN3_NEXT_SIZES
+from sightline.models.qwen3_next_hf import QWEN3_NEXT_HF, config_from_hf, config_to_hf
+from tests.models.against_transformers import (
+    as_ours,
+    assert_cached_logits,
+    assert_needle,
+    assert_same_model,
+    assert_way_back,
+    pieces,
+    random_documents,
+    random_theirs,
+    run,
+)
+
+V = 96
+SIZES: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+    "router_aux_loss_coef": 0.0,
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+MODELS = {
+    "moe": TheirConfig(num_experts=4, **EXPERTS, **SIZES),
+    "dense": TheirConfig(num_experts=0, intermediate_size=96, tie_word_embeddings=True, **SIZES),
+}
+# Chunks of the scan have 64 tokens: a document beyond three of them, and documents that begin anywhere in one.
+CASES = {"one document": ([200], 200), "packed": ([1, 70, 2, 3, 62, 100, 38, 20], 138)}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def theirs(request: pytest.FixtureRequest) -> Any:
+    # With the usual spread of 0.15, float32 is 2e-4 from float64 in their logits and ours alike.
+    return random_theirs(Qwen3NextForCausalLM, MODELS[request.param], spread=0.08)
+
+
+@pytest.fixture
+def ours(theirs: Any, tmp_path: Path) -> Any:
+    return as_ours(theirs, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients_are_those_of_transformers(theirs: Any, ours: Any, case: str) -> None:
+    lengths, length = CASES[case]
+    assert_same_model(ours, theirs, QWEN3_NEXT_HF, random_documents(lengths, V), length)
+
+
+def test_transformers_reads_what_we_write(theirs: Any, ours: Any, tmp_path: Path) -> None:
+    assert_way_back(ours, theirs, type(theirs), torch.tensor(random_documents([40], V)), tmp_path / "back")
+
+
+def test_a_cache_gives_the_logits_of_the_whole(ours: Any) -> None:
+    assert_cached_logits(ours, random_documents([90], V)[0], cuts=[2, 3, 5, 70, 71, 72, 89])
+
+
+@pytest.mark.parametrize(("row", "changed"), [(0, 0), (0, 29), (0, 36), (1, 3)])
+def test_needle_in_float64(ours: Any, row: int, changed: int) -> None:
+    assert_needle(ours, Batch.from_documents(random_documents([30, 7, 43, 23], V), length=80), row, changed)
+
+
+def make_batch() -> Batch:
+    """Two rows of 140: [70, 1, 3, 66 of 90], and [the other 24, 80, padding]. Chunks of the scan end at 64 and 128."""
+    batch = Batch.from_documents(random_documents([70, 1, 3, 90, 80], 512), length=140)
+    assert batch.shape == (2, 140) and (batch.document_ids == -1).sum() == 36
+    return batch
+
+
+@pytest.mark.parametrize("changed", [0, 68, 69, 70, 72, 74, 135])  # around the ends of documents: row 0
+def test_needle_no_other_document_changes_by_one_bit(changed: int) -> None:
+    """In float32, through convolution, memory and attention, with one dense layer in place of the experts."""
+    torch.manual_seed(0)
+    model, batch = build_model(replace(QWEN3_NEXT_SIZES["debug"], experts=0, ffn=96)), make_batch()
+    tokens = batch.tokens.clone()
+    tokens[0, changed] = 511 if tokens[0, changed] != 511 else 510
+    needle = replace(batch, tokens=tokens)
+    own = batch.document_ids == batch.document_ids[0, changed]
+    own[1] = False
+
+    def logits_and_grads(batch: Batch) -> tuple[Tensor, Tensor]:
+        """And the gradients of all tokens as they are embedded, by the losses of all tokens."""
+        h = model.embedding(batch.tokens)
+        masks = model.get_attention_masks(batch)
+        facts = {"attention_masks": masks, "positions": batch.positions, "cache": None}
+        (grads,) = torch.autograd.grad(model.decode(h, labels=batch.labels, **facts), h)
+        return run(model, batch), grads
+
+    (before, grads_before), (after, grads_after) = logits_and_grads(batch), logits_and_grads(needle)
+    assert torch.equal(before[~own], after[~own]) and torch.equal(grads_before[~own], grads_after[~own])
+    assert grads_before[~own].abs().sum() > 0
+    assert torch.equal(before[0, :changed], after[0, :changed]) and (before[0, changed] != after[0, changed]).any()
+    padding = batch.document_ids == -1
+    assert before.isfinite().all() and not grads_before[padding].any()
+
+
+def test_packed_rows_equal_their_documents_run_one_by_one() -> None:
+    torch.manual_seed(0)
+    # Without the loss that balances the experts, which is of whole rows and not of documents.
+    model, batch = build_model(replace(QWEN3_NEXT_SIZES["debug"], auxiliary_loss=0.0)).double(), make_batch()
+    logits, loss = run(model, batch), run(model, batch, labels=True)
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    single_loss = torch.zeros((), dtype=torch.float64)
+    for row, index in pieces(batch):
+        single = Batch(
+            tokens=batch.tokens[row, index][None],
+            labels=batch.labels[row, index][None],
+            document_ids=torch.zeros(1, len(index), dtype=torch.int32),
+            positions=batch.positions[row, index][None],
+        )
+        torch.testing.assert_close(run(model, single)[0], logits[row, index], atol=1e-10, rtol=0)
+        single_loss = single_loss + run(model, single, labels=True)
+    for grad, expected in zip(grads, torch.autograd.grad(single_loss, list(model.parameters())), strict=True):
+        torch.testing.assert_close(grad, expected, atol=1e-8, rtol=1e-8)
+
+
+def test_layers_and_what_they_remember() -> None:
+    """Three with a memory, whose size does not depend on the text, and one with attention."""
+    model = build_model("qwen3_next-debug")
+    assert [isinstance(layer.mixer, GatedDeltaNet) for layer in model.layers.values()] == [True, True, True, False]
+    assert [isinstance(cache, RecurrentCache) for cache in model.new_cache().values()] == [True, True, True, False]
+
+
+class Letters:
+    eos_id = -1
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(i) for i in ids)
+
+
+def test_generation_continues_as_the_whole_text_would() -> None:
+    torch.manual_seed(0)
+    model = build_model("qwen3_next-debug")
+    text = [ord(letter) for letter in "documents"]
+    with torch.no_grad():
+        for _ in range(8):
+            text.append(int(run(model, Batch.from_documents([text], length=len(text)))[0, -1].argmax()))
+    generated = generate(model, Letters(), "documents", max_new_tokens=8, temperature=0)
+    assert [ord(letter) for letter in generated] == text[9:]
+
+
+def test_thirty_steps_lower_the_loss() -> None:
+    torch.manual_seed(0)
+    model = build_model("qwen3_next-debug")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    batch = Batch.from_documents(random_documents([60, 60], 512), length=120)  # to learn by heart, in one row
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = run(model, batch, labels=True) / 118
+        loss.backward()
+        optimizer.step()
+        model.finish_step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_parameter_counts() -> None:
+    """The published size as transformers builds it; its multi-token prediction is not among them."""
+    counts = {}
+    for size in QWEN3_NEXT_SIZES:
+        with torch.device("meta"):
+            counts[size] = sum(p.numel() for p in build_model(f"qwen3_next-{size}").parameters())
+    assert counts == {"debug": 258_984, "tiny": 12_350_992, "80b-a3b": 79_674_391_296}
+
+
+def test_flops_count_what_a_token_meets() -> None:
+    """3.9B active of 80B, of which 0.3B are looked up and not multiplied."""
+    with torch.device("meta"):
+        model = build_model("qwen3_next-80b-a3b")
+    parameters = dict(model.named_parameters())
+    skipped = ("embedding", "norm", "A_log", "dt_bias", "convolution")
+    matrices = sum(p.numel() for name, p in parameters.items() if not any(part in name for part in skipped))
+    mlp = model.layers["0"].mlp
+    assert isinstance(mlp, MoE)
+    unused = 48 * (512 - 10) * sum(p[0].numel() for p in mlp.experts.parameters())
+    memory = 36 * 32 * 128 * 128
+    assert model.flops_per_token() == 6 * (matrices - unused) + 18 * memory
+    assert round((matrices - unused) / 1e9, 1) == 3.6
+    assert model.attention_flops_per_pair() == 12 * 12 * 16 * 256
+
+
+@pytest.mark.parametrize("name", QWEN3_NEXT_SIZES)
+def test_config_survives_the_way_to_hugging_face_and_back(name: str) -> None:
+    config = config_of(f"qwen3_next-{name}")
+    assert config_from_hf(config_to_hf(config)) == config
+
+
+def test_the_published_config_is_the_published_size() -> None:
+    """As in Qwen/Qwen3-Next-80B-A3B-Instruct, which states an interval and not every layer's kind."""
+    published = {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 5120,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 512,
+        "norm_topk_prob": True,
+        "num_attention_heads": 16,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 2,
+        "partial_rotary_factor": 0.25,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 10000000,
+        "router_aux_loss_coef": 0.001,
+        "shared_expert_intermediate_size": 512,
+        "tie_word_embeddings": False,
+        "vocab_size": 151936,
+    }
+    assert replace(config_from_hf(published), ffn=688) == config_of("qwen3_next-80b-a3b")
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\], .*expected \[\]"),
+        ({"norm_topk_prob": False}, "norm_topk_prob = False, .*expected True"),
+        ({"layer_types": ["linear_attention", "full_attention"] * 2 + ["full_attention"]}, "layer_types = "),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "RoPE type 'yarn'"),
+    ],
+)
+def test_what_is_not_built_is_refused(fields: dict[str, Any], text: str) -> None:
+    hf = {**config_to_hf(config_of("qwen3_next-debug")), "num_hidden_layers": 5, "layer_types": None, **fields}
+    with pytest.raises(ValueError, match=text):
+        config_from_hf(hf)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"value_heads": 6}, r"value-heads 6 is not divisible by model.key-heads 4; .*\[1, 2, 3, 6\]"),
+        ({"kv_heads": 3}, r"heads 4 is not divisible by model.kv-heads 3"),
+        ({"rotary_share": 0.0}, "rotary-share 0.0 of model.head-size 64 are 0 channels"),
+        ({"rotary_share": 1.5}, "rotary-share 1.5 of model.head-size 64 are 96 channels"),
+        ({"rotary_share": 0.05}, "must be even.*got 3"),
+        ({"experts_per_token": 9}, "experts-per-token is 9, but there are only 8 experts"),
+        ({"experts": -1}, "model.experts must be greater than 0, got -1"),
+        ({"experts": 0, "ffn": 0}, "model.ffn must be greater than 0, got 0"),
+        ({"taps": 0}, "model.taps must be greater than 0, got 0"),
+    ],
+)
+def test_config_refuses(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Qwen3NextConfig(**fields)

@@ -1,0 +1,359 @@
+import dataclasses
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+
+from sightline.models import MODELS, build_model, load_pretrained, pretrained, save_pretrained
+from sightline.models.pretrained import FORMATS, find_family, read_model_config
+from sightline.models.weights import HuggingFace, Weight, group_weights, read_rope, read_scaling, write_rope
+
+DEBUG = [name for name in MODELS if "-debug" in name]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    return build_model("llama3-debug")
+
+
+@pytest.fixture
+def directory(model: Any, tmp_path: Path) -> Path:
+    """In several files, so that any of them can be damaged."""
+    save_pretrained(model, tmp_path / "hf", max_shard_bytes=200_000)
+    return tmp_path / "hf"
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", DEBUG)
+def test_every_family_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build_model(name)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.copy_(torch.randn_like(tensor))
+    save_pretrained(model, tmp_path)
+    back = load_pretrained(tmp_path)
+    assert same(model.state_dict(), back.state_dict())
+    assert type(back) is type(model)
+    assert dataclasses.asdict(back.config) == {
+        **dataclasses.asdict(model.config),
+        **({"head_size": model.config.resolved_head_size} if hasattr(model.config, "resolved_head_size") else {}),
+    }
+
+
+def test_every_family_has_a_debug_size_and_a_format() -> None:
+    built = {type(build_model(name)) for name in DEBUG}
+    assert built == {family.model for family in FORMATS} and len(built) >= 2
+
+
+def test_files_are_as_large_as_asked_and_the_index_knows_them(model: Any, directory: Path) -> None:
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    files = sorted(directory.glob("*.safetensors"))
+    assert [file.name for file in files] == [f"model-{i:05}-of-00003.safetensors" for i in range(1, 4)]
+    sizes = []
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            names = list(opened.keys())
+            assert names and {index["weight_map"][name] for name in names} == {file.name}
+            assert opened.metadata() == {"format": "pt"}
+            sizes.append(sum(opened.get_tensor(name).nbytes for name in names))
+    assert index["metadata"]["total_size"] == sum(sizes) == 4 * sum(p.numel() for p in model.parameters())
+    assert max(sizes) <= 200_000
+    assert same(load_pretrained(directory).state_dict(), model.state_dict())
+
+
+def test_a_tensor_larger_than_a_file_has_one_to_itself(model: Any, tmp_path: Path) -> None:
+    save_pretrained(model, tmp_path, max_shard_bytes=1)
+    assert len(list(tmp_path.glob("*.safetensors"))) == len(model.state_dict())
+
+
+def test_dtypes(model: Any, tmp_path: Path) -> None:
+    save_pretrained(model, tmp_path, dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    half = load_pretrained(tmp_path)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    wide = load_pretrained(tmp_path, dtype=torch.float32)
+    assert {p.dtype for p in wide.parameters()} == {torch.float32}
+    assert torch.equal(wide.output.weight, model.output.weight.bfloat16().float())
+
+
+def test_the_backend_of_attention_is_passed_on(directory: Path) -> None:
+    assert load_pretrained(directory, attention_backend="reference").attention_backend == "reference"
+
+
+def test_tied_embeddings_are_one_tensor_and_a_copy_of_it_is_no_surprise(tmp_path: Path) -> None:
+    config = dataclasses.replace(MODELS["llama3-debug"], tied_embeddings=True)
+    model = build_model(config)
+    save_pretrained(model, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # as some published files have it
+    safetensors.torch.save_file(tensors, file)
+    assert same(load_pretrained(tmp_path).state_dict(), model.state_dict())
+
+
+def test_what_belongs_to_the_text_travels_along(model: Any, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja", "README.md", "model.bin"):
+        (source / name).write_text(name)
+    (source / "config.json").write_text('{"eos_token_id": [7, 8], "hidden_size": 9, "max_position_embeddings": 99}')
+    save_pretrained(model, tmp_path / "hf", source=source, config_fields={"eos_token_id": 1, "bos_token_id": 2})
+    names = {file.name for file in (tmp_path / "hf").iterdir()}
+    kept = {"tokenizer.json", "generation_config.json", "chat_template.jinja"}
+    assert names == {"config.json", "model.safetensors", *kept}
+    assert all((tmp_path / "hf" / name).read_text() == name for name in kept)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["eos_token_id"], config["bos_token_id"], config["max_position_embeddings"]) == ([7, 8], 2, 99)
+    assert config["hidden_size"] == 64
+
+
+def change_tensors(directory: Path, change: Any) -> None:
+    """Rewrite all files as one after `change(tensors)`."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in directory.glob("*.safetensors"):
+        tensors |= safetensors.torch.load_file(file)
+        file.unlink()
+    (directory / "model.safetensors.index.json").unlink()
+    change(tensors)
+    safetensors.torch.save_file(tensors, directory / "model.safetensors")
+
+
+def test_the_first_tensor_that_does_not_fit_is_named(model: Any, directory: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    for file, change, told in (
+        ("missing", lambda t: t.pop(name), rf"come without {name}; expected those"),
+        ("two", lambda t: [t.pop(name), t.pop("model.norm.weight")], rf"come without {name} \(and 1 more\)"),
+        ("more", lambda t: t.update(extra=torch.ones(1)), "come with the unexpected extra; expected"),
+        ("shape", lambda t: t.update({name: torch.ones(3, 4)}), rf"{name} in .* has the shape \(3, 4\); .*\(32, 64\)"),
+        ("older", lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}), None),
+    ):
+        copy = tmp_path / file
+        save_pretrained(model, copy, max_shard_bytes=200_000)
+        change_tensors(copy, change)
+        if told is None:
+            assert same(load_pretrained(copy).state_dict(), model.state_dict())
+            continue
+        with pytest.raises(ValueError, match=told):
+            load_pretrained(copy)
+
+
+def test_nothing_is_filled_before_all_fits(model: Any, directory: Path) -> None:
+    other = build_model("llama3-debug")
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    change_tensors(directory, lambda t: t.update({"lm_head.weight": torch.ones(1, 1)}))
+    with pytest.raises(ValueError, match=r"lm_head.weight in .* has the shape \(1, 1\); expected \(512, 64\)"):
+        pretrained.read_pretrained(other, directory)
+    assert same(other.state_dict(), before)
+
+
+def edit_config(directory: Path, **fields: Any) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    config |= fields
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda d: (d / "config.json").unlink(), "config.json does not exist; expected a Hugging Face directory"),
+        (lambda d: (d / "config.json").write_text("{"), "is not the config of a Hugging Face model"),
+        (lambda d: edit_config(d, architectures="absent"), "is not the config of a Hugging Face model"),
+        (lambda d: edit_config(d, architectures=["Gpt2"]), "holds a Gpt2, which is not known here; the architectures"),
+        (lambda d: edit_config(d, hidden_size="absent"), "has no field 'hidden_size', which LlamaForCausalLM needs"),
+        (lambda d: edit_config(d, quantization_config={"quant_method": "fp8"}), r"are quantized \(fp8\); expected"),
+        (lambda d: edit_config(d, dtype="int3"), "config.json has dtype 'int3'; expected float32"),
+        (lambda d: (d / "model-00002-of-00003.safetensors").unlink(), "is not whole: .* names model-00002-of-00003"),
+        (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "index.json is damaged"),
+        (
+            lambda d: [file.unlink() for file in d.glob("model*")],
+            "holds no weights: expected model.safetensors, .* pytorch_model.bin are not read",
+        ),
+        (
+            lambda d: (d / "model-00003-of-00003.safetensors").write_bytes(b"short"),
+            "model-00003-of-00003.safetensors cannot be read .*cut short",
+        ),
+    ],
+)
+def test_a_directory_that_cannot_be_read_is_refused(directory: Path, damage: Any, told: str) -> None:
+    damage(directory)
+    with pytest.raises(ValueError, match=told):
+        load_pretrained(directory)
+
+
+def test_a_file_cut_short_is_refused(directory: Path) -> None:
+    file = directory / "model-00001-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model-00001-of-.* cannot be read"):
+        load_pretrained(directory)
+
+
+def test_unknown_architectures_list_the_known(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the architectures are: LlamaForCausalLM, .*Qwen3ForCausalLM"):
+        find_family({"architectures": ["Other"]}, tmp_path)
+
+
+def test_weights_are_not_written_over(model: Any, directory: Path) -> None:
+    before = {file.name: file.read_bytes() for file in directory.iterdir()}
+    with pytest.raises(ValueError, match="holds the weights of a model already; choose another directory"):
+        save_pretrained(model, directory)
+    assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
+    with pytest.raises(ValueError, match="cannot save a Linear in Hugging Face's form; expected one of Llama3, "):
+        save_pretrained(torch.nn.Linear(1, 1), directory / "other")
+    with pytest.raises(ValueError, match="max-shard-bytes must be at least 1, got 0"):
+        save_pretrained(model, directory / "other", max_shard_bytes=0)
+
+
+def test_a_full_disk_leaves_nothing(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+
+    def save_file(tensors: Any, path: Path, metadata: Any) -> None:
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        safetensors.torch.save_file(tensors, path, metadata)
+
+    monkeypatch.setattr("sightline.models.weights.save_file", save_file)
+    (tmp_path / "notes.txt").write_text("kept")
+    with pytest.raises(OSError, match=r"could not be written to .*No space left on device; nothing of it was left"):
+        save_pretrained(model, tmp_path, max_shard_bytes=200_000)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+    monkeypatch.undo()
+    save_pretrained(model, tmp_path)
+    assert same(load_pretrained(tmp_path).state_dict(), model.state_dict())
+
+
+MEASURE = """
+    import re, sys
+    from pathlib import Path
+    from sightline.models import load_pretrained, save_pretrained
+
+    def peak():
+        return int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+    load_pretrained(sys.argv[1])
+    before = peak()
+    model = load_pretrained(sys.argv[3])
+    if sys.argv[2] == "save":
+        save_pretrained(model, sys.argv[4], max_shard_bytes=10_000_000)
+    print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read where Linux tells it")
+@pytest.mark.parametrize("way", ["load", "save"])
+def test_memory_stays_near_one_file_above_the_model(way: str, tmp_path: Path) -> None:
+    """A model of 120 MiB in files of 10 MB: with all files at once in memory it would be twice as much."""
+    small = build_model("llama3-debug")
+    save_pretrained(small, tmp_path / "small")
+    config = dataclasses.replace(MODELS["llama3-debug"], width=512, ffn=2048, layers=8, vocab_size=512)
+    model = build_model(config)
+    size = sum(p.nbytes for p in model.parameters()) / 1024
+    assert size > 120_000
+    save_pretrained(model, tmp_path / "large", max_shard_bytes=10_000_000)
+    arguments = [tmp_path / "small", way, tmp_path / "large", tmp_path / "again"]
+    script = [sys.executable, "-c", textwrap.dedent(MEASURE), *map(str, arguments)]
+    grown = int(subprocess.run(script, check=True, capture_output=True, text=True).stdout)
+    assert size - 5_000 < grown < size + 40_000
+
+
+def test_what_is_not_covered_is_our_bug(model: Any) -> None:
+    family = next(known for known in FORMATS if known.model is type(model))
+    weights = [weight for weight in family.weights(model.config) if weight.ours != "norm.weight"]
+    with pytest.raises(AssertionError, match=r"do not cover \['norm.weight'\]"):
+        group_weights(model, weights)
+
+
+def test_views_join_and_part_tensors_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The three examples of the module's docstring, by literals."""
+
+    class Toy(torch.nn.Module):
+        def __init__(self, config: str, attention_backend: str = "auto") -> None:
+            super().__init__()
+            self.config = config
+            self.gate = torch.nn.Parameter(torch.empty(2, 1, 3))  # two experts of [1, 3]
+            self.even = torch.nn.Parameter(torch.empty(2))
+            self.odd = torch.nn.Parameter(torch.empty(2))
+            self.register_buffer("turned", torch.empty(4))
+
+    family = HuggingFace(
+        model=Toy,
+        architectures=("Toy",),
+        config_from_hf=lambda hf: "toy",
+        config_to_hf=lambda config: {"architectures": ["Toy"]},
+        weights=lambda config: [
+            *(Weight(f"experts.{e}", "gate", of_ours=lambda t, e=e: t[e].T) for e in range(2)),
+            Weight("mixed", "even", of_theirs=lambda t: t[::2], shape=(4,)),
+            Weight("mixed", "odd", of_theirs=lambda t: t[1::2], shape=(4,)),
+            Weight(
+                "pairs",
+                "turned",
+                of_theirs=lambda t: t.unflatten(0, (2, 2)).T,
+                of_ours=lambda t: t.unflatten(0, (2, 2)),
+                shape=(4,),
+            ),
+        ],
+    )
+    monkeypatch.setattr(pretrained, "FORMATS", (family,))
+    toy = Toy("toy")
+    with torch.no_grad():
+        toy.gate.copy_(torch.arange(6.0).view(2, 1, 3))
+        toy.even.copy_(torch.tensor([10.0, 12.0]))
+        toy.odd.copy_(torch.tensor([11.0, 13.0]))
+        toy.turned.copy_(torch.tensor([0.0, 2.0, 1.0, 3.0]))
+    save_pretrained(toy, tmp_path, dtype=torch.bfloat16)
+    theirs = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert {name: tensor.tolist() for name, tensor in theirs.items()} == {
+        "experts.0": [[0], [1], [2]],
+        "experts.1": [[3], [4], [5]],
+        "mixed": [10, 11, 12, 13],
+        "pairs": [0, 1, 2, 3],
+    }
+    assert theirs["mixed"].dtype == torch.bfloat16 and theirs["pairs"].dtype == torch.float32  # a buffer keeps its own
+    back = load_pretrained(tmp_path, dtype=torch.float32)
+    assert same(toy.state_dict(), back.state_dict())
+
+
+OLDER = {"rope_theta": 50.0, "rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 64}
+NEWER = {"rope_parameters": {"rope_theta": 50.0, "rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("hf", [OLDER, NEWER])
+def test_rope_in_its_older_and_newer_form(hf: dict[str, Any]) -> None:
+    rope = read_rope({**hf, "architectures": ["Any"]}, "yarn")
+    scaling = read_scaling(rope)
+    assert (rope["rope_theta"], scaling.factor, scaling.original_context, scaling.truncate) == (50.0, 4.0, 64, True)
+    assert (scaling.mscale, scaling.mscale_all_dim) == (1.0, 0.0)
+    written = {**write_rope(50.0, scaling), "architectures": ["Any"]}
+    assert read_scaling(read_rope(written, "yarn")) == scaling
+    with pytest.raises(
+        ValueError, match="RoPE type 'yarn', which Any does not support here; expected default or llama3"
+    ):
+        read_rope({**hf, "architectures": ["Any"]}, "llama3")
+
+
+def test_yarn_with_a_factor_of_its_own_is_refused() -> None:
+    rope = read_rope({**NEWER, "architectures": ["Any"]}, "yarn")
+    with pytest.raises(ValueError, match=r"attention_factor 2.0; expected 1.13"):
+        read_scaling({**rope, "attention_factor": 2.0})
+
+
+def test_no_rope_is_the_default() -> None:
+    rope = read_rope({"architectures": ["Any"]})
+    assert (rope["rope_theta"], read_scaling(rope)) == (10_000.0, None)
+
+
+def test_read_model_config_takes_a_path(directory: Path) -> None:
+    assert read_model_config(directory).width == 64
