@@ -179,18 +179,15 @@ def describe(counts: Statistics, subject: Subject, name: str) -> dict[str, str]:
 
 
 def describe_flops(counts: Statistics, subject: Subject, name: str) -> dict[str, str]:
-    """Forward and backward FLOPs of attention under one mask, over all rows; nothing for a mask without a model.
-
-    A visible pair takes 12 a channel of each query head (see attention_flops_per_pair of the models).
-    """
+    """Forward and backward FLOPs of attention under one mask, over all rows; nothing for a mask without a model."""
     if subject.model is None:
         return {}
-    config, pairs = subject.model.config, sum(counts.visible_pairs)
-    total, head = pairs * flops_per_pair(subject.model, name), pairs * 12 * config.resolved_head_size
+    layers, groups = subject.model.attention_shape(name)
+    total = sum(counts.visible_pairs) * flops_per_pair(subject.model, name)
     return {
         "attention FLOPs, all layers": flops(total),
-        f"one of {total / (head * config.heads):.0f} layers": flops(head * config.heads),
-        f"one of its {config.kv_heads} head groups": flops(head * config.heads / config.kv_heads),
+        f"one of {layers} layers": flops(total / layers),
+        f"one of its {groups} head groups": flops(total / layers / groups),
     }
 
 

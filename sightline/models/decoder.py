@@ -167,6 +167,10 @@ class Decoder(nn.Module):
             for name, mask in named.items()
         }
 
+    def attention_shape(self, mask_name: str) -> tuple[int, int]:
+        """How many layers attend under a mask, and how many head groups each of them has."""
+        return sum(layer.mask_name == mask_name for layer in self.layers.values()), self.config.kv_heads
+
     def finish_step(self) -> dict[str, Tensor]:
         """What is left to do when the optimizer has stepped; returns scalars worth a place among the step's metrics.
 

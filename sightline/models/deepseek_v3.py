@@ -350,8 +350,11 @@ class DeepseekV3(Decoder):
         """Forward and backward FLOPs of one visible (query, key) pair over all layers: 6 a channel of q k, 6 of p v,
         zeros that fill up a head for the kernel's sake not counted."""
         config = self.config
-        layers = config.layers + (self.prediction is not None)
-        return 6.0 * config.heads * (config.plain_size + config.rope_size + config.value_size) * layers
+        layers, heads = self.attention_shape("attention")
+        return 6.0 * heads * (config.plain_size + config.rope_size + config.value_size) * layers
+
+    def attention_shape(self, mask_name: str) -> tuple[int, int]:
+        return self.config.layers + (self.prediction is not None), self.config.heads
 
 
 def look_further(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

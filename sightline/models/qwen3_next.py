@@ -281,3 +281,6 @@ class Qwen3Next(Decoder):
         """Forward and backward FLOPs of one visible (query, key) pair over the layers with attention: see Llama 3's."""
         config = self.config
         return 12.0 * config.heads * config.head_size * (config.layers // config.attention_every)
+
+    def attention_shape(self, mask_name: str) -> tuple[int, int]:
+        return self.config.layers // self.config.attention_every, self.config.kv_heads

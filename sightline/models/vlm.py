@@ -256,6 +256,10 @@ class VLM(Llama3):
         vision = self.config.vision
         return {"encoder": 12.0 * vision.width * vision.layers, "decoder": super().attention_flops_per_pair()}
 
+    def attention_shape(self, mask_name: str) -> tuple[int, int]:
+        vision = self.config.vision
+        return (vision.layers, vision.heads) if mask_name == "encoder" else super().attention_shape(mask_name)
+
 
 def put_images(h: Tensor, seen: Tensor, is_image: Tensor) -> Tensor:
     """h [B, S, W] with the n-th image token of each row, by is_image bool [B, S], replaced by the n-th of seen
