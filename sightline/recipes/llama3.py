@@ -46,10 +46,10 @@ LLAMA3_RECIPES = {
     "llama3-tiny": on_laptop(
         "llama3-tiny",
         # A small batch takes more steps from the same tokens, which is what so short a training needs.
-        training=Training(steps=320, sequence_length=1024, global_batch_size=1, micro_batch_size=1),
+        training=Training(steps=400, sequence_length=1024, global_batch_size=1, micro_batch_size=1),
         optimizer=Optimizer(learning_rate=2e-3, warmup_steps=30),
-        validation=Validation(every=40, rows=8),
-        every=80,
+        validation=Validation(every=50, rows=8),
+        every=100,
     ),
     "llama3-1b": on_gpus("llama3-1b", learning_rate=3e-4),
     "llama3-3b": on_gpus("llama3-3b", learning_rate=3e-4),
