@@ -62,10 +62,17 @@ class Training:
     bfloat16 (autocast) is for GPUs: most CPUs compute it several times slower than float32."""
     deterministic: bool = False
     """Only deterministic algorithms: slower on a GPU, the same bits on every run."""
+    compile: bool = False
+    """Compile every layer by torch.compile: faster on a GPU after a first step of minutes; no gain on a CPU."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward computes again instead of keeping it from the forward.
+    `selective` keeps the results of matrix products and attention alone, `full` only what comes into a layer."""
+    recompute_every: int = 1
+    """Every n-th layer recomputes; 1 is all of them."""
 
     def __post_init__(self) -> None:
         _positive("training", steps=self.steps, global_batch_size=self.global_batch_size)
-        _positive("training", micro_batch_size=self.micro_batch_size)
+        _positive("training", micro_batch_size=self.micro_batch_size, recompute_every=self.recompute_every)
         if self.sequence_length < 2:
             raise ValueError(
                 "training.sequence-length must be at least 2 (one token to see, one to predict), "
@@ -76,6 +83,51 @@ class Training:
             raise ValueError(
                 f"training.global-batch-size {self.global_batch_size} is not divisible by "
                 f"training.micro-batch-size {self.micro_batch_size}; micro-batch sizes that divide it: {fits}"
+            )
+
+
+SCHEDULES = Literal[
+    "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How many processes share what. replicate x shard x context x tensor x pipeline is the number of processes.
+
+    Started by `torchrun --nproc-per-node N -m sightline train ...`; one process needs none of this.
+    """
+
+    replicate: int = 1
+    """Copies of the (sharded) model, each with other rows."""
+    shard: int = -1
+    """Processes that share weights, gradients and moments, each with other rows (FSDP).
+    -1 is all processes that the other degrees leave."""
+    context: int = 1
+    """Processes that share each row: its tokens, and the weights too, as with shard."""
+    tensor: int = 1
+    """Processes that share each layer's matrices, heads and vocabulary, and between these the tokens."""
+    pipeline: int = 1
+    """Processes in a row, each with some of the layers."""
+    expert: int = 1
+    """Processes that share the experts of a layer; they are taken out of shard x context and need no more processes."""
+    pipeline_schedule: SCHEDULES = "1F1B"
+    """The order in which pipeline stages work on microbatches.
+    Interleaved1F1B, LoopedBFS and InterleavedZeroBubble give each process several stages, ZBVZeroBubble and DualPipeV
+    two."""
+    context_order: Literal["balanced", "contiguous", "headtail", "roundrobin"] = "balanced"
+    """Which tokens of a row each process of `context` has. `balanced` gives all the same work under the run's masks."""
+    offload: bool = False
+    """Keep sharded weights, gradients and moments in the CPU's memory: slower, for models that do not fit otherwise."""
+    timeout: int = 600
+    """Seconds after which a process that waits for another one gives up and names it."""
+
+    def __post_init__(self) -> None:
+        for name in ("replicate", "context", "tensor", "pipeline", "expert", "timeout"):
+            _positive("parallel", **{name: getattr(self, name)})
+        if self.shard < 1 and self.shard != -1:
+            raise ValueError(
+                f"parallel.shard must be at least 1, or -1 for all processes the other degrees leave, got {self.shard}"
             )
 
 
@@ -187,6 +239,7 @@ class Run(Generic[Model]):
     """Decides initial weights and the order of documents."""
     data: Data = field(default_factory=Data)
     training: Training = field(default_factory=Training)
+    parallel: Parallel = field(default_factory=Parallel)
     optimizer: Optimizer = field(default_factory=Optimizer)
     attention: Attention = field(default_factory=Attention)
     validation: Validation = field(default_factory=Validation)

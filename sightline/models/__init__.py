@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sightline.models.deepseek_v3 import DEEPSEEK_V3_SIZES, DeepseekV3, DeepseekV3Config
+from sightline.models.drawing import draw_weights
 from sightline.models.gpt_oss import GPT_OSS_SIZES, GptOss, GptOssConfig
 from sightline.models.llama3 import LLAMA3_SIZES, Llama3, Llama3Config, Llama3RopeScaling
 from sightline.models.llama4 import LLAMA4_SIZES, Llama4, Llama4Config
@@ -35,7 +36,9 @@ __all__ = [
     "VLMConfig",
     "VisionConfig",
     "build_model",
+    "build_skeleton",
     "config_of",
+    "draw_weights",
     "load_pretrained",
     "save_pretrained",
 ]
@@ -73,18 +76,22 @@ def config_of(name: str) -> Any:
     return MODELS[name]
 
 
+def build_skeleton(name_or_config: Any, *, attention_backend: str = "auto") -> Any:
+    """A model on the meta device, without memory for its weights: `model.to_empty(device=...)`, then `draw_weights`.
+
+    name_or_config  a name in MODELS, or the config of a family
+    """
+    config = config_of(name_or_config) if isinstance(name_or_config, str) else name_or_config
+    with torch.device("meta"):
+        return MODEL_CLASSES[type(config)](config, attention_backend=attention_backend)
+
+
 def build_model(name_or_config: Any, *, attention_backend: str = "auto") -> Any:
     """A model with fresh weights on the default device; `torch.manual_seed` before it decides them.
 
     name_or_config  a name in MODELS, or the config of a family
-
-    Under `torch.device("meta")` nothing is allocated: place the model with `model.to_empty(device=...)`, then call
-    `model.init_weights()`. That gives the very weights this function gives directly.
     """
-    config = config_of(name_or_config) if isinstance(name_or_config, str) else name_or_config
-    device = torch.get_default_device()
-    with torch.device("meta"):  # so that no weight is drawn twice, and the seed is spent on init_weights alone
-        model = MODEL_CLASSES[type(config)](config, attention_backend=attention_backend)
-    model.to_empty(device=device)
-    model.init_weights()
+    model = build_skeleton(name_or_config, attention_backend=attention_backend)
+    model.to_empty(device=torch.get_default_device())
+    draw_weights(model)
     return model

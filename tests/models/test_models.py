@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sightline.models import MODELS, Llama3Config, build_model, config_of
+from sightline.models import MODELS, Llama3Config, build_model, build_skeleton, config_of, draw_weights
 
 
 def test_names_and_published_parameter_counts_of_llama3() -> None:
@@ -34,18 +34,33 @@ def test_build_takes_a_config() -> None:
     assert build_model(config).config is config
 
 
-def test_meta_construction_gives_the_weights_of_direct_construction() -> None:
+def test_a_skeleton_is_drawn_as_the_model_is_built() -> None:
     torch.manual_seed(3)
     direct = build_model("llama3-debug")
-    with torch.device("meta"):
-        model = build_model("llama3-debug")
+    model = build_skeleton("llama3-debug")
     assert all(p.is_meta for p in model.parameters())
     model.to_empty(device="cpu")
     torch.manual_seed(3)
-    model.init_weights()
+    draw_weights(model)
     assert all(
         torch.equal(a, b) for a, b in zip(direct.state_dict().values(), model.state_dict().values(), strict=True)
     )
-    torch.manual_seed(4)
-    model.init_weights()
+    draw_weights(model)
     assert not torch.equal(direct.embedding.weight, model.embedding.weight)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.endswith("-debug")])
+def test_a_weight_depends_on_its_name_and_not_on_what_is_drawn_before_it(name: str) -> None:
+    torch.manual_seed(3)
+    whole = build_model(name)
+    stage = build_skeleton(name)
+    stage.embedding = None
+    del stage.layers["0"]
+    stage.to_empty(device="cpu")
+    torch.manual_seed(3)
+    draw_weights(stage)
+    expected = whole.state_dict()
+    for key, value in stage.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+    drawn = {key: value for key, value in expected.items() if value.unique().numel() > 1 and value.numel() > 2}
+    assert len({float(value.sum()) for value in drawn.values()}) == len(drawn)  # no two weights are alike

@@ -1,0 +1,142 @@
+"""The mesh: which process shares what with which others."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from sightline.config import Parallel
+
+AXES = ("pipeline", "replicate", "shard", "context", "tensor")
+"""Outermost first: neighbours in the last axis have neighbouring ranks, and so the fastest links."""
+JOINED = {
+    "data": ("replicate", "shard"),
+    "weights": ("shard", "context"),
+    "loss": ("replicate", "shard", "context"),
+}
+"""data: processes with different rows; weights: those that share one copy of the weights; loss: those whose token losses
+add up to the loss of all rows."""
+
+
+def resolve(parallel: Parallel, world: int) -> Parallel:
+    """The degrees with shard's -1 replaced by what the others leave of `world` processes.
+
+    Errors: ValueError where the degrees do not multiply to `world`, naming those that would; or where expert does not
+    divide shard x context.
+    """
+    others = {axis: getattr(parallel, axis) for axis in AXES if axis != "shard"}
+    product = math.prod(others.values())
+    named = " x ".join(f"{axis} {degree}" for axis, degree in others.items() if degree > 1) or "the other degrees' 1"
+    if parallel.shard == -1:
+        if world % product:
+            raise ValueError(
+                f"{named} is {product}, which does not divide the {world} processes started; {fits(others, world)}, "
+                f"or start a multiple of {product} processes"
+            )
+        parallel = replace(parallel, shard=world // product)
+    elif product * parallel.shard != world:
+        remedy = f"shard {world // product}" if world % product == 0 else fits(others, world)
+        raise ValueError(
+            f"{named} with shard {parallel.shard} needs {product * parallel.shard} processes, but {world} were "
+            f"started; use {remedy}, or torchrun --nproc-per-node {product * parallel.shard}"
+        )
+    room = parallel.shard * parallel.context
+    if room % parallel.expert:
+        raise ValueError(
+            f"parallel.expert {parallel.expert} does not divide shard {parallel.shard} x context {parallel.context} = "
+            f"{room}, whose processes share the experts; degrees that do: {divisors(room)}"
+        )
+    return parallel
+
+
+def fits(degrees: dict[str, int], world: int) -> str:
+    """Which value each degree above 1 could have instead."""
+    product = math.prod(degrees.values())
+    choices = []
+    for axis, degree in degrees.items():
+        if degree > 1:
+            free = world // (product // degree) if world % (product // degree) == 0 else 0
+            if free:
+                choices.append(f"{axis} {' or '.join(map(str, divisors(free)))}")
+    return "these would fit: " + "; ".join(choices) if choices else "lower several of them"
+
+
+def divisors(n: int) -> list[int]:
+    """1 to n."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def nearest(wanted: int, choices: list[int]) -> str:
+    """The closest of `choices` below and above, in words."""
+    around = [max((c for c in choices if c < wanted), default=None), min((c for c in choices if c > wanted), default=None)]
+    return " or ".join(str(c) for c in around if c is not None)
+
+
+class Mesh:
+    """This process's place among all processes, and its groups.
+
+    One process has no groups: every axis has size 1. With more, torch.distributed must be running.
+
+    An axis is one of AXES, of JOINED, `expert` (the processes among which a layer's experts are dealt out, neighbours
+    in shard x context) or `expert_weights` (those that hold the same experts and share their weights).
+    """
+
+    def __init__(self, parallel: Parallel, device: torch.device) -> None:
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.parallel = resolve(parallel, self.world)
+        self.device = device
+        self._sizes = {axis: getattr(self.parallel, axis) for axis in AXES}
+        self._sizes |= {name: math.prod(self._sizes[axis] for axis in axes) for name, axes in JOINED.items()}
+        self._sizes["expert"] = self.parallel.expert
+        self._sizes["expert_weights"] = self._sizes["weights"] // self.parallel.expert
+        self._meshes: list[DeviceMesh] = []
+        if self.world > 1:
+            root = init_device_mesh(device.type, tuple(self._sizes[axis] for axis in AXES), mesh_dim_names=AXES)
+            for name, axes in JOINED.items():
+                root[axes]._flatten(name)
+            self._meshes = [root]
+        if self.parallel.expert > 1:
+            axes = ("pipeline", "replicate", "expert_weights", "expert", "tensor")
+            sizes = tuple(self._sizes[axis] for axis in axes)
+            self._meshes.append(init_device_mesh(device.type, sizes, mesh_dim_names=axes))
+
+    def size(self, axis: str) -> int:
+        """Processes along an axis."""
+        return self._sizes[axis]
+
+    def index(self, axis: str) -> int:
+        """This process's place among them, from 0."""
+        return self[axis].get_local_rank() if self.world > 1 and self._sizes[axis] > 1 else 0
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The process group of an axis."""
+        return self[axis].get_group()
+
+    def __getitem__(self, axes: str | tuple[str, ...]) -> DeviceMesh:
+        """The part of the mesh with these axes, for what torch.distributed applies over it."""
+        assert self._meshes, "one process has no mesh: ask for the size of the axis first"
+        names = (axes,) if isinstance(axes, str) else axes
+        root = self._meshes[-1] if {"expert", "expert_weights"} & set(names) else self._meshes[0]
+        return root[axes]
+
+    def grid(self) -> str:
+        """Who is where, for the log: a line for each pipeline stage, its ranks in the order of the other axes."""
+        lines = [" x ".join(f"{axis} {self._sizes[axis]}" for axis in AXES if self._sizes[axis] > 1) or "one process"]
+        stages = self.size("pipeline")
+        ranks = torch.arange(self.world).view([self._sizes[axis] for axis in AXES])
+        for stage in range(stages):
+            rows = ranks[stage].flatten(0, 1)  # data ranks, each [context, tensor]
+            cells = [" ".join("+".join(map(str, part.tolist())) for part in row) for row in rows]
+            lines.append((f"stage {stage}: " if stages > 1 else "ranks ") + " | ".join(cells))
+        return "\n".join(lines)
+
+    def sum(self, value: torch.Tensor, axis: str) -> torch.Tensor:
+        """`value` added up over an axis, in place; the same on all its processes."""
+        if self._sizes[axis] > 1:
+            dist.all_reduce(value, group=self.group(axis))
+        return value

@@ -1,0 +1,65 @@
+"""Degrees that fit and those that do not; who is where."""
+
+import pytest
+import torch
+
+from sightline.config import Parallel
+from sightline.parallel.mesh import Mesh, resolve
+from tests.parallel.processes import on_processes
+
+
+def test_shard_takes_what_the_others_leave() -> None:
+    assert resolve(Parallel(), 1).shard == 1
+    assert resolve(Parallel(tensor=2), 8).shard == 4
+    assert resolve(Parallel(replicate=2, context=2, pipeline=2), 8).shard == 1
+
+
+@pytest.mark.parametrize(
+    ("degrees", "world", "words"),
+    [
+        ({"tensor": 3}, 4, "tensor 3 is 3, which does not divide the 4 processes started; these would fit: tensor 1 or"),
+        ({"tensor": 2, "shard": 4}, 4, "needs 8 processes, but 4 were started; use shard 2, or torchrun --nproc"),
+        ({"pipeline": 2, "tensor": 4}, 4, "these would fit: pipeline 1; tensor 1 or 2, or start a multiple of 8"),
+        ({"shard": 4, "expert": 3}, 4, "parallel.expert 3 does not divide shard 4 x context 1 = 4.* do: .1, 2, 4"),
+    ],
+)
+def test_degrees_that_do_not_fit_are_named_with_those_that_do(
+    degrees: dict[str, int], world: int, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        resolve(Parallel(**degrees), world)
+
+
+def place(rank: int, degrees: dict[str, int]) -> dict[str, tuple[int, int]]:
+    mesh = Mesh(Parallel(**degrees), torch.device("cpu"))
+    axes = ("pipeline", "replicate", "shard", "context", "tensor", "data", "weights", "loss", "expert", "expert_weights")
+    summed = mesh.sum(torch.tensor(rank), "loss")
+    return {axis: (mesh.index(axis), mesh.size(axis)) for axis in axes} | {"sum": (int(summed), mesh.size("loss"))}
+
+
+def test_places_on_four_processes() -> None:
+    places = on_processes(4, place, {"shard": 2, "context": 2, "expert": 2})
+    assert [p["shard"] for p in places] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert [p["context"] for p in places] == [(0, 2), (1, 2), (0, 2), (1, 2)]
+    assert [p["weights"] for p in places] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert [p["data"] for p in places] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert [p["expert"] for p in places] == [(0, 2), (1, 2), (0, 2), (1, 2)]
+    assert [p["expert_weights"] for p in places] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert [p["sum"] for p in places] == [(6, 4)] * 4
+
+
+def test_pipeline_is_outermost() -> None:
+    places = on_processes(4, place, {"pipeline": 2, "tensor": 2})
+    assert [p["pipeline"][0] for p in places] == [0, 0, 1, 1]
+    assert [p["tensor"][0] for p in places] == [0, 1, 0, 1]
+
+
+def grid(rank: int, degrees: dict[str, int]) -> str:
+    return Mesh(Parallel(**degrees), torch.device("cpu")).grid()
+
+
+def test_grid_shows_every_rank() -> None:
+    assert on_processes(4, grid, {"shard": 2, "pipeline": 2})[0] == (
+        "pipeline 2 x shard 2\nstage 0: 0 | 1\nstage 1: 2 | 3"
+    )
+    assert on_processes(4, grid, {"context": 2, "tensor": 2})[3] == "context 2 x tensor 2\nranks 0+1 2+3"
