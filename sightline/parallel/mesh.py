@@ -94,16 +94,17 @@ class Mesh:
         self._sizes |= {name: math.prod(self._sizes[axis] for axis in axes) for name, axes in JOINED.items()}
         self._sizes["expert"] = self.parallel.expert
         self._sizes["expert_weights"] = self._sizes["weights"] // self.parallel.expert
-        self._meshes: list[DeviceMesh] = []
+        self._roots: list[DeviceMesh] = []
+        self._joined: dict[str, DeviceMesh] = {}
         if self.world > 1:
-            root = init_device_mesh(device.type, tuple(self._sizes[axis] for axis in AXES), mesh_dim_names=AXES)
-            for name, axes in JOINED.items():
-                root[axes]._flatten(name)
-            self._meshes = [root]
+            # Tensors cut by several axes want these side by side in one mesh, so there is one for each way to cut.
+            self._roots = [self._lay_out("pipeline", "replicate", "weights", "tensor"), self._lay_out(*AXES)]
+            self._joined = {name: self._roots[1][axes]._flatten() for name, axes in JOINED.items() if name != "weights"}
         if self.parallel.expert > 1:
-            axes = ("pipeline", "replicate", "expert_weights", "expert", "tensor")
-            sizes = tuple(self._sizes[axis] for axis in axes)
-            self._meshes.append(init_device_mesh(device.type, sizes, mesh_dim_names=axes))
+            self._roots.append(self._lay_out("pipeline", "replicate", "expert_weights", "expert", "tensor"))
+
+    def _lay_out(self, *axes: str) -> DeviceMesh:
+        return init_device_mesh(self.device.type, tuple(self._sizes[axis] for axis in axes), mesh_dim_names=axes)
 
     def size(self, axis: str) -> int:
         """Processes along an axis."""
@@ -119,10 +120,12 @@ class Mesh:
 
     def __getitem__(self, axes: str | tuple[str, ...]) -> DeviceMesh:
         """The part of the mesh with these axes, for what torch.distributed applies over it."""
-        assert self._meshes, "one process has no mesh: ask for the size of the axis first"
+        assert self._roots, "one process has no mesh: ask for the size of the axis first"
         names = (axes,) if isinstance(axes, str) else axes
-        root = self._meshes[-1] if {"expert", "expert_weights"} & set(names) else self._meshes[0]
-        return root[axes]
+        if names[0] in self._joined:
+            return self._joined[names[0]]
+        root = next(root for root in self._roots if set(names) <= set(root.mesh_dim_names or ()))
+        return root[names]
 
     def grid(self) -> str:
         """Who is where, for the log: a line for each pipeline stage, its ranks in the order of the other axes."""
