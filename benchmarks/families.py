@@ -39,6 +39,7 @@ from sightline.data import Tokenizer, load_documents
 from sightline.models import VLM, VLMConfig, build_model, config_of, load_pretrained, save_pretrained
 from sightline.models.pretrained import read_config
 from sightline.recipes import get_recipe
+from sightline.parallel.parallel_model import on_one_process
 from sightline.training.optimizer import build_optimizer
 from sightline.training.setup import get_tokenizer, open_loader
 from sightline.training.step import prepare_batch, train_step
@@ -134,12 +135,10 @@ def their_step(model: Any, batch: Callable[[], Batch], arrange: Callable[[Batch]
 
 
 def our_step(model: Any, batch: Callable[[], Batch], tokenizer: Tokenizer) -> Callable[[], float]:
-    optimizer = build_optimizer(model, Optimizer(learning_rate=RATE))
+    alone, optimizer = on_one_process(model), build_optimizer(model, Optimizer(learning_rate=RATE))
 
     def step() -> float:
-        result = train_step(
-            model, optimizer, batch(), tokenizer, micro_batch_size=1, max_grad_norm=1.0, device=torch.device("cpu")
-        )
+        result = train_step(alone, optimizer, batch(), tokenizer, micro_batch_size=1, max_grad_norm=1.0)
         return result.loss.item()
 
     return step

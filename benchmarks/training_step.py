@@ -30,6 +30,7 @@ from sightline.config import Data, Optimizer
 from sightline.data import Loader, Tokenizer, load_documents, train_tokenizer
 from sightline.models import build_model
 from sightline.models.llama3 import Llama3, Llama3Config
+from sightline.parallel.parallel_model import on_one_process
 from sightline.training.optimizer import build_optimizer
 from sightline.training.step import train_step
 
@@ -114,12 +115,11 @@ def ours(length: int, threads: int) -> Callable[[], float]:
     tokenizer, rows = rows_of(length)
     model = build_model("llama3-tiny")
     optimizer = build_optimizer(model, Optimizer(learning_rate=1e-5))
-    following = cycle(rows)
+    alone, following = on_one_process(model), cycle(rows)
 
     def step() -> float:
         batch = following()
-        device = torch.device("cpu")
-        taken = train_step(model, optimizer, batch, tokenizer, micro_batch_size=1, max_grad_norm=1.0, device=device)
+        taken = train_step(alone, optimizer, batch, tokenizer, micro_batch_size=1, max_grad_norm=1.0)
         return taken.loss.item()
 
     return step

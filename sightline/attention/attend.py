@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -31,6 +32,10 @@ class Lowered:
     backend: str
     reason: str
     form: Any
+
+    def gather(self, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        """See AttentionMask.gather."""
+        return self.mask.gather(*tensors)
 
 
 def choose_backend(mask: AttentionMask, device: torch.device, dtype: torch.dtype, training: bool) -> tuple[str, str]:

@@ -1,30 +1,47 @@
-"""`sightline generate DIR`: text from the newest checkpoint of a run."""
+"""`sightline generate DIR`: text from a trained model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
+from torch import Tensor
 
 from sightline import config
+from sightline.data import Tokenizer, load_tokenizer, pack_patches
+from sightline.data.image_files import read_image
+from sightline.models import VLMConfig, load_pretrained
 from sightline.models.generation import stream
+from sightline.models.weights import holds_weights
 from sightline.training.setup import choose_device
+from sightline.training.step import Model
 from sightline.training.trained import load_trained
+
+PLACE = "<image>"
+"""Where an image stands in a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
     """Continue a text with a trained model, token by token.
 
-    example: sightline generate runs/llama3-tiny --prompt "def " --temperature 0.5
+    examples:
+      sightline generate runs/llama3-tiny --prompt "def " --temperature 0.5
+      sightline generate ~/Qwen3-0.6B --prompt "The capital of France is"
+      sightline generate runs/vlm-tiny --image circle.png --prompt "<image>a"
     """
 
     directory: Annotated[Path, tyro.conf.Positional]
-    """Directory of a run, whose newest checkpoint is taken, or a checkpoint."""
+    """Directory of a run, whose newest checkpoint is taken; a checkpoint; or a Hugging Face directory with its
+    tokenizer.json."""
     prompt: str = "def "
-    """The beginning of the text."""
+    """The beginning of the text; `<image>` in it is where an image stands."""
+    image: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """File of an image, for a model that sees; give the option again for each further one, in the prompt's order."""
     max_new_tokens: int = 200
     """Tokens to add at most; it ends before that where the model ends the document."""
     temperature: float = 0.8
@@ -42,11 +59,13 @@ class Generate:
 def main(argv: list[str]) -> None:
     options = tyro.cli(Generate, args=argv, prog="sightline generate")
     device = choose_device(config.Training(device=options.device))
-    trained = load_trained(options.directory, device)
+    model, tokenizer = open_model(options.directory, device)
+    prompt, extra = read_prompt(options.prompt, options.image, model.config, tokenizer)
     pieces = stream(
-        trained.model,
-        trained.tokenizer,
-        options.prompt,
+        model,
+        tokenizer,
+        prompt,
+        extra=extra,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
@@ -57,3 +76,50 @@ def main(argv: list[str]) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def open_model(directory: Path, device: torch.device) -> tuple[Model, Tokenizer]:
+    """The model of a run, a checkpoint or a Hugging Face directory, and its tokenizer.
+
+    Errors: ValueError for a directory that is none of them, or has no tokenizer.
+    """
+    if not holds_weights(directory):
+        trained = load_trained(directory, device)
+        return trained.model, trained.tokenizer
+    tokenizer = load_tokenizer(directory)
+    dtype = torch.float32 if device.type == "cpu" else None  # most CPUs compute bfloat16 several times slower
+    with device:
+        return load_pretrained(directory, dtype=dtype).eval(), tokenizer
+
+
+def read_prompt(
+    prompt: str, images: Sequence[Path], model: object, tokenizer: Tokenizer
+) -> tuple[str | list[int], dict[str, Tensor]]:
+    """What `stream` takes: the text as it is, or token ids and the patches of the images among them.
+
+    model  the model's config
+    Errors: ValueError for images that the model or the prompt has no place for.
+    """
+    if not isinstance(model, VLMConfig):
+        if images:
+            family = type(model).__name__.removesuffix("Config")
+            raise ValueError(
+                f"--image {images[0]}: a {family} reads text alone; take a model of the family vlm, or leave it out"
+            )
+        return prompt, {}
+    texts = prompt.split(PLACE)
+    if len(texts) - 1 != len(images):
+        raise ValueError(
+            f"the prompt {prompt!r} has {len(texts) - 1} places for images and --image was given {len(images)} times; "
+            f'write {PLACE} where each one stands: --prompt "{PLACE * max(1, len(images))}a"'
+        )
+    if not images:
+        return prompt, {}
+    size, merge = model.vision.patch_size, model.merge
+    read = [read_image(path, patch_size=size, merge=merge, most_patches=model.vision.side**2) for path in images]
+    ids = tokenizer.encode_prompt(texts[0])
+    for image, text in zip(read, texts[1:], strict=True):
+        height, width = image.shape[0] // (size * merge), image.shape[1] // (size * merge)
+        ids += [model.image_token] * (height * width)
+        ids += tokenizer.encode_prompt(text)[0 if tokenizer.bos_id is None else 1 :]
+    return ids, pack_patches([read], size)

@@ -2,7 +2,7 @@
 
 from sightline.data.documents import Documents, split_documents
 from sightline.data.images import SYNTHETIC_IMAGES, ImageLoader, pack_patches, to_patches
-from sightline.data.loader import Loader, validation_batches
+from sightline.data.loader import Loader, join_states, validation_batches
 from sightline.data.packing import BestFit, Piece, Stream
 from sightline.data.sources import load_documents
 from sightline.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -16,6 +16,7 @@ __all__ = [
     "Piece",
     "Stream",
     "Tokenizer",
+    "join_states",
     "load_documents",
     "load_tokenizer",
     "pack_patches",

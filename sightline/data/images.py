@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sightline.batch import IGNORE, Batch, Row, RowBuilder
 from sightline.data.documents import Documents
+from sightline.data.loader import rows_of_rank
 from sightline.data.tokenizer import Tokenizer
 
 SYNTHETIC_IMAGES = "synthetic-images"
@@ -105,8 +106,9 @@ class ImageLoader:
     """An endless iterator of batches: rows packed with documents of one to three drawings and their captions.
 
     A document is never cut; what stays free of a row is padding. An image stands as `image_token`, once for every
-    merge x merge patches, and no loss is asked for where it comes next. Every batch follows from the seed and its
-    number, which is all the state there is; a data-parallel rank takes every `world`-th.
+    merge x merge patches, and no loss is asked for where it comes next. Every row follows from the seed and its
+    number, so the number of steps is all the state there is. Rank r of `world` has the rows of a step from
+    r * rows / world on, as in `Loader`.
     """
 
     def __init__(
@@ -135,18 +137,19 @@ class ImageLoader:
                 f"a row of {sequence_length} tokens does not hold the largest image and its caption; use "
                 f"--training.sequence-length {needed} or more"
             )
+        self._mine = rows_of_rank(rows, rank, world)
         self._texts, self._tokenizer, self._rows, self._seed = list(captions), tokenizer, rows, seed
         self._length, self._patch_size, self._merge = sequence_length, patch_size, merge
-        self._image_token, self._rank, self._world = image_token, rank, world
-        self._batches = 0
+        self._image_token = image_token
+        self._step = 0
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        rng = np.random.default_rng((self._seed, self._batches * self._world + self._rank))
-        self._batches += 1
-        rows, images = zip(*(self._row(rng) for _ in range(self._rows)), strict=True)
+        first = self._step * self._rows
+        rows, images = zip(*(self._row(first + row) for row in self._mine), strict=True)
+        self._step += 1
         batch = Batch.from_rows(rows)
         return replace(
             batch,
@@ -155,16 +158,14 @@ class ImageLoader:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of batches handed out, and what must be the same for the next one to be the same."""
+        """The number of steps handed out, and what must be the same for the next one to be the same."""
         identity = {
             "tokenizer": self._tokenizer.fingerprint,
             "seed": self._seed,
             "rows": self._rows,
             "sequence_length": self._length,
-            "rank": self._rank,
-            "world": self._world,
         }
-        return {"identity": identity, "batches": self._batches}
+        return {"identity": identity, "step": self._step, "lanes": {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Errors: ValueError where the state was made with another tokenizer, seed or row."""
@@ -174,13 +175,14 @@ class ImageLoader:
                 f"the loader's state was saved with {state.get('identity')}, here it is {expected}; continue with what "
                 "it was saved with, or start a new run in another output directory"
             )
-        self._batches = state["batches"]
+        self._step = state["step"]
 
     def close(self) -> None:
         """Nothing to close."""
 
-    def _row(self, rng: np.random.Generator) -> tuple[Row, list[np.ndarray]]:
-        """One row and its images. The first document that does not fit ends it."""
+    def _row(self, number: int) -> tuple[Row, list[np.ndarray]]:
+        """A row of the run by its number, and its images. The first document that does not fit ends it."""
+        rng = np.random.default_rng((self._seed, number))
         row, images = RowBuilder(self._length), []
         while True:
             ids, drawn = self._document(rng)

@@ -1,21 +1,37 @@
-"""Batches of packed rows without end, and the exact place in them to go on from."""
+"""Batches of packed rows without end, and the exact place in them to go on from.
+
+The rows of a run are dealt out over lanes. A lane is a stream of its own: in every epoch it reads its section of that
+epoch's random order of all documents, and packs it. Row after row comes from lane after lane:
+
+    3 rows a step, 9 lanes       step 0   lanes 0 1 2
+                                 step 1   lanes 3 4 5
+                                 step 2   lanes 6 7 8
+                                 step 3   lanes 0 1 2    where they stopped in step 0
+
+So a long document is spread over many steps, and no step sees little else. And a data-parallel rank packs the lanes of
+its own rows and no other: on any number of ranks a run has the same rows, and it may go on with another number.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from sightline.batch import Batch, Row
+from sightline.batch import Batch, Row, RowBuilder
 from sightline.data.documents import Documents
 from sightline.data.packing import PACKERS, Piece, Stream
 from sightline.data.tokenizer import Tokenizer
 
 State = dict[str, Any]  # plain ints, strings, lists and dicts: json and torch write it and read it back
+
+LANES = 8
+"""The fewest lanes of a run: also a run of one row a step mixes as many places of the text."""
 
 NAMES = {
     "documents": "number of training documents",
@@ -23,22 +39,21 @@ NAMES = {
     "tokenizer": "digest of the tokenizer",
     "packing": "--data.packing",
     "sequence_length": "--training.sequence-length",
+    "rows": "--training.global-batch-size",
     "seed": "--seed",
-    "rank": "data-parallel rank",
-    "world": "number of data-parallel ranks",
 }
 """What must be equal for a state to mean the same place, in words."""
 
 
 class Loader:
-    """An endless iterator of batches, `rows` packed rows each.
+    """An endless iterator of batches: of the `rows` packed rows a step, those of this data-parallel rank.
 
-    Every epoch reads all documents in a new random order, of which each data-parallel rank takes every `world`-th. The
-    next batch is tokenized and packed in a background thread while the caller computes on this one.
+    Rank r of `world` has the rows from r * rows / world on. The next batch is tokenized and packed in a background
+    thread while the caller computes on this one.
 
     `state_dict()` describes the place after the batch handed out last, whatever has been prepared beyond it. A loader
-    made alike that loads it yields the same batches from there to the bit. The rows of a batch are not part of the
-    place: they may change.
+    made alike, but for the rank and the number of ranks, that loads the joined states of all ranks yields the same
+    batches from there to the bit.
     """
 
     def __init__(
@@ -57,35 +72,30 @@ class Loader:
             raise ValueError(
                 f"sequence_length must be at least 2 (one token to see, one to predict), got {sequence_length}"
             )
-        if rows < 1:
-            raise ValueError(f"a batch must have at least 1 row, got rows={rows}")
         if packing not in PACKERS:
             raise ValueError(f"packing must be one of {', '.join(PACKERS)}, got {packing!r}")
         if seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")
-        if not 0 <= rank < world:
-            raise ValueError(f"rank must be at least 0 and under world={world}, got {rank}")
-        if len(documents) < world:
-            raise ValueError(
-                f"{len(documents)} training documents cannot be shared among {world} data-parallel ranks: expected at "
-                "least one for each; use fewer ranks or a source with more documents"
-            )
-        self._documents, self._tokenizer, self._rows = documents, tokenizer, rows
-        self._identity = {
+        if not documents:
+            raise ValueError(f"{documents.source} holds no training documents; expected at least one")
+        self._mine = rows_of_rank(rows, rank, world)
+        self._documents, self._tokenizer = documents, tokenizer
+        self._identity: State = {
             "documents": len(documents),
             "lengths": hashlib.sha256(documents.lengths.astype("<i8").tobytes()).hexdigest()[:16],
             "tokenizer": tokenizer.fingerprint,
             "packing": packing,
             "sequence_length": sequence_length,
+            "rows": rows,
             "seed": seed,
-            "rank": rank,
-            "world": world,
         }
+        self._count = rows * -(-LANES // rows)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sightline-loader")
         self._state: State
-        self._source: _Rows
+        self._lanes: dict[int, _Lane]
         self._prepared: Future[tuple[Batch, State]] | None
-        self._start({"epoch": 0, "place": 0, "waiting": []})
+        beginning: State = {"epoch": 0, "place": 0, "waiting": []}
+        self._start({"step": 0, "lanes": {str(lane): beginning for lane in self._own_lanes()}})
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -99,18 +109,26 @@ class Loader:
         return batch
 
     def _prepare(self) -> Future[tuple[Batch, State]]:
-        self._prepared = self._thread.submit(self._source.next_batch, self._rows)
+        self._prepared = self._thread.submit(self._next_batch, self._lanes, self._state)
         return self._prepared
 
+    def _next_batch(self, lanes: dict[int, _Lane], before: State) -> tuple[Batch, State]:
+        """A batch, and the state after it. In the background thread: it may outlive the loader's own lanes."""
+        first = before["step"] * self._identity["rows"]
+        turn = [(first + row) % self._count for row in self._mine]
+        batch = Batch.from_rows([lanes[lane].next_row() for lane in turn])
+        places = before["lanes"] | {str(lane): lanes[lane].place() for lane in turn}
+        return batch, {"step": before["step"] + 1, "lanes": places}
+
     def state_dict(self) -> State:
-        """Where the batch after the one handed out last begins."""
+        """Where the batch after the one handed out last begins, in the lanes of this rank: see `join_states`."""
         return {"identity": dict(self._identity), **self._state}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from there.
+        """Go on from the joined state of all ranks, however many there were.
 
         Errors: ValueError naming the field, where the state was made with other documents, another tokenizer, packing,
-        length, seed or share of the documents.
+        length, seed or number of rows.
         """
         came = state["identity"]
         for name, words in NAMES.items():
@@ -120,63 +138,120 @@ class Loader:
                     f"{self._identity[name]!r} here; continue with what it was saved with, or start a new run in "
                     "another output directory"
                 )
-        self._start({name: state[name] for name in ("epoch", "place", "waiting")})
+        places = {str(lane): state["lanes"][str(lane)] for lane in self._own_lanes()}
+        self._start({"step": state["step"], "lanes": places})
 
     def close(self) -> None:
         """Stop the background thread. A loader that is never closed does not keep the process from ending."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
+    def _own_lanes(self) -> list[int]:
+        rows = self._identity["rows"]
+        return [lane for lane in range(self._count) if lane % rows in self._mine]
+
     def _start(self, state: State) -> None:
         self._state = state
-        self._source = _Rows(self._documents, self._tokenizer, self._identity, state)
+        self._lanes = {
+            lane: _Lane(self._documents, self._tokenizer, self._identity, lane, self._count, state["lanes"][str(lane)])
+            for lane in self._own_lanes()
+        }
         self._prepared = None
 
 
-class _Rows:
-    """The rows of one rank from some place on, made by whoever asks: the loader without its thread."""
+def join_states(states: Sequence[State]) -> State:
+    """What the loaders of any number of ranks load, from the states of all ranks' loaders after the same step."""
+    lanes: State = {lane: place for state in states for lane, place in state["lanes"].items()}
+    return {**states[0], "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
 
-    def __init__(self, documents: Documents, tokenizer: Tokenizer, identity: State, state: State) -> None:
-        self.documents, self.tokenizer, self.identity = documents, tokenizer, identity
-        self.epoch, self.place = state["epoch"], state["place"]
-        whole = {document: self._piece(document) for document in {document for document, _ in state["waiting"]}}
-        waiting = [whole[document]._replace(at=at) for document, at in state["waiting"]]
+
+def rows_of_rank(rows: int, rank: int, world: int) -> range:
+    """Which of the `rows` rows of a step a data-parallel rank has.
+
+    Errors: ValueError where they cannot be shared equally.
+    """
+    if rows < 1:
+        raise ValueError(f"a batch must have at least 1 row, got rows={rows}")
+    if not 0 <= rank < world:
+        raise ValueError(f"rank must be at least 0 and under world={world}, got {rank}")
+    if rows % world:
+        fits = [count for count in range(1, rows + 1) if rows % count == 0]
+        raise ValueError(
+            f"{rows} rows a step (--training.global-batch-size) cannot be shared equally among {world} data-parallel "
+            f"ranks (replicate x shard); numbers of ranks that divide them: {fits}"
+        )
+    share = rows // world
+    return range(rank * share, (rank + 1) * share)
+
+
+class _Lane:
+    """The rows of one lane from some place on."""
+
+    def __init__(
+        self, documents: Documents, tokenizer: Tokenizer, identity: State, lane: int, lanes: int, place: State
+    ) -> None:
+        self.documents, self.tokenizer, self.seed = documents, tokenizer, identity["seed"]
+        # Of N documents a lane takes every `lanes`-th. Where there are fewer than lanes, lane, lane + N, ... would read
+        # the same ones: each then reads its part of them.
+        self.section = slice(lane % len(documents), None, lanes)
+        self.part, self.parts = lane // len(documents), len(range(lane % len(documents), lanes, len(documents)))
+        self.epoch, self.next_document = place["epoch"], place["place"]
+        whole = {document: self._piece(document) for document in {document for document, _ in place["waiting"]}}
+        waiting = [whole[document]._replace(at=at) for document, at in place["waiting"]]
         self.packer = PACKERS[identity["packing"]](identity["sequence_length"], tokenizer.eos_id, waiting)
         self.pieces = self._endless()
 
-    def next_batch(self, rows: int) -> tuple[Batch, State]:
-        """A batch, and the state after it."""
-        batch = Batch.from_rows([self._next_row() for _ in range(rows)])
-        waiting = [[piece.document, piece.at] for piece in self.packer.waiting]
-        return batch, {"epoch": self.epoch, "place": self.place, "waiting": waiting}
-
-    def _next_row(self) -> Row:
+    def next_row(self) -> Row:
         row = self.packer.next_row(self.pieces)
         assert row is not None, "the documents never end"
         return row
 
+    def place(self) -> State:
+        """What comes next, and what waits: enough to go on from."""
+        waiting = [[piece.document, piece.at] for piece in self.packer.waiting]
+        return {"epoch": self.epoch, "place": self.next_document, "waiting": waiting}
+
     def _endless(self) -> Iterator[Piece]:
-        """Every document of this rank, epoch after epoch. `epoch` and `place` always say what comes next."""
-        rank, world = self.identity["rank"], self.identity["world"]
+        """The documents of this lane, epoch after epoch. `epoch` and `next_document` always say what comes next."""
         while True:
-            shuffled = np.random.default_rng((self.identity["seed"], self.epoch)).permutation(len(self.documents))
-            for document in shuffled[rank::world][self.place :].tolist():
-                self.place += 1
-                yield self._piece(document)
-            self.epoch, self.place = self.epoch + 1, 0
+            section = _shuffled(self.seed, self.epoch, len(self.documents))[self.section]
+            while self.next_document < len(section):
+                self.next_document += 1
+                yield self._piece(int(section[self.next_document - 1]))
+            self.epoch, self.next_document = self.epoch + 1, 0
 
     def _piece(self, document: int) -> Piece:
-        return Piece(document, self.tokenizer.encode(self.documents[document]))
+        tokens = self.tokenizer.encode(self.documents[document])
+        at = len(tokens) * self.part // self.parts
+        end = max(at + 1, len(tokens) * (self.part + 1) // self.parts)  # a text may have fewer tokens than parts
+        return Piece(document, tokens[:end], at)
+
+
+@lru_cache(maxsize=2)
+def _shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of an epoch, int64 [count]. Kept for the lanes that come to it later; they are never far apart."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def validation_batches(
-    documents: Documents, tokenizer: Tokenizer, *, rows: int, rows_per_batch: int, sequence_length: int
+    documents: Documents,
+    tokenizer: Tokenizer,
+    *,
+    rows: int,
+    rows_per_batch: int,
+    sequence_length: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Batch]:
     """At most `rows` rows of the documents in order, the same ones every time, in batches of `rows_per_batch`.
 
-    Fewer where the documents end before; then the last row is padded. The last batch may have fewer rows.
+    Fewer where the documents end before; then the last row is padded. The last batch may have fewer rows. Of many
+    ranks each has an equal share of the rows, and batches of the same sizes: rows of padding fill what is missing.
     """
     packer = Stream(sequence_length, tokenizer.eos_id)
     pieces = (Piece(index, tokenizer.encode(documents[index])) for index in range(len(documents)))
-    finished = islice(iter(lambda: packer.next_row(pieces), None), rows)
-    while batch := list(islice(finished, rows_per_batch)):
-        yield Batch.from_rows(batch)
+    finished = list(islice(iter(lambda: packer.next_row(pieces), None), rows))
+    finished += [RowBuilder(sequence_length).finish(tokenizer.eos_id)] * (-len(finished) % world)
+    share = len(finished) // world
+    mine = finished[rank * share : (rank + 1) * share]
+    for first in range(0, share, rows_per_batch):
+        yield Batch.from_rows(mine[first : first + rows_per_batch])

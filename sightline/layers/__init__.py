@@ -2,6 +2,7 @@
 
 from sightline.layers.attention import GroupedQueryAttention
 from sightline.layers.cache import KeyValueCache, LayerCache, RecurrentCache
+from sightline.layers.divisible import Divisible
 from sightline.layers.loss import linear_cross_entropy, with_gradient_of
 from sightline.layers.mla import MultiHeadLatentAttention
 from sightline.layers.mlp import SwiGLU
@@ -18,6 +19,7 @@ from sightline.layers.rope import (
 )
 
 __all__ = [
+    "Divisible",
     "Experts",
     "GatedDeltaNet",
     "GroupedQueryAttention",

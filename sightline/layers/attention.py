@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sightline.attention import Lowered, attend
 from sightline.layers.cache import KeyValueCache
+from sightline.layers.divisible import Divisible
 from sightline.layers.norm import RMSNorm
 from sightline.layers.rope import rotate
 from sightline.masks import AttentionMask
 
 
-class GroupedQueryAttention(nn.Module):
+class GroupedQueryAttention(Divisible):
     """H query heads share G key/value heads (arXiv 2305.13245); query head h reads key/value head h // (H / G).
 
     bias         the four projections have one
@@ -23,8 +24,11 @@ class GroupedQueryAttention(nn.Module):
     sinks        every query head has a learned logit that takes part in its softmax and carries no value: where no
                  key deserves attention, it takes it (arXiv 2309.17453)
 
-    A family whose positions enter in another way overrides `encode`.
+    A family whose positions enter in another way overrides `encode_keys`, and `encode_queries` where they differ.
     """
+
+    SHARDED: ClassVar = {"query": 0, "key": 0, "value": 0, "sinks": 0, "output.weight": 1}
+    SUMMED = ("output.bias",)
 
     def __init__(
         self,
@@ -59,10 +63,13 @@ class GroupedQueryAttention(nn.Module):
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
 
+    def parts(self) -> dict[str, int]:
+        return {"key/value heads": self.key.out_features // self.head_size}
+
     def forward(
         self, x: Tensor, mask: AttentionMask | Lowered, encoding: Any, cache: KeyValueCache | None = None
     ) -> Tensor:
-        """x [B, S, W] -> [B, S, W]; encoding is what `encode` takes, a Rotation or None for no rotation.
+        """x [B, S, W] -> [B, S, W]; encoding is what `encode_keys` takes, a Rotation or None for no rotation.
 
         With a cache the mask's queries are these S tokens, its keys all tokens so far.
         """
@@ -72,21 +79,28 @@ class GroupedQueryAttention(nn.Module):
         self, x: Tensor, mask: AttentionMask | Lowered, encoding: Any, cache: KeyValueCache | None = None
     ) -> Tensor:
         """What the heads gather, [B, S, H * D]: `forward` before the output projection."""
-        q_BSHD, k_BSGD, v_BSGD = (self._heads(linear(x)) for linear in (self.query, self.key, self.value))
-        if self.query_norm is not None and self.key_norm is not None:
-            q_BSHD, k_BSGD = self.query_norm(q_BSHD), self.key_norm(k_BSGD)
-        q_BSHD, k_BSGD = self.encode(q_BSHD, k_BSGD, encoding)
+        k_BSGD, v_BSGD = self._heads(self.key(x)), self._heads(self.value(x))
+        if self.key_norm is not None:
+            k_BSGD = self.key_norm(k_BSGD)
         # The kernels take strided views, and attend's output lies in memory as [B, S, H, D]: nothing here copies.
-        q, k, v = (t.transpose(1, 2) for t in (q_BSHD, k_BSGD, v_BSGD))
+        k, v = self.encode_keys(k_BSGD, encoding).transpose(1, 2), v_BSGD.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
+        gathered = mask.gather(k, v)  # keys and values of other processes come while the queries are made
+        q_BSHD = self._heads(self.query(x))
+        if self.query_norm is not None:
+            q_BSHD = self.query_norm(q_BSHD)
+        q = self.encode_queries(q_BSHD, encoding).transpose(1, 2)
+        k, v = gathered()
         return attend(q, k, v, mask, sinks=self.sinks).transpose(1, 2).flatten(2)
 
-    def encode(self, q_BSHD: Tensor, k_BSGD: Tensor, encoding: Any) -> tuple[Tensor, Tensor]:
-        """Write the positions into queries and keys: turn both by a Rotation, or leave both where it is None."""
-        if encoding is None:
-            return q_BSHD, k_BSGD
-        return rotate(q_BSHD, encoding), rotate(k_BSGD, encoding)
+    def encode_keys(self, k_BSGD: Tensor, encoding: Any) -> Tensor:
+        """Write the positions into the keys: turn them by a Rotation, or leave them where it is None."""
+        return k_BSGD if encoding is None else rotate(k_BSGD, encoding)
+
+    def encode_queries(self, q_BSHD: Tensor, encoding: Any) -> Tensor:
+        """And into the queries: as into the keys."""
+        return self.encode_keys(q_BSHD, encoding)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, S, heads * D] -> [B, S, heads, D], for as many heads as this process holds."""

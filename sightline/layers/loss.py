@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -9,7 +11,29 @@ from torch.autograd.function import once_differentiable
 from sightline.batch import IGNORE
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int = 512) -> Tensor:
+def losses_to_grads(logits: Tensor, label: Tensor) -> Tensor:
+    """The loss of each token [C]; `logits` [C, V] become their gradient, softmax - onehot, in place.
+
+    -log softmax[label] = max - logit[label] - log softmax[argmax]: the last is at least 1/V, so its log is exact where
+    that of a tiny softmax[label] would be -inf. torch.softmax works row by row in the cache, exp and sum in one go.
+    """
+    rows = torch.arange(len(label), device=label.device)
+    losses = logits.amax(dim=1) - logits[rows, label]
+    torch.softmax(logits, dim=1, out=logits)
+    losses -= logits.amax(dim=1).log()
+    logits[rows, label] -= 1
+    return losses
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_size: int = 512,
+    *,
+    vocab_size: int | None = None,
+    losses_to_grads: Callable[[Tensor, Tensor], Tensor] = losses_to_grads,
+) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight.T)[label], as a float32 scalar (float64 for float64 inputs).
 
     hidden      [N, W]
@@ -17,19 +41,23 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_s
     labels      int64 [N]; tokens with -100 are not computed: no loss, zero gradient
     chunk_size  tokens whose logits exist at a time, in float32 also where hidden is bfloat16. 512 x 8192 floats stay
                 in a CPU's cache while the matrix products are still large enough to run at full rate.
+    vocab_size  where `weight` [V / n, W] is one process's part of the vocabulary, all of V; then
+    losses_to_grads
+                replaces the function of that name by one that knows the other parts; the gradient of `hidden` is that
+                by this part
 
     The forward computes the gradients too, chunk by chunk, and the backward only scales them: three matrix products
     and not the four of recomputing the logits. Under `no_grad` it computes the loss alone.
     Errors: ValueError for a label outside the vocabulary.
     """
-    tokens = _labelled_tokens(hidden, weight, labels)
+    tokens = _labelled_tokens(hidden, weight, labels, vocab_size or len(weight))
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with_grads = torch.is_grad_enabled()
     with torch.autocast(kind, enabled=False):  # it would round the logits to its own precision
-        return _LinearCrossEntropy.apply(hidden, weight, labels, tokens, chunk_size, with_grads)
+        return _LinearCrossEntropy.apply(hidden, weight, labels, tokens, chunk_size, with_grads, losses_to_grads)
 
 
 def with_gradient_of(loss: Tensor, auxiliary: Tensor) -> Tensor:
@@ -37,7 +65,7 @@ def with_gradient_of(loss: Tensor, auxiliary: Tensor) -> Tensor:
     return loss + (auxiliary - auxiliary.detach())
 
 
-def _labelled_tokens(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def _labelled_tokens(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
     """Check the arguments; returns the indices of the tokens that have a label, int64 [M]."""
     if hidden.dim() != 2 or weight.dim() != 2 or labels.dim() != 1:
         shapes = [tuple(t.shape) for t in (hidden, weight, labels)]
@@ -45,10 +73,10 @@ def _labelled_tokens(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     tokens = (labels != IGNORE).nonzero().squeeze(1)
     if len(tokens):
         low, high = torch.stack(labels[tokens].aminmax()).tolist()
-        if low < 0 or high >= len(weight):
+        if low < 0 or high >= vocab_size:
             raise ValueError(
-                f"label {high if high >= len(weight) else low} is outside the vocabulary of {len(weight)} tokens; "
-                f"a label is 0 to {len(weight) - 1}, or {IGNORE} for no loss: give the model the tokenizer's vocabulary"
+                f"label {high if high >= vocab_size else low} is outside the vocabulary of {vocab_size} tokens; "
+                f"a label is 0 to {vocab_size - 1}, or {IGNORE} for no loss: give the model the tokenizer's vocabulary"
             )
     return tokens
 
@@ -56,7 +84,14 @@ def _labelled_tokens(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, tokens: Tensor, chunk_size: int, with_grads: bool
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        tokens: Tensor,
+        chunk_size: int,
+        with_grads: bool,
+        losses_to_grads: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
         need_hidden, need_weight = (with_grads and need for need in ctx.needs_input_grad[:2])
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -68,7 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x, label = hidden[chunk], labels[chunk]
             logits = buffer[: len(chunk)]
             _matmul_into(logits, x, weight.t())
-            loss += _losses_to_grads(logits, label).sum()
+            loss += losses_to_grads(logits, label).sum()
             grad_logits = logits.to(hidden.dtype)
             if grad_hidden is not None:
                 grad = torch.empty_like(x, dtype=wide)
@@ -88,21 +123,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * scale
         if grad_weight is not None:
             grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
-
-
-def _losses_to_grads(logits: Tensor, label: Tensor) -> Tensor:
-    """The loss of each token [C]; `logits` [C, V] become their gradient, softmax - onehot, in place.
-
-    -log softmax[label] = max - logit[label] - log softmax[argmax]: the last is at least 1/V, so its log is exact where
-    that of a tiny softmax[label] would be -inf. torch.softmax works row by row in the cache, exp and sum in one go.
-    """
-    rows = torch.arange(len(label), device=label.device)
-    losses = logits.amax(dim=1) - logits[rows, label]
-    torch.softmax(logits, dim=1, out=logits)
-    losses -= logits.amax(dim=1).log()
-    logits[rows, label] -= 1
-    return losses
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _matmul_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sightline.attention import Lowered, attend
 from sightline.layers.cache import KeyValueCache
+from sightline.layers.divisible import Divisible
 from sightline.layers.norm import RMSNorm
 from sightline.layers.rope import Rotation, rotate
 from sightline.masks import AttentionMask
@@ -15,7 +18,7 @@ from sightline.masks import AttentionMask
 LATENT_NORM_EPS = 1e-6  # whatever the eps of the model's other norms, in all published weights
 
 
-class MultiHeadLatentAttention(nn.Module):
+class MultiHeadLatentAttention(Divisible):
     """The attention of DeepSeek V2 and V3 (arXiv 2405.04434, section 2.1).
 
     A token's keys and values come from its latent [kv_rank], and one more key of `rope_size` channels that all heads
@@ -25,6 +28,8 @@ class MultiHeadLatentAttention(nn.Module):
     query_rank    queries come through a latent of this size too; None: straight from the hidden state
     score_factor  the scale of the scores is (plain_size + rope_size)^-0.5 times this (YaRN)
     """
+
+    SHARDED: ClassVar = {"query": 0, "kv": 0, "output": 1}
 
     def __init__(
         self,
@@ -60,15 +65,21 @@ class MultiHeadLatentAttention(nn.Module):
                 norm.init_weights()
         nn.init.normal_(self.output.weight, std=output_std)
 
+    def parts(self) -> dict[str, int]:
+        return {"heads": self.query.out_features // (self.plain_size + self.rope_size)}
+
     def forward(
         self, x: Tensor, mask: AttentionMask | Lowered, rotation: Rotation, cache: KeyValueCache | None = None
     ) -> Tensor:
         """x [B, S, W] -> [B, S, W]. With a cache the mask's queries are these S tokens, its keys all tokens so far."""
-        q_BSHD = self._queries(x, rotation)
         latent, turned = self.kv_down(x).split([self.kv_rank, self.rope_size], dim=-1)
         latent, turned = self.kv_norm(latent)[:, :, None], rotate(turned[:, :, None], rotation)  # of one head
+        latent, turned = latent.transpose(1, 2), turned.transpose(1, 2)
         if cache is not None:
-            latent, turned = (t.transpose(1, 2) for t in cache.append(latent.transpose(1, 2), turned.transpose(1, 2)))
+            latent, turned = cache.append(latent, turned)
+        gathered = mask.gather(latent, turned)  # those of other processes come while the queries are made
+        q_BSHD = self._queries(x, rotation)
+        latent, turned = (t.transpose(1, 2) for t in gathered())
         k_BTHD, v_BTHD = self._keys_and_values(latent[:, :, 0], turned)
         # Kernels want one head size for all: what has less is filled up with zeros, which add nothing to a product.
         size = max(self.plain_size + self.rope_size, self.value_size)

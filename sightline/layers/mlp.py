@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sightline.layers.divisible import Divisible
 
-class SwiGLU(nn.Module):
+
+class SwiGLU(Divisible):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    SHARDED: ClassVar = {"gate": 0, "up": 0, "down": 1}
 
     def __init__(self, width: int, ffn: int) -> None:
         super().__init__()
@@ -19,6 +25,9 @@ class SwiGLU(nn.Module):
         for linear in (self.gate, self.up):
             nn.init.normal_(linear.weight, std=std)
         nn.init.normal_(self.down.weight, std=output_std)
+
+    def parts(self) -> dict[str, int]:
+        return {"channels of a feed-forward layer": self.gate.out_features}
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., W] -> [..., W]."""

@@ -8,13 +8,14 @@ product sums: it may differ in the last bit with the number of tokens that share
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sightline.layers.divisible import Divisible
 from sightline.layers.grouped import grouped_linear
 
 
@@ -125,9 +126,14 @@ class Router(nn.Module):
             shares = scores / scores.sum(dim=-1, keepdim=True)
             if seeing is not None:
                 shares = shares * seeing[:, None]
+            counts = self.choices_of_rows(counts)
             chosen = counts.to(shares.dtype) / counts.sum().clamp(min=1)
             # The mean over the tokens would be a loss of each; their sum joins the sum of the token losses.
             self.auxiliary_loss = self.auxiliary * len(counts) * (chosen @ shares.sum(dim=0))
+
+    def choices_of_rows(self, counts: Tensor) -> Tensor:
+        """The counts of whole rows: here they are those of this forward. Parts of rows replace this by a sum."""
+        return counts
 
     @torch.no_grad()
     def finish_step(self) -> Tensor | None:
@@ -189,11 +195,17 @@ class Experts(nn.Module):
         return grouped_linear(self.activation(gate, up), self.down, counts, self.down_bias)
 
 
-class MoE(nn.Module):
+class MoE(Divisible):
     """The weighted sum of each token's experts, and of one expert that all tokens share where there is one.
 
     weigh_inputs  a weight multiplies what comes into its expert and not what comes out (Llama 4)
     """
+
+    SHARDED: ClassVar = {
+        **{"experts.gate": 1, "experts.up": 1, "experts.gate_bias": 1, "experts.up_bias": 1, "experts.down": 2},
+        **{"shared.gate": 0, "shared.up": 0, "shared.down": 1},
+    }
+    SUMMED = ("experts.down_bias",)
 
     def __init__(
         self, router: Router, experts: nn.Module, shared: nn.Module | None = None, *, weigh_inputs: bool = False
@@ -207,6 +219,10 @@ class MoE(nn.Module):
         for part in (self.experts, self.shared):
             if part is not None:
                 part.init_weights(std, output_std)  # type: ignore[operator]
+
+    def parts(self) -> dict[str, int]:
+        shared = {} if self.shared is None else {"channels of the shared expert": self.shared.gate.out_features}
+        return {"channels of an expert": self.experts.gate.shape[1], **shared}  # type: ignore[index,union-attr,dict-item]
 
     def forward(self, x: Tensor, seeing: Tensor | None = None) -> Tensor:
         """x [B, S, W] -> [B, S, W]. seeing bool [B, S], a mask's `seeing()`: padding has only the shared expert."""

@@ -7,7 +7,7 @@ subtracted again, so not one bit depends on the neighbours.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sightline.attention import Lowered
 from sightline.layers.cache import RecurrentCache
+from sightline.layers.divisible import Divisible
 from sightline.layers.norm import RMSNorm
 from sightline.masks import AttentionMask
 
@@ -168,15 +169,15 @@ class CausalConvolution(nn.Module):
     def init_weights(self) -> None:
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
-    def forward(self, x: Tensor, segments: Tensor, cache: RecurrentCache | None = None) -> Tensor:
-        """x [B, S, C] -> [B, S, C]."""
+    def forward(self, x: Tensor, mask: AttentionMask, segments: Tensor, cache: RecurrentCache | None = None) -> Tensor:
+        """x [B, S, C] -> [B, S, C], all channels or, as `mask.to_whole_rows` made x, those at hand."""
         past = None
         if cache is not None:
             past = cache.remember_inputs(x, self.weight.shape[1] - 1)
-        return F.silu(causal_convolution(x, self.weight, segments, past))
+        return F.silu(causal_convolution(x, mask.own_share(self.weight), segments, past))
 
 
-class GatedDeltaNet(nn.Module):
+class GatedDeltaNet(Divisible):
     """The layer around the gated delta rule (arXiv 2412.06464), as Qwen3-Next has it.
 
     Queries, keys and values pass a short convolution; queries and keys are of length 1. How much stays of the memory,
@@ -184,15 +185,21 @@ class GatedDeltaNet(nn.Module):
     Mamba's (arXiv 2312.00752). The output is normed a head and gated.
     """
 
+    SHARDED: ClassVar = {
+        **{"qkv": 0, "convolution": 0, "beta": 0, "decay": 0, "A_log": 0, "dt_bias": 0, "gate": 0},
+        "output": 1,
+    }
+
     def __init__(
         self, width: int, key_heads: int, value_heads: int, key_size: int, value_size: int, taps: int, norm_eps: float
     ) -> None:
         super().__init__()
         self.key_size, self.value_size = key_size, value_size
-        keys, values = key_heads * key_size, value_heads * value_size
-        self.sizes = [keys, keys, values]
-        self.qkv = nn.Linear(width, sum(self.sizes), bias=False)
-        self.convolution = CausalConvolution(sum(self.sizes), taps)
+        values = value_heads * value_size
+        # Of each key head its query and its key, then the values of the heads that it serves.
+        self.sizes = [key_size, key_size, values // key_heads]
+        self.qkv = nn.Linear(width, key_heads * sum(self.sizes), bias=False)
+        self.convolution = CausalConvolution(key_heads * sum(self.sizes), taps)
         self.beta = nn.Linear(width, value_heads, bias=False)
         self.decay = nn.Linear(width, value_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(value_heads))
@@ -212,6 +219,9 @@ class GatedDeltaNet(nn.Module):
         self.norm.init_weights()
         nn.init.normal_(self.output.weight, std=output_std)
 
+    def parts(self) -> dict[str, int]:
+        return {"key heads of a memory": self.qkv.out_features // sum(self.sizes)}
+
     def forward(
         self, x: Tensor, mask: AttentionMask | Lowered, encoding: Any = None, cache: RecurrentCache | None = None
     ) -> Tensor:
@@ -220,16 +230,21 @@ class GatedDeltaNet(nn.Module):
         The encoding of positions, which attention takes here, is not used: what is read in turn has an order.
         """
         facts = mask.mask if isinstance(mask, Lowered) else mask
-        _check_whole(facts, cache)
-        segments = number_segments(facts)
-        q, k, v = self.convolution(self.qkv(x), segments, cache).split(self.sizes, dim=-1)
-        q, k = (_unit(_wide(t.unflatten(-1, (-1, self.key_size)))) for t in (q, k))
-        v = v.unflatten(-1, (-1, self.value_size))
-        decay = -_wide(self.A_log).exp() * F.softplus(_wide(self.decay(x)) + self.dt_bias)
+        _check_whole(facts.whole_rows, cache)
+        segments = number_segments(facts.whole_rows)
+        # Where processes share a row, each had all heads of some tokens, and now has some heads of all tokens.
+        qkv, decay, beta = facts.to_whole_rows(self.qkv(x), self.decay(x), self.beta(x))
+        qkv = self.convolution(qkv, facts, segments, cache).unflatten(-1, (-1, sum(self.sizes)))
+        q, k, v = qkv.split(self.sizes, dim=-1)
+        q, k = _unit(_wide(q)), _unit(_wide(k))
+        v = v.unflatten(-1, (-1, self.value_size)).flatten(2, 3)
+        fading, bias = facts.own_share(self.A_log), facts.own_share(self.dt_bias)
+        decay = -_wide(fading).exp() * F.softplus(_wide(decay) + bias)
         state = None if cache is None else cache.state
-        o, state = gated_delta_rule(q * self.key_size**-0.5, k, v, decay, self.beta(x).sigmoid(), segments, state)
+        o, state = gated_delta_rule(q * self.key_size**-0.5, k, v, decay, beta.sigmoid(), segments, state)
         if cache is not None:
             cache.state = state
+        o = facts.to_own_tokens(o.flatten(2)).unflatten(-1, (-1, self.value_size))
         gate = F.silu(self.gate(x)).unflatten(-1, (-1, self.value_size))
         return self.output((self.norm(o) * gate).flatten(2))
 

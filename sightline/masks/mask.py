@@ -167,6 +167,32 @@ class AttentionMask:
             self.start.to(device, non_blocking=True), self.stop.to(device, non_blocking=True), self.key_length
         )
 
+    def gather(self, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        """The keys the intervals index, from those of the tokens at hand: [B, heads, S, ...] -> [B, heads, T, ...] each.
+
+        Here these are the same. Where processes share a row (sightline.parallel.context), the keys set out when this is
+        called, and have come when what it returns is called: what lies between hides their way.
+        """
+        return lambda: tensors
+
+    @property
+    def whole_rows(self) -> AttentionMask:
+        """The mask of all tokens of the rows, for layers that walk along them; here it is this one."""
+        return self
+
+    def to_whole_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """[B, tokens at hand, channels] -> [B, S, channels at hand] each: here both are all there are. Where processes
+        share a row, each turns all channels of its tokens into its share of the channels of all tokens."""
+        return tensors
+
+    def to_own_tokens(self, x: Tensor) -> Tensor:
+        """The way back."""
+        return x
+
+    def own_share(self, weight: Tensor) -> Tensor:
+        """Of a weight [channels, ...], those at hand in `to_whole_rows`."""
+        return weight
+
     def seeing(self) -> Tensor:
         """bool [B, Q]: queries that see at least one key; padding does not."""
         return self.stop[..., 0] > self.start[..., 0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -56,6 +56,9 @@ class Decoder(nn.Module):
 
     unspoken: tuple[int, ...] = ()
     """Tokens that stand for something else than text, and are never generated."""
+    row_heads: int | None = None
+    """Heads of the layers that walk along whole rows, as a recurrence does: processes that share rows deal them out.
+    None where there are no such layers."""
 
     def __init__(self, config: DecoderConfig, layers: Iterable[nn.Module], *, attention_backend: str = "auto") -> None:
         super().__init__()
@@ -67,6 +70,9 @@ class Decoder(nn.Module):
         self.output: nn.Linear | None = None
         if not config.tied_embeddings:
             self.output = nn.Linear(config.width, config.vocab_size, bias=False)
+        # Called with the projection's weight. Where processes share the vocabulary, others take the place of these.
+        self.logits: Callable[[Tensor, Tensor], Tensor] = F.linear
+        self.token_losses: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy
 
     def init_weights(self) -> None:
         """Draw fresh weights, all of them normal around 0, in the order of the layers.
@@ -95,6 +101,14 @@ class Decoder(nn.Module):
     def get_attention_masks(self, batch: Batch, tokenizer: object = None) -> Masks:
         """What each token of the batch may see, from the facts the packer states."""
         raise NotImplementedError
+
+    def token_facts(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """What `forward` has to know of each token and can tell from whole rows only: [B, S] each, by the names it takes
+        them by. Given none, it finds them itself; who shares rows between processes asks before cutting them.
+
+        inputs: what `forward` takes, of whole rows
+        """
+        return {}
 
     def encode_positions(self, positions: Tensor) -> Any:
         """What the layers need to know of positions int [B, S], made once per forward: a Rotation, or several."""
@@ -144,13 +158,19 @@ class Decoder(nn.Module):
             h = layer(h, lowered[str(layer.mask_name)], encoding, None if cache is None else cache[name])
         return h
 
+    def stacks(self) -> list[list[nn.Module]]:
+        """Layers that follow one another, with nothing between them: here all of them. Each takes hidden states
+        [B, S, W] in the place of its Tensor arguments and returns them; but for `Divisible` layers it works token by
+        token."""
+        return [list(self.layers.values())] if self.layers else []
+
     def head(self, h: Tensor, labels: Tensor | None) -> Tensor:
         """From the normed hidden states [B, S, W] to logits, or with labels to the sum of the token losses."""
         output = self.output if self.output is not None else self.embedding
         assert output is not None, "a stage that keeps the norm also keeps the output projection"
         if labels is None:
-            return F.linear(h, output.weight)
-        loss = linear_cross_entropy(h.flatten(0, 1), output.weight, labels.flatten())
+            return self.logits(h, output.weight)
+        loss = self.token_losses(h.flatten(0, 1), output.weight, labels.flatten())
         for router in routers_of(self).values():
             if router.auxiliary_loss is not None:
                 loss = with_gradient_of(loss, router.auxiliary_loss)

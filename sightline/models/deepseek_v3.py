@@ -279,6 +279,14 @@ class DeepseekV3(Decoder):
         rows, length = batch.shape
         return causal(rows, length, device=batch.tokens.device) & document(batch.document_ids)
 
+    def token_facts(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        if self.prediction is None or inputs.get("labels") is None:
+            return {}
+        return dict(zip(("next_tokens", "next_labels"), look_further(inputs["tokens"], inputs["labels"]), strict=True))
+
+    def stacks(self) -> list[list[nn.Module]]:
+        return super().stacks() + ([] if self.prediction is None else [[self.prediction]])
+
     def encode_positions(self, positions: Tensor) -> Rotation:
         config = self.config
         scaling = config.rope_scaling
@@ -293,9 +301,14 @@ class DeepseekV3(Decoder):
         positions: Tensor,
         labels: Tensor | None = None,
         cache: dict[str, LayerCache] | None = None,
+        next_tokens: Tensor | None = None,
+        next_labels: Tensor | None = None,
     ) -> Tensor:
         """As in every decoder. In training with labels, the token after the next is learnt too where that is wanted:
-        its gradients are there, its loss is not in the sum."""
+        its gradients are there, its loss is not in the sum.
+
+        next_tokens, next_labels  int64 [B, S], from `look_further`; without them, `tokens` are whole rows
+        """
         if self.prediction is None or labels is None or not self.training:
             return super().forward(
                 tokens, attention_masks=attention_masks, positions=positions, labels=labels, cache=cache
@@ -304,10 +317,11 @@ class DeepseekV3(Decoder):
         h = self.embedding(tokens)
         lowered, rotation = self.lower_masks(attention_masks, h), self.encode_positions(positions)
         h = self.norm(self.run_layers(h, lowered, rotation, cache=None))
-        next_tokens, next_labels = look_further(tokens, labels)
+        if next_tokens is None or next_labels is None:
+            next_tokens, next_labels = look_further(tokens, labels)
         further = self.prediction(h, self.embedding(next_tokens), lowered["attention"], rotation)
         output = self.embedding if self.output is None else self.output
-        loss = linear_cross_entropy(further.flatten(0, 1), output.weight, next_labels.flatten())
+        loss = self.token_losses(further.flatten(0, 1), output.weight, next_labels.flatten())
         self.predicted.append(torch.stack([loss.detach(), (next_labels != IGNORE).sum()]))
         return with_gradient_of(self.head(h, labels), self.config.prediction_weight * loss)
 

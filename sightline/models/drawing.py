@@ -13,23 +13,39 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.overrides import TorchFunctionMode
 
 
-def draw_weights(model: Any) -> None:
-    """`model.init_weights()`, every weight from random numbers of its own: `torch.manual_seed` before it decides them.
+def draw_weights(*parts: Any) -> None:
+    """`init_weights()` of a model or of several stages of one, every weight from random numbers of its own.
 
-    They depend on the seed and on the weight's name alone. So a pipeline stage draws only what it has, and a weight
+    `torch.manual_seed` before it decides them. They depend on the seed and on the weight's name alone. So a pipeline stage draws only what it has, and a weight
     that is sharded (a DTensor) is drawn whole and cut: on any mesh the model begins as it does on one process.
     """
     seed = int(torch.randint(2**62, (), device="cpu"))
-    with _ByName(model, seed):
-        model.init_weights()
+    for part in parts:
+        with _ByName(part, seed):
+            part.init_weights()
+
+
+def is_drawing() -> bool:
+    """Whether weights are being drawn: then `module.weight` has to be the whole parameter, however it is cut."""
+    return _ByName.active
 
 
 class _ByName(TorchFunctionMode):
     """Gives each parameter that is drawn a generator seeded by its name."""
 
+    active = False
+
     def __init__(self, model: nn.Module, seed: int) -> None:
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.seed = seed
+
+    def __enter__(self) -> _ByName:
+        _ByName.active = True
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _ByName.active = False
+        super().__exit__(*error)
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})

@@ -156,12 +156,9 @@ class ChunkedAttention(GroupedQueryAttention):
         super().__init__(config.width, config.heads, config.kv_heads, config.head_size)
         self.qk_norm_eps = config.norm_eps if config.qk_norm else None
 
-    def encode(self, q_BSHD: Tensor, k_BSGD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        q, k = super().encode(q_BSHD, k_BSGD, positions.rotation)
-        if self.qk_norm_eps is None:
-            return q, k
-        size = (self.head_size,)
-        return F.rms_norm(q, size, eps=self.qk_norm_eps), F.rms_norm(k, size, eps=self.qk_norm_eps)
+    def encode_keys(self, k_BSGD: Tensor, positions: Positions) -> Tensor:
+        k = super().encode_keys(k_BSGD, positions.rotation)
+        return k if self.qk_norm_eps is None else F.rms_norm(k, (self.head_size,), eps=self.qk_norm_eps)
 
 
 class FullAttention(GroupedQueryAttention):
@@ -170,8 +167,11 @@ class FullAttention(GroupedQueryAttention):
     def __init__(self, config: Llama4Config) -> None:
         super().__init__(config.width, config.heads, config.kv_heads, config.head_size)
 
-    def encode(self, q_BSHD: Tensor, k_BSGD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        return (q_BSHD * positions.temperature).to(q_BSHD.dtype), k_BSGD
+    def encode_keys(self, k_BSGD: Tensor, positions: Positions) -> Tensor:
+        return k_BSGD
+
+    def encode_queries(self, q_BSHD: Tensor, positions: Positions) -> Tensor:
+        return (q_BSHD * positions.temperature).to(q_BSHD.dtype)
 
 
 def build_moe(config: Llama4Config) -> MoE:

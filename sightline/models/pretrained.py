@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from sightline.models.deepseek_v3_hf import DEEPSEEK_V3_HF
 from sightline.models.gpt_oss import GPT_OSS_HF
@@ -31,6 +34,8 @@ FORMATS: tuple[HuggingFace, ...] = (
 )
 
 CONFIG = "config.json"
+MAX_SHARD_BYTES = 5_000_000_000
+"""Size of a file of weights."""
 KEPT_FIELDS = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 """Fields of config.json of no meaning to our models, which those who read the directory want."""
 KEPT_FILES = (
@@ -71,12 +76,15 @@ def load_pretrained(directory: str | Path, *, dtype: torch.dtype | None = None, 
     return model
 
 
-def read_pretrained(model: Any, directory: Path) -> None:
+def read_pretrained(model: Any, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Fill a model that is there already with the weights of a Hugging Face directory.
+
+    state  the tensors to fill, by their names in the model: what one of many processes holds of it (DTensors, the
+           layers of a pipeline stage). Without it, the model's own.
 
     Errors: as `load_pretrained`.
     """
-    read_weights(model, directory, find_family(read_config(directory), directory))
+    read_weights(model, directory, find_family(read_config(directory), directory), state)
 
 
 def save_pretrained(
@@ -86,7 +94,7 @@ def save_pretrained(
     dtype: torch.dtype | None = None,
     source: str | Path | None = None,
     config_fields: Mapping[str, Any] | None = None,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a model as a Hugging Face directory that transformers loads.
 
@@ -96,37 +104,85 @@ def save_pretrained(
                      and the model does not, such as eos_token_id
     max_shard_bytes  size of a file of weights; a larger tensor has a file to itself
 
+    The model is whole; one that many processes share is exported from its checkpoint.
+
     Everything is written aside first: a full disk or a kill leaves no half model. Errors: ValueError where the
     directory has weights already or the model is of no family; OSError where the disk does not take it.
     """
-    directory = Path(directory)
-    family = _family_of(model)
-    if max_shard_bytes < 1:
-        raise ValueError(f"max-shard-bytes must be at least 1, got {max_shard_bytes}")
-    if holds_weights(directory):
-        raise ValueError(f"{directory} holds the weights of a model already; choose another directory, or empty it")
-    written = dtype or next(model.parameters()).dtype
-    hf = {**family.config_to_hf(model.config), "dtype": str(written).removeprefix("torch.")}
-    hf |= config_fields or {}
-    if source is not None:
-        hf |= _kept_fields(Path(source))
-
-    partial = directory / ".partial"
+    state = model.state_dict()
+    writer = PretrainedWriter(model, Path(directory), dtype=dtype, max_shard_bytes=max_shard_bytes)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        writer.begin(None if source is None else Path(source), config_fields or {})
+        writer.write(lambda names: state)
+        writer.finish()
+    except OSError:
+        writer.abandon()
+        raise
+
+
+class PretrainedWriter:
+    """A Hugging Face directory while it is written: aside, by one process or by several that share its files.
+
+    The first process begins, then all write, then the first one finishes; or it abandons what was written.
+    """
+
+    def __init__(self, model: Any, directory: Path, *, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
+        self.family = _family_of(model)
+        if max_shard_bytes < 1:
+            raise ValueError(f"max-shard-bytes must be at least 1, got {max_shard_bytes}")
+        if holds_weights(directory):
+            raise ValueError(f"{directory} holds the weights of a model already; choose another directory, or empty it")
+        self.model, self.directory, self.partial = model, directory, directory / ".partial"
+        self.dtype, self.max_shard_bytes = dtype, max_shard_bytes
+
+    def begin(self, source: Path | None, config_fields: Mapping[str, Any]) -> None:
+        """All but the weights. Errors: OSError."""
+        written = self.dtype or next(self.model.parameters()).dtype
+        hf = {**self.family.config_to_hf(self.model.config), "dtype": str(written).removeprefix("torch.")}
+        hf |= config_fields
         if source is not None:
-            _copy_files(Path(source), partial)
-        write_weights(model, partial, family.weights(model.config), dtype=dtype, max_shard_bytes=max_shard_bytes)
-        (partial / CONFIG).write_text(json.dumps(hf, indent=2) + "\n")
-        for file in sorted(partial.iterdir(), key=lambda file: file.name == CONFIG):  # without it, it is no model yet
-            file.rename(directory / file.name)
-        partial.rmdir()
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(
-            f"the model could not be written to {directory}: {error}; nothing of it was left there"
-        ) from error
+            hf |= _kept_fields(source)
+        with self._telling():
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+            if source is not None:
+                _copy_files(source, self.partial)
+            (self.partial / CONFIG).write_text(json.dumps(hf, indent=2) + "\n")
+
+    def write(self, read: Callable[[list[str]], Mapping[str, Tensor]], rank: int = 0, world: int = 1) -> None:
+        """This process's share of the files of weights; `read` gives tensors of the model by name. Errors: OSError."""
+        with self._telling():
+            write_weights(
+                self.model,
+                self.partial,
+                self.family.weights(self.model.config),
+                dtype=self.dtype,
+                max_shard_bytes=self.max_shard_bytes,
+                read=read,
+                rank=rank,
+                world=world,
+            )
+
+    def finish(self) -> None:
+        """Everything to its place. Errors: OSError."""
+        with self._telling():
+            for file in sorted(self.partial.iterdir(), key=lambda file: file.name == CONFIG):  # no model without it
+                file.rename(self.directory / file.name)
+            self.partial.rmdir()
+
+    def abandon(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            number = error.errno if isinstance(error, OSError) else None
+            raise OSError(
+                number or errno.EIO,
+                f"the model could not be written to {self.directory}: {error}; nothing of it was left there",
+            ) from error
 
 
 def read_config(directory: Path) -> dict[str, Any]:

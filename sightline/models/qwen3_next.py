@@ -7,6 +7,7 @@ One mask serves both kinds of layers: attention obeys it, and the memory is empt
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -154,6 +155,8 @@ class GatedAttention(GroupedQueryAttention):
     Queries and keys are normed over their head, and RoPE turns only the first of their channels.
     """
 
+    SHARDED: ClassVar = {**GroupedQueryAttention.SHARDED, "gate": 0}
+
     def __init__(self, config: Qwen3NextConfig) -> None:
         super().__init__(config.width, config.heads, config.kv_heads, config.head_size)
         self.query_norm = ZeroCentredRMSNorm(config.head_size, config.norm_eps)
@@ -164,10 +167,9 @@ class GatedAttention(GroupedQueryAttention):
         super().init_weights(std, output_std)
         nn.init.normal_(self.gate.weight, std=std)
 
-    def encode(self, q_BSHD: Tensor, k_BSGD: Tensor, encoding: Rotation) -> tuple[Tensor, Tensor]:
+    def encode_keys(self, k_BSGD: Tensor, encoding: Rotation) -> Tensor:
         turned = encoding.cos.shape[-1]
-        q, k = (torch.cat([rotate(t[..., :turned], encoding), t[..., turned:]], dim=-1) for t in (q_BSHD, k_BSGD))
-        return q, k
+        return torch.cat([rotate(k_BSGD[..., :turned], encoding), k_BSGD[..., turned:]], dim=-1)
 
     def mix(
         self, x: Tensor, mask: AttentionMask | Lowered, encoding: Rotation, cache: KeyValueCache | None = None
@@ -248,6 +250,8 @@ class Qwen3Next(Decoder):
         layers = (Block(config, attention=config.has_attention(i)) for i in range(config.layers))
         super().__init__(config, layers, attention_backend=attention_backend)
         self.norm = ZeroCentredRMSNorm(config.width, config.norm_eps)
+        if not all(config.has_attention(i) for i in range(config.layers)):
+            self.row_heads = config.key_heads  # each with the value heads that it serves
 
     def get_attention_masks(self, batch: Batch, tokenizer: object = None) -> AttentionMask:
         """Every token sees itself and what comes before it in its own document; a memory reads its documents off it."""

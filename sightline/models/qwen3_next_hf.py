@@ -108,7 +108,7 @@ def hf_weights(config: Qwen3NextConfig) -> Iterator[Weight]:
 
 def _attention_weights(config: Qwen3NextConfig, theirs: str, ours: str) -> Iterator[Weight]:
     """Theirs has one projection for queries and gates: of each head the query's channels, then the gate's."""
-    parts = [(f"{ours}.{name}.weight", 0, config.head_size) for name in ("query", "gate")]
+    parts = [(f"{ours}.{name}.weight", config.head_size) for name in ("query", "gate")]
     yield from _interleaved(f"{theirs}.q_proj.weight", config.width, config.heads, parts)
     for their, our in (
         ("k_proj", "key"),
@@ -126,35 +126,50 @@ def _memory_weights(config: Qwen3NextConfig, theirs: str, ours: str) -> Iterator
     heads, keys = config.key_heads, config.key_size
     served = config.value_heads // heads
     values = served * config.value_size
-    parts = [
-        (f"{ours}.qkv.weight", 0, keys),
-        (f"{ours}.qkv.weight", heads * keys, keys),
-        (f"{ours}.qkv.weight", 2 * heads * keys, values),
-        (f"{ours}.gate.weight", 0, values),
-    ]
+    parts = [(f"{ours}.qkv.weight", 2 * keys + values), (f"{ours}.gate.weight", values)]
     yield from _interleaved(f"{theirs}.in_proj_qkvz.weight", config.width, heads, parts)
-    parts = [(f"{ours}.{name}.weight", 0, served) for name in ("beta", "decay")]
+    parts = [(f"{ours}.{name}.weight", served) for name in ("beta", "decay")]
     yield from _interleaved(f"{theirs}.in_proj_ba.weight", config.width, heads, parts)
-    yield Weight(f"{theirs}.conv1d.weight", f"{ours}.convolution.weight", of_ours=lambda t: t[:, None])
+    yield from _taps(config, f"{theirs}.conv1d.weight", f"{ours}.convolution.weight")
     for name in ("A_log", "dt_bias", "norm.weight"):
         yield Weight(f"{theirs}.{name}", f"{ours}.{name}")
     yield Weight(f"{theirs}.out_proj.weight", f"{ours}.output.weight")
 
 
-def _interleaved(theirs: str, width: int, heads: int, parts: list[tuple[str, int, int]]) -> Iterator[Weight]:
-    """Theirs holds all parts of the first head, then all of the second. A part has so many rows a head of ours, where
-    those of all heads lie together: (name of ours, its first row there, rows a head)."""
-    rows = sum(size for _, _, size in parts)
+def _interleaved(theirs: str, width: int, heads: int, parts: list[tuple[str, int]]) -> Iterator[Weight]:
+    """Theirs holds all parts of the first head, then all of the second. A part is a weight of ours and its rows a
+    head."""
+    rows = sum(size for _, size in parts)
     at = 0
-    for ours, begin, size in parts:
+    for ours, size in parts:
         yield Weight(
             theirs,
             ours,
             of_theirs=_rows_of_heads(0, heads, rows, slice(at, at + size)),
-            of_ours=_rows_of_heads(begin, heads, size, slice(None)),
+            of_ours=_rows_of_heads(0, heads, size, slice(None)),
             shape=(heads * rows, width),
         )
         at += size
+
+
+def _taps(config: Qwen3NextConfig, theirs: str, ours: str) -> Iterator[Weight]:
+    """Theirs holds the taps of all queries, then those of all keys, then of all values; ours lie by key head."""
+    heads, keys = config.key_heads, config.key_size
+    sizes = [keys, keys, config.value_heads // heads * config.value_size]  # rows a key head
+    for i, size in enumerate(sizes):
+        before = sum(sizes[:i])
+        yield Weight(
+            theirs,
+            ours,
+            of_theirs=_rows_of_heads(heads * before, heads, size, slice(None)),
+            of_ours=_with_channel(_rows_of_heads(0, heads, sum(sizes), slice(before, before + size))),
+            shape=(heads * sum(sizes), 1, config.taps),
+        )
+
+
+def _with_channel(view: View) -> View:
+    """A view of ours in the shape of a convolution over one channel."""
+    return lambda t: view(t)[:, :, None]
 
 
 def _rows_of_heads(begin: int, heads: int, rows: int, part: slice) -> View:

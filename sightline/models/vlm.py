@@ -219,6 +219,9 @@ class VLM(Llama3):
             )
         return span_ids
 
+    def token_facts(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        return {"image_index": number_image_tokens(inputs["tokens"] == self.config.image_token)}
+
     def forward(
         self,
         tokens: Tensor,
@@ -229,18 +232,22 @@ class VLM(Llama3):
         cache: dict[str, LayerCache] | None = None,
         patches: Tensor | None = None,
         patch_grid: Tensor | None = None,
+        image_index: Tensor | None = None,
     ) -> Tensor:
         """As every decoder's, and with images:
 
-        patches     float [B, P, patch_size^2 * channels], the patches of a row's images one image after the other
-        patch_grid  int [B, N, 2], height and width of each image in patches, 0 where a row has fewer than N
+        patches      float [B, P, patch_size^2 * channels], the patches of a row's images one image after the other
+        patch_grid   int [B, N, 2], height and width of each image in patches, 0 where a row has fewer than N
+        image_index  int64 [B, S], from `number_image_tokens`; without it, `tokens` are whole rows
         With a cache they belong to the call that brings their image tokens, and to no later one.
         """
         assert isinstance(attention_masks, dict), "the masks of a VLM go by name"
         h = tokens if self.embedding is None else self.embedding(tokens)
         if self.embedding is not None and patches is not None and patch_grid is not None:
             seen = self.see(patches, patch_grid, attention_masks["encoder"])
-            h = put_images(h, seen, tokens == self.config.image_token)
+            if image_index is None:
+                image_index = number_image_tokens(tokens == self.config.image_token)
+            h = put_images(h, seen, image_index)
         masks = {"decoder": attention_masks["decoder"]}
         return self.decode(h, attention_masks=masks, positions=positions, labels=labels, cache=cache)
 
@@ -261,12 +268,17 @@ class VLM(Llama3):
         return (vision.layers, vision.heads) if mask_name == "encoder" else super().attention_shape(mask_name)
 
 
-def put_images(h: Tensor, seen: Tensor, is_image: Tensor) -> Tensor:
-    """h [B, S, W] with the n-th image token of each row, by is_image bool [B, S], replaced by the n-th of seen
+def number_image_tokens(is_image: Tensor) -> Tensor:
+    """Number of each image token in its row, from 0, and -1 for text: bool [B, S] -> int64 [B, S]."""
+    return (is_image.cumsum(dim=1) - 1).masked_fill(~is_image, -1)
+
+
+def put_images(h: Tensor, seen: Tensor, image_index: Tensor) -> Tensor:
+    """h [B, S, W] with every image token, by image_index int64 [B, S], replaced by the one of that number of seen
     [B, M, W]."""
-    number = (is_image.cumsum(dim=1) - 1).clamp(min=0, max=seen.shape[1] - 1)
+    number = image_index.clamp(min=0, max=seen.shape[1] - 1)
     there = seen.gather(1, number[..., None].expand(-1, -1, seen.shape[2]))
-    return torch.where(is_image[..., None], there.to(h.dtype), h)
+    return torch.where(image_index[..., None] >= 0, there.to(h.dtype), h)
 
 
 def config_from_hf(hf: dict[str, Any]) -> VLMConfig:

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,8 +42,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sightline.layers import Llama3RopeScaling, YarnScaling
+from sightline.models.drawing import part_of
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -214,35 +216,49 @@ def group_weights(model: nn.Module, weights: Iterable[Weight], dtype: torch.dtyp
     return groups
 
 
-def read_weights(model: Any, directory: Path, family: HuggingFace) -> None:
-    """Fill the model from the safetensors files of a directory, file by file; nothing is changed before all fit.
+def read_weights(
+    model: Any, directory: Path, family: HuggingFace, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Fill the model from the safetensors files of a directory, tensor by tensor; nothing is changed before all fit.
+
+    state  the tensors to fill, by their names in the model: what one of many processes holds of it, whole or as
+           DTensors; without it, the model's own. The files are mapped, so of a tensor that is only renamed a process
+           reads no more than its part.
 
     Errors: ValueError naming the first tensor that is missing, unexpected or of another shape, or the file that cannot
     be read.
     """
-    groups = group_weights(model, family.weights(model.config))
+    weights = list(family.weights(model.config))
+    groups = group_weights(model, weights)
     files = _find_files(directory)
     _check_names(groups, files, family.ignored, directory)
     _check_shapes(groups, files)
-    state = model.state_dict()
+    of: dict[str, list[Weight]] = {}
+    for weight in weights:
+        of.setdefault(weight.ours, []).append(weight)
     with torch.no_grad():
-        for file, names in _by_file(files).items():
-            with _open(file) as opened:
-                for name in names:
-                    if name in groups:
-                        _take(state, opened.get_tensor(name), groups[name])
+        for name, tensor in (model.state_dict() if state is None else state).items():
+            _fill(tensor, of[name], files)
 
 
-def _take(state: dict[str, Tensor], tensor: Tensor, group: Group) -> None:
-    for weight in group.weights:
-        weight.of_ours(state[weight.ours]).copy_(weight.of_theirs(tensor))
+def _fill(ours: Tensor, weights: list[Weight], files: dict[str, Path]) -> None:
+    """One of our tensors from all of theirs that hold it."""
+    if isinstance(ours, DTensor):
+        if [weight.of_ours for weight in weights] == [whole]:
+            source = _view(weights[0], files)
+        else:
+            source = torch.empty(ours.shape, dtype=ours.dtype, device="cpu")
+            _fill(source, weights, files)
+        ours.to_local().copy_(part_of(source, ours))
+        return
+    for weight in weights:
+        weight.of_ours(ours).copy_(_view(weight, files))
 
 
-def _give(state: dict[str, Tensor], group: Group) -> Tensor:
-    tensor = torch.empty(group.shape, dtype=group.dtype, device="cpu")
-    for weight in group.weights:
-        weight.of_theirs(tensor).copy_(weight.of_ours(state[weight.ours]))
-    return tensor
+def _view(weight: Weight, files: dict[str, Path]) -> Tensor:
+    file = files[weight.theirs]
+    with _open(file) as opened:  # anew for each: a file that stays open keeps in memory all that was read of it
+        return weight.of_theirs(opened.get_tensor(weight.theirs))
 
 
 def holds_weights(directory: Path) -> bool:
@@ -316,23 +332,43 @@ def _check_shapes(groups: dict[str, Group], files: dict[str, Path]) -> None:
 
 
 def write_weights(
-    model: nn.Module, directory: Path, weights: Iterable[Weight], *, dtype: torch.dtype | None, max_shard_bytes: int
+    model: nn.Module,
+    directory: Path,
+    weights: Iterable[Weight],
+    *,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    read: Callable[[list[str]], Mapping[str, Tensor]],
+    rank: int,
+    world: int,
 ) -> None:
-    """Write the model's tensors into `directory`, one file after another."""
+    """Write the model's tensors into `directory`, one file after another, every `world`-th of them; rank 0 the index.
+
+    model  says which tensors there are; it needs no memory for them
+    read   gives tensors of the model, whole, by their names
+    """
     groups = group_weights(model, weights, dtype)
     shards = list(_shards(groups, max_shard_bytes))
     names = [SINGLE]
     if len(shards) > 1:
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) > 1 and rank == 0:
         index = {
             "metadata": {"total_size": sum(group.bytes for group in groups.values())},
             "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
         }
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    state = model.state_dict()
-    for name, shard in zip(names, shards, strict=True):
+    for name, shard in list(zip(names, shards, strict=True))[rank::world]:
+        state = read(sorted({weight.ours for tensor in shard for weight in groups[tensor].weights}))
         tensors = {tensor: _give(state, groups[tensor]) for tensor in shard}
         save_file(tensors, directory / name, metadata={"format": "pt"})
+
+
+def _give(state: Mapping[str, Tensor], group: Group) -> Tensor:
+    tensor = torch.empty(group.shape, dtype=group.dtype, device="cpu")
+    for weight in group.weights:
+        weight.of_theirs(tensor).copy_(weight.of_ours(state[weight.ours]))
+    return tensor
 
 
 def _shards(groups: dict[str, Group], max_bytes: int) -> Iterator[list[str]]:

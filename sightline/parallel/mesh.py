@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sightline.config import Parallel
+
+T = TypeVar("T")
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 """Outermost first: neighbours in the last axis have neighbouring ranks, and so the fastest links."""
@@ -18,8 +22,8 @@ JOINED = {
     "weights": ("shard", "context"),
     "loss": ("replicate", "shard", "context"),
 }
-"""data: processes with different rows; weights: those that share one copy of the weights; loss: those whose token losses
-add up to the loss of all rows."""
+"""data: processes with different rows; weights: those that share one copy of the weights; loss: those whose token
+losses add up to the loss of all rows."""
 
 
 def resolve(parallel: Parallel, world: int) -> Parallel:
@@ -72,8 +76,8 @@ def divisors(n: int) -> list[int]:
 
 def nearest(wanted: int, choices: list[int]) -> str:
     """The closest of `choices` below and above, in words."""
-    around = [max((c for c in choices if c < wanted), default=None), min((c for c in choices if c > wanted), default=None)]
-    return " or ".join(str(c) for c in around if c is not None)
+    below, above = (c for c in choices if c < wanted), (c for c in choices if c > wanted)
+    return " or ".join(str(c) for c in (max(below, default=None), min(above, default=None)) if c is not None)
 
 
 class Mesh:
@@ -137,6 +141,22 @@ class Mesh:
             cells = [" ".join("+".join(map(str, part.tolist())) for part in row) for row in rows]
             lines.append((f"stage {stage}: " if stages > 1 else "ranks ") + " | ".join(cells))
         return "\n".join(lines)
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank; an error of it is raised on all of them."""
+        if self.world == 1:
+            return make()
+        outcome: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                outcome = [(make(), None)]
+            except Exception as error:
+                outcome = [(None, error)]
+        dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+        value, error = outcome[0]
+        if error is not None:
+            raise error
+        return value
 
     def sum(self, value: torch.Tensor, axis: str) -> torch.Tensor:
         """`value` added up over an axis, in place; the same on all its processes."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from sightline.recipes.laptop import debug, tiny
 from sightline.recipes.llama3 import on_gpus
-from sightline.recipes.qwen3 import debug, tiny
 
 LLAMA4_RECIPES = {
     "llama4-debug": debug("llama4-debug"),

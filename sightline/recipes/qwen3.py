@@ -2,29 +2,8 @@
 
 from __future__ import annotations
 
-from sightline.config import Optimizer, Run, Training, Validation
-from sightline.recipes.llama3 import on_gpus, on_laptop
-
-
-def debug(name: str) -> Run:
-    return on_laptop(
-        name,
-        training=Training(steps=50, sequence_length=256, global_batch_size=4, micro_batch_size=4),
-        optimizer=Optimizer(learning_rate=3e-3, warmup_steps=5),
-        validation=Validation(every=25, rows=4),
-        every=25,
-    )
-
-
-def tiny(name: str) -> Run:
-    return on_laptop(
-        name,
-        training=Training(steps=150, sequence_length=1024, global_batch_size=2, micro_batch_size=2),
-        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=20),
-        validation=Validation(every=25, rows=8),
-        every=50,
-    )
-
+from sightline.recipes.laptop import debug, tiny
+from sightline.recipes.llama3 import on_gpus
 
 QWEN3_RECIPES = {
     "qwen3-debug": debug("qwen3-debug"),

@@ -6,26 +6,33 @@ checkpoints/step-120/              whole
     state.json                     step and the loader's place
     config.json, tokenizer.json    the run's
     manifest.json                  every file and its size, written last
+
+All processes of a run write their parts into the same directory, and nothing in it tells how many they were: weights
+and moments go by the names they have in the whole model, and each process reads the parts it has, whoever wrote them.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import AdamW
 
+from sightline.data import join_states
 from sightline.training.optimizer import optimizer_state
 
 MANIFEST = "manifest.json"
@@ -40,14 +47,19 @@ class Progress:
 
     step: int
     loader: dict[str, Any]
+    """The place of this process's loader when it is saved, of all processes' together when it is loaded."""
 
 
 class CannotSave(OSError):
     """The disk did not take the checkpoint; what was written of it is gone, older ones are as they were."""
 
 
-def tensors(model: nn.Module, optimizer: AdamW, device: torch.device) -> dict[str, Any]:
-    """What torch.distributed.checkpoint writes, and reads in place."""
+def tensors(model: Any, optimizer: AdamW, device: torch.device) -> dict[str, Any]:
+    """What torch.distributed.checkpoint writes, and reads in place: this process's parts.
+
+    The random number state is written once. It is the same on all processes, because what they draw they draw together:
+    weights are drawn by their names, and training draws nothing.
+    """
     random = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(device)
@@ -55,41 +67,88 @@ def tensors(model: nn.Module, optimizer: AdamW, device: torch.device) -> dict[st
 
 
 def save_checkpoint(
-    directory: Path, state: dict[str, Any], progress: Progress, run_files: list[Path], *, keep: int
+    directory: Path,
+    state: dict[str, Any],
+    progress: Progress,
+    run_files: list[Path],
+    *,
+    keep: int,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write `directory/step-N` from `tensors(...)`, then remove all but the newest `keep`.
 
-    Errors: CannotSave when the disk is full or refuses otherwise.
+    group  all processes of the run, each of which calls this; None where there is one
+
+    Errors: CannotSave on every process, when the disk of one of them is full or refuses otherwise.
     """
     final = directory / f"step-{progress.step}"
     partial = directory / f".{final.name}.partial"
+    first = _rank(group) == 0
+    loader = join_states(_gather(progress.loader, group))
     try:
-        partial.mkdir(parents=True)
-        _write_tensors(state, partial)
-        for file in run_files:
-            shutil.copyfile(file, partial / file.name)
-        (partial / STATE).write_text(json.dumps({"step": progress.step, "loader": progress.loader}))
-        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        (partial / MANIFEST).write_text(json.dumps({"files": sizes}, indent=2))
-        for file in partial.iterdir():
-            sync(file)
-        sync(partial)
-        partial.rename(final)
-        sync(directory)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CannotSave(error.errno, error.strerror) from error
-    for old in list_checkpoints(directory)[:-keep]:
-        remove_checkpoint(old)
+        with on_all_processes(group):
+            if first:
+                partial.mkdir(parents=True)
+        with on_all_processes(group):
+            if not partial.is_dir():
+                raise FileNotFoundError(
+                    errno.ENOENT,
+                    f"{partial} is not there, though rank 0 made it: the output directory of a run on several machines "
+                    "must lie on a disk that all of them see",
+                )
+        _write_tensors(state, partial, group)
+        with on_all_processes(group):
+            if first:
+                _write_files(partial, {"step": progress.step, "loader": loader}, run_files)
+                partial.rename(final)
+                sync(directory)
+    except CannotSave:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if first:
+        for old in list_checkpoints(directory)[:-keep]:
+            remove_checkpoint(old)
     return final
 
 
-def load_checkpoint(checkpoint: Path, state: dict[str, Any], device: torch.device) -> Progress:
-    """Read a checkpoint into `tensors(...)`, in place, and set the random number state.
+@contextmanager
+def on_all_processes(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """What stands inside is done on every process, or all of them learn which one could not.
+
+    Errors: CannotSave on every process, for the OSError of one.
+    """
+    failure: OSError | None = None
+    try:
+        yield
+    except OSError as error:
+        failure = error
+    for rank, told in enumerate(_gather(failure and (failure.errno, failure.strerror or str(failure)), group)):
+        if told:
+            number, reason = told
+            raise _cannot_save(number, reason, rank, group) from failure
+
+
+def _write_files(directory: Path, state: dict[str, Any], run_files: list[Path]) -> None:
+    """Everything but the tensors, which are there; and all of it on the disk."""
+    for file in run_files:
+        shutil.copyfile(file, directory / file.name)
+    (directory / STATE).write_text(json.dumps(state))
+    sizes = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
+    (directory / MANIFEST).write_text(json.dumps({"files": sizes}, indent=2))
+    for file in directory.iterdir():
+        sync(file)
+    sync(directory)
+
+
+def load_checkpoint(
+    checkpoint: Path, state: dict[str, Any], device: torch.device, group: dist.ProcessGroup | None = None
+) -> Progress:
+    """Read a checkpoint into `tensors(...)`, in place, and set the random number state. All processes call it.
 
     Errors: ValueError for what is no checkpoint, not whole, or of another model.
     """
-    read_tensors(checkpoint, state)
+    read_tensors(checkpoint, state, group)
     torch.set_rng_state(state["random"]["cpu"])
     if "cuda" in state["random"]:
         torch.cuda.set_rng_state(state["random"]["cuda"], device)
@@ -97,7 +156,7 @@ def load_checkpoint(checkpoint: Path, state: dict[str, Any], device: torch.devic
     return Progress(step=written["step"], loader=written["loader"])
 
 
-def read_tensors(checkpoint: Path, state: dict[str, Any]) -> None:
+def read_tensors(checkpoint: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
     """Read the tensors that `state` holds, in place; it may hold only a part of what the checkpoint has.
 
     Errors: as `load_checkpoint`.
@@ -111,7 +170,7 @@ def read_tensors(checkpoint: Path, state: dict[str, Any]) -> None:
             state["random"] = {name: value for name, value in state["random"].items() if f"random.{name}" in stored}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, storage_reader=reader, no_dist=True)
+            dcp.load(state, storage_reader=reader, process_group=group, no_dist=group is None)
     except (CheckpointException, Exception) as error:  # the former is no Exception
         raise ValueError(
             f"{checkpoint} cannot be read: {_reason(error)}; expected a whole checkpoint of this model. "
@@ -184,20 +243,52 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_tensors(state: dict[str, Any], directory: Path) -> None:
-    """dcp.save, with the OSError underneath if there is one: torch wraps it twice, in its zip writer and in DCP."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(directory, sync_files=False), no_dist=True)
-    except CheckpointException as exception:
-        for error, _ in exception.failures.values():
+class _Writer(dcp.FileSystemWriter):
+    """One whose error says what the disk said: torch wraps it in its zip writer, and processes tell each other only the
+    outermost."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
             cause: BaseException | None = error
             while cause is not None:
                 if isinstance(cause, OSError):
-                    raise cause from exception
+                    raise OSError(cause.errno, cause.strerror) from error
                 cause = cause.__cause__ or cause.__context__
+            raise
+
+
+def _write_tensors(state: dict[str, Any], directory: Path, group: dist.ProcessGroup | None) -> None:
+    """dcp.save. Its error is raised on all processes."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(state, storage_writer=_Writer(directory), process_group=group, no_dist=group is None)
+    except OSError as error:
+        raise _cannot_save(error.errno, error.strerror, 0, group) from error
+    except CheckpointException as exception:
+        for rank, (failure, _) in exception.failures.items():
+            if isinstance(failure, OSError):
+                raise _cannot_save(failure.errno, failure.strerror, rank, group) from exception
         raise
+
+
+def _cannot_save(number: int | None, reason: str | None, rank: int, group: dist.ProcessGroup | None) -> CannotSave:
+    return CannotSave(number, reason if group is None else f"rank {rank}: {reason}")
+
+
+def _rank(group: dist.ProcessGroup | None) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """The value of every process, on all of them."""
+    if group is None:
+        return [value]
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def _reason(error: BaseException) -> str:

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from sightline import config
 
 
-def build_optimizer(model: nn.Module, options: config.Optimizer) -> AdamW:
+class Model(Protocol):
+    """A model, or the part of one that this process has."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """A tied weight has two names, and comes once."""
+        ...
+
+
+def build_optimizer(model: Model, options: config.Optimizer) -> AdamW:
     """Fused AdamW over every parameter once. Matrices decay; norms, biases and other vectors do not.
 
-    A tied weight is one parameter with two names: `parameters()` gives it once. The moments exist from the start,
+    The moments exist from the start,
     so a checkpoint has one shape whether a step was taken or not.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    parameters = [p for _, p in model.named_parameters() if p.requires_grad]
+    # One kernel takes many tensors at a time, but only of one mesh: experts lie on another than the rest.
+    groups: dict[tuple[bool, Any], list[nn.Parameter]] = defaultdict(list)
+    for p in parameters:
+        groups[p.ndim >= 2, p.device_mesh if isinstance(p, DTensor) else None].append(p)
     optimizer = AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": group, "weight_decay": options.weight_decay if decays else 0.0}
+            for (decays, _), group in groups.items()
+        ],
         lr=options.learning_rate,
         betas=options.betas,
         eps=options.eps,
@@ -38,7 +53,7 @@ def build_optimizer(model: nn.Module, options: config.Optimizer) -> AdamW:
     return optimizer
 
 
-def optimizer_state(model: nn.Module, optimizer: AdamW) -> dict[str, dict[str, Tensor]]:
+def optimizer_state(model: Model, optimizer: AdamW) -> dict[str, dict[str, Tensor]]:
     """The moments by parameter name. Options (learning rate, decay) belong to the config and are not among them."""
     return {name: optimizer.state[p] for name, p in model.named_parameters() if p.requires_grad}
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from sightline.attention import choose_backend
 from sightline.config import Run
 from sightline.data import Documents
 from sightline.masks import AttentionMask
+from sightline.parallel.parallel_model import ParallelModel
 from sightline.training.checkpoint import find_latest
 from sightline.training.flops import Peak
 from sightline.training.loss_plot import draw_loss
@@ -37,18 +37,19 @@ def announce_data(terminal: Terminal, run: Run, documents: Documents, held_out: 
     )
 
 
-def announce_model(terminal: Terminal, run: Run, model: nn.Module, device: torch.device, peak: Peak) -> None:
+def announce_model(terminal: Terminal, run: Run, model: ParallelModel, peak: Peak) -> None:
     """What is trained, where, and in what portions."""
-    training = run.training
+    training, mesh, device = run.training, model.mesh, model.mesh.device
     where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    accumulation = training.global_batch_size // training.micro_batch_size
+    accumulation = training.global_batch_size // mesh.size("data") // training.micro_batch_size
     micro = f" in {accumulation} forwards" if accumulation > 1 else ""
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in model.whole.parameters())
     begun = f", begun with the weights of {run.model_from}" if run.model_from else ""
     terminal.table(
         {
-            "model": f"{type(model).__name__}, {count(parameters)} parameters{begun}",
+            "model": f"{type(model.whole).__name__}, {count(parameters)} parameters{begun}",
             "device": f"{where}, {training.dtype}, peak {peak}",
+            **({"mesh": mesh.grid()} if mesh.world > 1 else {}),
             "step": f"{training.global_batch_size} rows of {training.sequence_length} tokens{micro}",
         }
     )

@@ -68,28 +68,35 @@ def get_tokenizer(run: Run, documents: Documents, start: Path | None) -> Tokeniz
     return tokenizer
 
 
-def open_loader(run: Run, documents: Documents, tokenizer: Tokenizer) -> Loader | ImageLoader:
-    """The batches to train on, all rows of an optimizer step each."""
+def open_loader(
+    run: Run, documents: Documents, tokenizer: Tokenizer, *, rank: int = 0, world: int = 1
+) -> Loader | ImageLoader:
+    """The batches to train on: of all rows of an optimizer step, those of one of `world` data-parallel ranks."""
+    rows = run.training.global_batch_size
     if run.data.source == SYNTHETIC_IMAGES:
-        return open_images(run, documents, tokenizer, rows=run.training.global_batch_size, seed=run.seed)
+        return open_images(run, documents, tokenizer, rows=rows, seed=run.seed, rank=rank, world=world)
     return Loader(
         documents,
         tokenizer,
-        rows=run.training.global_batch_size,
+        rows=rows,
         sequence_length=run.training.sequence_length,
         packing=run.data.packing,
         seed=run.seed,
+        rank=rank,
+        world=world,
     )
 
 
-def open_validation(run: Run, documents: Documents, tokenizer: Tokenizer) -> list[Batch]:
-    """The batches to validate on, always the same; none where the run does not validate."""
+def open_validation(
+    run: Run, documents: Documents, tokenizer: Tokenizer, *, rank: int = 0, world: int = 1
+) -> list[Batch]:
+    """The batches to validate on, always the same; none where the run does not validate. Ranks share the rows."""
     if run.validation.every == 0 or len(documents) == 0:
         return []
     if run.data.source == SYNTHETIC_IMAGES:
-        rows = min(run.training.micro_batch_size, run.validation.rows)
-        images = open_images(run, documents, tokenizer, rows=rows, seed=VALIDATION_SEED)
-        return list(islice(images, run.validation.rows // rows))
+        rows = world * min(run.training.micro_batch_size, -(-run.validation.rows // world))
+        images = open_images(run, documents, tokenizer, rows=rows, seed=VALIDATION_SEED, rank=rank, world=world)
+        return list(islice(images, max(1, run.validation.rows // rows)))
     return list(
         validation_batches(
             documents,
@@ -97,11 +104,15 @@ def open_validation(run: Run, documents: Documents, tokenizer: Tokenizer) -> lis
             rows=run.validation.rows,
             rows_per_batch=run.training.micro_batch_size,
             sequence_length=run.training.sequence_length,
+            rank=rank,
+            world=world,
         )
     )
 
 
-def open_images(run: Run, captions: Documents, tokenizer: Tokenizer, *, rows: int, seed: int) -> ImageLoader:
+def open_images(
+    run: Run, captions: Documents, tokenizer: Tokenizer, *, rows: int, seed: int, rank: int, world: int
+) -> ImageLoader:
     """Batches of drawings and their captions.
 
     Errors: ValueError for a model that sees no images.
@@ -120,4 +131,6 @@ def open_images(run: Run, captions: Documents, tokenizer: Tokenizer, *, rows: in
         merge=run.model.merge,
         image_token=run.model.image_token,
         seed=seed,
+        rank=rank,
+        world=world,
     )

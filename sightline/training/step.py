@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
 from sightline.batch import PADDING, Batch
 from sightline.data import Tokenizer
 from sightline.masks import AttentionMask
+from sightline.parallel.gradients import clip_gradients
+from sightline.parallel.parallel_model import ParallelModel, place
 
 Model = Any
-"""A model of sightline.models. It has no type of its own: every family is just an nn.Module with the same few methods,
-and nn.Module declares whatever it does not know a Tensor."""
+"""A model of sightline.models, or a ParallelModel. It has no type of its own: every family is just an nn.Module with
+the same few methods, and nn.Module declares whatever it does not know a Tensor."""
 Masks = AttentionMask | dict[str, AttentionMask]
 
 
@@ -28,17 +29,14 @@ def prepare_batch(
     Training, validation and every tool come through here, so none of them can have another mask than the others.
     The masks are made from the batch on the CPU, where their few integers cost next to nothing, and then moved.
     """
-    masks = model.get_attention_masks(batch, tokenizer)
-    moved = batch.to(device)
-    return {
-        "tokens": moved.tokens,
-        "labels": moved.labels,
-        "positions": moved.positions,
-        "attention_masks": {name: mask.to(device) for name, mask in masks.items()}
-        if isinstance(masks, dict)
-        else masks.to(device),
-        **moved.extra,
+    inputs = {
+        "tokens": batch.tokens,
+        "labels": batch.labels,
+        "positions": batch.positions,
+        "attention_masks": model.get_attention_masks(batch, tokenizer),
+        **batch.extra,
     }
+    return place(inputs, device)
 
 
 def named_masks(masks: Masks) -> dict[str, AttentionMask]:
@@ -46,80 +44,70 @@ def named_masks(masks: Masks) -> dict[str, AttentionMask]:
     return masks if isinstance(masks, dict) else {"attention": masks}
 
 
-def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """bfloat16 where the run wants it; in float32 it does nothing."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """Numbers of one step. The tensors stay on the device: reading one waits for it."""
+    """Numbers of one step, over all processes. The tensors stay on the device: reading one waits for it."""
 
-    loss: Tensor
-    """float32 scalar: mean over the step's valid tokens."""
+    sums: Tensor
+    """float64 [5]: see `SUMS`."""
     grad_norm: Tensor
     """float32 scalar: before clipping."""
-    visible_pairs: Tensor
-    """int64 scalar: (query, key) pairs all masks show."""
-    attention_flops: Tensor
-    """float64 scalar: forward and backward of those pairs over all layers."""
-    tokens: int
-    """Tokens that are no padding."""
-    fill: float
-    """Their share of the rows."""
     of_model: dict[str, Tensor]
     """Scalars that the model tells of the step, by name: the load of its experts, ..."""
 
+    @property
+    def loss(self) -> Tensor:
+        """Mean over the step's valid tokens."""
+        return self.sums[0]
+
+    def read(self) -> dict[str, float]:
+        """The sums by name."""
+        return dict(zip(SUMS, self.sums.tolist(), strict=True))
+
+
+SUMS = ("loss", "visible_pairs", "attention_flops", "tokens", "places")
+"""What a step adds up over all processes: the mean loss of its valid tokens; (query, key) pairs all masks show; forward
+and backward FLOPs of those pairs over all layers; tokens that are no padding; places of the rows, filled or not."""
+
 
 def train_step(
-    model: Model,
+    model: ParallelModel,
     optimizer: AdamW,
     batch: Batch,
     tokenizer: Tokenizer | None,
     *,
     micro_batch_size: int,
     max_grad_norm: float,
-    device: torch.device,
-    dtype: str = "float32",
 ) -> StepResult:
-    """Take one step on all rows of `batch`, `micro_batch_size` at a time. The optimizer has its learning rate.
+    """Take one step on all rows of `batch`, those of this process. The optimizer has its learning rate.
 
-    The loss divides by the valid tokens of the whole batch, counted before the first forward, so the gradient does
-    not depend on how the rows are cut into micro-batches. A step whose loss or gradient norm is not finite leaves
-    weights and moments untouched.
+    The loss divides by the valid tokens of all processes' rows, counted before the first forward, so the gradient does
+    not depend on how the rows are cut into micro-batches or dealt out to processes. A step whose loss or gradient norm
+    is not finite leaves weights and moments untouched.
     """
+    mesh = model.mesh
     optimizer.zero_grad(set_to_none=True)
-    valid_tokens = max(1, batch.valid_tokens())
-    loss = torch.zeros((), device=device)
-    pairs = torch.zeros((), dtype=torch.int64, device=device)
-    flops = torch.zeros((), dtype=torch.float64, device=device)
-    for first in range(0, batch.shape[0], micro_batch_size):
-        inputs = prepare_batch(model, batch[first : first + micro_batch_size], tokenizer, device)
-        with autocast(device, dtype):
-            share = model(**inputs) / valid_tokens
-        share.backward()
-        loss += share.detach()
+    valid_tokens = max(1, int(mesh.sum(torch.tensor(batch.valid_tokens()), "data")))
+    loss = torch.zeros((), device=mesh.device)
+    pairs, flops = 0, 0.0
+    rows = model.rows_at_once(batch.shape[0], micro_batch_size)
+    for first in range(0, batch.shape[0], rows):
+        inputs = prepare_batch(model, batch[first : first + rows], tokenizer, "cpu")
         for name, mask in named_masks(inputs["attention_masks"]).items():
-            visible = mask.visible_pairs().sum()
+            visible = int(mask.visible_pairs().sum())
             pairs += visible
-            flops += visible * flops_per_pair(model, name)
-    grad_norm = clip_grad_norm_(model.parameters(), max_grad_norm)
+            flops += visible * model.flops_per_pair(name)
+        loss += model.forward_backward(model.own_tokens(inputs), 1 / valid_tokens, last=first + rows >= batch.shape[0])
+    grad_norm = clip_gradients((p for _, p in model.named_parameters()), max_grad_norm, mesh)
+    tokens = int((batch.document_ids != PADDING).sum())
+    # The rows are counted once among the processes that share them, the losses of their tokens add up.
+    counted = float(mesh.index("context") == 0 and mesh.index("pipeline") == 0)
+    counts = [0.0, pairs * counted, flops * counted, tokens * counted, batch.tokens.numel() * counted]
+    sums = torch.tensor(counts, dtype=torch.float64).to(mesh.device, non_blocking=True)
+    sums[0] += loss
+    mesh.sum(mesh.sum(sums, "loss"), "pipeline")
     # The switch of torch.amp.GradScaler: the fused kernel reads it on the device and leaves everything as it was,
     # so nobody has to wait for the loss to know whether to step.
-    optimizer.found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float()  # type: ignore[attr-defined]
+    optimizer.found_inf = (~(sums[0].isfinite() & grad_norm.isfinite())).float()  # type: ignore[attr-defined]
     optimizer.step()
-    return StepResult(
-        loss=loss,
-        grad_norm=grad_norm,
-        visible_pairs=pairs,
-        attention_flops=flops,
-        tokens=int((batch.document_ids != PADDING).sum()),
-        fill=batch.fill(),
-        of_model=model.finish_step(),
-    )
-
-
-def flops_per_pair(model: Model, name: str) -> float:
-    """Forward and backward FLOPs of one visible pair of the mask called `name`, over all layers that use it."""
-    flops = model.attention_flops_per_pair()
-    return flops[name] if isinstance(flops, dict) else flops
+    return StepResult(sums=sums, grad_norm=grad_norm, of_model=model.finish_step())

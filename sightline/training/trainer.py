@@ -9,11 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Console
+
 from sightline.config import Run
 from sightline.data import load_documents, split_documents
-from sightline.models import build_model
 from sightline.models.generation import generate
 from sightline.models.pretrained import read_pretrained
+from sightline.parallel.apply import build_parallel, check_rows
+from sightline.parallel.launch import joined, meet
+from sightline.parallel.mesh import Mesh
 from sightline.training.checkpoint import (
     CannotSave,
     Progress,
@@ -43,8 +48,8 @@ def train(run: Run, terminal: Terminal | None = None) -> None:
 
     Errors: ValueError for what cannot be trained or continued; Stopped after a signal; RunFailed when it cannot go on.
     """
-    with ExitStack() as opened:
-        Trainer(run, terminal or Terminal(), opened).train()
+    with joined(run.parallel, choose_device(run.training)) as device, ExitStack() as opened:
+        Trainer(run, device, terminal or Terminal(), opened).train()
 
 
 @dataclass(frozen=True)
@@ -60,49 +65,60 @@ class Taken:
 class Trainer:
     """One run, from its config to its report. What it opens is closed with `opened`."""
 
-    def __init__(self, run: Run, terminal: Terminal, opened: ExitStack) -> None:
-        self.run, self.terminal = run, terminal
+    def __init__(self, run: Run, device: torch.device, terminal: Terminal, opened: ExitStack) -> None:
+        self.run, self.device = run, device
+        self.mesh = mesh = Mesh(run.parallel, device)
+        self.terminal = terminal = terminal if mesh.rank == 0 else Terminal(Console(quiet=True))
         self.began = time.perf_counter()
-        self.device = choose_device(run.training)
+        check_rows(run.training, mesh)
         make_reproducible(run)
         self.directory = RunDirectory(run.output_dir)
-        start = find_start(run, self.directory)
-        changes = check_continues(start, run) if start else []
-        opened.enter_context(self.directory.lock())
-        remove_partial(self.directory.checkpoints)
+        start, changes = mesh.from_first(lambda: self.begin(opened))
 
         documents = load_documents(run.data)
         training, held_out = split_documents(documents, run.data.validation_share)
         announce_data(terminal, run, documents, held_out, start)
-        self.tokenizer = get_tokenizer(run, training, start)
-        with self.device:
-            self.model = build_model(run.model, attention_backend=run.attention.backend)
+        self.tokenizer = mesh.from_first(lambda: get_tokenizer(run, training, start))
+        self.model = build_parallel(run, mesh)
         if run.model_from and not start:
-            read_pretrained(self.model, run.model_from)
+            for stage in self.model.stages:
+                read_pretrained(stage, run.model_from)
         self.optimizer = build_optimizer(self.model, run.optimizer)
-        self.loader = opened.enter_context(closing(open_loader(run, training, self.tokenizer)))
-        self.validation = open_validation(run, held_out, self.tokenizer)
-        self.peak = find_peak(self.device, run.training.dtype)
+        data_rank, data_ranks = mesh.index("data"), mesh.size("data")
+        self.loader = opened.enter_context(
+            closing(open_loader(run, training, self.tokenizer, rank=data_rank, world=data_ranks))
+        )
+        self.validation = open_validation(run, held_out, self.tokenizer, rank=data_rank, world=data_ranks)
+        self.peak = find_peak(device, run.training.dtype)
         self.step = self.first_step = self.continue_from(start) if start else 0
 
-        self.directory.write(run, self.tokenizer)
-        self.metrics = opened.enter_context(
-            closing(Metrics(self.directory.path, run.logging, self.step, settings(run)))
-        )
+        self.metrics: Metrics | None = None  # rank 0 writes for all
+        if mesh.rank == 0:
+            self.directory.write(run, self.tokenizer)
+            metrics = Metrics(self.directory.path, run.logging, self.step, settings(run))
+            self.metrics = opened.enter_context(closing(metrics))
         self.last_read = 0.0
-        self.reads_at_once = self.device.type == "cpu"  # there a step has its numbers when it returns
-        announce_model(terminal, run, self.model, self.device, self.peak)
+        self.reads_at_once = device.type == "cpu"  # there a step has its numbers when it returns
+        announce_model(terminal, run, self.model, self.peak)
         for change in changes:
             terminal.warn(change)
         if self.step >= run.training.steps:
             terminal.say(f"all {run.training.steps} steps are done (now at {self.step}): nothing is left to train")
+
+    def begin(self, opened: ExitStack) -> tuple[Path | None, list[str]]:
+        """Take the directory; the checkpoint to continue from, and what has changed since it."""
+        start = find_start(self.run, self.directory)
+        changes = check_continues(start, self.run) if start else []
+        opened.enter_context(self.directory.lock())
+        remove_partial(self.directory.checkpoints)
+        return start, changes
 
     def train(self) -> None:
         """Step by step to the last one, or to the first signal."""
         steps = self.run.training.steps
         with StopRequest() as stop, self.terminal.progress(self.step, steps):
             waiting: Taken | None = None
-            while self.step < steps and stop.received is None:
+            while self.step < steps and not self.stops(stop):
                 taken = self.take_step()
                 if waiting:
                     self.write(self.read(waiting))  # while the device works on the step just given to it
@@ -113,17 +129,24 @@ class Trainer:
             if waiting:
                 self.finish(waiting)
             self.save(at_the_end=True)
-        draw_losses(self.terminal, self.run, self.directory)
+        if self.mesh.rank == 0:
+            draw_losses(self.terminal, self.run, self.directory)
         if stop.received is not None and self.step < steps:
             raise Stopped(stop.received, self.step, self.last_checkpoint())
         self.write_sample()
-        tell_end(self.terminal, self.run, self.directory, time.perf_counter() - self.began)
+        if self.mesh.rank == 0:
+            tell_end(self.terminal, self.run, self.directory, time.perf_counter() - self.began)
+
+    def stops(self, stop: StopRequest) -> bool:
+        """Whether a signal came, to this process or to any other: all leave after the same step."""
+        stop.received = meet(self.step, stop.received)
+        return stop.received is not None
 
     def take_step(self) -> Taken:
         """Give the next step to the device. Nothing here waits for its result."""
         started = time.perf_counter()
         batch = next(self.loader)
-        if self.step == self.first_step:
+        if self.step == self.first_step and self.mesh.rank == 0:
             masks = named_masks(self.model.get_attention_masks(batch, self.tokenizer))
             introduce_masks(self.terminal, self.run, self.directory, masks, self.device)
             started = time.perf_counter()
@@ -138,8 +161,6 @@ class Trainer:
             self.tokenizer,
             micro_batch_size=self.run.training.micro_batch_size,
             max_grad_norm=self.run.optimizer.max_grad_norm,
-            device=self.device,
-            dtype=self.run.training.dtype,
         )
         return Taken(self.step, started, rate, result)
 
@@ -149,24 +170,25 @@ class Trainer:
         Errors: NonFiniteLoss.
         """
         result = taken.result
-        loss, grad_norm = result.loss.item(), result.grad_norm.item()
+        sums, grad_norm = result.read(), result.grad_norm.item()
+        loss, tokens = sums["loss"], round(sums["tokens"])
         now = time.perf_counter()
         seconds = now - max(taken.started, self.last_read)
         self.last_read = now
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise NonFiniteLoss(taken.step, loss, grad_norm, self.last_checkpoint())
-        flops = self.model.flops_per_token() * result.tokens + result.attention_flops.item()
+        flops = self.model.flops_per_token() * tokens + sums["attention_flops"]
         return {
             "step": taken.step,
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": taken.learning_rate,
-            "tokens": result.tokens,
-            "packing_fill": result.fill,
-            "visible_pairs": result.visible_pairs.item(),
+            "tokens": tokens,
+            "packing_fill": tokens / sums["places"],
+            "visible_pairs": round(sums["visible_pairs"]),
             "seconds": seconds,
-            "tokens_per_second": result.tokens / seconds,
-            "mfu": flops / seconds / self.peak.flops,
+            "tokens_per_second": tokens / seconds,
+            "mfu": flops / seconds / (self.peak.flops * self.mesh.world),
             **{name: value.item() for name, value in result.of_model.items()},
         }
 
@@ -174,15 +196,14 @@ class Trainer:
         """Wait for a step, note it, and validate and save where that is due after it."""
         row = self.read(taken)
         if self.validates():
-            row["validation_loss"] = validate(
-                self.model, self.validation, self.tokenizer, self.device, self.run.training.dtype
-            )
+            row["validation_loss"] = validate(self.model, self.validation, self.tokenizer)
         self.write(row)
         if self.saves():
             self.save()
 
     def write(self, row: dict[str, Any]) -> None:
-        self.metrics.write(row)
+        if self.metrics:
+            self.metrics.write(row)
         self.terminal.step(row)
 
     def validates(self) -> bool:
@@ -204,7 +225,8 @@ class Trainer:
         if latest and step_of(latest) == self.step:
             return
         try:
-            self.metrics.sync()
+            if self.metrics:
+                self.metrics.sync()
             save_checkpoint(
                 self.directory.checkpoints,
                 tensors(self.model, self.optimizer, self.device),
@@ -234,7 +256,7 @@ class Trainer:
         logging = self.run.logging
         if logging.sample_tokens:
             text = generate(
-                self.model,
+                self.model.speaker,
                 self.tokenizer,
                 logging.sample_prompt,
                 max_new_tokens=logging.sample_tokens,

@@ -8,20 +8,23 @@ import torch
 
 from sightline.batch import Batch
 from sightline.data import Tokenizer
-from sightline.training.step import Model, autocast, prepare_batch
+from sightline.parallel.parallel_model import ParallelModel
+from sightline.training.step import prepare_batch
 
 
 @torch.no_grad()
-def validate(
-    model: Model, batches: Iterable[Batch], tokenizer: Tokenizer | None, device: torch.device, dtype: str = "float32"
-) -> float:
-    """Mean loss over the valid tokens of all batches: long rows count as much as their tokens, not as rows."""
-    loss = torch.zeros((), device=device)
-    valid_tokens = 0
-    model.eval()
+def validate(model: ParallelModel, batches: Iterable[Batch], tokenizer: Tokenizer | None) -> float:
+    """Mean loss over the valid tokens of all batches: long rows count as much as their tokens, not as rows.
+
+    batches  those of this process: every process has as many, of as many rows
+    """
+    mesh = model.mesh
+    loss = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    valid_tokens = torch.zeros((), dtype=torch.int64)
+    model.train(False)
     for batch in batches:
-        with autocast(device, dtype):
-            loss += model(**prepare_batch(model, batch, tokenizer, device))
+        loss += model.evaluate(model.own_tokens(prepare_batch(model, batch, tokenizer, "cpu")))
         valid_tokens += batch.valid_tokens()
     model.train()
-    return loss.item() / max(1, valid_tokens)
+    mesh.sum(mesh.sum(loss, "loss"), "pipeline")
+    return loss.item() / max(1, int(mesh.sum(valid_tokens, "data")))

@@ -11,7 +11,15 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import convert_ima
 
 from sightline.batch import PADDING, Batch
 from sightline.config import Data
-from sightline.data import ImageLoader, load_documents, pack_patches, split_documents, to_patches, train_tokenizer
+from sightline.data import (
+    ImageLoader,
+    join_states,
+    load_documents,
+    pack_patches,
+    split_documents,
+    to_patches,
+    train_tokenizer,
+)
 from sightline.data.images import COLOURS, SYNTHETIC_IMAGES, caption_documents, draw
 
 IMAGE = 511
@@ -88,11 +96,24 @@ def test_the_state_brings_the_same_batches_back() -> None:
         loader(seed=6).load_state_dict(state)
 
 
-def test_ranks_share_the_batches() -> None:
-    together = loader()
-    ranks = [loader(rank=rank, world=2) for rank in range(2)]
-    for number in range(4):
-        assert_same(next(together), next(ranks[number % 2]))
+def test_ranks_share_the_rows_of_a_step() -> None:
+    together, ranks = loader(rows=4), [loader(rows=4, rank=rank, world=2) for rank in range(2)]
+    for _ in range(3):
+        whole, parts = next(together), [next(source) for source in ranks]
+        assert torch.equal(whole.tokens, torch.cat([part.tokens for part in parts]))
+        assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
+        for rank, part in enumerate(parts):
+            patches, mine = part.extra["patches"], whole.extra["patches"][2 * rank :][:2]
+            assert torch.equal(patches, mine[:, : patches.shape[1]]) and not mine[:, patches.shape[1] :].any()
+    again = [loader(rows=4, rank=rank, world=4) for rank in range(4)]
+    for source in again:
+        source.load_state_dict(join_states([source.state_dict() for source in ranks]))
+    assert torch.equal(next(together).tokens, torch.cat([next(source).tokens for source in again]))
+
+
+def test_rows_that_ranks_cannot_share_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"3 rows a step .*among 2 data-parallel ranks .*: \[1, 3\]"):
+        loader(rank=0, world=2)
 
 
 def test_patches_are_those_of_siglip() -> None:

@@ -8,8 +8,8 @@ from itertools import islice
 import pytest
 import torch
 
-from sightline.batch import PADDING, Batch
-from sightline.data import Documents, Loader, split_documents, train_tokenizer, validation_batches
+from sightline.batch import IGNORE, PADDING, Batch
+from sightline.data import Documents, Loader, join_states, split_documents, train_tokenizer, validation_batches
 
 NAMES = ("tokens", "labels", "document_ids", "positions")
 LENGTHS = [3, 11, 1, 60, 7, 7, 2, 25, 14, 1, 9]
@@ -37,70 +37,137 @@ def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
             assert torch.equal(getattr(one, name), getattr(other, name))
 
 
-def texts(batches: list[Batch]) -> list[str]:
-    """The letters of a stream of batches, one string a document (the last one may be cut)."""
-    tokens = torch.cat([batch.tokens.flatten() for batch in batches])
-    tokens = tokens[torch.cat([batch.document_ids.flatten() for batch in batches]) != PADDING]
+def stacked(batches: list[Batch]) -> Batch:
+    return Batch(**{name: torch.cat([getattr(batch, name) for batch in batches]) for name in NAMES})
+
+
+def lanes_of(batches: list[Batch], lanes: int = 8) -> list[Batch]:
+    """The rows of a run from its first one on, lane by lane."""
+    together = stacked(batches)
+    return [together[lane::lanes] for lane in range(lanes)]
+
+
+def texts(rows: Batch) -> list[str]:
+    """The letters of consecutive rows of a lane, one string a document (the last one may be cut)."""
+    tokens = rows.tokens[rows.document_ids != PADDING]
     starts = (tokens == TOKENIZER.bos_id).nonzero().flatten().tolist()
     return [TOKENIZER.decode(part.tolist()) for part in torch.tensor_split(tokens, starts)[1:]]
 
 
-def test_a_batch_is_the_documents_packed_in_order() -> None:
-    batches = take(loader(), 30)
-    order = texts(batches)[:-1]
-    packed = Batch.from_documents([TOKENIZER.encode(text) for text in order], 16)
-    stacked = Batch(**{name: torch.cat([getattr(batch, name) for batch in batches]) for name in NAMES})
-    rows = packed.shape[0] - 1  # the oracle pads its last row
-    assert rows > 40
-    assert_same([stacked[:rows]], [packed[:rows]])
+def test_a_lane_is_its_documents_packed_in_order() -> None:
+    batches = take(loader(), 40)
     assert {batch.shape for batch in batches} == {(2, 16)}
     assert {batch.fill() for batch in batches} == {1.0}
+    for lane in lanes_of(batches):
+        order = texts(lane)[:-1]
+        packed = Batch.from_documents([TOKENIZER.encode(text) for text in order], 16)
+        rows = packed.shape[0] - 1  # the oracle pads its last row
+        assert rows >= 5
+        assert_same([lane[:rows]], [packed[:rows]])
 
 
-def test_an_epoch_reads_every_document_once_and_each_in_another_order() -> None:
-    order = texts(take(loader(), 40))
-    epochs = [order[at : at + len(TEXTS)] for at in range(0, len(order), len(TEXTS))][:4]
+@pytest.mark.parametrize(("rows", "lanes"), [(1, 8), (2, 8), (3, 9), (8, 8), (11, 11)])
+def test_an_epoch_reads_every_document_once_and_each_in_another_order(rows: int, lanes: int) -> None:
+    orders = [texts(lane) for lane in lanes_of(take(loader(rows=rows), 50 * lanes // rows), lanes)]
+    sizes = [len(range(lane, len(TEXTS), lanes)) for lane in range(lanes)]
+    epochs = [
+        [text for order, size in zip(orders, sizes, strict=True) for text in order[epoch * size :][:size]]
+        for epoch in range(4)
+    ]
     assert all(sorted(epoch) == sorted(TEXTS) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
 def test_the_seed_decides_the_order() -> None:
     assert_same(take(loader(), 5), take(loader(), 5))
-    assert texts(take(loader(seed=4), 20)) != texts(take(loader(seed=3), 20))
+    assert texts(stacked(take(loader(seed=4), 20))) != texts(stacked(take(loader(seed=3), 20)))
 
 
-def test_ranks_share_an_epoch_without_overlap() -> None:
-    ranks = [texts(take(loader(rank=rank, world=3), 20)) for rank in range(3)]
-    sizes = [4, 4, 3]  # of 11 documents
-    first_epoch = [rank[:size] for rank, size in zip(ranks, sizes, strict=True)]
-    assert sorted(text for rank in first_epoch for text in rank) == sorted(TEXTS)
-    alone = texts(take(loader(), 20))[: len(TEXTS)]
-    assert first_epoch == [alone[rank::3] for rank in range(3)]
+@BOTH
+def test_on_any_number_of_ranks_the_rows_are_the_same(packing: str) -> None:
+    options = {"rows": 6, "packing": packing}
+    alone = take(loader(**options), 12)
+    for world in (2, 3, 6):
+        ranks = [take(loader(**options, rank=rank, world=world), 12) for rank in range(world)]
+        assert_same([stacked(list(parts)) for parts in zip(*ranks, strict=True)], alone)
+
+
+def test_a_rank_tokenizes_its_own_lanes_alone() -> None:
+    read = []
+
+    class Noting(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    for rank in range(2):
+        noting = Documents(texts=Noting(TEXTS), order=DOCUMENTS.order, lengths=DOCUMENTS.lengths)
+        take(Loader(noting, TOKENIZER, rows=8, sequence_length=2, seed=3, rank=rank, world=2), 1)
+    assert len(read) == len(set(read)) == 8
+
+
+def test_a_row_goes_on_where_its_lane_stopped() -> None:
+    """8 lanes, 2 rows a step: a lane has its next row 4 steps later, so a long document is in every fourth step."""
+    positions = [batch.positions for batch in take(loader(), 24)]
+    carried = 0
+    for before, after in zip(positions, positions[4:], strict=False):
+        for last, first in zip(before[:, -1].tolist(), after[:, 0].tolist(), strict=True):
+            assert first in (0, last + 1)
+            carried += first > 0
+    assert carried > 20
+
+
+@pytest.mark.parametrize(("count", "packing"), [(1, "stream"), (3, "stream"), (1, "best_fit")])
+def test_lanes_that_outnumber_the_documents_read_parts_of_them(count: int, packing: str) -> None:
+    """All parts of a document are the document; their positions go on where they are cut."""
+    few = Documents.from_texts([chr(ord("a") + number) * (50 - number) for number in range(count)])
+    lanes = lanes_of(take(Loader(few, TOKENIZER, rows=8, sequence_length=64, packing=packing), 1))
+    parts = {}
+    for lane in lanes:
+        first = lane.document_ids[0] == 0
+        parts.setdefault(lane.tokens[0][first][1].item(), []).append((lane.positions[0][first].tolist(), lane))
+    assert len(parts) == count
+    for number, came in enumerate(parts[letter] for letter in sorted(parts)):
+        length = len(TOKENIZER.encode(few[number]))
+        assert sorted(position for positions, _ in came for position in positions) == list(range(length))
+        assert max(len(positions) for positions, _ in came) <= length // len(came) + 1
+
+
+def test_more_lanes_than_letters() -> None:
+    """A text of fewer tokens than parts: none of them is empty."""
+    tiny = Documents.from_texts(["a"])
+    batch = take(Loader(tiny, TOKENIZER, rows=8, sequence_length=4), 1)[0]
+    assert batch.fill() == 1.0
+    assert set(batch.tokens.flatten().tolist()) == set(TOKENIZER.encode("a"))
 
 
 @BOTH
 def test_best_fit_and_stream_hold_every_document(packing: str) -> None:
-    batches = take(loader(packing=packing, sequence_length=64), 60)
-    seen = set(texts(batches))
+    batches = take(loader(packing=packing, sequence_length=64), 300)
+    seen = {text for lane in lanes_of(batches) for text in texts(lane)}
     assert seen >= set(TEXTS)
-    fill = sum(batch.fill() for batch in batches) / 60
+    fill = sum(batch.fill() for batch in batches) / 300
     assert fill == 1.0 if packing == "stream" else fill > 0.9
 
 
 @BOTH
-@pytest.mark.parametrize(("rank", "world"), [(0, 1), (2, 3)])
-def test_restored_at_any_place_the_batches_are_the_same(packing: str, rank: int, world: int) -> None:
-    count, options = 40, {"packing": packing, "rank": rank, "world": world}
-    source, states, straight = loader(**options), [], []
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 3), (3, 1), (2, 3), (3, 6)])
+def test_restored_at_any_place_on_any_ranks_the_batches_are_the_same(packing: str, before: int, after: int) -> None:
+    count, options = 24, {"rows": 6, "packing": packing}
+    sources = [loader(**options, rank=rank, world=before) for rank in range(before)]
+    states, straight = [], []
     for _ in range(count):
-        states.append(json.dumps(source.state_dict()))
-        straight.append(next(source))
-    source.close()
-    for cut, state in enumerate(states):
-        restored = loader(**options)
-        restored.load_state_dict(json.loads(state))
-        assert json.dumps(restored.state_dict()) == state
-        assert_same(take(restored, min(6, count - cut)), straight[cut : cut + 6])
+        states.append(json.dumps(join_states([source.state_dict() for source in sources])))
+        straight.append(stacked([next(source) for source in sources]))
+    for source in sources:
+        source.close()
+    for cut in range(0, count, 3):
+        restored = [loader(**options, rank=rank, world=after) for rank in range(after)]
+        for source in restored:
+            source.load_state_dict(json.loads(states[cut]))
+        assert json.dumps(join_states([source.state_dict() for source in restored])) == states[cut]
+        again = [take(source, min(5, count - cut)) for source in restored]
+        assert_same([stacked(list(parts)) for parts in zip(*again, strict=True)], straight[cut : cut + 5])
 
 
 @BOTH
@@ -115,7 +182,7 @@ def test_a_used_loader_can_be_set_back(packing: str) -> None:
 
 def test_the_state_is_of_the_batch_handed_out_not_of_the_one_prepared() -> None:
     source = loader()
-    assert source.state_dict()["place"] == 0
+    assert source.state_dict()["step"] == 0
     next(source)
     before = source.state_dict()
     source._prepared.result()  # the next batch lies ready
@@ -125,16 +192,12 @@ def test_the_state_is_of_the_batch_handed_out_not_of_the_one_prepared() -> None:
     source.close()
 
 
-def test_the_place_does_not_depend_on_the_rows_of_a_batch() -> None:
-    source = loader(rows=3)
-    next(source), next(source)
-    wider = loader(rows=2)
-    wider.load_state_dict(source.state_dict())
-    source.close()
-    assert torch.equal(
-        torch.cat([batch.tokens for batch in take(wider, 3)]),
-        torch.cat([b.tokens for b in take(loader(rows=6), 2)])[6:],
-    )
+def test_a_state_is_small() -> None:
+    source = loader(rows=6)
+    take(source, 20)
+    assert source.state_dict()["step"] == 20
+    assert list(source.state_dict()["lanes"]) == [str(lane) for lane in range(12)]
+    assert len(json.dumps(source.state_dict())) < 1200
 
 
 @pytest.mark.parametrize(
@@ -143,8 +206,7 @@ def test_the_place_does_not_depend_on_the_rows_of_a_batch() -> None:
         ({"sequence_length": 32}, "another --training.sequence-length: 16 there, 32 here"),
         ({"packing": "best_fit"}, "another --data.packing: 'stream' there, 'best_fit' here"),
         ({"seed": 4}, "another --seed: 3 there, 4 here"),
-        ({"world": 2}, "another number of data-parallel ranks: 1 there, 2 here"),
-        ({"rank": 1, "world": 2}, "another data-parallel rank: 0 there, 1 here"),
+        ({"rows": 4}, "another --training.global-batch-size: 2 there, 4 here"),
     ],
 )
 def test_a_state_of_another_loader_is_refused(options: dict, message: str) -> None:
@@ -173,12 +235,20 @@ def test_a_state_of_other_documents_or_another_tokenizer_is_refused() -> None:
         ({"packing": "wrapped"}, "one of stream, best_fit, got 'wrapped'"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"rank": 2, "world": 2}, "under world=2, got 2"),
-        ({"world": 12}, "11 training documents cannot be shared among 12"),
+        (
+            {"rows": 6, "world": 4},
+            r"6 rows a step .*among 4 data-parallel ranks .*that divide them: \[1, 2, 3, 6\]",
+        ),
     ],
 )
 def test_refusals(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loader(**options)
+
+
+def test_no_documents_are_refused() -> None:
+    with pytest.raises(ValueError, match="memory holds no training documents"):
+        Loader(Documents.from_texts([]), TOKENIZER, **SIZES)
 
 
 class Torn(list):
@@ -228,3 +298,18 @@ def test_validation_is_the_same_every_time_and_stops() -> None:
     assert torch.equal(torch.cat([batch.tokens for batch in batches]), whole.tokens[:5])
     everything = list(validation_batches(held_out, TOKENIZER, rows=99, rows_per_batch=99, sequence_length=16))
     assert_same(everything, [whole])
+
+
+@pytest.mark.parametrize(("rows", "shapes"), [(6, [(2, 16), (1, 16)]), (5, [(2, 16), (1, 16)]), (99, None)])
+def test_ranks_validate_on_equal_shares(rows: int, shapes: list | None) -> None:
+    """Of 5 rows the second rank has two and one of padding, which counts for nothing."""
+    sizes = {"rows": rows, "rows_per_batch": 2, "sequence_length": 16}
+    alone = stacked(list(validation_batches(DOCUMENTS, TOKENIZER, **sizes)))
+    ranks = [list(validation_batches(DOCUMENTS, TOKENIZER, **sizes, rank=rank, world=2)) for rank in range(2)]
+    assert [batch.shape for batch in ranks[0]] == [batch.shape for batch in ranks[1]]
+    assert shapes is None or [batch.shape for batch in ranks[0]] == shapes
+    together = stacked([batch for batches in ranks for batch in batches])
+    count = alone.shape[0]
+    assert_same([together[:count]], [alone])
+    assert together.shape[0] == count + count % 2
+    assert (together.document_ids[count:] == PADDING).all() and (together.labels[count:] == IGNORE).all()

@@ -20,8 +20,12 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.pipelining", "sightline.models"])
 
 
-def on_processes(world: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
+def on_processes(
+    world: int, function: Callable[..., Any], *args: Any, join: bool = True, timeout: float = 300
+) -> list[Any]:
     """function(rank, *args) in `world` processes; what each returned, by rank.
+
+    Without `join` they are what torchrun leaves them: told of each other, not joined yet.
 
     `function` stands at the top of a test file, args and results can be pickled. A process that raises fails the test
     with its traceback; the others are ended.
@@ -31,7 +35,7 @@ def on_processes(world: int, function: Callable[..., Any], *args: Any, timeout: 
         port = free.getsockname()[1]
     results: Any = CONTEXT.Queue()
     processes = [
-        CONTEXT.Process(target=_run, args=(rank, world, port, function, args, results), daemon=True)
+        CONTEXT.Process(target=_run, args=(rank, world, port, join and world > 1, function, args, results), daemon=True)
         for rank in range(world)
     ]
     for process in processes:
@@ -55,19 +59,21 @@ def on_processes(world: int, function: Callable[..., Any], *args: Any, timeout: 
     return [returned[rank] for rank in range(world)]
 
 
-def _run(rank: int, world: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], results: Any) -> None:
+def _run(
+    rank: int, world: int, port: int, join: bool, function: Callable[..., Any], args: tuple[Any, ...], results: Any
+) -> None:
     # What torchrun sets.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
     try:
-        if world > 1:
+        if join:
             dist.init_process_group("gloo")
         value = function(rank, *args)
         written = io.BytesIO()  # bytes, since a tensor in a queue lives only as long as the process that sent it
         torch.save(value, written)
         results.put((rank, written.getvalue(), None))
-        if world > 1:
+        if join:
             dist.barrier()
     except BaseException:
         results.put((rank, None, traceback.format_exc()))

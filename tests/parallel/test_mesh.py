@@ -17,22 +17,35 @@ def test_shard_takes_what_the_others_leave() -> None:
 @pytest.mark.parametrize(
     ("degrees", "world", "words"),
     [
-        ({"tensor": 3}, 4, "tensor 3 is 3, which does not divide the 4 processes started; these would fit: tensor 1 or"),
+        (
+            {"tensor": 3},
+            4,
+            "tensor 3 is 3, which does not divide the 4 processes started; these would fit: tensor 1 or",
+        ),
         ({"tensor": 2, "shard": 4}, 4, "needs 8 processes, but 4 were started; use shard 2, or torchrun --nproc"),
         ({"pipeline": 2, "tensor": 4}, 4, "these would fit: pipeline 1; tensor 1 or 2, or start a multiple of 8"),
         ({"shard": 4, "expert": 3}, 4, "parallel.expert 3 does not divide shard 4 x context 1 = 4.* do: .1, 2, 4"),
     ],
 )
-def test_degrees_that_do_not_fit_are_named_with_those_that_do(
-    degrees: dict[str, int], world: int, words: str
-) -> None:
+def test_degrees_that_do_not_fit_are_named_with_those_that_do(degrees: dict[str, int], world: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         resolve(Parallel(**degrees), world)
 
 
 def place(rank: int, degrees: dict[str, int]) -> dict[str, tuple[int, int]]:
     mesh = Mesh(Parallel(**degrees), torch.device("cpu"))
-    axes = ("pipeline", "replicate", "shard", "context", "tensor", "data", "weights", "loss", "expert", "expert_weights")
+    axes = (
+        "pipeline",
+        "replicate",
+        "shard",
+        "context",
+        "tensor",
+        "data",
+        "weights",
+        "loss",
+        "expert",
+        "expert_weights",
+    )
     summed = mesh.sum(torch.tensor(rank), "loss")
     return {axis: (mesh.index(axis), mesh.size(axis)) for axis in axes} | {"sum": (int(summed), mesh.size("loss"))}
 

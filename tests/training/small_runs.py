@@ -104,4 +104,4 @@ def train_and_die(run: Run, name: str, call: int, halfway: bool) -> None:
 
 
 def open_trainer(run: Run, opened: ExitStack) -> Trainer:
-    return Trainer(run, Terminal(Console(file=io.StringIO())), opened)
+    return Trainer(run, torch.device("cpu"), Terminal(Console(file=io.StringIO())), opened)

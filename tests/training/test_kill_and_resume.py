@@ -67,7 +67,7 @@ def assert_same_run(directory: Path, undisturbed: Path) -> None:
 MOMENTS = {
     "before the first step": ("sightline.training.trainer:train_step", 1),
     "before the first checkpoint": ("sightline.training.trainer:train_step", 3),
-    "in the backward pass": ("sightline.training.step:clip_grad_norm_", 5),
+    "in the backward pass": ("sightline.training.step:clip_gradients", 5),
     "a step taken but not noted": ("sightline.training.metrics:MetricsFile.append", 5),
     "steps noted but not saved": ("sightline.training.trainer:save_checkpoint", 2),
     "before the tensors are written": ("sightline.training.checkpoint:dcp.save", 2),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from sightline import Batch
 from sightline.config import Optimizer
 from sightline.models import build_model
+from sightline.parallel.parallel_model import on_one_process
 from sightline.training.optimizer import build_optimizer
 from sightline.training.step import prepare_batch, train_step
 from sightline.training.validation import validate
@@ -46,10 +47,12 @@ def mean_loss_of_documents(model) -> float:
     return total / count
 
 
-def step(model, batch, micro_batch_size, **changes):
+def step(model, batch, micro_batch_size, max_grad_norm=1e9, dtype="float32"):
     optimizer = build_optimizer(model, Optimizer())
-    options = {"max_grad_norm": 1e9, "device": CPU, **changes}
-    return optimizer, train_step(model, optimizer, batch, None, micro_batch_size=micro_batch_size, **options)
+    alone = on_one_process(model, dtype=dtype)
+    return optimizer, train_step(
+        alone, optimizer, batch, None, micro_batch_size=micro_batch_size, max_grad_norm=max_grad_norm
+    )
 
 
 def test_prepare_batch_states_everything_the_forward_takes() -> None:
@@ -72,7 +75,9 @@ def test_loss_is_the_mean_over_valid_tokens() -> None:
 def test_validation_is_the_mean_over_valid_tokens_too() -> None:
     model = build()
     batch = uneven_batch()
-    assert validate(model, [batch[:1], batch[1:]], None, CPU) == pytest.approx(mean_loss_of_documents(model), rel=1e-6)
+    assert validate(on_one_process(model), [batch[:1], batch[1:]], None) == pytest.approx(
+        mean_loss_of_documents(model), rel=1e-6
+    )
     assert model.training
 
 
@@ -113,7 +118,8 @@ def test_a_step_that_is_not_finite_touches_nothing(bad) -> None:
         model.norm.weight[3] = bad
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in model.named_parameters()}
-    result = train_step(model, optimizer, batch, None, micro_batch_size=4, max_grad_norm=1.0, device=CPU)
+    alone = on_one_process(model)
+    result = train_step(alone, optimizer, batch, None, micro_batch_size=4, max_grad_norm=1.0)
     assert not (math.isfinite(result.loss.item()) and math.isfinite(result.grad_norm.item()))
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), weights[name], rtol=0, atol=0, equal_nan=True)
@@ -122,7 +128,7 @@ def test_a_step_that_is_not_finite_touches_nothing(bad) -> None:
     with torch.no_grad():
         model.norm.weight[3] = 1.0
     assert math.isfinite(train_step(
-        model, optimizer, batch, None, micro_batch_size=4, max_grad_norm=1.0, device=CPU
+        alone, optimizer, batch, None, micro_batch_size=4, max_grad_norm=1.0
     ).loss.item())  # fmt: skip
     assert optimizer.state[model.norm.weight]["step"] == 2, "a finite step after it counts again"
 
@@ -131,10 +137,10 @@ def test_work_is_counted_from_the_mask() -> None:
     batch = Batch.from_documents([[1, 2, 3], [4, 5, 6, 7]], length=8)
     model = build()
     _, result = step(model, batch, 1)
-    assert result.tokens == 7
-    assert result.fill == 0.875
-    assert result.visible_pairs.item() == 6 + 10  # 1 + 2 + 3, 1 + 2 + 3 + 4, and nothing for the padding
-    assert result.attention_flops.item() == 16 * model.attention_flops_per_pair()
+    numbers = result.read()
+    assert (numbers["tokens"], numbers["places"]) == (7, 8)
+    assert numbers["visible_pairs"] == 6 + 10  # 1 + 2 + 3, 1 + 2 + 3 + 4, and nothing for the padding
+    assert numbers["attention_flops"] == 16 * model.attention_flops_per_pair()
 
 
 def test_a_batch_without_any_label_is_no_division_by_zero() -> None:

@@ -156,7 +156,7 @@ def test_without_held_out_documents_nothing_is_validated(source, tmp_path) -> No
 
 def test_best_fit_pads_and_counts_only_tokens(tmp_path) -> None:
     (tmp_path / "texts").mkdir()
-    for number in range(6):  # equal documents: the tokenizer makes one token of the word, begin and end are two
+    for number in range(10):  # equal documents: the tokenizer makes one token of the word, begin and end are two
         (tmp_path / "texts" / f"{number}.txt").write_text("abcdefghijklmnopqrs")
     run = small_run(
         tmp_path / "run",

@@ -1,0 +1,144 @@
+"""Rows of numbers on their way between processes, with gradients on their way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Route(NamedTuple):
+    """How rows [n, C] travel between the processes of a group, as one of them sees it.
+
+    sent, sent_sizes        int64 [.], rows that go out, those to process 0 first; how many go to each
+    places, received_sizes  int64 [.], where the rows that come are put, those of process 0 first; how many come of each
+    kept, kept_places       int64 [.], rows that stay, and where they are put
+    slots                   rows of the result; those where nothing is put are 0
+
+    The index tensors lie on the device of the rows, the sizes on the host, which never waits for the device.
+    """
+
+    sent: Tensor
+    sent_sizes: list[int]
+    places: Tensor
+    received_sizes: list[int]
+    kept: Tensor
+    kept_places: Tensor
+    slots: int
+    group: dist.ProcessGroup
+
+    def back(self) -> Route:
+        """The way back, where each row goes to one place."""
+        return Route(
+            sent=self.places,
+            sent_sizes=self.received_sizes,
+            places=self.sent,
+            received_sizes=self.sent_sizes,
+            kept=self.kept_places,
+            kept_places=self.kept,
+            slots=len(self.sent) + len(self.kept),
+            group=self.group,
+        )
+
+
+def build_route(
+    send: Tensor, tokens: int, receive: Tensor, slots: int, group: dist.ProcessGroup, device: torch.device
+) -> Route:
+    """From places in each row of a batch, on the CPU.
+
+    send     int64 [B, degree, M], which of the `tokens` rows of a batch row go to each process; -1 is none
+    receive  int64 [B, degree, N], in which of the `slots` of a batch row those from each process are put; -1 is none
+    """
+    rank = dist.get_rank(group)
+    sent, sent_sizes, kept = _by_process(send, tokens, rank)
+    places, received_sizes, kept_places = _by_process(receive, slots, rank)
+    sent, places, kept, kept_places = (t.to(device, non_blocking=True) for t in (sent, places, kept, kept_places))
+    return Route(sent, sent_sizes, places, received_sizes, kept, kept_places, len(receive) * slots, group)
+
+
+def _by_process(index: Tensor, stride: int, rank: int) -> tuple[Tensor, list[int], Tensor]:
+    """Places in each row int64 [B, degree, M] -> those in all rows laid end to end, by process; how many each process
+    has; and apart from them this process's own."""
+    there = (index >= 0).transpose(0, 1)
+    flat = (index + stride * torch.arange(len(index))[:, None, None]).transpose(0, 1)
+    own = flat[rank][there[rank]]
+    others = there.clone()
+    others[rank] = False
+    return flat[others], others.sum(dim=(1, 2)).tolist(), own
+
+
+def travel(rows: Tensor, route: Route) -> Callable[[], Tensor]:
+    """Send rows [n, C] out; the call of what is returned waits for those that come, [slots, C].
+
+    Backward the same: gradients set out where the rows had come in, and are waited for where the rows had set out. Rows
+    that went to several places get the sum. So what is computed between the two calls hides the way in both directions.
+    """
+    passage = _Passage(route.group)
+    came = _Send.apply(rows, route, passage)
+
+    def arrive() -> Tensor:
+        return _Place.apply(rows, came, route, passage)
+
+    return arrive
+
+
+class _Passage:
+    """One message under way, whose buffers must not be read before `wait`."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.work: Any = None
+        self.came: Any = None
+
+    def start(self, rows: Tensor, sizes: list[int], received_sizes: list[int]) -> Tensor:
+        self.came = rows.new_empty(sum(received_sizes), *rows.shape[1:])
+        self.work = dist.all_to_all_single(
+            self.came, rows, received_sizes, sizes, group=self.group, async_op=True
+        )
+        return self.came
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        came, self.work, self.came = self.came, None, None
+        return came
+
+
+class _Send(torch.autograd.Function):
+    """Rows set out; their gradients are waited for."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, route: Route, passage: _Passage) -> Tensor:
+        ctx.route, ctx.passage, ctx.length = route, passage, len(rows)
+        return passage.start(rows.index_select(0, route.sent), route.sent_sizes, route.received_sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_came: Tensor) -> tuple[Tensor | None, ...]:
+        # The gradient of what came set out in _Place.backward; what returns is that of what was sent.
+        d_rows = d_came.new_zeros(ctx.length, *d_came.shape[1:])
+        return d_rows.index_add_(0, ctx.route.sent, ctx.passage.wait()), None, None
+
+
+class _Place(torch.autograd.Function):
+    """Rows are waited for and put in their places; their gradients set out."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, came: Tensor, route: Route, passage: _Passage) -> Tensor:
+        ctx.route, ctx.passage, ctx.length = route, passage, len(rows)
+        out = rows.new_zeros(route.slots, *rows.shape[1:])
+        out.index_copy_(0, route.kept_places, rows.index_select(0, route.kept))
+        return out.index_copy_(0, route.places, passage.wait())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        route = ctx.route
+        d_came = d_out.index_select(0, route.places)
+        ctx.passage.start(d_came, route.received_sizes, route.sent_sizes)
+        d_rows = d_out.new_zeros(ctx.length, *d_out.shape[1:])
+        d_rows.index_copy_(0, route.kept, d_out.index_select(0, route.kept_places))
+        return d_rows, d_came, None, None

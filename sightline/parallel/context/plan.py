@@ -1,0 +1,217 @@
+"""plan_context: who owns which tokens of packed rows, which keys each rank needs, and who sends what to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sightline.masks import AttentionMask
+from sightline.parallel.context.needs import (
+    Integers,
+    Needs,
+    Pieces,
+    Transfers,
+    build_pieces,
+    count_up,
+    find_needs,
+    find_transfers,
+    place_in_group,
+)
+from sightline.parallel.context.orders import TILE, TOLERANCE, Costs, Piece, balanced, contiguous, headtail, roundrobin
+
+FIXED_ORDERS: dict[str, Callable[[int, int], list[Piece]]] = {
+    "contiguous": contiguous,
+    "headtail": headtail,
+    "roundrobin": roundrobin,
+}
+ORDERS = ("balanced", *FIXED_ORDERS)
+
+
+class RankView(NamedTuple):
+    """One rank's part of one mask. Everything has B first, so a pipeline cuts it along B.
+
+    mask     AttentionMask [B, S / degree, T] of the rank's own queries over the keys it receives. Those lie in the order
+             of the row, first those of token 0; T, the same for all rows, is rounded up (see `received_length`) and the
+             keys past those a row needs are seen by no query.
+    send     int64 [B, degree, M]: which of my own tokens (places in `queries(rank)`) go to each peer, ascending, -1
+             beyond. The entry of my own rank are my own keys that my own queries need.
+    receive  int64 [B, degree, N]: the place, of the T, of each key that comes from each peer, in the order it is sent,
+             -1 beyond
+    """
+
+    mask: AttentionMask
+    send: Tensor
+    receive: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ContextPlan:
+    """What `plan_context` found; see there. Pure integers on the CPU, the same on every rank."""
+
+    masks: Mapping[str, AttentionMask]
+    degree: int
+    pieces: Pieces
+    needs: Mapping[str, Needs]
+    transfers: Mapping[str, Transfers]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, S) of the rows that were planned."""
+        return next(iter(self.masks.values())).shape[:2]
+
+    def queries(self, rank: int) -> Tensor:
+        """int64 [B, S / degree], ascending: the tokens of each row that this rank owns, as query and as key."""
+        mine = self.pieces.rank == rank
+        first, last = self.pieces.first[mine], self.pieces.last[mine]
+        return torch.from_numpy(count_up(first, last - first)).view(self.shape[0], -1)
+
+    def work(self) -> Tensor:
+        """int64 [degree]: pairs that each rank computes, summed over rows and masks (a layer of each)."""
+        rows, length = self.shape
+        pairs = sum((mask.stop - mask.start).sum(dim=2) for mask in self.masks.values())
+        heads = self.pieces.row * length + self.pieces.first
+        of_piece = np.add.reduceat(pairs.view(-1).numpy(), heads, dtype=np.int64)
+        total = np.zeros(self.degree, dtype=np.int64)
+        np.add.at(total, self.pieces.rank, of_piece)
+        return torch.from_numpy(total)
+
+    def sent_keys(self) -> Tensor:
+        """int64 [degree, degree]: keys that rank i sends to rank j, summed over rows and masks (a layer of each)."""
+        sent = np.zeros((self.degree, self.degree), dtype=np.int64)
+        for transfers in self.transfers.values():
+            np.add.at(sent, (transfers.source, transfers.rank), transfers.length)
+        np.fill_diagonal(sent, 0)
+        return torch.from_numpy(sent)
+
+    def received_keys(self) -> Tensor:
+        """int64 [degree]: keys that come from other ranks, summed over rows and masks (a layer of each)."""
+        return self.sent_keys().sum(dim=0)
+
+    def view(self, rank: int, name: str = "attention") -> RankView:
+        """What `rank` attends, sends and receives in a layer of mask `name`."""
+        if name not in self.masks:
+            raise ValueError(f"no mask named {name!r} was planned; there are {sorted(self.masks)}")
+        needs = Needs(*(side[self.needs[name].rank == rank] for side in self.needs[name]))
+        transfers = self.transfers[name]
+        out = Transfers(*(side[transfers.source == rank] for side in transfers))
+        into = Transfers(*(side[transfers.rank == rank] for side in transfers))
+        return RankView(
+            mask=_renumbered(self.masks[name].take_queries(self.queries(rank)), needs),
+            send=self._by_peer(out.row, out.rank, out.own, out.length),
+            receive=self._by_peer(into.row, into.source, into.place, into.length),
+        )
+
+    def _by_peer(self, row: Integers, peer: Integers, begin: Integers, length: Integers) -> Tensor:
+        """The numbers of all runs, in a line for each row and peer: int64 [B, degree, M]."""
+        line = row * self.degree + peer
+        place = place_in_group(line, length)
+        width = int((place + length).max(initial=1))
+        lines = np.full((self.shape[0] * self.degree, width), -1)
+        lines[np.repeat(line, length), count_up(place, length)] = count_up(begin, length)
+        return torch.from_numpy(lines).view(self.shape[0], self.degree, width)
+
+
+def plan_context(
+    masks: AttentionMask | Mapping[str, AttentionMask],
+    degree: int,
+    order: str = "balanced",
+    *,
+    layers: Mapping[str, int] | int = 1,
+) -> ContextPlan:
+    """Divide packed rows among `degree` ranks.
+
+    masks   what queries may see in self-attention: one mask, named "attention", or several by name, of one shape
+    order   "balanced", "contiguous", "headtail" or "roundrobin"; see `orders`
+    layers  how many layers use each mask: the balanced order weighs their pairs with it
+    Errors: ValueError for rows that do not divide by the degree, masks that differ in shape, an unknown order.
+    """
+    named = {"attention": masks} if isinstance(masks, AttentionMask) else dict(masks)
+    named = {name: mask.to("cpu") for name, mask in named.items()}
+    _check(named, degree, order, layers)
+    weights = {name: layers if isinstance(layers, int) else layers[name] for name in named}
+    rows, length, _ = next(iter(named.values())).shape
+    if order == "balanced":
+        pieces = build_pieces(_balanced_rows(named, weights, degree))
+    else:
+        pieces = build_pieces([FIXED_ORDERS[order](length, degree)] * rows)
+    needs = {name: find_needs(mask, pieces) for name, mask in named.items()}
+    transfers = {name: find_transfers(need, pieces, length) for name, need in needs.items()}
+    return ContextPlan(named, degree, pieces, needs, transfers)
+
+
+def _check(masks: Mapping[str, AttentionMask], degree: int, order: str, layers: Mapping[str, int] | int) -> None:
+    if not masks:
+        raise ValueError("plan_context needs at least one mask, got none")
+    if order not in ORDERS:
+        raise ValueError(f"no order named {order!r}; there are {', '.join(ORDERS)}")
+    if degree < 1:
+        raise ValueError(f"a context degree is at least 1, got {degree}")
+    shapes = {name: mask.shape for name, mask in masks.items()}
+    rows, length, _ = next(iter(shapes.values()))
+    if any(shape != (rows, length, length) for shape in shapes.values()):
+        raise ValueError(
+            f"masks planned together must have one shape with as many keys as queries, got (B, Q, T) = {shapes}; "
+            "a mask of another sequence, such as an encoder's, is not planned"
+        )
+    if length % degree:
+        below, above = length // degree * degree, -(-length // degree) * degree
+        lengths = f"{below} or {above}" if below else f"{above}"
+        smaller = max(d for d in range(1, degree) if length % d == 0)
+        larger = next((f" or {d}" for d in range(degree + 1, length + 1) if length % d == 0), "")
+        raise ValueError(
+            f"rows of {length} tokens do not divide among {degree} context ranks; nearest lengths: {lengths}; "
+            f"nearest degrees: {smaller}{larger}"
+        )
+    if not isinstance(layers, int) and set(layers) != set(masks):
+        raise ValueError(f"layers names {sorted(layers)}, the masks are {sorted(masks)}")
+
+
+def _balanced_rows(masks: Mapping[str, AttentionMask], weights: Mapping[str, int], degree: int) -> list[list[Piece]]:
+    """The balanced order of each row; what one rank may have too much of is measured by the whole batch."""
+    rows, length, _ = next(iter(masks.values())).shape
+    work = torch.zeros(rows, length + 1, dtype=torch.int64)
+    cut = torch.zeros(rows, length, dtype=torch.int64)
+    place = torch.arange(length, dtype=torch.int32)[:, None]
+    for name, mask in masks.items():
+        pairs = (mask.stop - mask.start).sum(dim=2, dtype=torch.int32)
+        behind = mask.stop.minimum(place).sub_(mask.start.minimum(place)).sum(dim=2, dtype=torch.int32)
+        work[:, 1:].add_(pairs, alpha=weights[name])
+        cut.add_(behind, alpha=weights[name])
+    work.cumsum_(dim=1)
+    falls = (cut[:, 1:] < cut[:, :-1]).numpy()
+    slack = TOLERANCE * float(work[:, -1].sum()) / (rows * degree)
+    return [
+        balanced(Costs(work[row].numpy().data, cut[row].numpy().data, (falls[row].nonzero()[0] + 1).data), degree, slack)
+        for row in range(rows)
+    ]
+
+
+def received_length(needed: int, share: int) -> int:
+    """T for `needed` keys: rounded up to a quarter of the rank's own tokens in whole tiles of 128.
+
+    So the lengths that kernels meet are few, 4 a rank at most, and a compiled kernel is found again.
+    """
+    step = -(-share // (4 * TILE)) * TILE
+    return max(1, -(-needed // step)) * step
+
+
+def _renumbered(mask: AttentionMask, needs: Needs) -> AttentionMask:
+    """The same pairs over the keys that one rank needs; every interval lies in one run of `needs`."""
+    rows, share, _ = mask.shape
+    stride = mask.key_length + 1
+    start, stop = mask.start.numpy(), mask.stop.numpy()
+    seen = stop > start
+    keys = start + np.arange(rows)[:, None, None] * stride
+    run = np.searchsorted(needs.row * stride + needs.first, keys, side="right") - 1
+    shift = np.append(needs.place - needs.first, 0)[run]
+    needed = int((needs.place + needs.last - needs.first).max(initial=0))
+    return AttentionMask.from_intervals(
+        torch.from_numpy(np.where(seen, start + shift, 0)),
+        torch.from_numpy(np.where(seen, stop + shift, 0)),
+        received_length(needed, share),
+    )

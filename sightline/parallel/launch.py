@@ -1,0 +1,205 @@
+"""Joining the processes that torchrun started, and leaving them so that whoever reads the log knows why.
+
+Each process notes the step it is at in the store they share. When a collective fails, one of those that waited looks
+there for who is missing, and says it; when a process fails by itself, it alone speaks and the others leave in silence.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from sightline.config import Parallel
+from sightline.parallel.mesh import AXES, resolve
+
+GRACE = 2.0
+"""Seconds in which all that wait for the same process have found out that it does not come."""
+
+
+class LostRank(RuntimeError):
+    """Other processes waited for one that did not come. The text names it."""
+
+
+class AnotherRankEnded(Exception):
+    """Another process ended the job and says why; this one leaves with `exit_code` and says nothing."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code
+
+
+class Job:
+    """All processes of a run as one of them sees them, through a store they share."""
+
+    def __init__(self, store: dist.Store, parallel: Parallel, rank: int, world: int) -> None:
+        self.store, self.parallel, self.rank, self.world = store, parallel, rank, world
+        self.step = 0
+
+    def note(self, step: int) -> None:
+        """Tell the others where this process is."""
+        self.step = step
+        self.store.set(f"step/{self.rank}", str(step))
+
+    def claim(self) -> bool:
+        """Whether this process is the one to say why the job ends.
+
+        Where all fail alike (a wrong degree, SIGTERM) it is rank 0: the others give it a second.
+        """
+        if self.rank > 0:
+            time.sleep(1.0)
+        mine = str(self.rank)
+        return self.store.compare_set("speaker", "", mine).decode() == mine
+
+    def stuck(self) -> LostRank | None:
+        """Called by all whose collective failed; one of them returns what to say.
+
+        Whoever waits too says so within GRACE seconds. The process that does not is the one they wait for: it sleeps,
+        works on, or is gone.
+        """
+        self.store.set(f"waits/{self.rank}", "")
+        if not self.claim():
+            self._wait_for_the_speaker()
+            return None
+        time.sleep(GRACE)
+        missing = [rank for rank in range(self.world) if not self.store.check([f"waits/{rank}"])]
+        self.store.set("spoken", "")
+        if not missing:
+            return LostRank(
+                f"processes lost each other at step {self.step}, all {self.world} of them are there: look at the "
+                f"network between the machines, or give a slow step more than --parallel.timeout "
+                f"{self.parallel.timeout} s"
+            )
+        late = ", ".join(self._whereabouts(rank) for rank in missing[:4])
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        return LostRank(
+            f"{late}{more}; {self._named(self.rank)} waits at step {self.step} and has given up "
+            f"(--parallel.timeout {self.parallel.timeout} s, or the connection was cut)"
+        )
+
+    def _whereabouts(self, rank: int) -> str:
+        noted = f"step/{rank}"
+        where = f"at step {self.store.get(noted).decode()}" if self.store.check([noted]) else "before its first step"
+        return f"{self._named(rank)} is {where}"
+
+    def _named(self, rank: int) -> str:
+        return f"rank {rank}{place(self.parallel, rank, self.world)}"
+
+    def _wait_for_the_speaker(self) -> None:
+        """The store may live in this process, and the speaker reads it."""
+        self.store.wait(["spoken"], timedelta(seconds=5 * GRACE))
+
+
+_job: Job | None = None  # as torch.distributed keeps its process group: a process is part of at most one
+
+
+@contextmanager
+def joined(parallel: Parallel, device: torch.device) -> Iterator[torch.device]:
+    """While the block runs, this process is one of those torchrun started; gives the device that is its own.
+
+    Without torchrun there is one process: nothing is started, and `device` comes back.
+
+    Errors: ValueError for more processes than GPUs on a machine, or degrees that do not fit the processes. Inside the
+    block, where several processes end by an error: one keeps its error, in the others AnotherRankEnded takes its place;
+    LostRank for a process that did not come.
+    """
+    global _job
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    timeout = timedelta(seconds=parallel.timeout)
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    _job = Job(dist.PrefixStore(f"sightline/{attempt}", store), parallel, rank, world)
+    try:
+        resolve(parallel, world)
+        device = own_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        yield device
+    except (Exception, KeyboardInterrupt) as error:
+        why = _why(_job, error)
+        if why is error:
+            raise
+        raise why from error
+    finally:
+        _job = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def meet(step: int, signal: int | None) -> int | None:
+    """Between two steps: note the step, and learn of a signal that any process has received, so that all stop alike.
+
+    One integer summed up on the CPU; with one process, nothing.
+    """
+    if _job is None:
+        return signal
+    _job.note(step)
+    received = torch.tensor(signal or 0)
+    dist.all_reduce(received, dist.ReduceOp.MAX)
+    return int(received) or None
+
+
+def own_device(device: torch.device) -> torch.device:
+    """This process's GPU of the machine's, or its share of the CPU's cores where OMP_NUM_THREADS does not say more.
+
+    Errors: ValueError for more processes than GPUs.
+    """
+    local, processes = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if device.type != "cuda":
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+        return device
+    found = torch.cuda.device_count()
+    if processes > found:
+        raise ValueError(
+            f"{processes} processes were started on a machine with {found} GPUs; expected at most one for each. Use "
+            f"torchrun --nproc-per-node {found}"
+        )
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device
+
+
+def place(parallel: Parallel, rank: int, world: int) -> str:
+    """Where a rank stands along each axis that has more than one process: ` (pipeline 1, shard 0)`, or nothing."""
+    parallel = resolve(parallel, world)
+    sizes = [getattr(parallel, axis) for axis in AXES]
+    at = [rank // math.prod(sizes[i + 1 :]) % size for i, size in enumerate(sizes)]
+    named = [f"{axis} {index}" for axis, size, index in zip(AXES, sizes, at, strict=True) if size > 1]
+    return f" ({', '.join(named)})" if named else ""
+
+
+def _why(job: Job, error: BaseException) -> BaseException:
+    """What this process leaves with. What it says itself carries its rank as a note."""
+    said: BaseException | None = None
+    try:
+        if _is_of_a_collective(error):
+            said = job.stuck()
+        elif job.claim():
+            job.store.set("spoken", "")
+            said = error
+    except dist.DistError:
+        pass  # the store went with the process that held it, which has said why, or was killed
+    if said is None:
+        return AnotherRankEnded(exit_code_of(error))
+    said.add_note(f"rank {job.rank}")
+    return said
+
+
+def _is_of_a_collective(error: BaseException) -> bool:
+    """gloo raises a plain RuntimeError; its source's path is in the text."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Of a command that ends with this error: what the error says of itself, 2 for what the user asked, else 1."""
+    return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)

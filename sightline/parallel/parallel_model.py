@@ -1,0 +1,112 @@
+"""A model as one of many processes holds it: what a step, a validation and a checkpoint need of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from sightline.config import Parallel
+from sightline.masks import AttentionMask
+from sightline.models.decoder import Masks
+from sightline.parallel.mesh import Mesh
+
+Inputs = dict[str, Any]
+"""What a model's forward takes, by name: tokens, labels, positions, attention_masks and the batch's extra."""
+
+
+class ParallelModel:
+    """The parts of a model that this process has, run as the whole.
+
+    mesh    this process's place
+    whole   the whole model, without memory for its weights where others hold some of them: it makes the masks and
+            knows the counts
+    stages  this process's parts, whose parameters keep the names they have in the whole
+    dtype   precision of forward and backward
+    """
+
+    def __init__(self, mesh: Mesh, whole: Any, stages: list[Any], *, dtype: str = "float32") -> None:
+        self.mesh, self.whole, self.stages, self.dtype = mesh, whole, stages, dtype
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those of this process, a tied weight once."""
+        for stage in self.stages:
+            yield from stage.named_parameters()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Parameters and buffers of this process, as torch.distributed.checkpoint writes and reads them."""
+        return {name: value for stage in self.stages for name, value in stage.state_dict().items()}
+
+    def train(self, mode: bool = True) -> None:
+        for stage in self.stages:
+            stage.train(mode)
+
+    def rows_at_once(self, rows: int, micro_batch_size: int) -> int:
+        """How many of this process's rows a `forward_backward` takes; a pipeline cuts them up by itself."""
+        return micro_batch_size
+
+    def own_tokens(self, inputs: Inputs) -> Inputs:
+        """From whole rows on the CPU to what this process computes of them, on its device."""
+        return place(inputs, self.mesh.device)
+
+    def forward_backward(self, inputs: Inputs, scale: float, *, last: bool = True) -> Tensor:
+        """Add the gradients of scale * the sum of the token losses; returns that number, of this process's tokens.
+
+        last  whether this is the step's last call: only then do the processes add their gradients up
+        """
+        (model,) = self.stages
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+        with self.autocast():
+            loss = model(**inputs) * scale
+        loss.backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Inputs) -> Tensor:
+        """The sum of the losses of this process's tokens."""
+        (model,) = self.stages
+        with self.autocast():
+            return model(**inputs)
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 where the run wants it; in float32 it does nothing."""
+        return torch.autocast(self.mesh.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+    @property
+    def speaker(self) -> Any:
+        """What `generate` takes as the model. All processes generate the same text together."""
+        return self.stages[0]
+
+    def finish_step(self) -> dict[str, Tensor]:
+        """The models' own `finish_step`; the scalars of all layers, wherever they lie."""
+        told = {name: value for stage in self.stages for name, value in stage.finish_step().items()}
+        return told
+
+    def get_attention_masks(self, batch: Any, tokenizer: object = None) -> Masks:
+        return self.whole.get_attention_masks(batch, tokenizer)
+
+    def flops_per_token(self) -> float:
+        return self.whole.flops_per_token()
+
+    def flops_per_pair(self, name: str) -> float:
+        """Forward and backward FLOPs of one visible pair of the mask called `name`, over all layers that use it."""
+        flops = self.whole.attention_flops_per_pair()
+        return flops[name] if isinstance(flops, dict) else flops
+
+
+def on_one_process(model: Any, *, dtype: str = "float32") -> ParallelModel:
+    """A model that is whole and alone."""
+    return ParallelModel(Mesh(Parallel(), next(model.parameters()).device), model, [model], dtype=dtype)
+
+
+def place(inputs: Inputs, device: torch.device | str) -> Inputs:
+    """The same on a device."""
+    moved = {name: value.to(device, non_blocking=True) for name, value in inputs.items() if isinstance(value, Tensor)}
+    masks = inputs["attention_masks"]
+    if isinstance(masks, AttentionMask):
+        return {**moved, "attention_masks": masks.to(device)}
+    return {**moved, "attention_masks": {name: mask.to(device) for name, mask in masks.items()}}

@@ -1,0 +1,197 @@
+"""Stages of a pipeline: where a model is cut, which process has which stage, and which batches a schedule takes."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import cache
+from itertools import accumulate
+from typing import Any
+
+from torch import nn
+
+from sightline.config import Parallel, Training
+from sightline.layers.moe import MoE
+from sightline.models.decoder import Decoder
+from sightline.parallel.mesh import Mesh, nearest
+
+ONE_STAGE = ("GPipe", "1F1B")
+"""Schedules under which each process has one stage; under the others it has two."""
+V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
+"""Schedules that place the stages down the processes and up again; the others begin anew at the first process."""
+SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+"""Schedules that compute the gradients of the weights apart from those of the activations, to fill waiting with."""
+
+
+def stages_of(parallel: Parallel, process: int) -> list[int]:
+    """The stages of a process, in the order of the model.
+
+    Of 6 stages on 3 processes: 0 1 2 0 1 2, or under a V-shaped schedule 0 1 2 2 1 0.
+    """
+    n = parallel.pipeline
+    if parallel.pipeline_schedule in ONE_STAGE:
+        return [process]
+    return [process, 2 * n - 1 - process if parallel.pipeline_schedule in V_SHAPED else n + process]
+
+
+def count_stages(parallel: Parallel) -> int:
+    """Stages of the whole pipeline."""
+    return parallel.pipeline * len(stages_of(parallel, 0))
+
+
+def owners(parallel: Parallel) -> list[int]:
+    """The process of each stage."""
+    held = {stage: process for process in range(parallel.pipeline) for stage in stages_of(parallel, process)}
+    return [held[stage] for stage in range(len(held))]
+
+
+def cut(whole: Decoder, stages: int) -> list[range]:
+    """The layers of each stage: every stage at least one, the busiest with as little work as can be.
+
+    Work is counted in `matmul_parameters`. So the embedding, which is only looked up, counts nothing, and the output
+    projection as many layers as it is larger than one: with a vocabulary of 128k and a width of 4096 it is worth 2.4
+    layers of Llama 3 8B, and the last stage has that many fewer. Attention's scores are left out.
+
+    Errors: ValueError for more stages than layers.
+    """
+    if stages > len(whole.layers):
+        raise ValueError(
+            f"{stages} pipeline stages need as many layers, and the model has {len(whole.layers)}; expected at most "
+            f"{len(whole.layers)} stages: --parallel.pipeline times one with the schedules {' and '.join(ONE_STAGE)}, "
+            "times two with the others"
+        )
+    total = list(accumulate((matmul_parameters(layer) for layer in whole.layers.values()), initial=0.0))
+    end = len(whole.layers)
+    layers = total[-1]
+    outside = {name: matmul_parameters(part) for name, part in whole.named_children() if name != "layers"}
+    head = outside.pop("output", None) or float(whole.config.vocab_size * whole.config.width)  # tied: the embedding
+    before = sum(outside.values())
+
+    @cache
+    def best(first: int, left: int) -> tuple[float, float, tuple[int, ...]]:
+        """For `left` stages from layer `first` on: the most work of one, the sum of squares, where each begins."""
+        here = before if first == 0 else 0.0
+        if left == 1:
+            work = here + layers - total[first] + head
+            return work, work**2, (first,)
+        choices = []
+        for stop in range(first + 1, end - left + 2):
+            work = here + total[stop] - total[first]
+            most, squares, begins = best(stop, left - 1)
+            choices.append((max(work, most), work**2 + squares, (first, *begins)))
+        return min(choices)
+
+    begins = best(0, stages)[2]
+    return [range(first, stop) for first, stop in zip(begins, (*begins[1:], end), strict=True)]
+
+
+def matmul_parameters(module: nn.Module) -> float:
+    """Parameters that a token is multiplied with: of the experts those it is sent to, of an embedding none."""
+    if isinstance(module, nn.Embedding):
+        return 0.0
+    count = float(sum(p.numel() for p in module.parameters() if p.dim() > 1))
+    for part in module.modules():
+        if isinstance(part, MoE):
+            experts = sum(p.numel() for p in part.experts.parameters() if p.dim() > 1)
+            count -= experts * (1 - part.router.top_k / len(part.router.weight))
+    return count
+
+
+def take_stages(whole: Decoder, mesh: Mesh) -> list[Decoder]:
+    """This process's stages of a skeleton: copies without the parts that lie elsewhere, whose names are as they were.
+
+    Errors: ValueError for more stages than layers, and for a model whose ends cannot be parted.
+    """
+    check_ends(whole)
+    parallel = mesh.parallel
+    ranges = cut(whole, count_stages(parallel))
+    return [
+        take_layers(whole, ranges[stage], first=stage == 0, last=stage == len(ranges) - 1)
+        for stage in stages_of(parallel, mesh.index("pipeline"))
+    ]
+
+
+def check_ends(whole: Decoder) -> None:
+    """Refuse a model that needs its embedding where its head is."""
+    if whole.config.tied_embeddings:
+        raise ValueError(
+            "model.tied-embeddings is on, and a pipeline has the embedding on its first process and the output "
+            "projection on its last; expected a model with a weight for each: use --model.no-tied-embeddings, or "
+            "--parallel.pipeline 1"
+        )
+    if getattr(whole.config, "prediction_weight", None) is not None:
+        raise ValueError(
+            f"model.prediction-weight is {whole.config.prediction_weight}, and predicting a token further needs the "
+            "embedding and the head of the model on one process, which a pipeline parts; expected None: use "
+            "--model.prediction-weight None, or --parallel.pipeline 1"
+        )
+
+
+def take_layers(whole: Decoder, layers: range, *, first: bool, last: bool) -> Decoder:
+    """A copy of a skeleton with these layers alone, and with what stands before them and behind them if it is the first
+    and the last stage."""
+    stage: Any = deepcopy(whole)
+    for index, name in enumerate(whole.layers):
+        if index not in layers:
+            del stage.layers[name]
+    for name, part in list(stage.named_children()):
+        behind = name in ("norm", "output")
+        if part is not stage.layers and not (last if behind else first):
+            setattr(stage, name, None)
+    return stage
+
+
+def count_microbatches(parallel: Parallel, training: Training, rows: int) -> int:
+    """Microbatches that a process's `rows` of a step are cut into.
+
+    Errors: ValueError where the rows cannot be cut into microbatches of training.micro_batch_size, or the schedule does
+    not work with that many; it names the sizes that work.
+    """
+    size, schedule = training.micro_batch_size, parallel.pipeline_schedule
+    check_compile(parallel, training)
+    if rows % size == 0 and fits(parallel, rows // size):
+        return rows // size
+    came = f"training.micro-batch-size {size} cuts the {rows} rows of a process into "
+    came += f"{rows // size} microbatches" if rows % size == 0 else "unequal microbatches"
+    sizes = [n for n in range(1, rows + 1) if rows % n == 0 and fits(parallel, rows // n)]
+    remedy = (
+        f"use --training.micro-batch-size {nearest(size, sizes)}" if sizes else "raise --training.global-batch-size"
+    )
+    raise ValueError(f"{came}, but {schedule} on {parallel.pipeline} processes takes {takes(parallel)}; use {remedy}")
+
+
+def check_compile(parallel: Parallel, training: Training) -> None:
+    """Refuse what has no meaning: a compiled layer computes both kinds of gradients in one piece."""
+    if training.compile and parallel.pipeline_schedule in SPLIT_BACKWARD:
+        raise ValueError(
+            f"parallel.pipeline-schedule {parallel.pipeline_schedule} computes the gradients of the weights apart from "
+            "the others, which compiled layers cannot; use --training.no-compile, or one of the schedules 1F1B, GPipe, "
+            "Interleaved1F1B, LoopedBFS"
+        )
+
+
+def fits(parallel: Parallel, microbatches: int) -> bool:
+    """Whether the schedule works with so many microbatches."""
+    n = parallel.pipeline
+    match parallel.pipeline_schedule:
+        case "1F1B":
+            return microbatches >= n
+        case "DualPipeV":
+            return microbatches >= 2 * n
+        case "Interleaved1F1B" | "InterleavedZeroBubble":
+            return microbatches % max(1, microbatches // n) == 0
+        case _:
+            return True
+
+
+def takes(parallel: Parallel) -> str:
+    """Which numbers of microbatches those are, in words."""
+    n = parallel.pipeline
+    match parallel.pipeline_schedule:
+        case "1F1B":
+            return f"at least {n} equal ones, one for each process"
+        case "DualPipeV":
+            return f"at least {2 * n} equal ones, one for each stage"
+        case "Interleaved1F1B" | "InterleavedZeroBubble":
+            return f"a multiple of {n} equal ones, or fewer than {2 * n}"
+        case _:
+            return "equal ones"

@@ -1,0 +1,117 @@
+"""`sightline generate` from Hugging Face directories, and with images. Runs are in test_processes.py."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sightline.cli import generate
+from sightline.data import Tokenizer, pack_patches, train_tokenizer
+from sightline.data.images import caption_documents, draw
+from sightline.models import build_model, generation, save_pretrained
+
+IMAGE_TOKEN = 511  # of vlm-debug, whose token of an image is 8 x 8 pixels
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(caption_documents(), 300)
+
+
+@pytest.fixture(scope="module", params=["llama3", "vlm"])
+def directory(request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(request.param, tokenizer, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def seeing(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model("vlm", tokenizer, tmp_path_factory.mktemp("seeing"))
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two files: 1 x 2 and 2 x 1 tokens."""
+    folder, rng = tmp_path_factory.mktemp("drawings"), np.random.default_rng(0)
+    paths = []
+    for caption, height, width in (("a large red circle on white", 8, 16), ("a small blue cross on black", 16, 8)):
+        paths.append(folder / f"{height}x{width}.png")
+        Image.fromarray(draw(caption, height, width, rng)).save(paths[-1])
+    return paths
+
+
+def write_model(family: str, tokenizer: Tokenizer, directory: Path) -> Path:
+    torch.manual_seed(0)
+    save_pretrained(build_model(f"{family}-debug"), directory)
+    tokenizer.save(directory / "tokenizer.json")
+    return directory
+
+
+def told(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    generate.main([*map(str, arguments), "--max-new-tokens", "8", "--device", "cpu"])
+    return capsys.readouterr().out
+
+
+def test_a_hugging_face_directory_continues_a_prompt(directory: Path, tokenizer: Tokenizer, capsys) -> None:
+    model = generate.load_pretrained(directory)
+    expected = generation.generate(model, tokenizer, "a small", max_new_tokens=8, seed=2)
+    assert told(capsys, directory, "--prompt", "a small", "--seed", 2) == f"a small{expected}\n"
+
+
+def test_weights_in_half_precision_are_computed_in_float32_on_a_cpu(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_pretrained(build_model("llama3-debug"), tmp_path, dtype=torch.bfloat16)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    model, _ = generate.open_model(tmp_path, torch.device("cpu"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32} and not model.training
+
+
+def test_a_directory_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    save_pretrained(build_model("llama3-debug"), tmp_path)
+    with pytest.raises(ValueError, match="no tokenizer at"):
+        generate.main([str(tmp_path)])
+
+
+def test_images_stand_where_the_prompt_has_a_place(
+    seeing: Path, tokenizer: Tokenizer, drawings: list[Path], capsys: pytest.CaptureFixture
+) -> None:
+    """Against tokens and patches put together by hand: `[begin] image " a" image image " the"`."""
+    text = [tokenizer.encode_prompt(part)[1:] for part in ("a", "the")]
+    ids = [tokenizer.bos_id, *[IMAGE_TOKEN] * 2, *text[0], *[IMAGE_TOKEN] * 2, *text[1]]
+    extra = pack_patches([[np.asarray(Image.open(path)) for path in drawings]], 4)
+    assert extra["patch_grid"].tolist() == [[[2, 4], [4, 2]]]
+    expected = generation.generate(
+        generate.load_pretrained(seeing), tokenizer, ids, extra=extra, max_new_tokens=8, seed=0
+    )
+    options = [option for path in drawings for option in ("--image", path)]
+    assert told(capsys, seeing, *options, "--prompt", "<image>a<image>the") == f"<image>a<image>the{expected}\n"
+    other = told(capsys, seeing, *options[2:], *options[:2], "--prompt", "<image>a<image>the")
+    assert other != f"<image>a<image>the{expected}\n", "another order is another prompt"
+
+
+def test_images_without_a_place_and_places_without_an_image_are_refused(seeing: Path, drawings: list[Path]) -> None:
+    for prompt, given, counts in (
+        ("a", 1, "0 places .* given 1"),
+        ("<image>a", 2, "1 places .* 2"),
+        ("<image>", 0, "1 .* 0"),
+    ):
+        options = [option for path in drawings[:given] for option in ("--image", str(path))]
+        with pytest.raises(ValueError, match=rf"the prompt '{prompt}' has {counts} times; write <image> where"):
+            generate.main([str(seeing), "--prompt", prompt, *options])
+
+
+def test_a_model_that_reads_text_alone_refuses_images(
+    tokenizer: Tokenizer, drawings: list[Path], tmp_path: Path
+) -> None:
+    write_model("llama3", tokenizer, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"--image .*8x16.png: a Llama3 reads text alone; take a model of the family vlm"
+    ):
+        generate.main([str(tmp_path), "--prompt", "<image>a", "--image", str(drawings[0])])
+    assert generate.read_prompt("<image>a", [], build_model("llama3-debug").config, tokenizer) == ("<image>a", {})
+
+
+def test_a_file_that_is_no_image_is_refused(seeing: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"cannot read an image from .*notes.png"):
+        generate.main([str(seeing), "--prompt", "<image>a", "--image", str(tmp_path / "notes.png")])

@@ -1,0 +1,41 @@
+"""Batches that are hard to share: documents of any length, of one token, as long as the row, and rows of padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from sightline import Batch
+from sightline.batch import IGNORE, RowBuilder
+from sightline.models import VLMConfig
+
+LENGTH = 52  # no half of a quarter, no multiple of a tile
+LENGTHS = [[17, 1, 5, 1, 1, 23, 3], [LENGTH], [1, 30, 1, 11], [], [2, 50]]
+"""Documents of each row; what is left of a row is padding."""
+
+
+def pack(lengths: Sequence[Sequence[int]], vocab_size: int = 512, length: int = LENGTH, seed: int = 0) -> Batch:
+    """Rows of documents of these lengths, of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [RowBuilder(length) for _ in lengths]
+    for row, documents in zip(rows, lengths, strict=True):
+        for size in documents:
+            row.add(torch.randint(vocab_size - 1, (size,), generator=generator).tolist())
+    return Batch.from_rows([row.finish(pad_token=0) for row in rows])
+
+
+def pack_images(config: VLMConfig) -> Batch:
+    """The same rows with images in them, of 1 to 6 tokens; rows of no image, of two side by side, of one at both ends."""
+    batch = pack(LENGTHS, config.vocab_size)
+    images = [[(0, 2, 4), (6, 2, 2), (18, 4, 4), (29, 2, 12)], [(10, 6, 4), (16, 2, 2)], [(0, 2, 2), (31, 4, 2)], [], []]
+    grid = torch.zeros(len(images), 4, 2, dtype=torch.int64)
+    patches = torch.randn(len(images), 64, config.vision.patch_channels, generator=torch.Generator().manual_seed(1))
+    tokens, labels = batch.tokens.clone(), batch.labels.clone()
+    for row, placed in enumerate(images):
+        for number, (at, height, width) in enumerate(placed):
+            tokens[row, at : at + height * width // config.merge**2] = config.image_token
+            grid[row, number] = torch.tensor([height, width])
+    labels[:, :-1] = torch.where(labels[:, :-1] == IGNORE, IGNORE, tokens[:, 1:])
+    return replace(batch, tokens=tokens, labels=labels, extra={"patches": patches, "patch_grid": grid})

@@ -1,0 +1,157 @@
+"""Experts dealt out among processes: losses, gradients and balances are those of one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sightline import Batch
+from sightline.batch import RowBuilder
+from sightline.config import Parallel
+from sightline.layers import routers_of
+from sightline.models import build_skeleton, config_of, draw_weights
+from sightline.models.drawing import draw
+from sightline.parallel.expert import apply_expert, sort_by_expert, sum_router_counts
+from sightline.parallel.mesh import Mesh
+from sightline.parallel.shard import apply_shard
+from tests.parallel.processes import on_processes
+
+CPU = torch.device("cpu")
+FAMILIES = ["qwen3-debug-moe", "deepseek_v3-debug", "gpt_oss-debug", "llama4-debug", "qwen3_next-debug"]
+
+
+def four_rows() -> Batch:
+    """Four rows of 40 tokens, all of other documents; the last row is half padding."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = [30, 10, 1, 25, 14, 40, 3, 17]
+    return Batch.from_documents([torch.randint(512, (n,), generator=generator).tolist() for n in lengths], length=40)
+
+
+def build(name: str, mesh: Mesh | None = None, **changes: Any) -> Any:
+    """The same model on every mesh, its experts dealt out; no bias is 0."""
+    model = build_skeleton(replace(config_of(name), **changes))
+    if mesh is not None:
+        apply_expert(model, mesh)
+    model.to_empty(device="cpu")
+    torch.manual_seed(0)
+    draw_weights(model)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("bias"):
+            draw(parameter, lambda whole: whole.normal_(std=0.3))
+    return model
+
+
+def run(model: Any, batch: Batch) -> Tensor:
+    loss = model(
+        batch.tokens,
+        attention_masks=model.get_attention_masks(batch),
+        positions=batch.positions,
+        labels=batch.labels,
+    )
+    loss.backward()
+    return loss.detach()
+
+
+def learn(model: Any, parts: list[Batch], mesh: Mesh | None = None) -> dict[str, Tensor]:
+    """Loss, gradients and balances of a step over this process's parts of a batch, all summed over the processes."""
+    sums = {"loss": torch.stack([run(model, part) for part in parts]).sum()}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor):
+            sums[name] = gradient.full_tensor()
+        else:
+            assert gradient is not None, name
+            sums[name] = gradient if mesh is None else mesh.sum(gradient, "loss")
+    if mesh is not None:
+        sums["loss"] = mesh.sum(sums["loss"], "loss")
+        sum_router_counts([model], mesh)
+    sums |= model.finish_step()
+    sums |= {f"{name}.balance": r.balance for name, r in routers_of(model).items() if r.balance is not None}
+    return sums
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.abs().max() > 0, f"{name} would be equal whatever happens"
+        scale = value.abs().max()
+        torch.testing.assert_close(
+            got[name] / scale, value / scale, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def step_of(rank: int, name: str, degrees: dict[str, int], batch: Batch, starved: bool = False) -> dict[str, Tensor]:
+    """This process's part of a step. The experts see what others would: one of them may hold nothing but padding."""
+    mesh = Mesh(Parallel(**degrees), CPU)
+    model = build(name, mesh)
+    if starved:
+        starve(model)
+    if mesh.world > mesh.size("expert"):
+        apply_shard(model, mesh, dtype="float32")
+    size = len(batch.tokens) // mesh.size("data")
+    first = mesh.index("data") * size
+    return learn(model, [batch[first : first + size]], mesh)
+
+
+def starve(model: Any) -> None:
+    """No token chooses one of the first four experts."""
+    for router in routers_of(model).values():
+        router.balance[:4] = -10.0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_processes_compute_what_one_computes(name: str) -> None:
+    rows = four_rows()
+    expected = learn(build(name), [rows[:2], rows[2:]])
+    for got in on_processes(2, step_of, name, {"expert": 2}, rows):
+        assert_same(got, expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt_oss-debug", *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES if n != "gpt_oss-debug")]
+)
+@pytest.mark.parametrize("degrees", [{"shard": 4, "expert": 2}, {"replicate": 2, "shard": 2, "expert": 2}], ids=str)
+def test_with_shared_weights(name: str, degrees: dict[str, int]) -> None:
+    rows = four_rows()
+    expected = learn(build(name), [rows[i : i + 1] for i in range(4)])
+    for got in on_processes(4, step_of, name, degrees, rows):
+        assert_same(got, expected)
+
+
+def test_a_process_whose_experts_nobody_chooses() -> None:
+    rows = four_rows()
+    model = build("deepseek_v3-debug")
+    starve(model)
+    expected = learn(model, [rows[:2], rows[2:]])
+    (gate,) = (value for name, value in expected.items() if name.endswith("experts.gate"))
+    assert not gate[:4].any() and gate[4:].any()
+    for got in on_processes(2, step_of, "deepseek_v3-debug", {"expert": 2}, rows, True):
+        assert_same(got, expected)
+
+
+def test_a_process_with_nothing_but_padding() -> None:
+    rows = Batch.from_rows(
+        [
+            *zip(*(t.tolist() for t in vars(four_rows()[:2]).values() if isinstance(t, Tensor)), strict=True),
+            *[RowBuilder(40).finish(0)] * 2,
+        ]
+    )
+    expected = learn(build("qwen3-debug-moe"), [rows])
+    for got in on_processes(2, step_of, "qwen3-debug-moe", {"expert": 2}, rows):
+        assert_same(got, expected)
+
+
+def test_sorting_by_expert_by_hand() -> None:
+    """Of process 0 two rows for expert 0 and one for expert 1, of process 1 one and two."""
+    there, back = sort_by_expert(torch.tensor([[2, 1], [1, 2]]), 6)
+    assert there.tolist() == [0, 1, 3, 2, 4, 5]
+    assert back.tolist() == [0, 1, 3, 2, 4, 5]
+    there, back = sort_by_expert(torch.tensor([[0, 2, 1], [1, 0, 0], [1, 1, 0]]), 6)
+    assert there.tolist() == [3, 4, 0, 1, 5, 2]
+    assert [there.tolist().index(i) for i in range(6)] == back.tolist()
+    assert sort_by_expert(torch.zeros(2, 2, dtype=torch.int64), 0)[0].tolist() == []

@@ -1,0 +1,168 @@
+"""Processes that join, agree on when to stop, and end each other with one message."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sightline.config import Parallel
+from sightline.parallel.launch import AnotherRankEnded, LostRank, exit_code_of, joined, meet, place
+from sightline.parallel.mesh import Mesh
+from tests.parallel.processes import CONTEXT
+
+CPU = torch.device("cpu")
+
+
+def started(world: int, body: Callable[[int], object], parallel: Parallel) -> list[object]:
+    """What `body(rank)` gives inside `joined`, or the error that came out of it, by rank; "gone" for one that died."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world)]
+    processes = [
+        CONTEXT.Process(target=_start, args=(rank, world, port, body, parallel, pipe[1]), daemon=True)
+        for rank, pipe in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        return [receive(pipe, process) for (pipe, _), process in zip(pipes, processes, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def receive(pipe: Connection, process: BaseProcess) -> object:
+    deadline = time.monotonic() + 120
+    while not pipe.poll(0.05):
+        assert time.monotonic() < deadline
+        if not process.is_alive():
+            return "gone"
+    return pipe.recv()
+
+
+def _start(rank: int, world: int, port: int, body: Callable[[int], object], parallel: Parallel, pipe) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    try:
+        with joined(parallel, CPU):
+            value = body(rank)
+        assert not dist.is_initialized()
+        pipe.send(value)
+    except BaseException as error:
+        assert not dist.is_initialized()
+        pipe.send((type(error).__name__, str(error), getattr(error, "__notes__", []), exit_code_of(error)))
+    time.sleep(20)  # rank 0 holds the store until all have left
+
+
+def test_one_process_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined(Parallel(tensor=4), CPU) as device:  # the degrees are the mesh's to refuse
+        assert device == CPU and not dist.is_initialized()
+        assert meet(7, None) is None and meet(7, 15) == 15
+
+
+def sum_of_ranks(rank: int) -> object:
+    value = torch.tensor(rank)
+    dist.all_reduce(value)
+    return int(value), Mesh(Parallel(tensor=2), CPU).index("tensor"), torch.get_num_threads() > 0
+
+
+def test_processes_join_and_leave() -> None:
+    assert started(2, sum_of_ranks, Parallel(tensor=2)) == [(1, 0, True), (1, 1, True)]
+
+
+def stop_together(rank: int) -> object:
+    stops = [meet(step, 15 if rank == 1 and step >= 2 else None) for step in range(4)]
+    return stops
+
+
+def test_a_signal_to_one_process_reaches_all_at_the_same_step() -> None:
+    assert started(2, stop_together, Parallel()) == [[None, None, 15, 15]] * 2
+
+
+def fail_alone(rank: int) -> object:
+    meet(1, None)
+    if rank == 1:
+        raise FileNotFoundError("no such file")
+    return [meet(step, None) for step in range(2, 5)]
+
+
+def test_the_process_that_fails_speaks_and_the_others_are_silent() -> None:
+    told = started(3, fail_alone, Parallel())
+    assert told[1] == ("FileNotFoundError", "no such file", ["rank 1"], 1)
+    assert told[0] == told[2] == ("AnotherRankEnded", "", [], 1)
+
+
+def fail_alike(rank: int) -> object:
+    raise ValueError("a wrong option")
+
+
+def test_where_all_fail_alike_rank_0_speaks() -> None:
+    told = started(2, fail_alike, Parallel())
+    assert told == [("ValueError", "a wrong option", ["rank 0"], 2), ("AnotherRankEnded", "", [], 2)]
+
+
+def test_degrees_that_do_not_fit_are_told_once() -> None:
+    told = started(2, sum_of_ranks, Parallel(tensor=3))
+    assert told[0][0] == "ValueError" and "does not divide the 2 processes" in told[0][1]  # type: ignore[index]
+    assert told[1] == ("AnotherRankEnded", "", [], 2)
+
+
+def sleep_before_step_2(rank: int) -> object:
+    meet(1, None)
+    if rank == 2:
+        time.sleep(15)
+    meet(2, None)
+    return None
+
+
+def sleep_inside_step_1(rank: int) -> object:
+    meet(1, None)
+    if rank == 2:
+        time.sleep(15)
+    dist.all_reduce(torch.ones(3))
+    return None
+
+
+@pytest.mark.parametrize(("late", "waits"), [(sleep_before_step_2, 2), (sleep_inside_step_1, 1)])
+def test_the_late_process_is_named_once(late: Callable[[int], object], waits: int) -> None:
+    told = started(4, late, Parallel(pipeline=2, shard=2, timeout=4))
+    lost = [error for error in told if error[0] == "LostRank"]  # type: ignore[index]
+    assert len(lost) == 1 and sum(error[0] == "AnotherRankEnded" for error in told) == 3  # type: ignore[index]
+    assert lost[0][1].startswith("rank 2 (pipeline 1, shard 0) is at step 1; rank ")  # type: ignore[index]
+    assert f"waits at step {waits} and has given up (--parallel.timeout 4 s" in lost[0][1]  # type: ignore[index]
+
+
+def die(rank: int) -> object:
+    meet(1, None)
+    if rank == 1:
+        os._exit(1)
+    return [meet(step, None) for step in range(2, 5)]
+
+
+def test_a_process_that_is_gone_is_named() -> None:
+    told = started(2, die, Parallel())
+    assert told[1] == "gone"
+    assert told[0][0] == "LostRank"  # type: ignore[index]
+    assert told[0][1].startswith("rank 1 (shard 1) is at step 1; rank 0 (shard 0) waits at step 2")  # type: ignore[index]
+
+
+def test_places() -> None:
+    degrees = Parallel(pipeline=2, context=2, tensor=2)
+    assert place(degrees, 0, 8) == " (pipeline 0, context 0, tensor 0)"
+    assert place(degrees, 6, 8) == " (pipeline 1, context 1, tensor 0)"
+    assert place(Parallel(), 3, 4) == " (shard 3)" and place(Parallel(), 0, 1) == ""
+
+
+def test_exit_codes() -> None:
+    codes = [exit_code_of(error) for error in (ValueError(), RuntimeError(), LostRank(), AnotherRankEnded(143))]
+    assert codes == [2, 1, 1, 143]

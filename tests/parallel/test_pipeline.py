@@ -1,0 +1,197 @@
+"""Pipelines of two processes against one process: losses, every gradient, the routers' counts, validation and text.
+
+The rows of a batch all have other documents. So a stage that works on one microbatch under the mask, the positions or
+the labels of another one gives another loss: `test_a_mask_of_another_microbatch_would_be_noticed` shows by how much.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sightline import Batch
+from sightline.config import Parallel
+from sightline.layers import routers_of
+from sightline.masks import AttentionMask
+from sightline.models import MODELS, build_model, build_skeleton, draw_weights
+from sightline.models.generation import generate
+from sightline.parallel.mesh import Mesh
+from sightline.parallel.pipeline import Pipelined
+from sightline.parallel.pipeline_stages import take_stages
+from tests.parallel.processes import on_processes
+
+ROWS, LENGTH, MICRO = 8, 32, 2
+SCALE = 1 / 200
+CONFIGS = {
+    "llama3": replace(MODELS["llama3-debug"], layers=4),
+    "llama4": replace(MODELS["llama4-debug"], auxiliary_loss=0.1),
+    "qwen3": replace(MODELS["qwen3-debug"], layers=4),
+    "qwen3-moe": replace(MODELS["qwen3-debug-moe"], layers=4, auxiliary_loss=0.1),
+    "qwen3_next": replace(MODELS["qwen3_next-debug"], auxiliary_loss=0.1),
+    "deepseek_v3": replace(MODELS["deepseek_v3-debug"], layers=4, auxiliary_loss=0.1),
+    "gpt_oss": replace(MODELS["gpt_oss-debug"], layers=4, auxiliary_loss=0.1),
+    "vlm": replace(MODELS["vlm-debug"], layers=4),
+}
+SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+
+
+def make_batch(name: str) -> Batch:
+    """Rows of documents of random lengths, with padding; for the VLM one image of another size in each."""
+    draw = torch.Generator().manual_seed(1)
+    rows = []
+    for row in range(ROWS):
+        lengths = torch.randint(1, 14, (8,), generator=draw).tolist()
+        if name == "vlm":
+            lengths[0] = 12
+        ids = [torch.randint(1, 500, (length,), generator=draw).tolist() for length in lengths]
+        if name == "vlm":
+            ids[0][2 : 2 + 2 * (1 + row % 4)] = [511] * (2 * (1 + row % 4))
+        kept: list[list[int]] = []
+        for document in ids:
+            if sum(map(len, kept)) + len(document) <= LENGTH:
+                kept.append(document)
+        rows.append(Batch.from_documents(kept, LENGTH))
+    facts = {n: torch.cat([getattr(row, n) for row in rows]) for n in ("tokens", "labels", "document_ids", "positions")}
+    extra = {}
+    if name == "vlm":
+        facts["labels"] = facts["labels"].masked_fill(facts["labels"] == 511, -100)
+        extra["patch_grid"] = torch.tensor([[[4, 2 * (1 + row % 4)]] for row in range(ROWS)])
+        extra["patches"] = torch.randn(ROWS, 32, CONFIGS["vlm"].vision.patch_channels, generator=draw)
+    return Batch(**facts, extra=extra)
+
+
+def inputs_of(model: Any, batch: Batch) -> dict[str, Any]:
+    masks = model.get_attention_masks(batch)
+    facts = {"tokens": batch.tokens, "labels": batch.labels, "positions": batch.positions, "attention_masks": masks}
+    return facts | batch.extra
+
+
+def each_mask(masks: Any, change: Any) -> Any:
+    return {n: change(m) for n, m in masks.items()} if isinstance(masks, dict) else change(masks)
+
+
+def mask_of_first(mask: AttentionMask) -> AttentionMask:
+    """The mask of the first microbatch for all of them."""
+    return mask[torch.arange(MICRO).repeat(ROWS // MICRO)]
+
+
+class Letters:
+    """Token i is the character i; nothing ends a text."""
+
+    eos_id = -1
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(i) for i in ids)
+
+
+def say(model: Any) -> str:
+    return generate(model, Letters(), "a cat and a dog in one long row", max_new_tokens=24, temperature=0)
+
+
+def state(stages: list[Any], loss: Tensor) -> dict[str, Any]:
+    """What a step leaves behind on one process."""
+    gradients = {name: p.grad for stage in stages for name, p in stage.named_parameters()}
+    counts = {name: router.counts for stage in stages for name, router in routers_of(stage).items()}
+    return {"loss": loss.detach(), "gradients": gradients, "counts": counts}
+
+
+def on_one_process(name: str) -> dict[str, Any]:
+    """The same rows, a microbatch after the other; and the same again without gradients."""
+    torch.manual_seed(0)
+    model = build_model(CONFIGS[name])
+    inputs = [inputs_of(model, make_batch(name)[at : at + MICRO]) for at in range(0, ROWS, MICRO)]
+    loss = torch.zeros(())
+    for part in inputs:
+        share = model(**part) * SCALE
+        share.backward()
+        loss += share.detach()
+    done = state([model], loss)
+    model.eval()
+    with torch.no_grad():
+        done["evaluated"] = sum(model(**part) for part in inputs)
+    return done | {"text": say(model)}
+
+
+def build(config: Any, schedule: str, **degrees: int) -> Pipelined:
+    mesh = Mesh(Parallel(pipeline=2, pipeline_schedule=schedule, **degrees), torch.device("cpu"))
+    whole = build_skeleton(config)
+    stages = take_stages(whole, mesh)
+    for stage in stages:
+        stage.to_empty(device="cpu")
+    torch.manual_seed(0)
+    draw_weights(*stages)
+    return Pipelined(mesh, whole, stages, micro_batch_size=MICRO)
+
+
+def on_a_pipeline(rank: int, name: str, schedule: str, steps: int = 1, wrong_masks: bool = False) -> dict[str, Any]:
+    model = build(CONFIGS[name], schedule)
+    inputs = inputs_of(model, make_batch(name))
+    if wrong_masks:
+        inputs["attention_masks"] = each_mask(inputs["attention_masks"], mask_of_first)
+    for _ in range(steps):
+        for stage in model.stages:
+            stage.zero_grad()
+            for router in routers_of(stage).values():
+                router.counts = None
+        loss = model.forward_backward(inputs, SCALE)
+        done = state(model.stages, loss)
+        model.train(False)
+        parts = [inputs_of(model, make_batch(name)[at : at + MICRO]) for at in range(0, ROWS, MICRO)]
+        done["evaluated"] = sum(model.evaluate(part) for part in parts)
+        done["text"] = say(model.speaker)
+        model.train()
+    return done
+
+
+def difference(came: Tensor, expected: Tensor) -> float:
+    """Greatest difference as a share of the greatest number."""
+    return float((came - expected).abs().max() / expected.abs().max().clamp(min=1e-20))
+
+
+def check(parts: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    """Together the processes have everything of one process, once."""
+    for key in ("loss", "evaluated"):
+        assert difference(sum(part[key] for part in parts), expected[key]) < 1e-5, key
+    gradients = [item for part in parts for item in part["gradients"].items()]
+    assert sorted(name for name, _ in gradients) == sorted(expected["gradients"])
+    for name, gradient in gradients:
+        assert difference(gradient, expected["gradients"][name]) < 1e-5, name
+    counts = {name: count for part in parts for name, count in part["counts"].items()}
+    assert {name: count.tolist() for name, count in counts.items()} == {
+        name: count.tolist() for name, count in expected["counts"].items()
+    }
+    assert [part["text"] for part in parts] == [expected["text"]] * len(parts)
+
+
+FAST = {("llama3", "GPipe"), ("qwen3-moe", "Interleaved1F1B"), ("gpt_oss", "ZBVZeroBubble"), ("llama4", "1F1B")}
+FAST |= {("vlm", "1F1B"), ("deepseek_v3", "DualPipeV")}
+MATRIX = [(family, "1F1B") for family in CONFIGS] + [("llama3", schedule) for schedule in SCHEDULES]
+MATRIX += [(family, schedule) for family in CONFIGS for schedule in SCHEDULES if schedule not in ("GPipe", "1F1B")]
+
+
+@pytest.mark.parametrize(
+    ("family", "schedule"),
+    [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in dict.fromkeys(MATRIX)],
+)
+def test_a_pipeline_is_one_process(family: str, schedule: str) -> None:
+    check(on_processes(2, on_a_pipeline, family, schedule, 2), on_one_process(family))
+
+
+@pytest.mark.parametrize("family", ["llama3", pytest.param("llama4", marks=pytest.mark.slow)])
+def test_a_mask_of_another_microbatch_would_be_noticed(family: str) -> None:
+    """With the mask of the first microbatch for all, loss and gradients are off by far more than any tolerance here."""
+    expected = on_one_process(family)
+    parts = on_processes(2, on_a_pipeline, family, "1F1B", 1, True)
+    assert difference(sum(part["loss"] for part in parts), expected["loss"]) > 1e-3
+    off = {
+        name: difference(gradient, expected["gradients"][name])
+        for part in parts
+        for name, gradient in part["gradients"].items()
+    }
+    assert min(value for name, value in off.items() if "attention.query" in name) > 1e-2, off

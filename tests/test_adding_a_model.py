@@ -1,0 +1,163 @@
+"""docs/adding_a_model.md: its code is examples/ministral.py, and that is a whole model."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import MinistralConfig as TheirConfig
+from transformers import MinistralForCausalLM
+
+from examples.ministral import MINISTRAL_HF, MINISTRAL_SIZES, Ministral, MinistralConfig, config_to_hf
+from sightline import Batch
+from sightline import models as families
+from sightline.cli import convert, generate, train
+from sightline.models import build_model, load_pretrained, pretrained
+from sightline.recipes import RECIPES
+from sightline.recipes.llama3 import on_laptop
+from sightline.training.metrics import read_metrics
+from tests.models.against_transformers import (
+    as_ours,
+    assert_cached_logits,
+    assert_greedy_text,
+    assert_needle,
+    assert_same_model,
+    assert_way_back,
+    random_documents,
+    random_theirs,
+    run,
+)
+from tests.training.small_runs import write_corpus
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = (ROOT / "examples" / "ministral.py").read_text()
+PAGE = (ROOT / "docs" / "adding_a_model.md").read_text()
+V = 96
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines that the page adds to models/__init__.py, models/pretrained.py and recipes/__init__.py."""
+    for size, config in MINISTRAL_SIZES.items():
+        monkeypatch.setitem(families.MODELS, f"ministral-{size}", config)
+    monkeypatch.setitem(families.MODEL_CLASSES, MinistralConfig, Ministral)
+    monkeypatch.setattr(pretrained, "FORMATS", (*pretrained.FORMATS, MINISTRAL_HF))
+    debug = RECIPES["llama3-debug"]
+    recipe = on_laptop(
+        "ministral-debug",
+        training=debug.training,
+        optimizer=debug.optimizer,
+        validation=debug.validation,
+        every=debug.checkpoint.every,
+    )
+    monkeypatch.setitem(RECIPES, "ministral-debug", recipe)
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Any:
+    sizes: dict[str, Any] = {
+        "vocab_size": V,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 96,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "max_position_embeddings": 64,
+    }
+    return random_theirs(MinistralForCausalLM, TheirConfig(**sizes))
+
+
+@pytest.fixture
+def anchored() -> Ministral:
+    """Two layers, so that what the window hides and the anchors show also arrives through the full layer."""
+    torch.manual_seed(0)
+    return build_model(replace(MINISTRAL_SIZES["debug"], vocab_size=V, window=4, anchors=2))
+
+
+def test_the_example_has_under_200_lines() -> None:
+    assert EXAMPLE.count("\n") < 200
+
+
+def test_the_code_of_the_page_is_the_file() -> None:
+    def lines(code: str) -> Iterator[str]:
+        return (line for line in code.splitlines() if line.strip())
+
+    shown = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    whole = "\n".join(block for block in shown if "# sightline/" not in block)
+    assert list(lines(whole)) == list(lines(EXAMPLE))
+
+
+def test_masks_are_the_window_the_anchors_and_the_past(anchored: Ministral) -> None:
+    """Documents of 7 and 3 tokens, a window of 4, 2 anchors; then padding."""
+    batch = Batch.from_documents([[1] * 7, [2] * 3], length=12)
+    window, full = (
+        anchored.get_attention_masks(batch)[name].to_dense()[0].int().tolist() for name in ("window", "full")
+    )
+    assert window[6] == [1, 1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert window[9] == [0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0]
+    assert full[6] == [1] * 7 + [0] * 5 and full[10] == [0] * 12
+    assert [sum(row) for row in window] == [1, 2, 3, 4, 5, 6, 6, 1, 2, 3, 0, 0]
+
+
+@pytest.mark.parametrize(("lengths", "length"), [([40], 40), ([1, 30, 2, 7, 17, 23, 8], 40)])
+def test_logits_and_gradients_are_those_of_transformers(
+    theirs: Any, tmp_path: Path, lengths: list[int], length: int
+) -> None:
+    assert_same_model(as_ours(theirs, tmp_path), theirs, MINISTRAL_HF, random_documents(lengths, V), length)
+
+
+def test_transformers_reads_what_we_write(theirs: Any, tmp_path: Path) -> None:
+    ours = as_ours(theirs, tmp_path / "theirs")
+    assert_way_back(ours, theirs, type(theirs), torch.tensor(random_documents([40], V)), tmp_path / "back")
+
+
+def test_a_packed_row_gives_what_its_documents_give_alone(anchored: Ministral) -> None:
+    documents = random_documents([5, 30, 1, 4], V)
+    packed = run(anchored, Batch.from_documents(documents, length=48))[0]
+    alone = [run(anchored, Batch.from_documents([tokens], length=max(2, len(tokens))))[0] for tokens in documents]
+    whole = torch.cat([logits[: len(tokens)] for logits, tokens in zip(alone, documents, strict=True)])
+    torch.testing.assert_close(packed[:40], whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("changed", [0, 20])
+def test_needle_no_other_document_changes_by_one_bit(anchored: Ministral, changed: int) -> None:
+    assert_needle(anchored, Batch.from_documents(random_documents([30, 7, 3], V), length=44), 0, changed)
+
+
+def test_generation_keeps_to_the_masks(anchored: Ministral) -> None:
+    tokens = random_documents([12], V)[0]
+    assert_cached_logits(anchored, tokens, cuts=[3, 4, 9])
+    assert_greedy_text(anchored, tokens, count=5)
+
+
+def test_the_command_line_trains_continues_and_converts_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source, directory = write_corpus(tmp_path / "texts"), tmp_path / "run"
+    options = [
+        "--output-dir", str(directory), "--data.source", str(source), "--model.anchors", "0", "--training.steps", "30",
+        "--training.sequence-length", "64", "--training.device", "cpu", "--logging.no-tensorboard",
+    ]  # fmt: skip
+    train.main(["ministral-debug", *options])
+    losses = [row["loss"] for row in read_metrics(directory / "metrics.jsonl")]
+    assert len(losses) == 30 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    capsys.readouterr()
+
+    generate.main([str(directory), "--prompt", "A run", "--max-new-tokens", "5"])
+    assert capsys.readouterr().out.startswith("A run")
+    convert.main([str(directory), str(tmp_path / "exported")])
+    ours, theirs = load_pretrained(tmp_path / "exported"), MinistralForCausalLM.from_pretrained(tmp_path / "exported")
+    batch = Batch.from_documents(random_documents([40], 300), length=40)
+    with torch.no_grad():
+        torch.testing.assert_close(run(ours, batch), theirs(input_ids=batch.tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_anchors_cannot_be_told_to_transformers() -> None:
+    with pytest.raises(ValueError, match=r"no anchors; expected model.anchors 0, got 2"):
+        config_to_hf(MINISTRAL_SIZES["debug"])
+    with pytest.raises(ValueError, match=r"model.anchors must be at least 0, got -1"):
+        MinistralConfig(anchors=-1)

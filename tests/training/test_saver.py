@@ -1,0 +1,131 @@
+"""Checkpoints written beside the next steps: of the step they were begun after, one at a time, failures told later."""
+
+import threading
+
+import pytest
+import torch
+
+from sightline.training import saver as savers
+from sightline.training.checkpoint import CannotSave, Progress, find_latest, load_checkpoint, tensors
+from sightline.training.saver import Saver
+from tests.training.test_checkpoint import CPU, LOADER, build, trained
+
+BOTH = pytest.mark.parametrize("asynchronous", [False, True])
+
+
+@pytest.fixture
+def model_and_optimizer():
+    return trained()
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens savers, and closes them."""
+    savers_opened = []
+
+    def open_saver(asynchronous: bool) -> Saver:
+        run_file = tmp_path / "config.json"
+        run_file.write_text("{}")
+        savers_opened.append(Saver(tmp_path / "checkpoints", [run_file], keep=2, asynchronous=asynchronous))
+        return savers_opened[-1]
+
+    yield open_saver
+    for one in savers_opened:
+        one.close()
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Writing begins and goes no further until this is set."""
+    go_on, write = threading.Event(), savers.save_checkpoint
+
+    def waiting(*args, **kwargs):
+        assert go_on.wait(60)
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(savers, "save_checkpoint", waiting)
+    yield go_on
+    go_on.set()
+
+
+def test_what_is_written_is_the_step_it_was_begun_after(opened, held, model_and_optimizer, tmp_path) -> None:
+    model, optimizer = model_and_optimizer
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+    moments = {name: state["exp_avg"].clone() for name, state in tensors(model, optimizer, CPU)["optimizer"].items()}
+    saver = opened(asynchronous=True)
+    saver.save(tensors(model, optimizer, CPU), Progress(2, LOADER))
+    with torch.no_grad():  # the next step
+        for parameter in model.parameters():
+            parameter.zero_()
+            optimizer.state[parameter]["exp_avg"].zero_()
+    assert find_latest(tmp_path / "checkpoints") is None and saver.newest == 0
+    held.set()
+    saver.wait()
+    assert saver.newest == 2
+    other, other_optimizer = build(1)
+    load_checkpoint(tmp_path / "checkpoints" / "step-2", tensors(other, other_optimizer, CPU), CPU)
+    assert all(torch.equal(other.state_dict()[name], weight) for name, weight in expected.items())
+    came = tensors(other, other_optimizer, CPU)["optimizer"]
+    assert all(torch.equal(came[name]["exp_avg"], moment) and moment.any() for name, moment in moments.items())
+
+
+def test_a_second_one_waits_for_the_first(opened, held, model_and_optimizer, tmp_path) -> None:
+    saver, state = opened(asynchronous=True), tensors(*model_and_optimizer, CPU)
+    saver.save(state, Progress(2, LOADER))
+    threading.Timer(0.3, held.set).start()
+    saver.save(state, Progress(4, LOADER))
+    assert (tmp_path / "checkpoints" / "step-2").is_dir()
+    saver.wait()
+    assert find_latest(tmp_path / "checkpoints").name == "step-4"
+
+
+def test_closing_lets_it_become_whole(opened, held, model_and_optimizer, tmp_path) -> None:
+    saver = opened(asynchronous=True)
+    saver.save(tensors(*model_and_optimizer, CPU), Progress(2, LOADER))
+    threading.Timer(0.2, held.set).start()
+    saver.close()
+    assert find_latest(tmp_path / "checkpoints").name == "step-2"
+
+
+@BOTH
+def test_a_failure_is_told_once_and_the_next_one_is_written(
+    asynchronous, opened, model_and_optimizer, tmp_path, monkeypatch
+) -> None:
+    saver, state = opened(asynchronous), tensors(*model_and_optimizer, CPU)
+    saver.save(state, Progress(2, LOADER))
+    saver.wait()
+
+    def full(*_, **__):
+        raise CannotSave(28, "no room")
+
+    monkeypatch.setattr(savers, "save_checkpoint", full)
+    with pytest.raises(CannotSave, match="no room"):
+        saver.save(state, Progress(4, LOADER))
+        while True:
+            saver.check()
+    saver.check(), saver.wait()
+    monkeypatch.undo()
+    assert saver.newest == 2
+    saver.save(state, Progress(6, LOADER))
+    saver.wait()
+    assert saver.newest == 6
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-2", "step-6"]
+
+
+@BOTH
+def test_what_must_come_first_comes_first(asynchronous, opened, model_and_optimizer, tmp_path) -> None:
+    saver, state = opened(asynchronous), tensors(*model_and_optimizer, CPU)
+
+    def full() -> None:
+        raise OSError(28, "no room for the metrics")
+
+    with pytest.raises(CannotSave, match="no room for the metrics"):
+        saver.save(state, Progress(2, LOADER), first=full)
+    saver.wait()
+    assert find_latest(tmp_path / "checkpoints") is None
+
+
+def test_a_saver_knows_what_is_there(opened, model_and_optimizer) -> None:
+    saver = opened(asynchronous=False)
+    saver.save(tensors(*model_and_optimizer, CPU), Progress(3, LOADER))
+    assert opened(asynchronous=False).newest == saver.newest == 3
