@@ -203,6 +203,12 @@ class Checkpoint:
     resume: str = "auto"
     """`auto` continues from the newest checkpoint of the output directory where there is one.
     `never` starts anew in an empty directory; a path names the checkpoint, or the run, to continue from."""
+    asynchronous: bool = False
+    """Write checkpoints while the next steps are taken, instead of making them wait for the disk.
+    Until one is written, the CPU's memory holds a copy of each process's weights and moments."""
+    export: bool = False
+    """At the end, also write the model as a Hugging Face directory that transformers loads: hf/step-N.
+    `sightline convert` does the same for any checkpoint later."""
 
     def __post_init__(self) -> None:
         _positive("checkpoint", keep=self.keep)

@@ -36,8 +36,7 @@ class Generate:
     """
 
     directory: Annotated[Path, tyro.conf.Positional]
-    """Directory of a run, whose newest checkpoint is taken; a checkpoint; or a Hugging Face directory with its
-    tokenizer.json."""
+    """Directory of a run, whose newest checkpoint is taken; a checkpoint; or a Hugging Face directory."""
     prompt: str = "def "
     """The beginning of the text; `<image>` in it is where an image stands."""
     image: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()

@@ -28,7 +28,7 @@ from sightline.training import prepare_batch
 from sightline.training.plots import draw_masks
 from sightline.training.run_directory import RunDirectory, load_config
 from sightline.training.setup import get_tokenizer, open_loader
-from sightline.training.step import Model, flops_per_pair, named_masks
+from sightline.training.step import Model, named_masks
 
 WIDEST = 100  # columns a picture takes by itself; a wider one would not fit a screen in height
 DESCRIPTION = """Draw what each token may see.
@@ -183,7 +183,7 @@ def describe_flops(counts: Statistics, subject: Subject, name: str) -> dict[str,
     if subject.model is None:
         return {}
     layers, groups = subject.model.attention_shape(name)
-    total = sum(counts.visible_pairs) * flops_per_pair(subject.model, name)
+    total = sum(counts.visible_pairs) * subject.model.flops_per_pair(name)
     return {
         "attention FLOPs, all layers": flops(total),
         f"one of {layers} layers": flops(total / layers),
@@ -196,7 +196,7 @@ def describe_step(counted: dict[str, Statistics], subject: Subject) -> dict[str,
     assert subject.model is not None and subject.batch is not None
     attention = causal = 0.0
     for name, counts in counted.items():
-        per_pair, rows, length = flops_per_pair(subject.model, name), len(counts.visible_pairs), counts.keys
+        per_pair, rows, length = subject.model.flops_per_pair(name), len(counts.visible_pairs), counts.keys
         attention += per_pair * sum(counts.visible_pairs)
         causal += per_pair * rows * length * (length + 1) / 2
     tokens = int((subject.batch.document_ids != PADDING).sum())

@@ -221,8 +221,10 @@ class MoE(Divisible):
                 part.init_weights(std, output_std)  # type: ignore[operator]
 
     def parts(self) -> dict[str, int]:
-        shared = {} if self.shared is None else {"channels of the shared expert": self.shared.gate.out_features}
-        return {"channels of an expert": self.experts.gate.shape[1], **shared}  # type: ignore[index,union-attr,dict-item]
+        experts: Any = self.experts
+        shared: Any = self.shared
+        parts = {"channels of an expert": experts.gate.shape[1]}
+        return parts if shared is None else {**parts, "channels of the shared expert": shared.gate.out_features}
 
     def forward(self, x: Tensor, seeing: Tensor | None = None) -> Tensor:
         """x [B, S, W] -> [B, S, W]. seeing bool [B, S], a mask's `seeing()`: padding has only the shared expert."""

@@ -168,10 +168,10 @@ class AttentionMask:
         )
 
     def gather(self, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-        """The keys the intervals index, from those of the tokens at hand: [B, heads, S, ...] -> [B, heads, T, ...] each.
+        """The keys the intervals index, of those of the tokens at hand: [B, heads, S, D] -> [B, heads, T, D] each.
 
         Here these are the same. Where processes share a row (sightline.parallel.context), the keys set out when this is
-        called, and have come when what it returns is called: what lies between hides their way.
+        called, and have come when what it returns is called: what is computed between the two hides their way.
         """
         return lambda: tensors
 

@@ -103,10 +103,10 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def token_facts(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """What `forward` has to know of each token and can tell from whole rows only: [B, S] each, by the names it takes
-        them by. Given none, it finds them itself; who shares rows between processes asks before cutting them.
+        """What `forward` has to know of each token and can tell from whole rows only: [B, S] each, by name.
 
-        inputs: what `forward` takes, of whole rows
+        inputs: what `forward` takes, of whole rows. It takes these facts too; without them it finds them itself, so only
+        who cuts the rows before has to ask.
         """
         return {}
 
@@ -186,6 +186,15 @@ class Decoder(nn.Module):
             name: lower(mask, backend=self.attention_backend, device=h.device, dtype=dtype, training=training)
             for name, mask in named.items()
         }
+
+    def flops_per_pair(self, mask_name: str) -> float:
+        """Forward and backward FLOPs of one visible pair of a mask, over all layers that use it."""
+        flops = self.attention_flops_per_pair()
+        return flops[mask_name] if isinstance(flops, dict) else flops
+
+    def attention_flops_per_pair(self) -> float | dict[str, float]:
+        """The same for the only mask, or by mask name."""
+        raise NotImplementedError
 
     def attention_shape(self, mask_name: str) -> tuple[int, int]:
         """How many layers attend under a mask, and how many head groups each of them has."""

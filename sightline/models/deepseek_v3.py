@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,6 @@ from sightline.layers import (
     SwiGLU,
     YarnScaling,
     build_rotation,
-    linear_cross_entropy,
     rope_frequencies,
     with_gradient_of,
 )

@@ -216,9 +216,7 @@ def group_weights(model: nn.Module, weights: Iterable[Weight], dtype: torch.dtyp
     return groups
 
 
-def read_weights(
-    model: Any, directory: Path, family: HuggingFace, state: Mapping[str, Tensor] | None = None
-) -> None:
+def read_weights(model: Any, directory: Path, family: HuggingFace, state: Mapping[str, Tensor] | None = None) -> None:
     """Fill the model from the safetensors files of a directory, tensor by tensor; nothing is changed before all fit.
 
     state  the tensors to fill, by their names in the model: what one of many processes holds of it, whole or as

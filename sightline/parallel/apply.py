@@ -7,9 +7,12 @@ from typing import Any
 from sightline import config
 from sightline.config import Run
 from sightline.models import build_model, build_skeleton, draw_weights
-from sightline.parallel.expert import apply_expert
+from sightline.parallel.context.split import check_context
+from sightline.parallel.expert import apply_expert, share_counts
 from sightline.parallel.mesh import Mesh, divisors
 from sightline.parallel.parallel_model import ParallelModel
+from sightline.parallel.pipeline import Pipelined
+from sightline.parallel.pipeline_stages import count_microbatches, take_stages
 from sightline.parallel.shard import apply_shard
 
 
@@ -18,19 +21,23 @@ def build_parallel(run: Run, mesh: Mesh) -> ParallelModel:
 
     Errors: ValueError for degrees the model cannot be cut by, naming those that it can.
     """
+    check_offload(mesh)
     backend = run.attention.backend
     if mesh.world == 1:
         with mesh.device:
             model = build_model(run.model, attention_backend=backend)
         apply_memory(model, run.training)
         return ParallelModel(mesh, model, [model], dtype=run.training.dtype)
-    whole = build_skeleton(run.model, attention_backend=backend)
-    stages = [build_skeleton(run.model, attention_backend=backend)]
+    whole, parts = (build_skeleton(run.model, attention_backend=backend) for _ in range(2))
+    check_context(whole, mesh, run.training.sequence_length)
+    stages = [parts] if mesh.size("pipeline") == 1 else take_stages(parts, mesh)
     for stage in stages:
         parallelize(stage, mesh, run)
         stage.to_empty(device="cpu" if mesh.parallel.offload else mesh.device)
     draw_weights(*stages)
-    return ParallelModel(mesh, whole, stages, dtype=run.training.dtype)
+    if mesh.size("pipeline") == 1:
+        return ParallelModel(mesh, whole, stages, dtype=run.training.dtype)
+    return Pipelined(mesh, whole, stages, dtype=run.training.dtype, micro_batch_size=run.training.micro_batch_size)
 
 
 def parallelize(model: Any, mesh: Mesh, run: Run) -> None:
@@ -41,6 +48,7 @@ def parallelize(model: Any, mesh: Mesh, run: Run) -> None:
     """
     if mesh.size("expert") > 1:
         apply_expert(model, mesh)
+    share_counts(model, mesh)
     apply_memory(model, run.training)
     if mesh.size("loss") > 1:
         apply_shard(model, mesh, dtype=run.training.dtype)
@@ -48,6 +56,16 @@ def parallelize(model: Any, mesh: Mesh, run: Run) -> None:
 
 def apply_memory(model: Any, training: config.Training) -> None:
     """What one process uses too."""
+
+
+def check_offload(mesh: Mesh) -> None:
+    """Refuse to move shards to the CPU's memory where they lie there already, or where there are none."""
+    where = "are on the CPU already" if mesh.device.type == "cpu" else "are not sharded by this mesh"
+    if mesh.parallel.offload and (mesh.device.type == "cpu" or mesh.size("loss") == 1):
+        raise ValueError(
+            f"parallel.offload keeps sharded weights in the CPU's memory, but the weights {where}; use "
+            "--parallel.no-offload, or several GPUs with shard, replicate or context above 1"
+        )
 
 
 def check_rows(training: config.Training, mesh: Mesh) -> None:
@@ -62,7 +80,9 @@ def check_rows(training: config.Training, mesh: Mesh) -> None:
             f"training.global-batch-size {rows} is not divisible by {named} = {ranks}, the processes with rows of "
             f"their own; use {rows // ranks * ranks or ranks} or {(rows // ranks + 1) * ranks}"
         )
-    if rows // ranks % training.micro_batch_size:
+    if mesh.size("pipeline") > 1:
+        count_microbatches(mesh.parallel, training, rows // ranks)
+    elif rows // ranks % training.micro_batch_size:
         raise ValueError(
             f"each of {named} = {ranks} processes has {rows // ranks} rows a step, not divisible by "
             f"training.micro-batch-size {training.micro_batch_size}; sizes that divide it: {divisors(rows // ranks)}"

@@ -6,6 +6,7 @@ layer it is the plain tensor of that part, so that everything a layer calls is a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,14 @@ def show_local(module: nn.Module, **views: View) -> None:
     these names. `module.NAME` is the parameter itself while weights are drawn, and where FSDP has cut it once more.
     """
 
+    # Not by hooks around the module's forward: the weight of the output projection is read outside of it.
+    module.__class__ = _showing(type(module), tuple(views.items()))  # type: ignore[assignment]
+
+
+@functools.cache
+def _showing(kind: type, views: tuple[tuple[str, View], ...]) -> type:
+    """The class of such modules: the same for all layers, so that what is compiled for one serves the next."""
+
     def reader(name: str, view: View) -> property:
         def read(self: nn.Module) -> Tensor:
             parameter: Any = self._parameters[name]
@@ -40,7 +49,4 @@ def show_local(module: nn.Module, **views: View) -> None:
 
         return property(read)
 
-    # Not by hooks around the module's forward: the weight of the output projection is read outside of it.
-    kind = type(module)
-    properties = {name: reader(name, view) for name, view in views.items()}
-    module.__class__ = type(kind.__name__, (kind,), properties)  # type: ignore[assignment]
+    return type(kind.__name__, (kind,), {name: reader(name, view) for name, view in views})

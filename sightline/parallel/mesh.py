@@ -26,6 +26,10 @@ JOINED = {
 losses add up to the loss of all rows."""
 
 
+SHOWN = 64
+"""Ranks of a stage that the log names one by one."""
+
+
 def resolve(parallel: Parallel, world: int) -> Parallel:
     """The degrees with shard's -1 replaced by what the others leave of `world` processes.
 
@@ -131,32 +135,35 @@ class Mesh:
         root = next(root for root in self._roots if set(names) <= set(root.mesh_dim_names or ()))
         return root[names]
 
-    def grid(self) -> str:
-        """Who is where, for the log: a line for each pipeline stage, its ranks in the order of the other axes."""
-        lines = [" x ".join(f"{axis} {self._sizes[axis]}" for axis in AXES if self._sizes[axis] > 1) or "one process"]
-        stages = self.size("pipeline")
-        ranks = torch.arange(self.world).view([self._sizes[axis] for axis in AXES])
-        for stage in range(stages):
-            rows = ranks[stage].flatten(0, 1)  # data ranks, each [context, tensor]
+    def grid(self) -> dict[str, str]:
+        """Who is where, for the log: the degrees, then the ranks of each pipeline stage, all that have the same rows
+        side by side: tensor neighbours joined by a plus, context ones by a space, data ranks by a bar."""
+        several = [f"{axis} {self._sizes[axis]}" for axis in AXES if self._sizes[axis] > 1]
+        if self.parallel.expert > 1:
+            several.append(f"expert {self.parallel.expert} of shard x context")
+        told = {"mesh": " x ".join(several) or "one process"}
+        ranks = torch.arange(self.world).view([self._sizes[axis] for axis in AXES]).flatten(1, 2)
+        for stage, rows in enumerate(ranks):  # each [data, context, tensor]
             cells = [" ".join("+".join(map(str, part.tolist())) for part in row) for row in rows]
-            lines.append((f"stage {stage}: " if stages > 1 else "ranks ") + " | ".join(cells))
-        return "\n".join(lines)
+            if rows.numel() > SHOWN:
+                cells = [cells[0], "...", cells[-1]]
+            told[f"stage {stage}" if len(ranks) > 1 else "ranks"] = " | ".join(cells)
+        return told
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every rank; an error of it is raised on all of them."""
         if self.world == 1:
             return make()
-        outcome: list[Any] = [None]
+        outcome: list[Any] = [None, None]
         if self.rank == 0:
             try:
-                outcome = [(make(), None)]
+                outcome[0] = make()
             except Exception as error:
-                outcome = [(None, error)]
+                outcome[1] = error
         dist.broadcast_object_list(outcome, device=torch.device("cpu"))
-        value, error = outcome[0]
-        if error is not None:
-            raise error
-        return value
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     def sum(self, value: torch.Tensor, axis: str) -> torch.Tensor:
         """`value` added up over an axis, in place; the same on all its processes."""

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from sightline.config import Parallel
+from sightline.layers import routers_of
 from sightline.masks import AttentionMask
 from sightline.models.decoder import Masks
+from sightline.parallel.context.split import split_context
+from sightline.parallel.expert import sum_router_counts
 from sightline.parallel.mesh import Mesh
 
 Inputs = dict[str, Any]
@@ -50,7 +53,7 @@ class ParallelModel:
 
     def own_tokens(self, inputs: Inputs) -> Inputs:
         """From whole rows on the CPU to what this process computes of them, on its device."""
-        return place(inputs, self.mesh.device)
+        return place(split_context(inputs, self.whole, self.mesh), self.mesh.device)
 
     def forward_backward(self, inputs: Inputs, scale: float, *, last: bool = True) -> Tensor:
         """Add the gradients of scale * the sum of the token losses; returns that number, of this process's tokens.
@@ -82,9 +85,17 @@ class ParallelModel:
         return self.stages[0]
 
     def finish_step(self) -> dict[str, Tensor]:
-        """The models' own `finish_step`; the scalars of all layers, wherever they lie."""
+        """The models' own `finish_step`, by what the routers of all processes have counted; the scalars of all layers,
+        wherever they lie."""
+        sum_router_counts(self.stages, self.mesh)
         told = {name: value for stage in self.stages for name, value in stage.finish_step().items()}
-        return told
+        if self.mesh.size("pipeline") == 1:
+            return told
+        names = [f"expert_load/{name}" for name in routers_of(self.whole)]
+        values = (
+            torch.stack([told.get(name, torch.zeros((), device=self.mesh.device)) for name in names]) if names else None
+        )
+        return {} if values is None else dict(zip(names, self.mesh.sum(values, "pipeline"), strict=True))
 
     def get_attention_masks(self, batch: Any, tokenizer: object = None) -> Masks:
         return self.whole.get_attention_masks(batch, tokenizer)
@@ -92,10 +103,8 @@ class ParallelModel:
     def flops_per_token(self) -> float:
         return self.whole.flops_per_token()
 
-    def flops_per_pair(self, name: str) -> float:
-        """Forward and backward FLOPs of one visible pair of the mask called `name`, over all layers that use it."""
-        flops = self.whole.attention_flops_per_pair()
-        return flops[name] if isinstance(flops, dict) else flops
+    def flops_per_pair(self, mask_name: str) -> float:
+        return self.whole.flops_per_pair(mask_name)
 
 
 def on_one_process(model: Any, *, dtype: str = "float32") -> ParallelModel:

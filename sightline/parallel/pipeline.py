@@ -99,6 +99,7 @@ class Pipelined(ParallelModel):
                 h = torch.empty(shape, dtype=self.hidden_dtype, device=self.mesh.device)
                 dist.recv(h, group=group, group_src=self.owners[index - 1])
             h = stage(h, **inputs)
+            reshard(stage)
             if index == len(self.owners) - 1:
                 return h
             h = h.to(self.hidden_dtype)
@@ -109,6 +110,13 @@ class Pipelined(ParallelModel):
     @property
     def speaker(self) -> Speaker:
         return Speaker(self)
+
+
+def reshard(stage: nn.Module) -> None:
+    """Drop the weights that FSDP has gathered: it does so by itself behind a backward, and here none follows."""
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 class Stage(PipelineStage):

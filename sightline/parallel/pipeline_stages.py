@@ -146,17 +146,20 @@ def count_microbatches(parallel: Parallel, training: Training, rows: int) -> int
     Errors: ValueError where the rows cannot be cut into microbatches of training.micro_batch_size, or the schedule does
     not work with that many; it names the sizes that work.
     """
-    size, schedule = training.micro_batch_size, parallel.pipeline_schedule
+    size, schedule, processes = training.micro_batch_size, parallel.pipeline_schedule, parallel.pipeline
     check_compile(parallel, training)
     if rows % size == 0 and fits(parallel, rows // size):
         return rows // size
-    came = f"training.micro-batch-size {size} cuts the {rows} rows of a process into "
-    came += f"{rows // size} microbatches" if rows % size == 0 else "unequal microbatches"
     sizes = [n for n in range(1, rows + 1) if rows % n == 0 and fits(parallel, rows // n)]
-    remedy = (
-        f"use --training.micro-batch-size {nearest(size, sizes)}" if sizes else "raise --training.global-batch-size"
+    enough = next(n for n in range(1, 2 * processes + 1) if fits(parallel, n)) * size
+    remedy = f"--training.micro-batch-size {nearest(size, sizes)}"
+    if not sizes:
+        remedy = f"--training.global-batch-size {enough * training.global_batch_size // rows}"
+    raise ValueError(
+        f"training.micro-batch-size {size} cuts the {rows} rows of a process into "
+        f"{rows // size if rows % size == 0 else 'unequal'} microbatches, but {schedule} on {processes} processes "
+        f"takes {takes(parallel)}; use {remedy}"
     )
-    raise ValueError(f"{came}, but {schedule} on {parallel.pipeline} processes takes {takes(parallel)}; use {remedy}")
 
 
 def check_compile(parallel: Parallel, training: Training) -> None:
@@ -192,6 +195,6 @@ def takes(parallel: Parallel) -> str:
         case "DualPipeV":
             return f"at least {2 * n} equal ones, one for each stage"
         case "Interleaved1F1B" | "InterleavedZeroBubble":
-            return f"a multiple of {n} equal ones, or fewer than {2 * n}"
+            return f"equal ones in equal rounds of {n} or more: a multiple of {n} always"
         case _:
             return "equal ones"

@@ -18,7 +18,7 @@ def debug(name: str) -> Run:
 
 
 def tiny(name: str) -> Run:
-    """About a minute on two CPU cores, in which the loss falls by a third: small batches take more steps from the same
+    """About a minute on two CPU cores, in which the loss falls by a quarter: small batches take more steps from the same
     tokens, and short rows leave the time to the layers rather than to pairs of tokens."""
     return on_laptop(
         name,

@@ -49,7 +49,7 @@ def announce_model(terminal: Terminal, run: Run, model: ParallelModel, peak: Pea
         {
             "model": f"{type(model.whole).__name__}, {count(parameters)} parameters{begun}",
             "device": f"{where}, {training.dtype}, peak {peak}",
-            **({"mesh": mesh.grid()} if mesh.world > 1 else {}),
+            **(mesh.grid() if mesh.world > 1 else {}),
             "step": f"{training.global_batch_size} rows of {training.sequence_length} tokens{micro}",
         }
     )

@@ -11,7 +11,7 @@ from sightline.training.run_directory import RunDirectory, find_checkpoint, load
 
 FIXED = ("family", "model", "model_from", "data", "seed", "training.sequence_length", "training.global_batch_size")
 """With another value of these it would be another run: other weights, other documents or another batch."""
-SILENT = ("output_dir", "logging", "checkpoint")
+SILENT = ("output_dir", "logging", "checkpoint", "parallel.timeout")
 """Of no meaning to the numbers. Whatever is in neither may change, and is said."""
 
 
@@ -59,7 +59,7 @@ def check_continues(checkpoint: Path, run: Run) -> list[str]:
             f"with ({options}), or choose another --output-dir to start a new run"
         )
     return [
-        f"{name} is now {now.get(name)!r}, was {before.get(name)!r}" + CONSEQUENCES.get(name, "")
+        f"{name} is now {now.get(name)!r}, was {before.get(name)!r}" + consequence(name)
         for name in changed
         if not name.startswith(SILENT)
     ]
@@ -68,7 +68,13 @@ def check_continues(checkpoint: Path, run: Run) -> list[str]:
 CONSEQUENCES = {
     "training.steps": ": the learning rate from here on is that of the new number of steps, what is done was not",
     "training.micro_batch_size": ": the same gradients up to rounding",
+    "parallel.": ": the same numbers up to rounding",
 }
+"""Of a field, or of all whose names begin so."""
+
+
+def consequence(name: str) -> str:
+    return next((words for beginning, words in CONSEQUENCES.items() if name.startswith(beginning)), "")
 
 
 def option(name: str, value: Any) -> str:

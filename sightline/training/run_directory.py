@@ -1,6 +1,6 @@
 """The directory of a run: the names in it, its config to JSON and back, and the lock of the process that trains in it.
 
-config.json  tokenizer.json  metrics.jsonl  checkpoints/step-N/  tensorboard/  loss.png  masks.png
+config.json  tokenizer.json  metrics.jsonl  checkpoints/step-N/  hf/step-N/  tensorboard/  loss.png  masks.png
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class RunDirectory:
         self.tokenizer = path / "tokenizer.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.exported = path / "hf"
         self.tensorboard = path / "tensorboard"
         self.loss_plot = path / "loss.png"
         self.mask_plot = path / "masks.png"

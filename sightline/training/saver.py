@@ -29,6 +29,8 @@ class Saver:
         latest = find_latest(directory)
         self.newest = step_of(latest) if latest else 0
         """Step of the newest checkpoint that is whole."""
+        self.begun = self.newest
+        """Step of the one that was begun last."""
 
     def save(self, state: dict[str, Any], progress: Progress, first: Callable[[], None] = lambda: None) -> None:
         """Write a checkpoint of `tensors(...)`, or begin to.
@@ -38,6 +40,7 @@ class Saver:
         Errors: CannotSave on every process, for this one. One that was begun is told by `check` or `wait`.
         """
         self.wait()
+        self.begun = progress.step
         with on_all_processes(self.group):
             first()
         if self.asynchronous:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from sightline.config import Run
 from sightline.data import load_documents, split_documents
 from sightline.models.generation import generate
 from sightline.models.pretrained import read_pretrained
+from sightline.models.weights import holds_weights
 from sightline.parallel.apply import build_parallel, check_rows
 from sightline.parallel.launch import joined, meet
 from sightline.parallel.mesh import Mesh
@@ -25,17 +27,17 @@ from sightline.training.checkpoint import (
     find_latest,
     load_checkpoint,
     remove_partial,
-    save_checkpoint,
-    step_of,
     tensors,
 )
-from sightline.training.errors import NonFiniteLoss, SaveFailed, Stopped
+from sightline.training.errors import NonFiniteLoss, RunFailed, SaveFailed, Stopped
+from sightline.training.export import export_checkpoint
 from sightline.training.flops import find_peak
 from sightline.training.metrics import Metrics
 from sightline.training.optimizer import build_optimizer, learning_rate
 from sightline.training.report import announce_data, announce_model, draw_losses, introduce_masks, tell_end
 from sightline.training.resume import check_continues, find_start
 from sightline.training.run_directory import RunDirectory, settings
+from sightline.training.saver import Saver
 from sightline.training.setup import choose_device, get_tokenizer, make_reproducible, open_loader, open_validation
 from sightline.training.signals import StopRequest
 from sightline.training.step import StepResult, named_masks, train_step
@@ -81,8 +83,7 @@ class Trainer:
         self.tokenizer = mesh.from_first(lambda: get_tokenizer(run, training, start))
         self.model = build_parallel(run, mesh)
         if run.model_from and not start:
-            for stage in self.model.stages:
-                read_pretrained(stage, run.model_from)
+            read_pretrained(self.model.whole, run.model_from, self.model.state_dict())
         self.optimizer = build_optimizer(self.model, run.optimizer)
         data_rank, data_ranks = mesh.index("data"), mesh.size("data")
         self.loader = opened.enter_context(
@@ -90,6 +91,13 @@ class Trainer:
         )
         self.validation = open_validation(run, held_out, self.tokenizer, rank=data_rank, world=data_ranks)
         self.peak = find_peak(device, run.training.dtype)
+        saver = Saver(
+            self.directory.checkpoints,
+            self.directory.kept_with_checkpoints,
+            keep=run.checkpoint.keep,
+            asynchronous=run.checkpoint.asynchronous,
+        )
+        self.saver = opened.enter_context(closing(saver))
         self.step = self.first_step = self.continue_from(start) if start else 0
 
         self.metrics: Metrics | None = None  # rank 0 writes for all
@@ -133,6 +141,8 @@ class Trainer:
             draw_losses(self.terminal, self.run, self.directory)
         if stop.received is not None and self.step < steps:
             raise Stopped(stop.received, self.step, self.last_checkpoint())
+        if self.run.checkpoint.export:
+            self.export()
         self.write_sample()
         if self.mesh.rank == 0:
             tell_end(self.terminal, self.run, self.directory, time.perf_counter() - self.began)
@@ -198,6 +208,7 @@ class Trainer:
         if self.validates():
             row["validation_loss"] = validate(self.model, self.validation, self.tokenizer)
         self.write(row)
+        self.tell_of_saves(self.saver.check)
         if self.saves():
             self.save()
 
@@ -221,32 +232,62 @@ class Trainer:
 
         Errors: SaveFailed at the end; before that a full disk is a warning, and the run goes on.
         """
-        latest = find_latest(self.directory.checkpoints)
-        if latest and step_of(latest) == self.step:
+        self.tell_of_saves(self.saver.wait)
+        if self.saver.newest == self.step:
             return
         try:
-            if self.metrics:
-                self.metrics.sync()
-            save_checkpoint(
-                self.directory.checkpoints,
+            self.saver.save(
                 tensors(self.model, self.optimizer, self.device),
                 Progress(self.step, self.loader.state_dict()),
-                self.directory.kept_with_checkpoints,
-                keep=self.run.checkpoint.keep,
+                first=self.sync_metrics,
             )
+            if at_the_end:
+                self.saver.wait()
         except CannotSave as error:
             if at_the_end:
-                raise SaveFailed(self.step, str(error), latest) from error
-            self.terminal.warn(
-                f"the checkpoint of step {self.step} could not be written: {error}. The run goes on; "
-                + (f"{latest} is intact" if latest else "there is no earlier checkpoint")
-            )
+                raise SaveFailed(self.step, str(error), self.last_checkpoint()) from error
+            self.warn_of(error)
+
+    def sync_metrics(self) -> None:
+        if self.metrics:
+            self.metrics.sync()
+
+    def tell_of_saves(self, outcome: Callable[[], None]) -> None:
+        """Warn where `outcome` of the saver is that a checkpoint written beside the steps was not."""
+        try:
+            outcome()
+        except CannotSave as error:
+            self.warn_of(error)
+
+    def warn_of(self, error: CannotSave) -> None:
+        latest = self.last_checkpoint()
+        self.terminal.warn(
+            f"the checkpoint of step {self.saver.begun} could not be written: {error}. The run goes on; "
+            + (f"{latest} is intact" if latest else "there is no earlier checkpoint")
+        )
 
     def continue_from(self, checkpoint: Path) -> int:
         """Load everything that decides the steps to come; returns the step it was saved after."""
-        progress = load_checkpoint(checkpoint, tensors(self.model, self.optimizer, self.device), self.device)
+        state = tensors(self.model, self.optimizer, self.device)
+        progress = load_checkpoint(checkpoint, state, self.device, self.saver.group)
         self.loader.load_state_dict(progress.loader)
         return progress.step
+
+    def export(self) -> None:
+        """The trained model for transformers, unless it is there.
+
+        Errors: RunFailed.
+        """
+        checkpoint = self.last_checkpoint()
+        assert checkpoint is not None, "a run that came to its end has saved"
+        output = self.directory.exported / checkpoint.name
+        if holds_weights(output):
+            return
+        try:
+            export_checkpoint(checkpoint, output, group=self.saver.group)
+        except CannotSave as error:
+            raise RunFailed(f"{error}. Make room, then: sightline convert {checkpoint} {output}") from error
+        self.terminal.say(f"exported for transformers: {output}")
 
     def last_checkpoint(self) -> Path | None:
         return find_latest(self.directory.checkpoints)

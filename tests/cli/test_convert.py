@@ -47,7 +47,7 @@ def logits_of(model: Any, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
 
 def test_a_run_becomes_a_model_and_a_tokenizer_for_transformers(trained, tmp_path, capsys) -> None:
     assert run(["convert", str(trained[1]), str(tmp_path / "hf")]) == 0
-    assert f"wrote Llama3 of {trained[1]}/checkpoints/step-2 to {tmp_path}/hf" in capsys.readouterr().out
+    assert f"wrote the model of {trained[1]}/checkpoints/step-2 to {tmp_path}/hf" in capsys.readouterr().out
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     ours = load_trained(trained[1], torch.device("cpu"))
     with torch.no_grad():

@@ -13,12 +13,13 @@ from torch.distributed.tensor import DTensor
 from sightline import Batch
 from sightline.batch import RowBuilder
 from sightline.config import Parallel
-from sightline.layers import routers_of
+from sightline.layers import Router, routers_of
 from sightline.models import build_skeleton, config_of, draw_weights
 from sightline.models.drawing import draw
-from sightline.parallel.expert import apply_expert, sort_by_expert, sum_router_counts
+from sightline.parallel.expert import apply_expert, share_counts, sort_by_expert, sum_router_counts
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.shard import apply_shard
+from sightline.parallel.tensor import apply_tensor
 from tests.parallel.processes import on_processes
 
 CPU = torch.device("cpu")
@@ -36,6 +37,7 @@ def build(name: str, mesh: Mesh | None = None, **changes: Any) -> Any:
     """The same model on every mesh, its experts dealt out; no bias is 0."""
     model = build_skeleton(replace(config_of(name), **changes))
     if mesh is not None:
+        apply_tensor(model, mesh)
         apply_expert(model, mesh)
     model.to_empty(device="cpu")
     torch.manual_seed(0)
@@ -93,9 +95,13 @@ def step_of(rank: int, name: str, degrees: dict[str, int], batch: Batch, starved
         starve(model)
     if mesh.world > mesh.size("expert"):
         apply_shard(model, mesh, dtype="float32")
-    size = len(batch.tokens) // mesh.size("data")
-    first = mesh.index("data") * size
-    return learn(model, [batch[first : first + size]], mesh)
+    return learn(model, [batch[split(4, mesh.size("data"))[mesh.index("data")]]], mesh)
+
+
+def split(rows: int, processes: int) -> list[slice]:
+    """The rows of each process."""
+    size = rows // processes
+    return [slice(first, first + size) for first in range(0, rows, size)]
 
 
 def starve(model: Any) -> None:
@@ -112,13 +118,21 @@ def test_two_processes_compute_what_one_computes(name: str) -> None:
         assert_same(got, expected)
 
 
+ON_FOUR = {
+    "shared weights": {"shard": 4, "expert": 2},
+    "shared and copied weights": {"replicate": 2, "shard": 2, "expert": 2},
+    "tensor": {"shard": 2, "expert": 2, "tensor": 2},
+}
+
+
 @pytest.mark.parametrize(
-    "name", ["gpt_oss-debug", *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES if n != "gpt_oss-debug")]
+    "name", [pytest.param(name, marks=[] if name == "gpt_oss-debug" else pytest.mark.slow) for name in FAMILIES]
 )
-@pytest.mark.parametrize("degrees", [{"shard": 4, "expert": 2}, {"replicate": 2, "shard": 2, "expert": 2}], ids=str)
-def test_with_shared_weights(name: str, degrees: dict[str, int]) -> None:
-    rows = four_rows()
-    expected = learn(build(name), [rows[i : i + 1] for i in range(4)])
+@pytest.mark.parametrize("mesh", ON_FOUR)
+def test_four_processes_compute_what_one_computes(name: str, mesh: str) -> None:
+    """gpt-oss has biases of every kind: those of `down` are added to a sum over `tensor`."""
+    rows, degrees = four_rows(), ON_FOUR[mesh]
+    expected = learn(build(name), [*map(rows.__getitem__, split(4, degrees.get("replicate", 1) * degrees["shard"]))])
     for got in on_processes(4, step_of, name, degrees, rows):
         assert_same(got, expected)
 
@@ -144,6 +158,61 @@ def test_a_process_with_nothing_but_padding() -> None:
     expected = learn(build("qwen3-debug-moe"), [rows])
     for got in on_processes(2, step_of, "qwen3-debug-moe", {"expert": 2}, rows):
         assert_same(got, expected)
+
+
+def refusals(rank: int) -> list[str]:
+    mesh = Mesh(Parallel(expert=4), CPU)
+    told = []
+    for name, changes in (("llama3-debug", {}), ("qwen3-debug", {}), ("qwen3-debug-moe", {"experts": 6})):
+        with pytest.raises(ValueError) as refused:
+            apply_expert(build_skeleton(replace(config_of(name), **changes)), mesh)
+        told.append(str(refused.value))
+    return told
+
+
+def test_refusals_name_what_fits() -> None:
+    (told, *others) = on_processes(4, refusals)
+    assert told == [
+        "parallel.expert 4: Llama3 has no experts with these sizes; use parallel.expert 1",
+        "parallel.expert 4: Qwen3 has no experts with these sizes; use parallel.expert 1",
+        "parallel.expert 4 does not divide the 6 experts of a layer of Qwen3; use parallel.expert 2",
+    ]
+    assert others == [told] * 3
+
+
+def auxiliary_gradient(router: Router, x: Tensor, seeing: Tensor) -> Tensor:
+    router(x, seeing)
+    assert router.auxiliary_loss is not None
+    router.auxiliary_loss.backward()
+    assert router.weight.grad is not None
+    return router.weight.grad
+
+
+def router_and_tokens() -> tuple[Router, Tensor, Tensor]:
+    """Tokens whose first half prefers other experts than the second, which has more padding."""
+    torch.manual_seed(0)
+    router = Router(8, 4, 2, auxiliary=0.5).double()
+    router.init_weights(std=1.0)
+    x = torch.randn(24, 8, dtype=torch.float64)
+    x[:12] += 2 * router.weight[0].detach()
+    return router, x, torch.arange(24) < 17
+
+
+def auxiliary_gradient_of_half(rank: int, shared: bool) -> Tensor:
+    mesh = Mesh(Parallel(context=2), CPU)
+    router, x, seeing = router_and_tokens()
+    if shared:
+        share_counts(router, mesh)
+    half = slice(12 * rank, 12 * rank + 12)
+    return mesh.sum(auxiliary_gradient(router, x[half], seeing[half]), "context")
+
+
+def test_auxiliary_loss_of_rows_that_lie_on_two_processes() -> None:
+    expected = auxiliary_gradient(*router_and_tokens())
+    for got in on_processes(2, auxiliary_gradient_of_half, True):
+        torch.testing.assert_close(got, expected)
+    unlike, _ = on_processes(2, auxiliary_gradient_of_half, False)
+    assert (unlike - expected).abs().max() > 0.1 * expected.abs().max(), "the halves would do by themselves"
 
 
 def test_sorting_by_expert_by_hand() -> None:

@@ -67,12 +67,32 @@ def test_pipeline_is_outermost() -> None:
     assert [p["tensor"][0] for p in places] == [0, 1, 0, 1]
 
 
-def grid(rank: int, degrees: dict[str, int]) -> str:
+def grid(rank: int, degrees: dict[str, int]) -> dict[str, str]:
     return Mesh(Parallel(**degrees), torch.device("cpu")).grid()
 
 
 def test_grid_shows_every_rank() -> None:
-    assert on_processes(4, grid, {"shard": 2, "pipeline": 2})[0] == (
-        "pipeline 2 x shard 2\nstage 0: 0 | 1\nstage 1: 2 | 3"
-    )
-    assert on_processes(4, grid, {"context": 2, "tensor": 2})[3] == "context 2 x tensor 2\nranks 0+1 2+3"
+    assert on_processes(4, grid, {"shard": 2, "pipeline": 2})[0] == {
+        "mesh": "pipeline 2 x shard 2",
+        "stage 0": "0 | 1",
+        "stage 1": "2 | 3",
+    }
+    assert on_processes(4, grid, {"context": 2, "tensor": 2})[3] == {"mesh": "context 2 x tensor 2", "ranks": "0+1 2+3"}
+
+
+def only_on_first(rank: int, fails: bool) -> str:
+    def make() -> str:
+        assert rank == 0, "no other rank is asked"
+        if fails:
+            raise ValueError("no such file")
+        return "made"
+
+    try:
+        return Mesh(Parallel(), torch.device("cpu")).from_first(make)
+    except ValueError as error:
+        return f"refused: {error}"
+
+
+def test_what_the_first_rank_makes_or_refuses_is_everyones() -> None:
+    assert on_processes(2, only_on_first, False) == ["made", "made"]
+    assert on_processes(2, only_on_first, True) == ["refused: no such file"] * 2

@@ -25,7 +25,9 @@ def small_run(directory: Path, source: Path, family: str, parallel: Parallel, **
     """Ten steps of 4 rows; no two rows of a batch are alike."""
     options = {"global_batch_size": 4, "micro_batch_size": 1, **training}
     return Run(
-        model=dataclasses.replace(config_of(f"{family}-debug"), **({"tied_embeddings": False} if family == "qwen3" else {})),
+        model=dataclasses.replace(
+            config_of(f"{family}-debug"), **({"tied_embeddings": False} if family == "qwen3" else {})
+        ),
         output_dir=directory,
         data=Data(source=str(source), validation_share=0.1),
         training=Training(steps=STEPS, sequence_length=64, device="cpu", **options),
@@ -84,6 +86,9 @@ def check(family: str, degrees: dict[str, Any], source: Path, tmp_path: Path, al
 FAST = [
     ("llama3", {"shard": 2}),
     ("llama3", {"replicate": 2, "shard": 2}),
+    ("llama3", {"pipeline": 2}),
+    ("llama4", {"context": 2}),
+    ("deepseek_v3", {"shard": 2, "expert": 2}),
 ]
 SLOW: list[tuple[str, dict[str, Any]]] = [
     ("llama3", {"shard": 4}),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sightline import Batch
 from sightline.config import Parallel
@@ -21,9 +22,10 @@ from sightline.models.generation import generate
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.pipeline import Pipelined
 from sightline.parallel.pipeline_stages import take_stages
+from sightline.parallel.shard import apply_shard
 from tests.parallel.processes import on_processes
 
-ROWS, LENGTH, MICRO = 8, 32, 2
+ROWS, LENGTH, MICRO = 8, 32, 1
 SCALE = 1 / 200
 CONFIGS = {
     "llama3": replace(MODELS["llama3-debug"], layers=4),
@@ -101,14 +103,15 @@ def state(stages: list[Any], loss: Tensor) -> dict[str, Any]:
     return {"loss": loss.detach(), "gradients": gradients, "counts": counts}
 
 
-def on_one_process(name: str) -> dict[str, Any]:
+def on_one_process(name: str, dtype: str = "float32") -> dict[str, Any]:
     """The same rows, a microbatch after the other; and the same again without gradients."""
     torch.manual_seed(0)
     model = build_model(CONFIGS[name])
     inputs = [inputs_of(model, make_batch(name)[at : at + MICRO]) for at in range(0, ROWS, MICRO)]
     loss = torch.zeros(())
     for part in inputs:
-        share = model(**part) * SCALE
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            share = model(**part) * SCALE
         share.backward()
         loss += share.detach()
     done = state([model], loss)
@@ -118,19 +121,24 @@ def on_one_process(name: str) -> dict[str, Any]:
     return done | {"text": say(model)}
 
 
-def build(config: Any, schedule: str, **degrees: int) -> Pipelined:
-    mesh = Mesh(Parallel(pipeline=2, pipeline_schedule=schedule, **degrees), torch.device("cpu"))
+def build(config: Any, schedule: str, dtype: str = "float32") -> Pipelined:
+    """On two processes, or on four that share the weights of each stage and its rows by two."""
+    mesh = Mesh(Parallel(pipeline=2, pipeline_schedule=schedule), torch.device("cpu"))
     whole = build_skeleton(config)
     stages = take_stages(whole, mesh)
     for stage in stages:
+        if mesh.size("shard") > 1:
+            apply_shard(stage, mesh, dtype=dtype)
         stage.to_empty(device="cpu")
     torch.manual_seed(0)
     draw_weights(*stages)
-    return Pipelined(mesh, whole, stages, micro_batch_size=MICRO)
+    return Pipelined(mesh, whole, stages, dtype=dtype, micro_batch_size=MICRO)
 
 
-def on_a_pipeline(rank: int, name: str, schedule: str, steps: int = 1, wrong_masks: bool = False) -> dict[str, Any]:
-    model = build(CONFIGS[name], schedule)
+def on_a_pipeline(
+    rank: int, name: str, schedule: str, steps: int = 1, wrong_masks: bool = False, dtype: str = "float32"
+) -> dict[str, Any]:
+    model = build(CONFIGS[name], schedule, dtype)
     inputs = inputs_of(model, make_batch(name))
     if wrong_masks:
         inputs["attention_masks"] = each_mask(inputs["attention_masks"], mask_of_first)
@@ -195,3 +203,65 @@ def test_a_mask_of_another_microbatch_would_be_noticed(family: str) -> None:
         for name, gradient in part["gradients"].items()
     }
     assert min(value for name, value in off.items() if "attention.query" in name) > 1e-2, off
+
+
+def on_shards(rank: int, name: str, schedule: str, dtype: str = "float32") -> dict[str, Any]:
+    """Each of two pipelines has half of the rows; the weights of a stage are shared by the two that have it."""
+    model = build(CONFIGS[name], schedule, dtype)
+    half = ROWS // 2
+    at = model.mesh.index("data") * half
+    inputs = inputs_of(model, make_batch(name)[at : at + half])
+    for _ in range(2):
+        for stage in model.stages:
+            stage.zero_grad()
+        loss = model.forward_backward(inputs, SCALE)
+        model.train(False)
+        evaluated = model.evaluate(inputs)
+        model.train()
+    gradients = {}
+    for parameter_name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor) and parameter.to_local().numel() < parameter.numel(), parameter_name
+        gradients[parameter_name] = parameter.grad.full_tensor()
+    return {"loss": loss, "evaluated": evaluated, "gradients": gradients, "text": say(model.speaker)}
+
+
+@pytest.mark.parametrize(
+    ("family", "schedule"),
+    [
+        ("llama3", "1F1B"),
+        ("qwen3-moe", "InterleavedZeroBubble"),
+        *(pytest.param("llama3", schedule, marks=pytest.mark.slow) for schedule in SCHEDULES if schedule != "1F1B"),
+    ],
+)
+def test_pipelines_that_share_weights(family: str, schedule: str) -> None:
+    """Gradients are added up over the rows of both pipelines when the schedule has ended, once."""
+    expected, parts = on_one_process(family), on_processes(4, on_shards, family, schedule)
+    for key in ("loss", "evaluated"):
+        assert difference(sum(part[key] for part in parts), expected[key]) < 1e-5, key
+    for part in parts:
+        for name, gradient in part["gradients"].items():
+            assert difference(gradient, expected["gradients"][name]) < 1e-5, name
+        assert part["text"] == expected["text"]
+
+
+def test_bfloat16_is_that_of_one_process() -> None:
+    """Every stage is under autocast and no backward is; between stages the sum of the layers stays in float32."""
+    expected = on_one_process("qwen3-moe", "bfloat16")
+    parts = on_processes(2, on_a_pipeline, "qwen3-moe", "Interleaved1F1B", 1, False, "bfloat16")
+    assert difference(sum(part["loss"] for part in parts), expected["loss"]) < 1e-5
+    for part in parts:
+        for name, gradient in part["gradients"].items():
+            assert difference(gradient, expected["gradients"][name]) < 1e-5, name
+    in_full = on_one_process("qwen3-moe")
+    assert difference(expected["loss"], in_full["loss"]) > 1e-5, "the precision makes a difference"
+
+
+@pytest.mark.slow
+def test_weights_gathered_in_bfloat16() -> None:
+    """FSDP's mixed precision: what passes between stages is bfloat16 too."""
+    expected, parts = on_one_process("llama3"), on_processes(4, on_shards, "llama3", "Interleaved1F1B", "bfloat16")
+    loss = sum(part["loss"] for part in parts)
+    assert 1e-6 < difference(loss, expected["loss"]) < 1e-2
+    for part in parts:
+        for name, gradient in part["gradients"].items():
+            assert difference(gradient, expected["gradients"][name]) < 0.1, name

@@ -69,7 +69,7 @@ MOMENTS = {
     "before the first checkpoint": ("sightline.training.trainer:train_step", 3),
     "in the backward pass": ("sightline.training.step:clip_gradients", 5),
     "a step taken but not noted": ("sightline.training.metrics:MetricsFile.append", 5),
-    "steps noted but not saved": ("sightline.training.trainer:save_checkpoint", 2),
+    "steps noted but not saved": ("sightline.training.saver:save_checkpoint", 2),
     "before the tensors are written": ("sightline.training.checkpoint:dcp.save", 2),
     "while a checkpoint is copied together": ("sightline.training.checkpoint:shutil.copyfile", 5),
     "while the first checkpoint is brought to the disk": ("sightline.training.checkpoint:sync", 4),

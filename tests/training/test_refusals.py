@@ -10,7 +10,7 @@ import torch
 
 from sightline.config import Optimizer
 from sightline.data import Documents, load_tokenizer, train_tokenizer
-from sightline.training import NonFiniteLoss, SaveFailed, trainer
+from sightline.training import NonFiniteLoss, SaveFailed, saver
 from sightline.training.checkpoint import list_checkpoints
 from sightline.training.resume import check_continues
 from sightline.training.trained import load_trained
@@ -173,8 +173,14 @@ def small_files_only():
     limit(False)
 
 
-def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(source, tmp_path, monkeypatch, small_files_only) -> None:
-    save, saved = trainer.save_checkpoint, []
+BESIDE = pytest.mark.parametrize("asynchronous", [False, True], ids=["waiting", "beside the steps"])
+
+
+@BESIDE
+def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(
+    asynchronous, source, tmp_path, monkeypatch, small_files_only
+) -> None:
+    save, saved = saver.save_checkpoint, []
 
     def save_on_a_full_disk(*args, **kwargs):
         saved.append(args[2].step)
@@ -184,15 +190,18 @@ def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(source, tmp_path, 
         finally:
             small_files_only(False)
 
-    monkeypatch.setattr(trainer, "save_checkpoint", save_on_a_full_disk)
-    said = train_quietly(small_run(tmp_path / "run", source))
+    monkeypatch.setattr(saver, "save_checkpoint", save_on_a_full_disk)
+    said = train_quietly(small_run(tmp_path / "run", source, checkpoint__asynchronous=asynchronous))
     assert saved == [3, 6, 8]
     assert "warning: the checkpoint of step 6 could not be written" in said and "step-3 is intact" in said
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-3", "step-8"]
 
 
-def test_a_disk_that_stays_full_ends_with_the_old_checkpoint(source, tmp_path, monkeypatch, small_files_only) -> None:
-    save = trainer.save_checkpoint
+@BESIDE
+def test_a_disk_that_stays_full_ends_with_the_old_checkpoint(
+    asynchronous, source, tmp_path, monkeypatch, small_files_only
+) -> None:
+    save = saver.save_checkpoint
 
     def save_on_a_full_disk(*args, **kwargs):
         small_files_only(args[2].step > 3)
@@ -201,9 +210,9 @@ def test_a_disk_that_stays_full_ends_with_the_old_checkpoint(source, tmp_path, m
         finally:
             small_files_only(False)
 
-    monkeypatch.setattr(trainer, "save_checkpoint", save_on_a_full_disk)
+    monkeypatch.setattr(saver, "save_checkpoint", save_on_a_full_disk)
     with pytest.raises(SaveFailed, match=r"checkpoint of step 8 could not be written: .*step-3 is intact") as error:
-        train_quietly(small_run(tmp_path / "run", source))
+        train_quietly(small_run(tmp_path / "run", source, checkpoint__asynchronous=asynchronous))
     assert error.value.exit_code == 1
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-3"]
     monkeypatch.undo()

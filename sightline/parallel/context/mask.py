@@ -53,8 +53,10 @@ class ContextMask(AttentionMask):
         return ContextMask(start, stop, self.key_length, self.send, self.receive, self.group, rows)
 
     def gather(self, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-        """The keys of all processes' tokens that this process's see: [B, heads, S / degree, D] -> [B, heads, T, D] each,
-        all in one message; heads and D may differ between the tensors."""
+        """The keys that this process's tokens see, from all processes: [B, heads, S / degree, D] -> [B, heads, T, D] each.
+
+        All tensors go in one message; they may differ in heads and D.
+        """
         heads = [t.shape[1] for t in tensors]
         arrive = travel(torch.cat([t.transpose(1, 2).flatten(2) for t in tensors], dim=-1).flatten(0, 1), self._keys)
 

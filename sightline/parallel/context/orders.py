@@ -1,6 +1,6 @@
 """Orders: which rank owns which tokens of a row. Every rank owns S / degree tokens of every row, as query and as key.
 
-An order is a list of pieces `(first, last, rank)`: tokens [first, last) of the row belong to `rank`. Pieces are sorted,
+An order of a row is a list of pieces `(first, last, rank)`: tokens [first, last) belong to `rank`. Pieces are sorted and
 cover the row, and neighbours differ in rank.
 """
 
@@ -11,25 +11,22 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
-Piece = tuple[int, int, int]
 Span = tuple[int, int]
+Piece = tuple[int, int, int]
 
 TILE = 128  # queries of a kernel's tile
-TOLERANCE = 0.02  # of the mean work, by which a rank may have more
-LOOKS = 16  # at the window's work while it moves by its own length
+LOOKS = 4  # at a window's work while it moves by its own length; more find no better cuts
 
 
 def contiguous(length: int, degree: int) -> list[Piece]:
-    """Rank r owns the r-th part of the row. Few keys travel, but the last rank of a long document works most."""
+    """Rank r owns the r-th part of the row. Few keys travel, but the rank with the end of a long document works most."""
     share = length // degree
     return [(rank * share, (rank + 1) * share, rank) for rank in range(degree)]
 
 
 def headtail(length: int, degree: int) -> list[Piece]:
-    """2 degree chunks, rank r owns chunks r and 2 degree - 1 - r: equal work for one causal document that fills the row.
-
-    Where the share is odd, heads are one token longer than tails.
-    """
+    """Of 2 degree chunks rank r owns number r and number 2 degree - 1 - r: equal work for one causal document that fills
+    the row. Where the share of a rank is odd, heads are one token longer than tails."""
     share = length // degree
     tail = share // 2
     head = share - tail
@@ -40,19 +37,17 @@ def headtail(length: int, degree: int) -> list[Piece]:
 
 def roundrobin(length: int, degree: int) -> list[Piece]:
     """Blocks of 128 tokens are dealt out in turn: striped attention (Brandon et al. 2023), in whole tiles of a kernel.
-
-    Where 128 does not divide the share, blocks are the largest power of two that does.
-    """
+    Where 128 does not divide the share of a rank, blocks are the largest power of two that does."""
     block = math.gcd(length // degree, TILE)
     return _joined([(first, first + block, first // block % degree) for first in range(0, length, block)])
 
 
 class Costs(NamedTuple):
-    """What cutting a row costs. Sequences of Python integers.
+    """What the tokens of a row cost.
 
-    before  [S + 1], work of the tokens before each token
-    cut     [S], keys that travel when the row is cut before a token
-    ends    the tokens where `cut` falls, in order: cuts are cheapest there, documents end there
+    before  [S + 1], work of all tokens before each token
+    cut     [S], keys that travel when the row is cut before each token
+    ends    the tokens where `cut` falls, in order: documents end there, and a cut is cheapest
     """
 
     before: Sequence[int]
@@ -63,136 +58,98 @@ class Costs(NamedTuple):
 def balanced(costs: Costs, degree: int, slack: float) -> list[Piece]:
     """Equal tokens and equal work in few pieces, cut where few keys travel.
 
-    slack: work by which a rank may pass the mean.
+    slack: work by which a rank may pass the mean. Where single tokens cost more than that, so may a rank.
 
-    See the row as a circle. A window of S / degree tokens that slides once around it has, on the average over all its
-    places, exactly the mean work; so somewhere it has the mean work. That window is a rank's share. Take it out, close
-    the gap, and the circle that is left has the same mean: the next share is somewhere in it. Every window leaves one
-    gap at most, so a rank has two pieces on the average, whatever the documents.
+    See the row as a circle. A window of S / degree tokens that slides once around it has, on the average of all its
+    places, exactly the mean work; so somewhere it has the mean work. That window is one rank's share. Take it out, close
+    the gap, and the circle that is left has the same mean: the next share is somewhere in it. A window leaves one gap
+    at most, so a rank has no more than two pieces on the average, whatever the documents.
     """
     length = len(costs.cut)
     share = length // degree
+    mean = costs.before[length] / degree
+    stride = max(1, share // LOOKS)
     circle: list[Span] = [(0, length)]
     shares: list[list[Span]] = []
-    stride = max(1, share // LOOKS)
     while len(shares) < degree - 1:
-        sweep = _Sweep(costs, share, slack, costs.before[-1] / degree)
-        circle, found = sweep.run(circle, stride)
+        circle, found = _Sweep(costs, share, mean, slack).run(circle, stride)
         shares += found
-        circle = _rotated(circle, share)
-        if not found:  # between two looks the window's work may have passed the mean and come back
+        circle = _rotated(circle, share)  # the windows across the ends of this walk lie inside the next
+        if (
+            not found
+        ):  # between two looks the work may have passed the mean and come back; from token to token it cannot
             stride = max(1, stride // 2)
-    shares.append(circle)
-    shares = sorted(sorted(spans) for spans in shares)  # neighbours in the row are neighbours in rank
+    shares = sorted(sorted(spans) for spans in [*shares, circle])  # neighbours in the row are neighbours in rank
     return _joined(sorted((*span, rank) for rank, spans in enumerate(shares) for span in spans))
 
 
+class _Band(NamedTuple):
+    """The work that a share may have, and what the ranks still without one have on the average."""
+
+    low: float
+    high: float
+    target: float
+
+
 class _Sweep:
-    """One walk along the circle. What was passed and not given to a rank lies on a stack of spans, and the last `share`
-    tokens of the stack are the window.
+    """One walk along the circle. What was passed and given to no rank lies on a stack of spans; the last `share` tokens
+    of the stack are the window.
 
     first, last   the spans on the stack; the walk is in the last one
     tokens, work  what lies on the stack below each span
     """
 
-    def __init__(self, costs: Costs, share: int, slack: float, mean: float) -> None:
-        self.costs, self.share, self.slack, self.mean = costs, share, slack, mean
+    def __init__(self, costs: Costs, share: int, mean: float, slack: float) -> None:
+        self.costs, self.share, self.mean, self.slack = costs, share, mean, slack
         self.first: list[int] = []
         self.last: list[int] = []
         self.tokens: list[int] = []
         self.work: list[int] = []
 
     def run(self, circle: list[Span], stride: int) -> tuple[list[Span], list[list[Span]]]:
-        """Take shares out of the circle, looking every `stride` tokens: what is left of it, and the shares."""
+        """Look every `stride` tokens and take shares out, until one is left: the circle then, and the shares."""
         before = self.costs.before
         ranks = sum(last - first for first, last in circle) // self.share
         rest = sum(before[last] - before[first] for first, last in circle)
+        band = self._band(rest, ranks)
         shares: list[list[Span]] = []
-        low, high, target = self._band(rest, ranks)
+        over = 0.0  # by how much the window of the last look was over the target; 0 where there was none
         for first, last in circle:
             self._push(first, last)
-            at, gap = first, 0.0  # gap: by how much the window at `at` is over the target
+            at = first
             while at < last and ranks > 1:
                 missing = self.share - self.tokens[-1] - (at - self.first[-1])
-                previous, gap_before = at, gap
+                previous, over_before = at, over
                 at = min(last, at + (missing if missing > 0 else stride))
                 if at - previous < missing:
                     continue
                 work = self._window(at)[0]
-                gap = work - target
-                if low <= work <= high or gap * gap_before < 0:
-                    at = self._best_end(previous if gap_before else at, at, low, high, target)
+                over = work - band.target
+                if band.low <= work <= band.high or over * over_before < 0:
+                    at = self._best_end(previous if over_before else at, at, band)
                     spans, work = self._take(at)
                     shares.append(spans)
-                    rest, ranks, gap = rest - work, ranks - 1, 0.0
-                    low, high, target = self._band(rest, ranks)
+                    ranks, rest, over = ranks - 1, rest - work, 0.0
+                    band = self._band(rest, ranks)
                     if at < last:
                         self._push(at, last)
         return list(zip(self.first, self.last, strict=True)), shares
 
-    def _band(self, rest: int, ranks: int) -> tuple[float, float, float]:
-        """Least and greatest work of the next share, and what it should be, where `ranks` have to share the rest.
-
-        The least leaves the others no more than half of the slack each.
-        """
-        least = max(self.mean - self.slack, rest - (ranks - 1) * (self.mean + self.slack / 2))
-        return least, self.mean + self.slack, rest / ranks
+    def _band(self, rest: int, ranks: int) -> _Band:
+        """For the next of `ranks` ranks that divide `rest`. The others may have to take half of the slack, no more."""
+        low = max(self.mean - self.slack, rest - (ranks - 1) * (self.mean + self.slack / 2))
+        return _Band(low, self.mean + self.slack, rest / ranks)
 
     def _push(self, first: int, last: int) -> None:
+        """Walk on in a span."""
         tokens = work = 0
         if self.first:
-            before = self.costs.before
             tokens = self.tokens[-1] + self.last[-1] - self.first[-1]
-            work = self.work[-1] + before[self.last[-1]] - before[self.first[-1]]
-        self.first.append(first)
-        self.last.append(last)
-        self.tokens.append(tokens)
-        self.work.append(work)
-
-    def _window(self, at: int) -> tuple[int, int, int]:
-        """The window that ends at `at` in the last span: its work, the span it begins in, and the token."""
-        before = self.costs.before
-        begin = self.tokens[-1] + at - self.first[-1] - self.share
-        span = len(self.tokens) - 1
-        while self.tokens[span] > begin:
-            span -= 1
-        token = self.first[span] + begin - self.tokens[span]
-        above = self.work[-1] + before[at] - before[self.first[-1]]
-        return above - self.work[span] - (before[token] - before[self.first[span]]), span, token
-
-    def _best_end(self, first: int, last: int, low: float, high: float, target: float) -> int:
-        """Where from `first` to `last` the window ends best: with work in the band, and cut where few keys travel."""
-        _, span, token = self._window(first)
-        shift = first - token
-        candidates = [first, *self._crossing(first, last, target), *self._ends(first, last)]
-        candidates += [end + shift for end in self._ends(token, min(token + last - first, self.last[span]))]
-
-        def price(at: int) -> tuple[float, int, int]:
-            work, span, token = self._window(at)
-            keys = self._cut(at, self.last[-1]) + self._cut(token, self.first[span])
-            return max(low - work, work - high, 0), keys, at
-
-        return min(candidates, key=price)
-
-    def _crossing(self, first: int, last: int, target: float) -> tuple[int, int]:
-        """Two neighbouring places with the target between their windows' work, by bisection."""
-        over = self._window(first)[0] > target
-        while last - first > 1:
-            middle = (first + last) // 2
-            if (self._window(middle)[0] > target) == over:
-                first = middle
-            else:
-                last = middle
-        return first, last
-
-    def _ends(self, first: int, last: int) -> Sequence[int]:
-        """Where cuts are cheapest in (first, last]."""
-        ends = self.costs.ends
-        return ends[bisect_right(ends, first) : bisect_right(ends, last)]
-
-    def _cut(self, token: int, edge: int) -> int:
-        """Keys that travel for a cut before a token; none at the edge of a span, where the row is cut already."""
-        return 0 if token == edge else self.costs.cut[token]
+            work = self.work[-1] + self.costs.before[self.last[-1]] - self.costs.before[self.first[-1]]
+        for side, value in zip(
+            (self.first, self.last, self.tokens, self.work), (first, last, tokens, work), strict=True
+        ):
+            side.append(value)
 
     def _take(self, at: int) -> tuple[list[Span], int]:
         """Take the window that ends at `at` off the stack: its spans and its work."""
@@ -204,27 +161,71 @@ class _Sweep:
         self.last[span] = token
         return [(first, last) for first, last in spans if first < last], work
 
+    def _window(self, at: int) -> tuple[int, int, int]:
+        """The window that ends at `at` in the last span: its work, the span it begins in, and the token there."""
+        before, first, tokens = self.costs.before, self.first, self.tokens
+        begin = tokens[-1] + at - first[-1] - self.share
+        span = len(tokens) - 1
+        while tokens[span] > begin:
+            span -= 1
+        token = first[span] + begin - tokens[span]
+        behind = self.work[span] + before[token] - before[first[span]]
+        return self.work[-1] + before[at] - before[first[-1]] - behind, span, token
+
+    def _best_end(self, first: int, last: int, band: _Band) -> int:
+        """Where from `first` to `last` the window best ends: its work in the band, and cut where few keys travel."""
+        _, span, token = self._window(first)
+        ahead = first - token
+        places = [first, *self._crossing(first, last, band.target), *self._ends(first, last)]
+        places += [end + ahead for end in self._ends(token, min(last - ahead, self.last[span]))]
+
+        def price(at: int) -> tuple[float, int, int]:
+            work, span, token = self._window(at)
+            keys = self._keys_cut(at, self.last[-1]) + self._keys_cut(token, self.first[span])
+            return max(0, band.low - work, work - band.high), keys, at
+
+        return min(places, key=price)
+
+    def _crossing(self, first: int, last: int, target: float) -> tuple[int, int]:
+        """Neighbouring places where the window's work passes the target, found by halving."""
+        over = self._window(first)[0] > target
+        while last - first > 1:
+            middle = (first + last) // 2
+            if (self._window(middle)[0] > target) == over:
+                first = middle
+            else:
+                last = middle
+        return first, last
+
+    def _ends(self, first: int, last: int) -> Sequence[int]:
+        """Ends of documents in (first, last]."""
+        ends = self.costs.ends
+        return ends[bisect_right(ends, first) : bisect_right(ends, last)]
+
+    def _keys_cut(self, token: int, edge: int) -> int:
+        """Keys that travel for a cut before a token; none more at the edge of a span, where the row is cut already."""
+        return 0 if token == edge else self.costs.cut[token]
+
 
 def _rotated(circle: list[Span], share: int) -> list[Span]:
-    """The same circle from another place: its last `share` tokens come first."""
-    spans, missing = list(circle), share
-    front: list[Span] = []
-    while missing:
-        first, last = spans.pop()
-        middle = max(first, last - missing)
-        front.insert(0, (middle, last))
-        missing -= last - middle
-        if middle > first:
-            spans.append((first, middle))
-    return front + spans
+    """The same circle, its last `share` tokens first."""
+    back, front = list(circle), []
+    while share:
+        first, last = back.pop()
+        middle = max(first, last - share)
+        front.append((middle, last))
+        share -= last - middle
+        if first < middle:
+            back.append((first, middle))
+    return front[::-1] + back
 
 
 def _joined(pieces: list[Piece]) -> list[Piece]:
-    """Sorted pieces, neighbours of one rank made one."""
+    """Sorted pieces without empty ones, neighbours of one rank made one."""
     joined: list[Piece] = []
     for first, last, rank in pieces:
         if joined and joined[-1][2] == rank:
             joined[-1] = (joined[-1][0], last, rank)
-        elif last > first:
+        elif first < last:
             joined.append((first, last, rank))
     return joined

@@ -27,9 +27,15 @@ def pack(lengths: Sequence[Sequence[int]], vocab_size: int = 512, length: int = 
 
 
 def pack_images(config: VLMConfig) -> Batch:
-    """The same rows with images in them, of 1 to 6 tokens; rows of no image, of two side by side, of one at both ends."""
+    """The same rows with images of 1 to 6 tokens in them; some rows have none, one has two side by side."""
     batch = pack(LENGTHS, config.vocab_size)
-    images = [[(0, 2, 4), (6, 2, 2), (18, 4, 4), (29, 2, 12)], [(10, 6, 4), (16, 2, 2)], [(0, 2, 2), (31, 4, 2)], [], []]
+    images = [
+        [(0, 2, 4), (6, 2, 2), (18, 4, 4), (29, 2, 12)],
+        [(10, 6, 4), (16, 2, 2)],
+        [(0, 2, 2), (41, 4, 2)],
+        [],
+        [],
+    ]
     grid = torch.zeros(len(images), 4, 2, dtype=torch.int64)
     patches = torch.randn(len(images), 64, config.vision.patch_channels, generator=torch.Generator().manual_seed(1))
     tokens, labels = batch.tokens.clone(), batch.labels.clone()

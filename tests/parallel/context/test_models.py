@@ -13,7 +13,7 @@ from torch import Tensor
 from sightline import Batch
 from sightline.config import Parallel
 from sightline.masks import causal, chunked, document, global_tokens, prefix_lm, shared_prefix, sliding_window
-from sightline.models import MODELS, VLM, build_model
+from sightline.models import MODELS, build_model
 from sightline.parallel.context.split import split_context
 from sightline.parallel.expert import share_counts
 from sightline.parallel.mesh import Mesh
@@ -30,6 +30,7 @@ CONFIGS: dict[str, Any] = {
     "gpt_oss": MODELS["gpt_oss-debug"],
     "vlm": MODELS["vlm-debug"],
 }
+RULES = ("window", "chunk", "prefix", "shared", "global", "both")
 ORDERS = ("balanced", "contiguous", "headtail", "roundrobin")
 LIMIT = 1e-5  # relative
 
@@ -54,7 +55,8 @@ def mask_of(batch: Batch, rule: str) -> Any:
         "chunk": before & own & chunked(batch.positions, 9),
         "prefix": (before | prefix_lm(batch.positions, torch.full_like(batch.positions, 6))) & own,
         "shared": shared_prefix(batch.document_ids, (batch.document_ids // 3 * 3).clamp(min=-1)) & before,
-        "global": (before & own & sliding_window(rows, length, 5)) | (global_tokens(batch.positions == 0) & before & own),
+        "global": (before & own & sliding_window(rows, length, 5))
+        | (global_tokens(batch.positions == 0) & before & own),
         "both": own,
     }[rule]
 
@@ -84,8 +86,16 @@ def worst(degree: int, family: str, order: Any, backend: str, rule: str | None) 
     assert found.keys() == truth.keys()
     for value in found.values():
         dist.all_reduce(value)
-    far = {name: float((found[name] - truth[name]).norm() / truth[name].norm().clamp(min=1e-9)) for name in truth}
+    far = {name: float((found[name] - truth[name]).norm() / size_of(name, truth)) for name in truth}
     return max(far.items(), key=lambda item: item[1])
+
+
+def size_of(name: str, truth: dict[str, Tensor]) -> Tensor:
+    """What a difference is relative to."""
+    if name.startswith("vision") and name.endswith("key.bias"):
+        # Without positions the softmax does not see a bias of all keys: its gradient is 0 but for rounding.
+        name = name.replace("bias", "weight")
+    return truth[name].norm().clamp(min=1e-9)
 
 
 def check(degree: int, cases: list[tuple[str, str, str, str | None]]) -> None:
@@ -96,3 +106,29 @@ def check(degree: int, cases: list[tuple[str, str, str, str | None]]) -> None:
 
 def test_every_family_on_two_processes() -> None:
     check(2, [(family, "balanced", "sdpa", None) for family in CONFIGS])
+
+
+def test_orders_backends_and_rules_on_four_processes() -> None:
+    check(
+        4,
+        [
+            ("llama3", "contiguous", "reference", "prefix"),
+            ("llama3", "headtail", "sdpa", "shared"),
+            ("llama3", "balanced", "reference", "global"),
+            ("llama3", "roundrobin", "sdpa", "both"),
+            ("gpt_oss", "roundrobin", "reference", None),
+            ("llama4", "headtail", "sdpa", None),
+            ("deepseek_v3", "contiguous", "reference", None),
+            ("vlm", "balanced", "sdpa", None),
+        ],
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_family_and_rule_in_every_order(degree: int, order: str) -> None:
+    heads = 2  # of the debug sizes' layers that walk along whole rows
+    families = [family for family in CONFIGS if degree <= heads or family != "qwen3_next"]
+    check(degree, [(family, order, backend, None) for family in families for backend in ("sdpa", "reference")])
+    check(degree, [("llama3", order, backend, rule) for rule in RULES for backend in ("sdpa", "reference")])

@@ -1,0 +1,112 @@
+"""What a mesh costs and what it saves.
+
+    python -m benchmarks.mesh                                   a step on one process, with the mesh's code and without
+    torchrun --nproc-per-node 4 -m benchmarks.mesh              what each of 4 processes holds of llama3-tiny
+
+Without the mesh's code a step is written as one would write it: forward and backward for each microbatch, PyTorch's own
+clipping, the optimizer. Each contestant runs in a process of its own, and they take their steps in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from benchmarks.timing import machine, processes_in_turn, save
+from benchmarks.training_step import cycle, rows_of
+from sightline.config import Optimizer, Parallel, Run, Training
+from sightline.models import build_model, config_of
+from sightline.parallel.apply import build_parallel
+from sightline.parallel.launch import joined
+from sightline.parallel.mesh import Mesh
+from sightline.parallel.parallel_model import ParallelModel, on_one_process
+from sightline.training.optimizer import build_optimizer
+from sightline.training.step import prepare_batch, train_step
+
+CPU = torch.device("cpu")
+
+
+def through_the_mesh(length: int, threads: int) -> Callable[[], float]:
+    """A step as `sightline train` takes it on one process."""
+    torch.set_num_threads(threads)
+    tokenizer, rows = rows_of(length)
+    model = build_model("llama3-tiny")
+    alone, optimizer, following = on_one_process(model), build_optimizer(model, Optimizer()), cycle(rows)
+    return lambda: train_step(
+        alone, optimizer, following(), tokenizer, micro_batch_size=1, max_grad_norm=1.0
+    ).loss.item()
+
+
+def by_hand(length: int, threads: int) -> Callable[[], float]:
+    """The same step without it."""
+    torch.set_num_threads(threads)
+    tokenizer, rows = rows_of(length)
+    model = build_model("llama3-tiny")
+    optimizer, following = build_optimizer(model, Optimizer()), cycle(rows)
+
+    def step() -> float:
+        batch = following()
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(**prepare_batch(model, batch, tokenizer, CPU)) / batch.valid_tokens()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def measure_overhead(arguments: argparse.Namespace) -> None:
+    given = (arguments.length, arguments.threads)
+    makers = {"through the mesh": (through_the_mesh, given), "by hand": (by_hand, given)}
+    seconds = {name: took for name, (took, _) in processes_in_turn(makers, arguments.rounds).items()}
+    ratio = seconds["through the mesh"] / seconds["by hand"]
+    for name, took in seconds.items():
+        print(f"{name:<18} {took * 1e3:8.1f} ms a step")
+    print(f"the mesh's code costs {ratio - 1:+.2%} ({machine()})")
+    save("mesh_overhead", [{"length": arguments.length, "rounds": arguments.rounds, **seconds, "ratio": ratio}])
+
+
+def held_bytes(model: ParallelModel) -> dict[str, int]:
+    """Weights, gradients and moments of this process, after a step."""
+    optimizer = build_optimizer(model, Optimizer())
+    held = {"weights": 0, "gradients": 0, "moments": 0}
+    for _, parameter in model.named_parameters():
+        parameter.grad = torch.zeros_like(parameter)
+        moments = [value for value in optimizer.state[parameter].values()]
+        for kind, tensors in (("weights", [parameter]), ("gradients", [parameter.grad]), ("moments", moments)):
+            held[kind] += sum(t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes for t in tensors)
+    return held
+
+
+def measure_memory(model: str) -> None:
+    run = Run(model=config_of(model), training=Training(device="cpu"))
+    with joined(Parallel(), CPU) as device:
+        mesh = Mesh(Parallel(), device)
+        here = sum(held_bytes(build_parallel(run, mesh)).values())
+        most = torch.tensor(here)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        alone = sum(held_bytes(on_one_process(build_model(run.model))).values())
+        if mesh.rank == 0:
+            print(f"{model}: one process holds {alone / 2**20:.1f} MiB of weights, gradients and moments")
+            print(f"shard {mesh.size('shard')}: the fullest holds {int(most) / 2**20:.1f} MiB, {int(most) / alone:.1%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--model", default="llama3-tiny")
+    arguments = parser.parse_args()
+    if torch.distributed.is_torchelastic_launched():
+        measure_memory(arguments.model)
+    else:
+        measure_overhead(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Activation recompute: the backward computes again what the forward has not kept."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+
+from sightline.config import Training
+from sightline.layers import Router, routers_of
+
+ops = torch.ops
+KEPT: list[Any] = [
+    ops.aten.mm.default,
+    ops.aten.addmm.default,
+    ops.aten.bmm.default,
+    ops.aten.baddbmm.default,
+    ops.aten._grouped_mm.default,
+    # attention: a tile of ours on a CPU, FlexAttention, varlen, and what CUDA has for scaled_dot_product_attention
+    ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    ops.aten._scaled_dot_product_flash_attention.default,
+    ops.aten._scaled_dot_product_efficient_attention.default,
+    ops.aten._scaled_dot_product_cudnn_attention.default,
+    ops.higher_order.flex_attention,
+    ops.torch_attn._varlen_attn.default,
+    # what other processes have sent or summed need not be sent again
+    ops._c10d_functional.all_to_all_single.default,
+    ops._c10d_functional.reduce_scatter_tensor.default,
+]
+"""The operations whose results `selective` keeps: those that take long for the memory of what they return.
+
+On a CPU the products of experts are not among them: they are written straight into their place.
+"""
+
+
+def apply_recompute(model: nn.Module, training: Training) -> None:
+    """Let layers number 0, n, 2n, ... keep no more of a forward than `training.recompute` says, n being its
+    `recompute_every`: layers of the decoder and of an encoder each counted by themselves, over all pipeline stages.
+
+    DeepSeek's extra layer for the token after the next is in no list of layers, and keeps all it has.
+    """
+    if training.recompute == "none":
+        return
+    selective = training.recompute == "selective"
+    for module in model.modules():
+        if isinstance(module, nn.ModuleDict | nn.ModuleList):
+            for number, layer in module.named_children():
+                if int(number) % training.recompute_every == 0:
+                    recompute(layer, selective)
+
+
+def recompute(layer: nn.Module, selective: bool) -> None:
+    """Change the layer in place: a module around it would change the names of its parameters."""
+    routers = list(routers_of(layer).values())
+    contexts: Callable[[], Any] = noop_context_fn
+    if selective:
+        contexts = functools.partial(create_selective_checkpoint_contexts, KEPT)
+    if routers:
+        contexts = functools.partial(_count_once, routers, contexts)
+    # Nothing in a layer is random.
+    layer.forward = functools.partial(  # type: ignore[method-assign]
+        checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+    )
+
+
+def _count_once(routers: list[Router], contexts: Callable[[], Any]) -> tuple[Any, AbstractContextManager]:
+    """Contexts for the forward and for computing it again, where the routers forget what they count twice."""
+    forward, again = contexts()
+    return forward, _as_before(routers, again)
+
+
+@contextmanager
+def _as_before(routers: list[Router], context: AbstractContextManager) -> Iterator[None]:
+    counted = [(router, router.counts, router.auxiliary_loss) for router in routers]
+    try:
+        with context:
+            yield
+    finally:
+        for router, counts, auxiliary_loss in counted:
+            router.counts, router.auxiliary_loss = counts, auxiliary_loss

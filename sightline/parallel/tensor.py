@@ -1,0 +1,176 @@
+"""Tensor and sequence parallelism: processes share the matrices of a layer, and between those its tokens.
+
+A `Divisible` layer (attention, feed-forward, experts, a memory) takes all tokens of a row, computes with its part of
+the weights, and returns one summand of its result. What lies between (norms, the residual stream) works token by token,
+and each process has S / degree tokens of it. So before a divisible layer the tokens are gathered, and behind it the
+summands are added up and dealt out at once:
+
+    whole rows | own tokens | all tokens | own tokens | all tokens | own tokens | whole rows
+    embedding -> norm -------> attention -> norm -------> mlp -------> ... -----> norm, output
+               \\_______________________________________________________/
+                                      a stack of layers
+
+Without gradients (validation, generation) nothing has to be kept, so there the rows stay whole and may have any length.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distribute_tensor
+
+from sightline.layers import Divisible, routers_of
+from sightline.models.decoder import Decoder
+from sightline.parallel import vocabulary
+from sightline.parallel.local import View, as_it_is, show_local
+from sightline.parallel.mesh import Mesh, divisors, nearest
+from sightline.parallel.redistribute import redistribute
+
+
+def apply_tensor(model: Decoder, mesh: Mesh) -> None:
+    """Cut a model, or one stage of a pipeline, over the axis `tensor`: first of all parallelisms, on the meta device.
+
+    Every parameter becomes a DTensor over that axis, under the same name, and layers see the local part of it. What a
+    model needs for this it says as data: `Decoder.stacks` and `Divisible.SHARDED`.
+
+    Errors: ValueError where the degree does not divide the model's heads, channels or vocabulary.
+    """
+    degree = mesh.size("tensor")
+    if degree == 1:
+        return
+    check_degree(model, degree)
+    tensor = mesh["tensor"]
+    cut_parameters(model, tensor)
+    for stack in model.stacks():
+        stack[0].register_forward_pre_hook(functools.partial(take_own_tokens, tensor))
+        stack[-1].register_forward_hook(functools.partial(return_whole_rows, tensor))
+        for layer in stack:
+            for _, region in regions(layer):
+                region.register_forward_pre_hook(functools.partial(take_all_tokens, tensor))
+                region.register_forward_hook(functools.partial(return_own_tokens, tensor))
+    for router in routers_of(model).values():
+        router.auxiliary /= degree  # all processes route the same tokens, and their gradients are added up
+    if model.embedding is not None:
+        model.embedding.forward = functools.partial(vocabulary.look_up, model.embedding, tensor)  # type: ignore[method-assign]
+    model.logits = functools.partial(vocabulary.logits, tensor)
+    model.token_losses = functools.partial(vocabulary.token_losses, tensor)
+
+
+def regions(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Divisible]]:
+    """The outermost divisible layers of a module, by name: one inside another takes part in what the outer one does."""
+    if isinstance(module, Divisible):
+        yield prefix, module
+        return
+    for name, child in module.named_children():
+        yield from regions(child, f"{prefix}.{name}" if prefix else name)
+
+
+def check_degree(model: Decoder, degree: int) -> None:
+    """Refuse a degree that does not divide what is dealt out, naming the nearest that divide all of it."""
+    layers = [layer for stack in model.stacks() for layer in stack]
+    parts = [("tokens of the vocabulary", model.config.vocab_size)]
+    parts += [part for layer in layers for _, region in regions(layer) for part in region.parts().items()]
+    bad = [f"the {count} {what}" for what, count in dict.fromkeys(parts) if count % degree]
+    if bad:
+        raise ValueError(
+            f"parallel.tensor {degree} does not divide {' nor '.join(bad)} of {type(model).__name__}; "
+            f"use parallel.tensor {nearest(degree, divisors(math.gcd(*(count for _, count in parts))))}"
+        )
+
+
+def cut_parameters(model: Decoder, mesh: DeviceMesh) -> None:
+    """Make every parameter a DTensor, and show each module its local part of it."""
+    views: dict[nn.Module, dict[str, View]] = {}
+    for name, (placement, view) in plan(model, mesh).items():
+        owner, _, own_name = name.rpartition(".")
+        module = model.get_submodule(owner)
+        parameter = module.get_parameter(own_name)
+        cut = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+        module.register_parameter(own_name, nn.Parameter(cut, requires_grad=parameter.requires_grad))
+        views.setdefault(module, {})[own_name] = view
+    for module, named in views.items():
+        show_local(module, **named)
+
+
+def plan(model: Decoder, mesh: DeviceMesh) -> dict[str, tuple[Placement, View]]:
+    """How each parameter lies on the processes, and what a layer sees of it.
+
+    What is whole and used on whole rows has the same gradient everywhere. In a stack, a process uses it on its own
+    tokens or for its own heads: its gradient is one summand.
+    """
+
+    def in_part(weight: Tensor) -> Tensor:
+        return redistribute(weight, mesh, Replicate(), Replicate(), gradient=Partial())
+
+    def share(weight: Tensor) -> Tensor:
+        return in_part(weight) / mesh.size()
+
+    names = {module: name for name, module in model.named_modules()}
+    places: dict[str, tuple[Placement, View]] = {}
+    for name, _ in model.named_parameters():
+        is_end = name in ("embedding.weight", "output.weight")
+        places[name] = (Shard(0) if is_end else Replicate(), as_it_is)
+    for stack in model.stacks():
+        for layer in stack:
+            for name, _ in layer.named_parameters(prefix=names[layer]):
+                places[name] = (Replicate(), in_part)
+            for prefix, region in regions(layer, names[layer]):
+                for name, _ in region.named_parameters():
+                    dim = dim_of(region, name)
+                    if dim is not None:
+                        places[f"{prefix}.{name}"] = (Shard(dim), as_it_is)
+                    elif name in region.SUMMED:
+                        places[f"{prefix}.{name}"] = (Replicate(), share)
+    return places
+
+
+def dim_of(region: Divisible, name: str) -> int | None:
+    """The dim in which a weight of a divisible layer is cut; None where it is whole."""
+    dims = [dim for key, dim in region.SHARDED.items() if name == key or name.startswith(f"{key}.")]
+    return dims[0] if dims else None
+
+
+# The four places where tokens pass from one process to another, as hooks of modules. A gradient passes them the other
+# way round.
+
+
+def take_own_tokens(mesh: DeviceMesh, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Before a stack: of whole rows [B, S, W] this process's S / degree tokens."""
+    if not torch.is_grad_enabled():
+        return args
+    return tuple(_own_tokens(arg, mesh) if isinstance(arg, Tensor) else arg for arg in args)
+
+
+def _own_tokens(h: Tensor, mesh: DeviceMesh) -> Tensor:
+    length, degree = h.shape[1], mesh.size()
+    if length % degree:
+        raise ValueError(
+            f"parallel.tensor {degree} does not divide the {length} tokens of a row, which it shares between the "
+            f"layers; use {length // degree * degree or degree} or {(length // degree + 1) * degree} tokens (with "
+            f"parallel.context, of each of its processes), or parallel.tensor {nearest(degree, divisors(length))}"
+        )
+    return redistribute(h, mesh, Replicate(), Shard(1))
+
+
+def return_whole_rows(mesh: DeviceMesh, module: nn.Module, args: tuple[Any, ...], h: Tensor) -> Tensor:
+    """Behind a stack: the rows, whole on every process."""
+    # A clone, since FSDP warns of layers that return a view.
+    return redistribute(h, mesh, Shard(1), Replicate()).clone() if torch.is_grad_enabled() else h
+
+
+def take_all_tokens(mesh: DeviceMesh, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Before a divisible layer: the tokens of all processes."""
+    if not torch.is_grad_enabled():
+        return args
+    return redistribute(args[0], mesh, Shard(1), Replicate(), gradient=Partial()), *args[1:]
+
+
+def return_own_tokens(mesh: DeviceMesh, module: nn.Module, args: tuple[Any, ...], summand: Tensor) -> Tensor:
+    """Behind it: the sum of what all have computed for this process's tokens."""
+    return redistribute(summand, mesh, Partial(), Shard(1) if torch.is_grad_enabled() else Replicate())

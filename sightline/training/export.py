@@ -1,0 +1,83 @@
+"""From a checkpoint to a Hugging Face directory, file by file: nobody ever holds the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sightline.config import Run
+from sightline.data import load_tokenizer
+from sightline.models import build_skeleton
+from sightline.models.pretrained import MAX_SHARD_BYTES, PretrainedWriter
+from sightline.training.checkpoint import (
+    CONFIG,
+    TOKENIZER,
+    CannotSave,
+    check_checkpoint,
+    on_all_processes,
+    read_tensors,
+)
+from sightline.training.run_directory import load_config
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    output: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write the model of a checkpoint into `output` as `save_pretrained` would.
+
+    group  processes that share the work, each of which calls this; None where there is one. Each writes some of the
+           files, and reads from the checkpoint what is in them, whichever processes wrote it there.
+
+    Errors: ValueError for a checkpoint that is not whole, or a directory that has weights already; CannotSave on every
+    process.
+    """
+    check_checkpoint(checkpoint)
+    run = load_config(checkpoint / CONFIG)
+    model = build_skeleton(run.model)
+    state = model.state_dict()
+    rank, world = (0, 1) if group is None else (group.rank(), group.size())
+
+    def read(names: list[str]) -> Mapping[str, Tensor]:
+        tensors = {name: torch.empty_like(state[name], device="cpu") for name in names}
+        read_tensors(checkpoint, {"model": tensors})
+        return tensors
+
+    writer = PretrainedWriter(model, output, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    try:
+        with on_all_processes(group):
+            if rank == 0:
+                writer.begin(*_beside_the_weights(run, checkpoint))
+        with on_all_processes(group):
+            writer.write(read, rank, world)
+        with on_all_processes(group):
+            if rank == 0:
+                writer.finish()
+    except CannotSave:
+        if rank == 0:
+            writer.abandon()
+        raise
+
+
+def _beside_the_weights(run: Run, checkpoint: Path) -> tuple[Path, dict[str, Any]]:
+    """The directory whose tokenizer goes with the model, and what else its config.json should say."""
+    tokenizer = load_tokenizer(checkpoint / TOKENIZER)
+    fields = {
+        "max_position_embeddings": run.training.sequence_length,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+    }
+    # The checkpoint keeps of a tokenizer what training needs; the files it came from say more (a chat template, ...).
+    begun_from = run.model_from
+    if begun_from is not None and run.data.tokenizer is None and begun_from.is_dir():
+        return begun_from, fields
+    return checkpoint, fields
