@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 from sightline import config
 from sightline.config import Run
-from sightline.models import build_model, build_skeleton, draw_weights
+from sightline.models import build_skeleton, draw_weights
 from sightline.parallel.context.split import check_context
 from sightline.parallel.expert import apply_expert, share_counts
 from sightline.parallel.mesh import Mesh, divisors
 from sightline.parallel.parallel_model import ParallelModel
 from sightline.parallel.pipeline import Pipelined
 from sightline.parallel.pipeline_stages import count_microbatches, take_stages
+from sightline.parallel.recompute import apply_recompute
 from sightline.parallel.shard import apply_shard
+from sightline.parallel.tensor import apply_tensor
 
 
 def build_parallel(run: Run, mesh: Mesh) -> ParallelModel:
@@ -22,17 +25,16 @@ def build_parallel(run: Run, mesh: Mesh) -> ParallelModel:
     Errors: ValueError for degrees the model cannot be cut by, naming those that it can.
     """
     check_offload(mesh)
-    backend = run.attention.backend
-    if mesh.world == 1:
-        with mesh.device:
-            model = build_model(run.model, attention_backend=backend)
-        apply_memory(model, run.training)
-        return ParallelModel(mesh, model, [model], dtype=run.training.dtype)
-    whole, parts = (build_skeleton(run.model, attention_backend=backend) for _ in range(2))
+    whole = build_skeleton(run.model, attention_backend=run.attention.backend)
     check_context(whole, mesh, run.training.sequence_length)
-    stages = [parts] if mesh.size("pipeline") == 1 else take_stages(parts, mesh)
+    if mesh.world == 1:
+        stages = [whole]
+    elif mesh.size("pipeline") == 1:
+        stages = [deepcopy(whole)]
+    else:
+        stages = take_stages(whole, mesh)
     for stage in stages:
-        parallelize(stage, mesh, run)
+        parallelize(stage, mesh, run.training)
         stage.to_empty(device="cpu" if mesh.parallel.offload else mesh.device)
     draw_weights(*stages)
     if mesh.size("pipeline") == 1:
@@ -40,22 +42,19 @@ def build_parallel(run: Run, mesh: Mesh) -> ParallelModel:
     return Pipelined(mesh, whole, stages, dtype=run.training.dtype, micro_batch_size=run.training.micro_batch_size)
 
 
-def parallelize(model: Any, mesh: Mesh, run: Run) -> None:
-    """Cut one stage, still without memory: its matrices, its experts; then what saves memory and time; then its shards.
+def parallelize(model: Any, mesh: Mesh, training: config.Training) -> None:
+    """Everything that is done to one stage of a model, still without memory, in the order in which it is done.
 
-    A later one sees what the earlier have made: FSDP shares out what tensor and expert parallelism have left of a
-    weight, and compiles nothing but gathers what the compiled layer reads.
+    Each sees what those before it have made: experts are dealt out as tensor parallelism has cut them, what is
+    recomputed is compiled with its layer, and FSDP shares out what is left of each weight. Whatever the mesh has a
+    degree of 1 for does nothing.
     """
-    if mesh.size("expert") > 1:
-        apply_expert(model, mesh)
-    share_counts(model, mesh)
-    apply_memory(model, run.training)
+    apply_tensor(model, mesh)
+    apply_expert(model, mesh)
+    share_counts(model, mesh)  # context parallelism is in the masks; only routers look beyond their own tokens
+    apply_recompute(model, training)
     if mesh.size("loss") > 1:
-        apply_shard(model, mesh, dtype=run.training.dtype)
-
-
-def apply_memory(model: Any, training: config.Training) -> None:
-    """What one process uses too."""
+        apply_shard(model, mesh, dtype=training.dtype)
 
 
 def check_offload(mesh: Mesh) -> None:

@@ -34,17 +34,18 @@ def apply_expert(model: Decoder, mesh: Mesh) -> None:
     check_degree(model, mesh)
     for experts in model.modules():
         if isinstance(experts, Experts):
-            for name, weight in list(experts.named_parameters(recurse=False)):
+            weights = dict(experts.named_parameters(recurse=False))
+            for name, weight in weights.items():
                 experts.register_parameter(name, nn.Parameter(deal_out(weight, mesh)))
-                if not isinstance(weight, DTensor):  # else tensor parallelism has said how the layer sees it
-                    show_local(experts, **{name: as_it_is})
+            if mesh.size("tensor") == 1:  # else tensor parallelism has said how the layer sees them
+                show_local(experts, **dict.fromkeys(weights, as_it_is))
             experts.forward = functools.partial(dispatch, experts.forward, mesh.group("expert"))  # type: ignore[method-assign]
 
 
 def check_degree(model: Decoder, mesh: Mesh) -> None:
-    """Refuse a model without experts, or with a number of them that does not fit. Not every pipeline stage has some."""
+    """Refuse a model without experts, or with a number of them that the degree does not divide."""
     degree, family = mesh.size("expert"), type(model).__name__
-    total = getattr(model.config, "experts", 0)
+    total = getattr(model.config, "experts", 0)  # of the whole model: a pipeline stage may have dense layers only
     if not total:
         raise ValueError(f"parallel.expert {degree}: {family} has no experts with these sizes; use parallel.expert 1")
     if total % degree:

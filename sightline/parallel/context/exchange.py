@@ -74,71 +74,55 @@ def _by_process(index: Tensor, stride: int, rank: int) -> tuple[Tensor, list[int
 def travel(rows: Tensor, route: Route) -> Callable[[], Tensor]:
     """Send rows [n, C] out; the call of what is returned waits for those that come, [slots, C].
 
-    Backward the same: gradients set out where the rows had come in, and are waited for where the rows had set out. Rows
+    Backward the same: gradients set out from where the rows came in, and are waited for where the rows had set out. Rows
     that went to several places get the sum. So what is computed between the two calls hides the way in both directions.
     """
-    passage = _Passage(route.group)
-    came = _Send.apply(rows, route, passage)
-
-    def arrive() -> Tensor:
-        return _Place.apply(rows, came, route, passage)
-
-    return arrive
+    way_back: list[Tensor] = []
+    came = _Send.apply(rows, route, way_back)
+    return lambda: _Place.apply(rows, came, route, way_back)
 
 
-class _Passage:
-    """One message under way, whose buffers must not be read before `wait`."""
+def _exchange(rows: Tensor, sizes: list[int], received_sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """What comes for `rows`; it is not there before `wait_tensor`."""
+    return torch.ops._c10d_functional.all_to_all_single(rows, received_sizes, sizes, group.group_name)
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.work: Any = None
-        self.came: Any = None
 
-    def start(self, rows: Tensor, sizes: list[int], received_sizes: list[int]) -> Tensor:
-        self.came = rows.new_empty(sum(received_sizes), *rows.shape[1:])
-        self.work = dist.all_to_all_single(
-            self.came, rows, received_sizes, sizes, group=self.group, async_op=True
-        )
-        return self.came
-
-    def wait(self) -> Tensor:
-        self.work.wait()
-        came, self.work, self.came = self.came, None, None
-        return came
+def _arrived(rows: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(rows)
 
 
 class _Send(torch.autograd.Function):
     """Rows set out; their gradients are waited for."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, route: Route, passage: _Passage) -> Tensor:
-        ctx.route, ctx.passage, ctx.length = route, passage, len(rows)
-        return passage.start(rows.index_select(0, route.sent), route.sent_sizes, route.received_sizes)
+    def forward(ctx: Any, rows: Tensor, route: Route, way_back: list[Tensor]) -> Tensor:
+        ctx.route, ctx.way_back, ctx.length = route, way_back, len(rows)
+        return _exchange(rows.index_select(0, route.sent), route.sent_sizes, route.received_sizes, route.group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_came: Tensor) -> tuple[Tensor | None, ...]:
-        # The gradient of what came set out in _Place.backward; what returns is that of what was sent.
+        # The gradient of what came has set out in _Place.backward, and comes back as that of what was sent.
         d_rows = d_came.new_zeros(ctx.length, *d_came.shape[1:])
-        return d_rows.index_add_(0, ctx.route.sent, ctx.passage.wait()), None, None
+        return d_rows.index_add_(0, ctx.route.sent, _arrived(ctx.way_back.pop())), None, None
 
 
 class _Place(torch.autograd.Function):
     """Rows are waited for and put in their places; their gradients set out."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, came: Tensor, route: Route, passage: _Passage) -> Tensor:
-        ctx.route, ctx.passage, ctx.length = route, passage, len(rows)
+    def forward(ctx: Any, rows: Tensor, came: Tensor, route: Route, way_back: list[Tensor]) -> Tensor:
+        ctx.route, ctx.way_back, ctx.length = route, way_back, len(rows)
         out = rows.new_zeros(route.slots, *rows.shape[1:])
         out.index_copy_(0, route.kept_places, rows.index_select(0, route.kept))
-        return out.index_copy_(0, route.places, passage.wait())
+        return out.index_copy_(0, route.places, _arrived(came))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         route = ctx.route
         d_came = d_out.index_select(0, route.places)
-        ctx.passage.start(d_came, route.received_sizes, route.sent_sizes)
+        ctx.way_back.append(_exchange(d_came, route.received_sizes, route.sent_sizes, route.group))
         d_rows = d_out.new_zeros(ctx.length, *d_out.shape[1:])
         d_rows.index_copy_(0, route.kept, d_out.index_select(0, route.kept_places))
         return d_rows, d_came, None, None

@@ -119,7 +119,7 @@ def count_up(begin: Integers, length: Integers) -> Integers:
 
     [5, 9] [2, 3]  ->  [5, 6, 9, 10, 11]
     """
-    return np.repeat(begin - (length.cumsum() - length), length) + np.arange(length.sum())
+    return np.arange(int(length.sum())) + np.repeat(begin - (length.cumsum() - length), length)
 
 
 def place_in_group(group: Integers, length: Integers) -> Integers:

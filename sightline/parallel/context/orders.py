@@ -1,6 +1,6 @@
-"""Orders: which rank owns which tokens of a row. Every rank owns S / degree tokens of every row, as query and as key.
+"""Orders: which rank owns which tokens of a row. Each owns S / degree tokens of every row, as queries and as keys.
 
-An order of a row is a list of pieces `(first, last, rank)`: tokens [first, last) belong to `rank`. Pieces are sorted and
+An order of a row is a list of pieces `(first, last, rank)`: tokens [first, last) belong to `rank`. Pieces are sorted,
 cover the row, and neighbours differ in rank.
 """
 
@@ -19,14 +19,14 @@ LOOKS = 4  # at a window's work while it moves by its own length; more find no b
 
 
 def contiguous(length: int, degree: int) -> list[Piece]:
-    """Rank r owns the r-th part of the row. Few keys travel, but the rank with the end of a long document works most."""
+    """Rank r owns the r-th part of the row. Few keys travel, but the rank with a long document's end works most."""
     share = length // degree
     return [(rank * share, (rank + 1) * share, rank) for rank in range(degree)]
 
 
 def headtail(length: int, degree: int) -> list[Piece]:
-    """Of 2 degree chunks rank r owns number r and number 2 degree - 1 - r: equal work for one causal document that fills
-    the row. Where the share of a rank is odd, heads are one token longer than tails."""
+    """Of 2 degree chunks rank r owns numbers r and 2 degree - 1 - r: equal work for one causal document that fills the
+    row. Where the share of a rank is odd, heads are one token longer than tails."""
     share = length // degree
     tail = share // 2
     head = share - tail
@@ -61,9 +61,9 @@ def balanced(costs: Costs, degree: int, slack: float) -> list[Piece]:
     slack: work by which a rank may pass the mean. Where single tokens cost more than that, so may a rank.
 
     See the row as a circle. A window of S / degree tokens that slides once around it has, on the average of all its
-    places, exactly the mean work; so somewhere it has the mean work. That window is one rank's share. Take it out, close
-    the gap, and the circle that is left has the same mean: the next share is somewhere in it. A window leaves one gap
-    at most, so a rank has no more than two pieces on the average, whatever the documents.
+    places, exactly the mean work; so somewhere it has the mean work. That window is one rank's share. Take it out,
+    close the gap, and the circle that is left has the same mean: the next share is somewhere in it. A window leaves
+    one gap at most, so a rank has no more than two pieces on the average, whatever the documents.
     """
     length = len(costs.cut)
     share = length // degree
@@ -96,7 +96,7 @@ class _Sweep:
     of the stack are the window.
 
     first, last   the spans on the stack; the walk is in the last one
-    tokens, work  what lies on the stack below each span
+    tokens, work  of each span, what to add to a token t of it and to before[t] for all that lies on the stack below t
     """
 
     def __init__(self, costs: Costs, share: int, mean: float, slack: float) -> None:
@@ -118,7 +118,7 @@ class _Sweep:
             self._push(first, last)
             at = first
             while at < last and ranks > 1:
-                missing = self.share - self.tokens[-1] - (at - self.first[-1])
+                missing = self.share - (self.tokens[-1] + at)
                 previous, over_before = at, over
                 at = min(last, at + (missing if missing > 0 else stride))
                 if at - previous < missing:
@@ -142,10 +142,10 @@ class _Sweep:
 
     def _push(self, first: int, last: int) -> None:
         """Walk on in a span."""
-        tokens = work = 0
+        tokens, work = -first, -self.costs.before[first]
         if self.first:
-            tokens = self.tokens[-1] + self.last[-1] - self.first[-1]
-            work = self.work[-1] + self.costs.before[self.last[-1]] - self.costs.before[self.first[-1]]
+            tokens += self.tokens[-1] + self.last[-1]
+            work += self.work[-1] + self.costs.before[self.last[-1]]
         for side, value in zip(
             (self.first, self.last, self.tokens, self.work), (first, last, tokens, work), strict=True
         ):
@@ -163,28 +163,30 @@ class _Sweep:
 
     def _window(self, at: int) -> tuple[int, int, int]:
         """The window that ends at `at` in the last span: its work, the span it begins in, and the token there."""
-        before, first, tokens = self.costs.before, self.first, self.tokens
-        begin = tokens[-1] + at - first[-1] - self.share
-        span = len(tokens) - 1
-        while tokens[span] > begin:
+        first, tokens, before = self.first, self.tokens, self.costs.before
+        below = tokens[-1] + at - self.share
+        span = len(first) - 1
+        while first[span] + tokens[span] > below:
             span -= 1
-        token = first[span] + begin - tokens[span]
-        behind = self.work[span] + before[token] - before[first[span]]
-        return self.work[-1] + before[at] - before[first[-1]] - behind, span, token
+        token = below - tokens[span]
+        return self.work[-1] + before[at] - self.work[span] - before[token], span, token
 
     def _best_end(self, first: int, last: int, band: _Band) -> int:
         """Where from `first` to `last` the window best ends: its work in the band, and cut where few keys travel."""
-        _, span, token = self._window(first)
-        ahead = first - token
-        places = [first, *self._crossing(first, last, band.target), *self._ends(first, last)]
-        places += [end + ahead for end in self._ends(token, min(last - ahead, self.last[span]))]
 
         def price(at: int) -> tuple[float, int, int]:
             work, span, token = self._window(at)
             keys = self._keys_cut(at, self.last[-1]) + self._keys_cut(token, self.first[span])
             return max(0, band.low - work, work - band.high), keys, at
 
-        return min(places, key=price)
+        _, span, token = self._window(first)
+        ahead = first - token
+        places = [first, last, *self._ends(first, last)]
+        places += [end + ahead for end in self._ends(token, min(last - ahead, self.last[span]))]
+        best = min(map(price, places))
+        if best[0] > 0:
+            best = min(map(price, self._crossing(first, last, band.target)))
+        return best[2]
 
     def _crossing(self, first: int, last: int, target: float) -> tuple[int, int]:
         """Neighbouring places where the window's work passes the target, found by halving."""

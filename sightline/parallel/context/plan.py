@@ -36,9 +36,9 @@ ORDERS = ("balanced", *FIXED_ORDERS)
 class RankView(NamedTuple):
     """One rank's part of one mask. Everything has B first, so a pipeline cuts it along B.
 
-    mask     AttentionMask [B, S / degree, T] of the rank's own queries over the keys it receives. Those lie in the order
-             of the row, first those of token 0; T, the same for all rows, is rounded up (see `received_length`) and the
-             keys past those a row needs are seen by no query.
+    mask     AttentionMask [B, S / degree, T] of the rank's own queries over the keys it receives, which lie in the
+             order of the row. T is what the neediest row needs, rounded up (see `received_length`); no query sees the
+             keys past those that its row needs.
     send     int64 [B, degree, M]: which of my own tokens (places in `queries(rank)`) go to each peer, ascending, -1
              beyond. The entry of my own rank are my own keys that my own queries need.
     receive  int64 [B, degree, N]: the place, of the T, of each key that comes from each peer, in the order it is sent,
@@ -73,12 +73,11 @@ class ContextPlan:
 
     def work(self) -> Tensor:
         """int64 [degree]: pairs that each rank computes, summed over rows and masks (a layer of each)."""
-        rows, length = self.shape
-        pairs = sum((mask.stop - mask.start).sum(dim=2) for mask in self.masks.values())
-        heads = self.pieces.row * length + self.pieces.first
-        of_piece = np.add.reduceat(pairs.view(-1).numpy(), heads, dtype=np.int64)
+        heads = self.pieces.row * self.shape[1] + self.pieces.first
         total = np.zeros(self.degree, dtype=np.int64)
-        np.add.at(total, self.pieces.rank, of_piece)
+        for mask in self.masks.values():
+            pairs = (mask.stop - mask.start).sum(dim=2).flatten().numpy()
+            np.add.at(total, self.pieces.rank, np.add.reduceat(pairs, heads))
         return torch.from_numpy(total)
 
     def sent_keys(self) -> Tensor:
@@ -175,23 +174,24 @@ def _check(masks: Mapping[str, AttentionMask], degree: int, order: str, layers: 
 def _balanced_rows(masks: Mapping[str, AttentionMask], weights: Mapping[str, int], degree: int) -> list[list[Piece]]:
     """The balanced order of each row; what one rank may have too much of is measured by the whole batch."""
     rows, length, _ = next(iter(masks.values())).shape
-    work = torch.zeros(rows, length + 1, dtype=torch.int64)
-    cut = torch.zeros(rows, length, dtype=torch.int64)
+    work, cut = torch.zeros(2, rows, length, dtype=torch.int32)  # layers x S at most, far from 2^31
     place = torch.arange(length, dtype=torch.int32)[:, None]
     for name, mask in masks.items():
-        pairs = (mask.stop - mask.start).sum(dim=2, dtype=torch.int32)
-        behind = mask.stop.minimum(place).sub_(mask.start.minimum(place)).sum(dim=2, dtype=torch.int32)
-        work[:, 1:].add_(pairs, alpha=weights[name])
-        cut.add_(behind, alpha=weights[name])
-    work.cumsum_(dim=1)
+        work.add_(_count(mask.start, mask.stop), alpha=weights[name])
+        cut.add_(_count(mask.start.minimum(place), mask.stop.minimum(place)), alpha=weights[name])
+    before = np.zeros((rows, length + 1), dtype=np.int64)
+    np.cumsum(work.numpy(), axis=1, out=before[:, 1:])
     falls = (cut[:, 1:] < cut[:, :-1]).numpy()
-    slack = TOLERANCE * float(work[:, -1].sum()) / (rows * degree)
+    slack = TOLERANCE * float(before[:, -1].mean()) / degree
     return [
-        balanced(
-            Costs(work[row].numpy().data, cut[row].numpy().data, (falls[row].nonzero()[0] + 1).data), degree, slack
-        )
+        balanced(Costs(before[row].data, cut[row].numpy().data, (falls[row].nonzero()[0] + 1).data), degree, slack)
         for row in range(rows)
     ]
+
+
+def _count(start: Tensor, stop: Tensor) -> Tensor:
+    """Keys in each query's intervals: int32 [B, Q]."""
+    return (stop - start).sum(dim=2, dtype=torch.int32)
 
 
 def received_length(needed: int, share: int) -> int:

@@ -55,10 +55,11 @@ def check_context(model: Any, mesh: Mesh, length: int) -> None:
     """
     degree = mesh.size("context")
     if length % degree:
+        above = (length // degree + 1) * degree
+        lengths = f"{above - degree} or {above}" if length > degree else f"{above}"
         raise ValueError(
             f"training.sequence-length {length} is not divisible by parallel.context {degree}, the processes that share "
-            f"a row; use --training.sequence-length {length // degree * degree or degree} or "
-            f"{(length // degree + 1) * degree}, or --parallel.context {nearest(degree, divisors(length))}"
+            f"a row; use --training.sequence-length {lengths}, or --parallel.context {nearest(degree, divisors(length))}"
         )
     if model.row_heads is None:
         return

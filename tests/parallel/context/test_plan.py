@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sightline.masks import AttentionMask, causal, document
+from sightline.masks import AttentionMask
 from sightline.parallel import plan_context
 from sightline.parallel.context.plan import ORDERS, ContextPlan
 from tests.masks.random_masks import assert_canonical, expressions

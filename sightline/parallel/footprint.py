@@ -1,0 +1,224 @@
+"""What one layer keeps and sends for each token, found by running it on tensors without memory.
+
+The layer is the real one, cut by the real tensor parallelism and changed by the real recompute, under PyTorch's fake
+tensors and fake process groups: shapes pass through forward and backward, numbers do not. So what is counted here
+cannot drift from what training does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sightline.attention import Lowered
+from sightline.attention.sdpa import Slice, Tiles
+from sightline.layers import Experts
+from sightline.masks import AttentionMask
+
+TOKENS = 128
+"""Tokens a process's part of a row has in the trial runs, and twice as many: what grows with them is told from what does
+not by the two."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """`fixed + per_token * tokens`, in bytes."""
+
+    per_token: float
+    fixed: float
+
+    def at(self, tokens: float) -> float:
+        return self.fixed + self.per_token * tokens
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Of one layer and one microbatch, by the tokens of its rows that a process has before tensor parallelism cuts them.
+
+    kept      what waits for the backward, the layer's result included
+    working   what the backward, and a recompute in it, has at its height on top of that
+    tensor    what comes from other processes of `tensor`, forward and backward
+    keys      what this process's tokens are as keys, or what else of them other processes of `context` need
+    routed    what goes to experts, of all chosen ones
+    """
+
+    kept: Line
+    working: Line
+    tensor: Line
+    keys: Line
+    routed: Line
+
+
+@contextmanager
+def pretending(world: int, rank: int) -> Iterator[None]:
+    """Let this process be rank `rank` of `world` whose collectives do nothing."""
+    assert not dist.is_initialized(), "a process that is part of a job cannot pretend to be part of another"
+    if world > 1:
+        dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def trace(stage: Any, dtype: str, *, tensor: int, gathered: bool) -> dict[str, Footprint]:
+    """The footprint of every layer of a stage (a skeleton that `tensor` processes share), by its name.
+
+    gathered  whether FSDP gathers the weights, in the precision they compute in; else autocast copies them
+    """
+    weights = torch.bfloat16 if gathered and dtype == "bfloat16" else torch.float32
+    found: dict[Any, Footprint] = {}
+    named = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        give_memory(stage, weights)
+        for position, (name, layer) in enumerate(stage.layers.items()):
+            ends = position == 0, position == len(stage.layers) - 1
+            kind = _kind(layer, ends)
+            if kind not in found:
+                found[kind] = _trace_layer(stage, layer, weights, dtype, share=1 if ends[0] else tensor)
+            named[name] = found[kind]
+    return named
+
+
+def give_memory(module: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters and buffers from the meta device to fake tensors of a CPU."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(_fake(parameter, dtype))
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _fake(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return torch.empty(parameter.shape, dtype=dtype)
+    local = torch.empty(parameter.to_local().shape, dtype=dtype)
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _kind(layer: nn.Module, ends: tuple[bool, bool]) -> Any:
+    """Layers of one kind leave the same footprint."""
+    shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
+    return type(layer).__name__, layer.mask_name, "forward" in vars(layer), ends, shapes
+
+
+def _trace_layer(stage: Any, layer: nn.Module, weights: torch.dtype, dtype: str, share: int) -> Footprint:
+    small, large = (_run(stage, layer, weights, dtype, tokens, share) for tokens in (TOKENS, 2 * TOKENS))
+    slopes = {name: (large[name] - small[name]) / TOKENS for name in small}
+    return Footprint(**{name: Line(slope, small[name] - slope * TOKENS) for name, slope in slopes.items()})
+
+
+def _run(stage: Any, layer: nn.Module, weights: torch.dtype, dtype: str, tokens: int, share: int) -> dict[str, float]:
+    """Bytes of one forward and backward of a row of so many tokens, of which 1 / share come into the layer."""
+    mask = Watched(torch.zeros(1, tokens, 1, dtype=torch.int32), torch.ones(1, tokens, 1, dtype=torch.int32), tokens)
+    one_tile = Tiles([(0, 0, tokens, [Slice(0, tokens, True, None)])], False)
+    encoding = stage.encode_positions(torch.zeros(1, tokens, dtype=torch.int64))
+    x = torch.empty(1, tokens // share, stage.config.width, dtype=weights, requires_grad=True)
+    routed: list[float] = []
+
+    def route_evenly(experts: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Real counts in place of fake ones, which the products of the groups have to read."""
+        rows, counts = args
+        routed.append(bytes_of(rows))
+        with unset_fake_temporarily():
+            return rows, (torch.arange(len(counts) + 1) * len(rows) // len(counts)).diff()
+
+    hooks = [part.register_forward_pre_hook(route_evenly) for part in layer.modules() if isinstance(part, Experts)]
+    with Ledger() as ledger:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            y = layer(x, Lowered(mask, "sdpa", "", one_tile), encoding, None)
+        kept = ledger.alive()
+        y.backward(torch.empty_like(y))
+    for hook in hooks:
+        hook.remove()
+    for parameter in layer.parameters():
+        parameter.grad = None
+    return {
+        "kept": kept,
+        "working": ledger.peak - kept,
+        "tensor": ledger.received,
+        "keys": mask.bytes,
+        "routed": routed[0] if routed else 0.0,  # a recompute routes once more
+    }
+
+
+class Watched(AttentionMask):
+    """A mask that notes what other processes of `context` would be sent."""
+
+    bytes = 0.0
+
+    def gather(self, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        return super().gather(*self._note(tensors))
+
+    def to_whole_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return super().to_whole_rows(*self._note(tensors))
+
+    def to_own_tokens(self, x: Tensor) -> Tensor:
+        return super().to_own_tokens(*self._note((x,)))
+
+    def _note(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        object.__setattr__(self, "bytes", self.bytes + sum(map(bytes_of, tensors)))  # the mask itself is frozen
+        return tensors
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the memory of what operations return, as long as it is held, and what collectives bring."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = self.received = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and not leaf.is_meta:
+                storage = (leaf.to_local() if isinstance(leaf, DTensor) else leaf).untyped_storage()
+                self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, self.alive())
+        self.received += _received(func, args, out)
+        return out
+
+    def alive(self) -> float:
+        self.held = {key: held for key, held in self.held.items() if not held[0].expired()}
+        return float(sum(size for _, size in self.held.values()))
+
+
+def _received(func: Any, args: tuple[Any, ...], out: Any) -> float:
+    """Bytes that a collective over n processes brings to each: all but its own n-th part of the whole."""
+    whole = {
+        "all_gather_into_tensor": lambda: bytes_of(out),
+        "reduce_scatter_tensor": lambda: bytes_of(args[0]),
+        "all_reduce": lambda: 2 * bytes_of(out),  # a reduce-scatter and an all-gather
+    }.get(func.__name__.partition(".")[0])
+    if func.namespace != "_c10d_functional" or whole is None:
+        return 0.0
+    processes = dist.get_world_size(_resolve_process_group(args[-1]))
+    return whole() * (processes - 1) / processes
+
+
+def bytes_of(x: Tensor) -> float:
+    return float(x.numel() * x.element_size())

@@ -1,0 +1,260 @@
+"""Saved on one mesh, continued on another; and what one process cannot write, none has written."""
+
+import dataclasses
+import json
+import math
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sightline.config import Checkpoint, Parallel, Run
+from sightline.models import build_model, load_pretrained, save_pretrained, weights
+from sightline.models.pretrained import read_pretrained
+from sightline.parallel.apply import build_parallel
+from sightline.parallel.mesh import Mesh
+from sightline.training.checkpoint import CannotSave, Progress, list_checkpoints, load_checkpoint, tensors
+from sightline.training.export import export_checkpoint
+from sightline.training.metrics import read_metrics
+from sightline.training.optimizer import build_optimizer
+from sightline.training.saver import Saver
+from tests.parallel.processes import on_processes
+from tests.parallel.test_meshes import small_run, train_on
+from tests.training.small_runs import weights_of, write_corpus
+
+CPU = torch.device("cpu")
+COMPARED = ("loss", "grad_norm", "visible_pairs", "tokens")
+Degrees = dict[str, int]
+
+
+def processes(degrees: Degrees) -> int:
+    return math.prod(degree for axis, degree in degrees.items() if axis != "expert")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
+
+
+def run_of(directory: Path, source: Path, family: str, degrees: Degrees, steps: int = 6, **checkpoint: Any) -> Run:
+    """A run whose learning rate does not depend on how many steps there will be."""
+    run = small_run(directory, source, family, Parallel(**degrees))
+    return dataclasses.replace(
+        run,
+        training=dataclasses.replace(run.training, steps=steps),
+        optimizer=dataclasses.replace(run.optimizer, schedule="wsd", decay_share=0.0),
+        validation=dataclasses.replace(run.validation, every=0),
+        checkpoint=Checkpoint(**{"every": 0, **checkpoint}),
+        logging=dataclasses.replace(run.logging, sample_tokens=0),
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source, tmp_path_factory):
+    """The directory of a family's run on one process from beginning to end."""
+    made: dict[str, Path] = {}
+
+    def directory(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family) / "run"
+            on_processes(1, train_on, run_of(made[family], source, family, {}, steps=10))
+        return made[family]
+
+    return directory
+
+
+FAST = [
+    ("llama3", [{}, {"shard": 2}, {"pipeline": 2}, {"tensor": 2}, {}]),
+    ("deepseek_v3", [{"shard": 2, "expert": 2}, {}]),
+]
+SLOW: list[tuple[str, list[Degrees]]] = [
+    ("llama3", [{"shard": 4}, {}, {"replicate": 2, "shard": 2}, {"shard": 2}]),
+    ("llama3", [{"tensor": 2}, {"shard": 2, "tensor": 2}, {"pipeline": 2, "shard": 2}, {"replicate": 2}]),
+    ("llama4", [{"context": 4}, {"context": 2}, {}]),
+    ("deepseek_v3", [{}, {"expert": 2, "shard": 4}, {"pipeline": 2}, {"shard": 2, "tensor": 2}]),
+    ("gpt_oss", [{"shard": 2}, {"pipeline": 2}, {}]),
+    ("qwen3_next", [{"pipeline": 2}, {"shard": 2}, {}]),
+]
+
+
+def check_chain(family: str, chain: list[Degrees], source: Path, directory: Path, undisturbed: Path) -> None:
+    """Two steps on each mesh, each going on where the one before has saved."""
+    for number, degrees in enumerate(chain, start=1):
+        run = run_of(directory, source, family, degrees, steps=2 * number)
+        (said, *silent) = on_processes(processes(degrees), train_on, run, join=False)
+        assert not any(silent)
+        if number > 1:
+            assert f"continued from step-{2 * number - 2}" in said
+            assert ": the same numbers up to rounding" in said
+    rows, expected = read_metrics(directory / "metrics.jsonl"), read_metrics(undisturbed / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 2 * len(chain) + 1))
+    for row, truth in zip(rows, expected, strict=False):
+        for name in COMPARED:
+            assert row[name] == pytest.approx(truth[name], rel=1e-5), (row["step"], name)
+
+
+@pytest.mark.parametrize(("family", "chain"), FAST, ids=str)
+def test_saved_on_one_mesh_continued_on_another(family, chain, source, tmp_path, undisturbed) -> None:
+    check_chain(family, chain, source, tmp_path / "run", undisturbed(family))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "chain"), SLOW, ids=str)
+def test_saved_on_any_mesh_continued_on_any_other(family, chain, source, tmp_path, undisturbed) -> None:
+    check_chain(family, chain, source, tmp_path / "run", undisturbed(family))
+
+
+def test_written_beside_the_steps_and_exported_at_the_end(source, tmp_path, undisturbed) -> None:
+    run = run_of(tmp_path / "run", source, "llama3", {"shard": 2}, every=2, keep=5, asynchronous=True, export=True)
+    (said, _) = on_processes(2, train_on, run, join=False)
+    assert f"exported for transformers: {run.output_dir}/hf/step-6" in said
+    expected = read_metrics(undisturbed("llama3") / "metrics.jsonl")
+    found = list_checkpoints(run.output_dir / "checkpoints")
+    assert [path.name for path in found] == ["step-2", "step-4", "step-6"]
+    assert same(load_pretrained(f"{run.output_dir}/hf/step-6").state_dict(), weights_of(found[2]))
+    again = run_of(tmp_path / "again", source, "llama3", {}, resume=str(found[0]))
+    on_processes(1, train_on, again)
+    rows = read_metrics(again.output_dir / "metrics.jsonl")
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected[2:6]], rel=1e-5)
+
+
+def export_a_share(rank: int, checkpoint: Path, output: Path) -> list[str]:
+    """The files of weights that this process has written."""
+    written: list[str] = []
+
+    def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        written.append(path.name)
+        safetensors.torch.save_file(tensors, path, metadata)
+
+    weights.save_file = save_file
+    export_checkpoint(checkpoint, output, max_shard_bytes=60_000, group=torch.distributed.new_group(backend="gloo"))
+    return written
+
+
+def test_processes_share_the_files_of_an_export(source, tmp_path) -> None:
+    run = run_of(tmp_path / "run", source, "deepseek_v3", {"shard": 2, "expert": 2}, steps=1)
+    on_processes(2, train_on, run, join=False)
+    checkpoint, output = tmp_path / "run" / "checkpoints" / "step-1", tmp_path / "hf"
+    first, second = on_processes(2, export_a_share, checkpoint, output)
+    files = sorted(path.name for path in output.glob("*.safetensors"))
+    assert files == sorted(first + second) and abs(len(first) - len(second)) <= 1 < len(second)
+    assert same(load_pretrained(output).state_dict(), weights_of(checkpoint))
+    assert (output / "tokenizer.json").is_file() and not (output / ".partial").exists()
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def opened(run: Run) -> tuple[Any, Any, Saver]:
+    """(model, optimizer, saver) on this process."""
+    torch.manual_seed(0)
+    model = build_parallel(run, Mesh(run.parallel, CPU))
+    run.output_dir.mkdir(exist_ok=True)
+    saver = Saver(run.output_dir / "checkpoints", [], keep=2, asynchronous=run.checkpoint.asynchronous)
+    return model, build_optimizer(model, run.optimizer), saver
+
+
+def progress(rank: int, step: int) -> Progress:
+    return Progress(step, {"identity": {}, "step": step, "lanes": {str(10 * rank): {"place": step}}})
+
+
+def save_where_one_disk_is_full(rank: int, run: Run) -> list[str]:
+    model, optimizer, saver = opened(run)
+    state = tensors(model, optimizer, CPU)
+    told = []
+
+    def attempt(step: int) -> None:
+        try:
+            saver.save(state, progress(rank, step))
+            saver.wait()
+            told.append("")
+        except CannotSave as error:
+            told.append(str(error))
+
+    attempt(1)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    attempt(2)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    attempt(3)
+    told.append(f"newest {saver.newest}")
+    return told
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_one_process_with_a_full_disk_fails_all_and_leaves_the_old(asynchronous, source, tmp_path) -> None:
+    run = run_of(tmp_path / "run", source, "llama3", {"shard": 2}, asynchronous=asynchronous)
+    told = on_processes(2, save_where_one_disk_is_full, run)
+    assert told[0] == told[1]
+    assert told[0][0] == told[0][2] == "" and told[0][3] == "newest 3"
+    assert "rank 1: File too large" in told[0][1]
+    checkpoints = run.output_dir / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-1", "step-3"]
+    state = json.loads((checkpoints / "step-3" / "state.json").read_text())
+    assert state["loader"]["lanes"] == {"0": {"place": 3}, "10": {"place": 3}}
+    manifest = json.loads((checkpoints / "step-3" / "manifest.json").read_text())
+    assert {"__0_0.distcp", "__1_0.distcp"} <= set(manifest["files"])
+
+
+def load_what_is_damaged(rank: int, run: Run) -> str:
+    model, optimizer, saver = opened(run)
+    try:
+        load_checkpoint(run.output_dir / "checkpoints" / "step-1", tensors(model, optimizer, CPU), CPU, saver.group)
+    except ValueError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_a_file_that_only_one_process_reads_is_refused_by_all(source, tmp_path) -> None:
+    run = run_of(tmp_path / "run", source, "llama3", {"shard": 2})
+    on_processes(2, save_where_one_disk_is_full, run)
+    checkpoint = run.output_dir / "checkpoints" / "step-1"
+    assert on_processes(2, load_what_is_damaged, run) == ["loaded", "loaded"]
+    file = checkpoint / "__1_0.distcp"
+    file.write_bytes(b"\0" * file.stat().st_size)
+    for told in on_processes(2, load_what_is_damaged, run):
+        assert "step-1 cannot be read: what is in it is damaged" in told
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def read_on_a_mesh(rank: int, run: Run) -> tuple[dict[str, Tensor], int]:
+    """What this process has, gathered; and how many numbers of it are its own."""
+    model = build_parallel(run, Mesh(run.parallel, CPU))
+    state = model.state_dict()
+    read_pretrained(model.whole, run.model_from, state)
+    own = sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel() for tensor in state.values())
+    return {name: whole(tensor) for name, tensor in state.items()}, own
+
+
+@pytest.mark.parametrize(
+    ("family", "degrees"),
+    [
+        ("llama3", {"shard": 2, "tensor": 2}),
+        ("gpt_oss", {"pipeline": 2}),
+        ("deepseek_v3", {"shard": 2, "expert": 2}),
+        pytest.param("llama4", {"shard": 2, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param("qwen3_next", {"shard": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_mesh_reads_pretrained_weights(family, degrees, source, tmp_path) -> None:
+    run = dataclasses.replace(run_of(tmp_path / "run", source, family, degrees), model_from=tmp_path / "hf")
+    torch.manual_seed(5)
+    model = build_model(run.model)
+    save_pretrained(model, tmp_path / "hf", max_shard_bytes=100_000)
+    expected = model.state_dict()
+    size = sum(tensor.numel() for tensor in expected.values())
+    read: dict[str, Tensor] = {}
+    for state, own in on_processes(processes(degrees), read_on_a_mesh, run):
+        read |= state
+        assert own < 0.8 * size
+    assert same(read, expected)
