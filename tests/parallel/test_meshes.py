@@ -3,14 +3,17 @@
 import dataclasses
 import io
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from rich.console import Console
 
+from sightline import config
 from sightline.config import Checkpoint, Data, Logging, Optimizer, Parallel, Run, Training, Validation
 from sightline.models import config_of
+from sightline.parallel.mesh import AXES
 from sightline.training import train
 from sightline.training.metrics import read_metrics
 from sightline.training.terminal import Terminal
@@ -18,18 +21,27 @@ from tests.parallel.processes import on_processes
 from tests.training.small_runs import write_corpus
 
 STEPS = 10
+MODELS = {
+    **{name: config_of(f"{name}-debug") for name in ("llama3", "llama4", "qwen3", "deepseek_v3", "gpt_oss", "vlm")},
+    "qwen3_next": config_of("qwen3_next-debug"),
+    "qwen3_moe": config_of("qwen3-debug-moe"),
+    "llama3_of_4": dataclasses.replace(config_of("llama3-debug"), layers=4),
+    "deepseek_v3_mtp": dataclasses.replace(config_of("deepseek_v3-debug"), prediction_weight=0.3, auxiliary_loss=0.01),
+}
+DENSE = ("llama3", "qwen3", "vlm")
+EXPERTS = ("llama4", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
+FAMILIES = (*DENSE, *EXPERTS)
+SCHEDULES = get_args(config.SCHEDULES)
 COMPARED = ("loss", "grad_norm", "visible_pairs", "tokens", "packing_fill")
 
 
 def small_run(directory: Path, source: Path, family: str, parallel: Parallel, **training: Any) -> Run:
-    """Ten steps of 4 rows; no two rows of a batch are alike."""
+    """Ten steps of 4 rows; no two rows of a batch are alike, so a mask from another microbatch would show."""
     options = {"global_batch_size": 4, "micro_batch_size": 1, **training}
     return Run(
-        model=dataclasses.replace(
-            config_of(f"{family}-debug"), **({"tied_embeddings": False} if family == "qwen3" else {})
-        ),
+        model=MODELS[family],
         output_dir=directory,
-        data=Data(source=str(source), validation_share=0.1),
+        data=Data(source="synthetic-images" if family == "vlm" else str(source), validation_share=0.1),
         training=Training(steps=STEPS, sequence_length=64, device="cpu", **options),
         parallel=parallel,
         optimizer=Optimizer(learning_rate=1e-3, warmup_steps=2),
@@ -67,9 +79,7 @@ def alone(source, tmp_path_factory):
 
 
 def check(family: str, degrees: dict[str, Any], source: Path, tmp_path: Path, alone: Any, **training: Any) -> None:
-    world = 1
-    for axis in ("replicate", "shard", "context", "tensor", "pipeline"):
-        world *= degrees.get(axis, 1)
+    world = math.prod(degrees.get(axis, 1) for axis in AXES)
     run = small_run(tmp_path / "run", source, family, Parallel(**degrees), **training)
     said = on_processes(world, train_on, run, join=False)
     assert "a sample" in said[0] and not any(said[1:]), "rank 0 alone speaks"
@@ -83,17 +93,43 @@ def check(family: str, degrees: dict[str, Any], source: Path, tmp_path: Path, al
             assert row["validation_loss"] == pytest.approx(truth["validation_loss"], rel=1e-5)
 
 
-FAST = [
-    ("llama3", {"shard": 2}),
+FAST: list[tuple[str, dict[str, Any]]] = [
     ("llama3", {"replicate": 2, "shard": 2}),
-    ("llama3", {"pipeline": 2}),
-    ("llama4", {"context": 2}),
+    ("qwen3", {"shard": 2, "tensor": 2}),
+    ("gpt_oss", {"pipeline": 2, "shard": 2}),
     ("deepseek_v3", {"shard": 2, "expert": 2}),
+    ("llama4", {"context": 2, "shard": 2}),
+    ("qwen3_next", {"context": 2}),
+    ("vlm", {"pipeline": 2}),
+    ("deepseek_v3_mtp", {"context": 2}),
 ]
 SLOW: list[tuple[str, dict[str, Any]]] = [
+    *((family, {"shard": 2}) for family in FAMILIES),
+    *((family, {"tensor": 2}) for family in FAMILIES),
+    *((family, {"pipeline": 2}) for family in FAMILIES),
+    *((family, {"context": 2}) for family in FAMILIES),
+    *((family, {"expert": 2, "shard": 2}) for family in EXPERTS),
+    *((family, {"shard": 2, "tensor": 2}) for family in FAMILIES),
+    *((family, {"pipeline": 2, "shard": 2}) for family in FAMILIES),
+    *((family, {"context": 2, "shard": 2}) for family in FAMILIES),
+    *((family, {"expert": 2, "shard": 4}) for family in EXPERTS),
     ("llama3", {"shard": 4}),
     ("llama3", {"replicate": 2}),
-    *((family, {"shard": 2}) for family in ("llama4", "qwen3", "deepseek_v3", "gpt_oss", "qwen3_next")),
+    ("llama3", {"context": 4}),
+    ("llama3", {"tensor": 4}),
+    ("gpt_oss", {"replicate": 2, "shard": 2}),
+    ("gpt_oss", {"expert": 4, "shard": 4}),
+    ("qwen3_moe", {"expert": 2, "context": 2}),
+    ("qwen3_moe", {"expert": 2, "shard": 2, "tensor": 2}),
+    ("qwen3_moe", {"expert": 2, "shard": 2, "pipeline": 2}),
+    ("qwen3_moe", {"context": 2, "pipeline": 2}),
+    *((family, {"context": 2, "tensor": 2}) for family in ("llama3", "deepseek_v3", "gpt_oss")),
+    *((family, {"context": 2, "pipeline": 2}) for family in ("llama3", "llama4", "qwen3_next")),
+    *((family, {"pipeline": 2, "tensor": 2}) for family in ("llama3", "deepseek_v3", "vlm")),
+    *(("llama3_of_4", {"pipeline": 2, "pipeline_schedule": schedule}) for schedule in SCHEDULES),
+    *(("llama3_of_4", {"pipeline": 2, "shard": 2, "pipeline_schedule": schedule}) for schedule in SCHEDULES),
+    *(("llama3", {"context": 2, "context_order": order}) for order in ("contiguous", "headtail", "roundrobin")),
+    *(("deepseek_v3_mtp", {axis: 2}) for axis in ("shard", "tensor")),
 ]
 
 
@@ -106,3 +142,10 @@ def test_a_mesh_trains_as_one_process(family, degrees, source, tmp_path, alone) 
 @pytest.mark.parametrize(("family", "degrees"), SLOW, ids=str)
 def test_every_mesh_trains_as_one_process(family, degrees, source, tmp_path, alone) -> None:
     check(family, degrees, source, tmp_path, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("degrees", [{"shard": 2}, {"tensor": 2}, {"pipeline": 2}, {"context": 2}], ids=str)
+def test_recompute_on_a_mesh(recompute, degrees, source, tmp_path, alone) -> None:
+    check("qwen3_moe", degrees, source, tmp_path, alone, recompute=recompute)
