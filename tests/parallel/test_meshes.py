@@ -33,6 +33,9 @@ EXPERTS = ("llama4", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
 FAMILIES = (*DENSE, *EXPERTS)
 SCHEDULES = get_args(config.SCHEDULES)
 COMPARED = ("loss", "grad_norm", "visible_pairs", "tokens", "packing_fill")
+# Keys and queries of its memory are brought to length 1, and where one is nearly 0 its gradient is all rounding: on one
+# process too, the gradients of single weights in float32 are up to 5e-5 from those in float64.
+ILL_CONDITIONED = {("qwen3_next", "grad_norm"): 2e-4}
 
 
 def small_run(directory: Path, source: Path, family: str, parallel: Parallel, **training: Any) -> Run:
@@ -88,7 +91,8 @@ def check(family: str, degrees: dict[str, Any], source: Path, tmp_path: Path, al
     for row, truth in zip(rows, expected, strict=True):
         assert row.keys() == truth.keys()
         for name in COMPARED:
-            assert row[name] == pytest.approx(truth[name], rel=1e-5), (row["step"], name)
+            tolerance = ILL_CONDITIONED.get((family, name), 1e-5)
+            assert row[name] == pytest.approx(truth[name], rel=tolerance), (row["step"], name)
         if "validation_loss" in truth:
             assert row["validation_loss"] == pytest.approx(truth["validation_loss"], rel=1e-5)
 
