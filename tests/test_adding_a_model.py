@@ -15,9 +15,10 @@ from examples.ministral import MINISTRAL_HF, MINISTRAL_SIZES, Ministral, Ministr
 from sightline import Batch
 from sightline import models as families
 from sightline.cli import convert, generate, train
+from sightline.config import Parallel, Run
 from sightline.models import build_model, load_pretrained, pretrained
 from sightline.recipes import RECIPES
-from sightline.recipes.llama3 import on_laptop
+from sightline.recipes.laptop import debug
 from sightline.training.metrics import read_metrics
 from tests.models.against_transformers import (
     as_ours,
@@ -30,7 +31,8 @@ from tests.models.against_transformers import (
     random_theirs,
     run,
 )
-from tests.training.small_runs import write_corpus
+from tests.parallel.processes import on_processes
+from tests.training.small_runs import small_run, train_quietly, write_corpus
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = (ROOT / "examples" / "ministral.py").read_text()
@@ -38,22 +40,18 @@ PAGE = (ROOT / "docs" / "adding_a_model.md").read_text()
 V = 96
 
 
-@pytest.fixture(autouse=True)
-def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def make_known(patch: pytest.MonkeyPatch) -> None:
     """The lines that the page adds to models/__init__.py, models/pretrained.py and recipes/__init__.py."""
     for size, config in MINISTRAL_SIZES.items():
-        monkeypatch.setitem(families.MODELS, f"ministral-{size}", config)
-    monkeypatch.setitem(families.MODEL_CLASSES, MinistralConfig, Ministral)
-    monkeypatch.setattr(pretrained, "FORMATS", (*pretrained.FORMATS, MINISTRAL_HF))
-    debug = RECIPES["llama3-debug"]
-    recipe = on_laptop(
-        "ministral-debug",
-        training=debug.training,
-        optimizer=debug.optimizer,
-        validation=debug.validation,
-        every=debug.checkpoint.every,
-    )
-    monkeypatch.setitem(RECIPES, "ministral-debug", recipe)
+        patch.setitem(families.MODELS, f"ministral-{size}", config)
+    patch.setitem(families.MODEL_CLASSES, MinistralConfig, Ministral)
+    patch.setattr(pretrained, "FORMATS", (*pretrained.FORMATS, MINISTRAL_HF))
+    patch.setitem(RECIPES, "ministral-debug", debug("ministral-debug"))
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_known(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +152,30 @@ def test_the_command_line_trains_continues_and_converts_it(tmp_path: Path, capsy
     batch = Batch.from_documents(random_documents([40], 300), length=40)
     with torch.no_grad():
         torch.testing.assert_close(run(ours, batch), theirs(input_ids=batch.tokens).logits, atol=1e-4, rtol=0)
+
+
+def train_on(rank: int, run: Run) -> None:
+    make_known(pytest.MonkeyPatch())
+    train_quietly(run)
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {"context": 2},
+        pytest.param({"tensor": 2}, marks=pytest.mark.slow),
+        pytest.param({"pipeline": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_train_as_one(degrees: dict[str, int], tmp_path: Path) -> None:
+    # With the usual eps Adam moves a weight whose gradient is nothing but rounding as far as any other.
+    changes = {"model": MINISTRAL_SIZES["debug"], "optimizer__eps": 1e-5}
+    alone = small_run(tmp_path / "alone", write_corpus(tmp_path / "texts"), **changes)
+    train_quietly(alone)
+    on_processes(2, train_on, replace(alone, output_dir=tmp_path / "two", parallel=Parallel(**degrees)), join=False)
+    rows, expected = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("two", "alone"))
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
+    assert [row["visible_pairs"] for row in rows] == [row["visible_pairs"] for row in expected]
 
 
 def test_anchors_cannot_be_told_to_transformers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,8 @@ class Slice(NamedTuple):
     bias: Tensor | None
 
 
-class Tiles(NamedTuple):
+@dataclass(frozen=True)  # no tuple: torch.compile would look into it and compile anew for every layout
+class Tiles:
     """A mask for the CPU: (row, first query, end of queries, slices), and whether any query lies in no tile."""
 
     tiles: list[tuple[int, int, int, list[Slice]]]
@@ -61,8 +63,13 @@ def lower(mask: AttentionMask, device: torch.device, dtype: torch.dtype, trainin
 
 def attend(q: Tensor, k: Tensor, v: Tensor, form: Tiles | Dense, scale: float, sinks: Tensor | None) -> Tensor:
     if isinstance(form, Tiles):
-        return _TiledAttention.apply(q, k, v, sinks, form, scale)
+        return _attend_tiles(q, k, v, form, scale, sinks)
     return _attend_dense(q, k, v, form, scale, sinks)
+
+
+@torch.compiler.disable
+def _attend_tiles(q: Tensor, k: Tensor, v: Tensor, form: Tiles, scale: float, sinks: Tensor | None) -> Tensor:
+    return _TiledAttention.apply(q, k, v, sinks, form, scale)
 
 
 def _lower_tiles(mask: AttentionMask, dtype: torch.dtype) -> Tiles:

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from sightline import __version__
-from sightline.cli import convert, generate, masks, train
+from sightline.cli import convert, generate, masks, plan, train
+from sightline.parallel.launch import AnotherRankEnded, LostRank, exit_code_of
 from sightline.training import RunEnded, Stopped
 
 
@@ -25,6 +26,7 @@ COMMANDS = {
     "generate": Command(generate.main, "continue a text with a trained model"),
     "convert": Command(convert.main, "write a trained model as a Hugging Face directory"),
     "masks": Command(masks.main, "draw what each token may see"),
+    "plan": Command(plan.main, "say what a run needs on a mesh: memory, communication, waiting"),
 }
 
 EXAMPLES = """examples:
@@ -55,24 +57,32 @@ def run(argv: list[str]) -> int:
         if argv[0] not in COMMANDS:
             raise ValueError(f"unknown command {argv[0]!r}; the commands are: {', '.join(COMMANDS)}")
         COMMANDS[argv[0]].main(argv[1:])
-    except Stopped as stopped:
-        tell(str(stopped), style="yellow")
-        return stopped.exit_code
-    except RunEnded as ended:
-        tell(f"error: {ended}")
+    except AnotherRankEnded as ended:
         return ended.exit_code
-    except ValueError as error:
-        tell(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        tell("left at once; checkpoints are as they were", style="yellow")
+    except Stopped as stopped:
+        tell(stopped, str(stopped), style="yellow")
+        return stopped.exit_code
+    except (RunEnded, LostRank, ValueError) as error:
+        tell(error, f"error: {error}")
+        return exit_code_of(error)
+    except KeyboardInterrupt as interrupt:
+        tell(interrupt, "left at once; checkpoints are as they were", style="yellow")
         return 130
     return 0
 
 
-def tell(message: str, style: str = "red") -> None:
-    console = Console(stderr=True, highlight=False)
-    console.print(escape(message), style=style, soft_wrap=not console.is_terminal)
+def tell(error: BaseException, message: str, style: str = "red") -> None:
+    """Say why the process ends; one of several processes with its rank, but for the first.
+
+    What `joined` lets pass, its process alone is to say. Before that, all processes of a machine fail alike, and its
+    first one speaks.
+    """
+    speaks = getattr(error, "__notes__", None) or os.environ.get("LOCAL_RANK", "0") == "0"
+    rank = os.environ.get("RANK", "0")
+    if speaks:
+        console = Console(stderr=True, highlight=False)
+        prefix = "" if rank == "0" else f"[rank {rank}] "
+        console.print(escape(prefix + message), style=style, soft_wrap=not console.is_terminal)
 
 
 def usage() -> str:

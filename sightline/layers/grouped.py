@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Layer = tuple[Tensor, Tensor | None]
+"""weight [E, F, W], bias [E, F]"""
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -17,14 +21,20 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | Non
     counts  int64 [E], rows of each group; rows of x behind them all become 0 and take no gradient
     -> [M, F]
     """
+    return grouped_linears(x, counts, (weight, bias))[0]
+
+
+def grouped_linears(x: Tensor, counts: Tensor, *layers: Layer) -> tuple[Tensor, ...]:
+    """`grouped_linear` of the same rows by each of the layers. Together, because their gradients of x are one sum, and
+    rows that are read once are still in the cache the second time."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    if _kernel_fits(x, weight):
-        return _by_kernel(x, weight, counts, bias)
-    return _ByGroup.apply(x, weight, bias, counts.tolist())
+        x = x.to(dtype)
+        layers = tuple((weight.to(dtype), None if bias is None else bias.to(dtype)) for weight, bias in layers)
+    if all(_kernel_fits(x, weight) for weight, _ in layers):
+        return tuple(_by_kernel(x, weight, counts, bias) for weight, bias in layers)
+    return _by_group(x, counts, *layers)
 
 
 def _kernel_fits(x: Tensor, weight: Tensor) -> bool:
@@ -49,41 +59,55 @@ def _by_kernel(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None) -
     return out.masked_fill(behind, 0)
 
 
+@torch.compiler.disable  # it would compile anew for other counts
+def _by_group(x: Tensor, counts: Tensor, *layers: Layer) -> tuple[Tensor, ...]:
+    return _ByGroup.apply(x, counts.tolist(), *(part for layer in layers for part in layer))
+
+
 class _ByGroup(torch.autograd.Function):
     """A product for each group, written straight into its place: `split` and `cat` would copy every row once more,
     and `unbind` would stack the gradients of the weights anew."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, x: Tensor, counts: list[int], *parts: Any) -> tuple[Tensor, ...]:
+        weights, biases = parts[::2], parts[1::2]
+        ctx.save_for_backward(x, *weights)
         ctx.counts = counts
-        out = x.new_empty(len(x), weight.shape[1])
-        begin = 0
-        for group, count in enumerate(counts):
-            rows = slice(begin, begin := begin + count)
-            if bias is None:
-                torch.mm(x[rows], weight[group].t(), out=out[rows])
-            else:
-                torch.addmm(bias[group], x[rows], weight[group].t(), out=out[rows])
-        out[begin:] = 0
-        return out
+        outs = tuple(x.new_empty(len(x), weight.shape[1]) for weight in weights)
+        for group, rows in _slices(counts):
+            for out, weight, bias in zip(outs, weights, biases, strict=True):
+                if bias is None:
+                    torch.mm(x[rows], weight[group].t(), out=out[rows])
+                else:
+                    torch.addmm(bias[group], x[rows], weight[group].t(), out=out[rows])
+        for out in outs:
+            out[sum(counts) :] = 0
+        return outs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+    def backward(ctx: Any, *grads: Tensor):  # type: ignore[override]
+        x, *weights = ctx.saved_tensors
+        need_x, _, *needs = ctx.needs_input_grad
         grad_x = torch.empty_like(x) if need_x else None
-        grad_weight = torch.empty_like(weight) if need_weight else None
-        grad_bias = weight.new_empty(weight.shape[:2]) if need_bias else None
-        begin = 0
-        for group, count in enumerate(ctx.counts):
-            rows = slice(begin, begin := begin + count)
-            if grad_x is not None:
-                torch.mm(grad[rows], weight[group], out=grad_x[rows])
-            if grad_weight is not None:
-                torch.mm(grad[rows].t(), x[rows], out=grad_weight[group])
-            if grad_bias is not None:
-                torch.sum(grad[rows], dim=0, out=grad_bias[group])
+        grad_weights = [torch.empty_like(w) if need else None for w, need in zip(weights, needs[::2], strict=True)]
+        grad_biases = [w.new_empty(w.shape[:2]) if need else None for w, need in zip(weights, needs[1::2], strict=True)]
+        for group, rows in _slices(ctx.counts):
+            for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+                if grad_x is not None and i == 0:
+                    torch.mm(grad[rows], weight[group], out=grad_x[rows])
+                elif grad_x is not None:
+                    grad_x[rows].addmm_(grad[rows], weight[group])
+                if (grad_weight := grad_weights[i]) is not None:
+                    torch.mm(grad[rows].t(), x[rows], out=grad_weight[group])
+                if (grad_bias := grad_biases[i]) is not None:
+                    torch.sum(grad[rows], dim=0, out=grad_bias[group])
         if grad_x is not None:
-            grad_x[begin:] = 0
-        return grad_x, grad_weight, grad_bias, None
+            grad_x[sum(ctx.counts) :] = 0
+        return grad_x, None, *(grad for layer in zip(grad_weights, grad_biases, strict=True) for grad in layer)
+
+
+def _slices(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    """Each group and its rows."""
+    begin = 0
+    for group, count in enumerate(counts):
+        yield group, slice(begin, begin := begin + count)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sightline.layers.divisible import Divisible
-from sightline.layers.grouped import grouped_linear
+from sightline.layers.grouped import grouped_linear, grouped_linears
 
 
 class Routing(NamedTuple):
@@ -190,8 +190,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x [M, W], sorted by expert; counts int64 [E], rows of each -> [M, W], 0 for rows behind the last expert's."""
-        gate = grouped_linear(x, self.gate, counts, self.gate_bias)
-        up = grouped_linear(x, self.up, counts, self.up_bias)
+        gate, up = grouped_linears(x, counts, (self.gate, self.gate_bias), (self.up, self.up_bias))
         return grouped_linear(self.activation(gate, up), self.down, counts, self.down_bias)
 
 
@@ -287,7 +286,7 @@ class _Collect(torch.autograd.Function):
         rows, weights, slots = ctx.saved_tensors
         grad_rows = grad.index_select(0, slots // weights.shape[1])
         grad_weights = torch.empty_like(weights).flatten()
-        grad_weights[slots] = torch.linalg.vecdot(rows, grad_rows)
+        grad_weights[slots] = torch.einsum("mw,mw->m", rows, grad_rows)  # vecdot would write every product down
         grad_rows *= weights.flatten()[slots, None]
         return grad_rows, grad_weights.view_as(weights), None
 

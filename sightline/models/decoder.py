@@ -65,7 +65,7 @@ class Decoder(nn.Module):
         self.config: Any = config
         self.attention_backend = attention_backend
         self.embedding: nn.Embedding | None = nn.Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleDict({str(i): layer for i, layer in enumerate(layers)})
+        self.layers = Layers({str(i): layer for i, layer in enumerate(layers)})
         self.norm: RMSNorm | None = RMSNorm(config.width, config.norm_eps)
         self.output: nn.Linear | None = None
         if not config.tied_embeddings:
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
     def token_facts(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """What `forward` has to know of each token and can tell from whole rows only: [B, S] each, by name.
 
-        inputs: what `forward` takes, of whole rows. It takes these facts too; without them it finds them itself, so only
+        inputs: what `forward` takes, of whole rows. It takes these facts too, and finds them itself without them: only
         who cuts the rows before has to ask.
         """
         return {}
@@ -145,24 +145,18 @@ class Decoder(nn.Module):
         cache: dict[str, LayerCache] | None,
     ) -> Tensor:
         """`forward` from the embedded tokens h [B, S, W] on, for families that embed in a way of their own."""
-        h = self.run_layers(h, self.lower_masks(attention_masks, h), self.encode_positions(positions), cache)
+        h = self.layers(h, self.lower_masks(attention_masks, h), self.encode_positions(positions), cache)
         if self.norm is None:
             return h
         return self.head(self.norm(h), labels)
 
-    def run_layers(
-        self, h: Tensor, lowered: dict[str, Lowered], encoding: Any, cache: dict[str, LayerCache] | None
-    ) -> Tensor:
-        """One layer after the other: [B, S, W] -> [B, S, W]."""
-        for name, layer in self.layers.items():
-            h = layer(h, lowered[str(layer.mask_name)], encoding, None if cache is None else cache[name])
-        return h
+    def stacks(self) -> list[nn.Module]:
+        """The modules that hold all there is between the embedding and the last norm: here the layers, as one.
 
-    def stacks(self) -> list[list[nn.Module]]:
-        """Layers that follow one another, with nothing between them: here all of them. Each takes hidden states
-        [B, S, W] in the place of its Tensor arguments and returns them; but for `Divisible` layers it works token by
-        token."""
-        return [list(self.layers.values())] if self.layers else []
+        Each takes hidden states [B, S, W] as its only Tensor arguments and returns them; what it does to a token
+        depends on other tokens only inside `Divisible` layers.
+        """
+        return [self.layers]
 
     def head(self, h: Tensor, labels: Tensor | None) -> Tensor:
         """From the normed hidden states [B, S, W] to logits, or with labels to the sum of the token losses."""
@@ -212,6 +206,18 @@ class Decoder(nn.Module):
     def new_cache(self) -> dict[str, LayerCache]:
         """An empty cache for `forward`, by layer name."""
         return {name: layer.new_cache() for name, layer in self.layers.items()}  # type: ignore[operator]
+
+
+class Layers(nn.ModuleDict):
+    """The layers, by their number in the whole model, one after the other."""
+
+    def forward(
+        self, h: Tensor, lowered: dict[str, Lowered], encoding: Any, cache: dict[str, LayerCache] | None
+    ) -> Tensor:
+        """h [B, S, W] -> [B, S, W]."""
+        for name, layer in self.items():
+            h = layer(h, lowered[str(layer.mask_name)], encoding, None if cache is None else cache[name])
+        return h
 
 
 class Layer(nn.Module):

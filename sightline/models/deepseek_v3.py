@@ -284,8 +284,8 @@ class DeepseekV3(Decoder):
             return {}
         return dict(zip(("next_tokens", "next_labels"), look_further(inputs["tokens"], inputs["labels"]), strict=True))
 
-    def stacks(self) -> list[list[nn.Module]]:
-        return super().stacks() + ([] if self.prediction is None else [[self.prediction]])
+    def stacks(self) -> list[nn.Module]:
+        return super().stacks() + ([] if self.prediction is None else [self.prediction])
 
     def encode_positions(self, positions: Tensor) -> Rotation:
         config = self.config
@@ -316,7 +316,7 @@ class DeepseekV3(Decoder):
         assert self.embedding is not None and self.norm is not None, "prediction needs both ends of the model"
         h = self.embedding(tokens)
         lowered, rotation = self.lower_masks(attention_masks, h), self.encode_positions(positions)
-        h = self.norm(self.run_layers(h, lowered, rotation, cache=None))
+        h = self.norm(self.layers(h, lowered, rotation, None))
         if next_tokens is None or next_labels is None:
             next_tokens, next_labels = look_further(tokens, labels)
         further = self.prediction(h, self.embedding(next_tokens), lowered["attention"], rotation)

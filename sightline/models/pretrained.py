@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sightline.models.deepseek_v3_hf import DEEPSEEK_V3_HF
 from sightline.models.gpt_oss import GPT_OSS_HF
@@ -104,12 +105,17 @@ def save_pretrained(
                      and the model does not, such as eos_token_id
     max_shard_bytes  size of a file of weights; a larger tensor has a file to itself
 
-    The model is whole; one that many processes share is exported from its checkpoint.
-
     Everything is written aside first: a full disk or a kill leaves no half model. Errors: ValueError where the
-    directory has weights already or the model is of no family; OSError where the disk does not take it.
+    directory has weights already, or the model is of no family or shared among processes; OSError where the disk does
+    not take it.
     """
     state = model.state_dict()
+    shared = next((name for name, tensor in state.items() if isinstance(tensor, DTensor)), None)
+    if shared:
+        raise ValueError(
+            f"{shared} is a DTensor: this process holds a part of the model; expected all of it. Save a checkpoint: "
+            "sightline convert and --checkpoint.export write it from there, without gathering it anywhere"
+        )
     writer = PretrainedWriter(model, Path(directory), dtype=dtype, max_shard_bytes=max_shard_bytes)
     try:
         writer.begin(None if source is None else Path(source), config_fields or {})

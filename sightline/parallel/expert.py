@@ -67,6 +67,7 @@ def deal_out(weight: Tensor, mesh: Mesh) -> DTensor:
     )
 
 
+@torch.compiler.disable  # it would compile anew for every number of rows that travel
 def dispatch(run: Callable[[Tensor, Tensor], Tensor], group: dist.ProcessGroup, x: Tensor, counts: Tensor) -> Tensor:
     """The forward of Experts where they lie on several processes; `run` is that of those here.
 

@@ -7,7 +7,7 @@ cannot drift from what training does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,38 +28,23 @@ from sightline.attention.sdpa import Slice, Tiles
 from sightline.layers import Experts
 from sightline.masks import AttentionMask
 
-TOKENS = 128
-"""Tokens a process's part of a row has in the trial runs, and twice as many: what grows with them is told from what does
-not by the two."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """`fixed + per_token * tokens`, in bytes."""
-
-    per_token: float
-    fixed: float
-
-    def at(self, tokens: float) -> float:
-        return self.fixed + self.per_token * tokens
-
 
 @dataclass(frozen=True)
 class Footprint:
-    """Of one layer and one microbatch, by the tokens of its rows that a process has before tensor parallelism cuts them.
+    """Bytes of one layer and one microbatch.
 
     kept      what waits for the backward, the layer's result included
     working   what the backward, and a recompute in it, has at its height on top of that
     tensor    what comes from other processes of `tensor`, forward and backward
     keys      what this process's tokens are as keys, or what else of them other processes of `context` need
-    routed    what goes to experts, of all chosen ones
+    routed    the rows of all chosen experts
     """
 
-    kept: Line
-    working: Line
-    tensor: Line
-    keys: Line
-    routed: Line
+    kept: float
+    working: float
+    tensor: float
+    keys: float
+    routed: float
 
 
 @contextmanager
@@ -75,21 +60,25 @@ def pretending(world: int, rank: int) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def trace(stage: Any, dtype: str, *, tensor: int, gathered: bool) -> dict[str, Footprint]:
+def trace(
+    stage: Any, shape: tuple[int, int], dtype: str, found: dict[Any, Footprint], *, tensor: int, gathered: bool
+) -> dict[str, Footprint]:
     """The footprint of every layer of a stage (a skeleton that `tensor` processes share), by its name.
 
+    found     of the kinds of layers met in other stages of the same run; grows
+    shape     (B, S) of a microbatch: of its rows, the tokens that a process of `context` has
     gathered  whether FSDP gathers the weights, in the precision they compute in; else autocast copies them
     """
     weights = torch.bfloat16 if gathered and dtype == "bfloat16" else torch.float32
-    found: dict[Any, Footprint] = {}
     named = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         give_memory(stage, weights)
-        for position, (name, layer) in enumerate(stage.layers.items()):
-            ends = position == 0, position == len(stage.layers) - 1
-            kind = _kind(layer, ends)
+        for name, layer in stage.layers.items():
+            kind = _kind(layer)
             if kind not in found:
-                found[kind] = _trace_layer(stage, layer, weights, dtype, share=1 if ends[0] else tensor)
+                rows, length = shape
+                x = torch.empty(rows, length // tensor, stage.config.width, dtype=weights, requires_grad=True)
+                found[kind] = _run(stage, layer, x, shape, dtype)
             named[name] = found[kind]
     return named
 
@@ -119,24 +108,18 @@ def _fake(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
-def _kind(layer: nn.Module, ends: tuple[bool, bool]) -> Any:
+def _kind(layer: nn.Module) -> Any:
     """Layers of one kind leave the same footprint."""
     shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
-    return type(layer).__name__, layer.mask_name, "forward" in vars(layer), ends, shapes
+    return type(layer).__name__, layer.mask_name, "forward" in vars(layer), shapes
 
 
-def _trace_layer(stage: Any, layer: nn.Module, weights: torch.dtype, dtype: str, share: int) -> Footprint:
-    small, large = (_run(stage, layer, weights, dtype, tokens, share) for tokens in (TOKENS, 2 * TOKENS))
-    slopes = {name: (large[name] - small[name]) / TOKENS for name in small}
-    return Footprint(**{name: Line(slope, small[name] - slope * TOKENS) for name, slope in slopes.items()})
-
-
-def _run(stage: Any, layer: nn.Module, weights: torch.dtype, dtype: str, tokens: int, share: int) -> dict[str, float]:
-    """Bytes of one forward and backward of a row of so many tokens, of which 1 / share come into the layer."""
-    mask = Watched(torch.zeros(1, tokens, 1, dtype=torch.int32), torch.ones(1, tokens, 1, dtype=torch.int32), tokens)
-    one_tile = Tiles([(0, 0, tokens, [Slice(0, tokens, True, None)])], False)
-    encoding = stage.encode_positions(torch.zeros(1, tokens, dtype=torch.int64))
-    x = torch.empty(1, tokens // share, stage.config.width, dtype=weights, requires_grad=True)
+def _run(stage: Any, layer: nn.Module, x: Tensor, shape: tuple[int, int], dtype: str) -> Footprint:
+    """One forward and backward of a layer, from the hidden states that come into it."""
+    rows, length = shape
+    mask = Watched(torch.zeros(*shape, 1, dtype=torch.int32), torch.ones(*shape, 1, dtype=torch.int32), length)
+    tiles = Tiles([(row, 0, length, [Slice(0, length, True, None)]) for row in range(rows)], False)
+    encoding = stage.encode_positions(torch.zeros(shape, dtype=torch.int64))
     routed: list[float] = []
 
     def route_evenly(experts: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -147,22 +130,23 @@ def _run(stage: Any, layer: nn.Module, weights: torch.dtype, dtype: str, tokens:
             return rows, (torch.arange(len(counts) + 1) * len(rows) // len(counts)).diff()
 
     hooks = [part.register_forward_pre_hook(route_evenly) for part in layer.modules() if isinstance(part, Experts)]
-    with Ledger() as ledger:
+    given = [x, *layer.parameters(), *(leaf for leaf in tree_leaves(encoding) if isinstance(leaf, Tensor))]
+    with Ledger(given) as ledger:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            y = layer(x, Lowered(mask, "sdpa", "", one_tile), encoding, None)
+            y = layer(x, Lowered(mask, "sdpa", "", tiles), encoding, None)
         kept = ledger.alive()
         y.backward(torch.empty_like(y))
     for hook in hooks:
         hook.remove()
     for parameter in layer.parameters():
         parameter.grad = None
-    return {
-        "kept": kept,
-        "working": ledger.peak - kept,
-        "tensor": ledger.received,
-        "keys": mask.bytes,
-        "routed": routed[0] if routed else 0.0,  # a recompute routes once more
-    }
+    return Footprint(
+        kept=kept,
+        working=ledger.peak - kept,
+        tensor=ledger.received,
+        keys=mask.bytes,
+        routed=routed[0] if routed else 0.0,  # a recompute routes once more
+    )
 
 
 class Watched(AttentionMask):
@@ -185,26 +169,37 @@ class Watched(AttentionMask):
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the memory of what operations return, as long as it is held, and what collectives bring."""
+    """Counts the memory of what operations make, as long as it is held, and what collectives bring.
 
-    def __init__(self) -> None:
+    given  tensors that are there already; a view of one is nothing new
+    """
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()
+        self.given = {_storage(tensor)._cdata for tensor in given}
         self.held: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = self.received = 0.0
+        self.peak = self.received = self.bound = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and not leaf.is_meta:
-                storage = (leaf.to_local() if isinstance(leaf, DTensor) else leaf).untyped_storage()
+            if isinstance(leaf, Tensor) and (storage := _storage(leaf))._cdata not in self.given:
+                if storage._cdata not in self.held:
+                    self.bound += storage.nbytes()
                 self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, self.alive())
+        if self.bound > 1.01 * self.peak:  # what is held is no more than that; looking takes long
+            self.peak = max(self.peak, self.alive())
         self.received += _received(func, args, out)
         return out
 
     def alive(self) -> float:
         self.held = {key: held for key, held in self.held.items() if not held[0].expired()}
-        return float(sum(size for _, size in self.held.values()))
+        self.bound = float(sum(size for _, size in self.held.values()))
+        return self.bound
+
+
+def _storage(x: Tensor) -> torch.UntypedStorage:
+    return (x.to_local() if isinstance(x, DTensor) else x).untyped_storage()
 
 
 def _received(func: Any, args: tuple[Any, ...], out: Any) -> float:

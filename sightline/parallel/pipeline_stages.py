@@ -147,7 +147,7 @@ def count_microbatches(parallel: Parallel, training: Training, rows: int) -> int
     not work with that many; it names the sizes that work.
     """
     size, schedule, processes = training.micro_batch_size, parallel.pipeline_schedule, parallel.pipeline
-    check_compile(parallel, training)
+    check_split_backward(parallel, training)
     if rows % size == 0 and fits(parallel, rows // size):
         return rows // size
     sizes = [n for n in range(1, rows + 1) if rows % n == 0 and fits(parallel, rows // n)]
@@ -162,12 +162,16 @@ def count_microbatches(parallel: Parallel, training: Training, rows: int) -> int
     )
 
 
-def check_compile(parallel: Parallel, training: Training) -> None:
-    """Refuse what has no meaning: a compiled layer computes both kinds of gradients in one piece."""
-    if training.compile and parallel.pipeline_schedule in SPLIT_BACKWARD:
+def check_split_backward(parallel: Parallel, training: Training) -> None:
+    """Refuse what goes through a layer's backward only once, where it is gone through twice."""
+    if parallel.pipeline_schedule not in SPLIT_BACKWARD:
+        return
+    came = "training.compile" if training.compile else "training.recompute selective"
+    remedy = "--training.no-compile" if training.compile else "--training.recompute full"
+    if training.compile or training.recompute == "selective":
         raise ValueError(
             f"parallel.pipeline-schedule {parallel.pipeline_schedule} computes the gradients of the weights apart from "
-            "the others, which compiled layers cannot; use --training.no-compile, or one of the schedules 1F1B, GPipe, "
+            f"the others, which layers under {came} cannot; use {remedy}, or one of the schedules 1F1B, GPipe, "
             "Interleaved1F1B, LoopedBFS"
         )
 

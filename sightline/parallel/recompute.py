@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -56,30 +56,41 @@ def apply_recompute(model: nn.Module, training: Training) -> None:
 
 def recompute(layer: nn.Module, selective: bool) -> None:
     """Change the layer in place: a module around it would change the names of its parameters."""
-    routers = list(routers_of(layer).values())
-    contexts: Callable[[], Any] = noop_context_fn
-    if selective:
-        contexts = functools.partial(create_selective_checkpoint_contexts, KEPT)
-    if routers:
-        contexts = functools.partial(_count_once, routers, contexts)
+    run, routers = layer.forward, list(routers_of(layer).values())
     # Nothing in a layer is random.
-    layer.forward = functools.partial(  # type: ignore[method-assign]
-        checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-    )
+    compiled: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if selective:
+        compiled["context_fn"] = functools.partial(create_selective_checkpoint_contexts, KEPT)
+    eager = compiled
+    if routers:
+        contexts = compiled.get("context_fn", noop_context_fn)
+        eager = {**compiled, "context_fn": functools.partial(_count_once, routers, contexts)}
+
+    def forward(*args: Any) -> Any:
+        # A compiler takes no other contexts; `apply_compile` tells it to count once.
+        return checkpoint(run, *args, **(compiled if torch.compiler.is_compiling() else eager))
+
+    layer.forward = forward  # type: ignore[method-assign]
 
 
 def _count_once(routers: list[Router], contexts: Callable[[], Any]) -> tuple[Any, AbstractContextManager]:
     """Contexts for the forward and for computing it again, where the routers forget what they count twice."""
     forward, again = contexts()
-    return forward, _as_before(routers, again)
+    return forward, _AsBefore(routers, again)
 
 
-@contextmanager
-def _as_before(routers: list[Router], context: AbstractContextManager) -> Iterator[None]:
-    counted = [(router, router.counts, router.auxiliary_loss) for router in routers]
-    try:
-        with context:
-            yield
-    finally:
-        for router, counts, auxiliary_loss in counted:
+class _AsBefore(AbstractContextManager):
+    """The context, behind which the routers know what they knew before it. A pipeline that computes the gradients of
+    the weights apart enters it twice."""
+
+    def __init__(self, routers: list[Router], context: AbstractContextManager) -> None:
+        self.routers, self.context = routers, context
+
+    def __enter__(self) -> None:
+        self.known = [(router, router.counts, router.auxiliary_loss) for router in self.routers]
+        self.context.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        for router, counts, auxiliary_loss in self.known:
             router.counts, router.auxiliary_loss = counts, auxiliary_loss
+        return self.context.__exit__(*error)

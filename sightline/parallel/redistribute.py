@@ -16,5 +16,7 @@ def redistribute(
     gradient  how the gradient of the result lies there; as the result itself, if nothing is said. Partial is for what
               every process has and uses in a way of its own, and the backward adds that up
     """
-    whole = DTensor.from_local(x, mesh, [before], run_check=False).redistribute(placements=[after])
-    return whole.to_local(grad_placements=None if gradient is None else [gradient])
+    spread = DTensor.from_local(x, mesh, [before], run_check=False)
+    if before != after:
+        spread = spread.redistribute(placements=[after])
+    return spread.to_local(grad_placements=None if gradient is None else [gradient])

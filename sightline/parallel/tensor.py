@@ -48,12 +48,11 @@ def apply_tensor(model: Decoder, mesh: Mesh) -> None:
     tensor = mesh["tensor"]
     cut_parameters(model, tensor)
     for stack in model.stacks():
-        stack[0].register_forward_pre_hook(functools.partial(take_own_tokens, tensor))
-        stack[-1].register_forward_hook(functools.partial(return_whole_rows, tensor))
-        for layer in stack:
-            for _, region in regions(layer):
-                region.register_forward_pre_hook(functools.partial(take_all_tokens, tensor))
-                region.register_forward_hook(functools.partial(return_own_tokens, tensor))
+        stack.register_forward_pre_hook(functools.partial(take_own_tokens, tensor))
+        stack.register_forward_hook(functools.partial(return_whole_rows, tensor))
+        for _, region in regions(stack):
+            region.register_forward_pre_hook(functools.partial(take_all_tokens, tensor))
+            region.register_forward_hook(functools.partial(return_own_tokens, tensor))
     for router in routers_of(model).values():
         router.auxiliary /= degree  # all processes route the same tokens, and their gradients are added up
     if model.embedding is not None:
@@ -73,9 +72,8 @@ def regions(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Divisibl
 
 def check_degree(model: Decoder, degree: int) -> None:
     """Refuse a degree that does not divide what is dealt out, naming the nearest that divide all of it."""
-    layers = [layer for stack in model.stacks() for layer in stack]
     parts = [("tokens of the vocabulary", model.config.vocab_size)]
-    parts += [part for layer in layers for _, region in regions(layer) for part in region.parts().items()]
+    parts += [part for stack in model.stacks() for _, region in regions(stack) for part in region.parts().items()]
     bad = [f"the {count} {what}" for what, count in dict.fromkeys(parts) if count % degree]
     if bad:
         raise ValueError(
@@ -117,16 +115,15 @@ def plan(model: Decoder, mesh: DeviceMesh) -> dict[str, tuple[Placement, View]]:
         is_end = name in ("embedding.weight", "output.weight")
         places[name] = (Shard(0) if is_end else Replicate(), as_it_is)
     for stack in model.stacks():
-        for layer in stack:
-            for name, _ in layer.named_parameters(prefix=names[layer]):
-                places[name] = (Replicate(), in_part)
-            for prefix, region in regions(layer, names[layer]):
-                for name, _ in region.named_parameters():
-                    dim = dim_of(region, name)
-                    if dim is not None:
-                        places[f"{prefix}.{name}"] = (Shard(dim), as_it_is)
-                    elif name in region.SUMMED:
-                        places[f"{prefix}.{name}"] = (Replicate(), share)
+        for name, _ in stack.named_parameters(prefix=names[stack]):
+            places[name] = (Replicate(), in_part)
+        for prefix, region in regions(stack, names[stack]):
+            for name, _ in region.named_parameters():
+                dim = dim_of(region, name)
+                if dim is not None:
+                    places[f"{prefix}.{name}"] = (Shard(dim), as_it_is)
+                elif name in region.SUMMED:
+                    places[f"{prefix}.{name}"] = (Replicate(), share)
     return places
 
 
@@ -160,8 +157,7 @@ def _own_tokens(h: Tensor, mesh: DeviceMesh) -> Tensor:
 
 def return_whole_rows(mesh: DeviceMesh, module: nn.Module, args: tuple[Any, ...], h: Tensor) -> Tensor:
     """Behind a stack: the rows, whole on every process."""
-    # A clone, since FSDP warns of layers that return a view.
-    return redistribute(h, mesh, Shard(1), Replicate()).clone() if torch.is_grad_enabled() else h
+    return redistribute(h, mesh, Shard(1), Replicate()) if torch.is_grad_enabled() else h
 
 
 def take_all_tokens(mesh: DeviceMesh, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

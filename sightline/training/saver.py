@@ -32,17 +32,17 @@ class Saver:
         self.begun = self.newest
         """Step of the one that was begun last."""
 
-    def save(self, state: dict[str, Any], progress: Progress, first: Callable[[], None] = lambda: None) -> None:
+    def save(self, state: dict[str, Any], progress: Progress, before: Callable[[], None] = lambda: None) -> None:
         """Write a checkpoint of `tensors(...)`, or begin to.
 
-        first  what must be on the disk before it
+        before  brings to the disk what must be there first
 
         Errors: CannotSave on every process, for this one. One that was begun is told by `check` or `wait`.
         """
         self.wait()
         self.begun = progress.step
         with on_all_processes(self.group):
-            first()
+            before()
         if self.asynchronous:
             self._pending = self._thread.submit(self._write, BlockingAsyncStager().stage(state), progress)
         else:

@@ -239,7 +239,7 @@ class Trainer:
             self.saver.save(
                 tensors(self.model, self.optimizer, self.device),
                 Progress(self.step, self.loader.state_dict()),
-                first=self.sync_metrics,
+                before=self.sync_metrics,
             )
             if at_the_end:
                 self.saver.wait()
@@ -278,10 +278,10 @@ class Trainer:
 
         Errors: RunFailed.
         """
-        checkpoint = self.last_checkpoint()
+        checkpoint = self.mesh.from_first(self.last_checkpoint)
         assert checkpoint is not None, "a run that came to its end has saved"
         output = self.directory.exported / checkpoint.name
-        if holds_weights(output):
+        if self.mesh.from_first(lambda: holds_weights(output)):
             return
         try:
             export_checkpoint(checkpoint, output, group=self.saver.group)

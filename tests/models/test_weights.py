@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
+from torch.distributed.fsdp import fully_shard
 
 from sightline.models import MODELS, build_model, load_pretrained, pretrained, save_pretrained
 from sightline.models.pretrained import FORMATS, find_family, read_model_config
@@ -214,6 +216,16 @@ def test_weights_are_not_written_over(model: Any, directory: Path) -> None:
         save_pretrained(torch.nn.Linear(1, 1), directory / "other")
     with pytest.raises(ValueError, match="max-shard-bytes must be at least 1, got 0"):
         save_pretrained(model, directory / "other", max_shard_bytes=0)
+
+
+def test_a_part_of_a_model_is_refused(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match=r"embedding.weight is a DTensor: .* Save a checkpoint: sightline convert"):
+            save_pretrained(fully_shard(build_model("llama3-debug")), tmp_path)
+    finally:
+        dist.destroy_process_group()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_leaves_nothing(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,12 +69,12 @@ def undisturbed(source, tmp_path_factory):
 
 
 FAST = [
-    ("llama3", [{}, {"shard": 2}, {"pipeline": 2}, {"tensor": 2}, {}]),
+    ("llama3", [{"shard": 2}, {"pipeline": 2}, {"tensor": 2}, {}]),
     ("deepseek_v3", [{"shard": 2, "expert": 2}, {}]),
 ]
 SLOW: list[tuple[str, list[Degrees]]] = [
-    ("llama3", [{"shard": 4}, {}, {"replicate": 2, "shard": 2}, {"shard": 2}]),
-    ("llama3", [{"tensor": 2}, {"shard": 2, "tensor": 2}, {"pipeline": 2, "shard": 2}, {"replicate": 2}]),
+    ("llama3", [{"shard": 4}, {}, {"shard": 2}, {"replicate": 2, "shard": 2}, {"shard": 2}]),
+    ("llama3", [{"shard": 2}, {"tensor": 2}, {"shard": 2, "tensor": 2}, {"pipeline": 2, "shard": 2}, {"replicate": 2}]),
     ("llama4", [{"context": 4}, {"context": 2}, {}]),
     ("deepseek_v3", [{}, {"expert": 2, "shard": 4}, {"pipeline": 2}, {"shard": 2, "tensor": 2}]),
     ("gpt_oss", [{"shard": 2}, {"pipeline": 2}, {}]),
@@ -136,10 +136,8 @@ def export_a_share(rank: int, checkpoint: Path, output: Path) -> list[str]:
     return written
 
 
-def test_processes_share_the_files_of_an_export(source, tmp_path) -> None:
-    run = run_of(tmp_path / "run", source, "deepseek_v3", {"shard": 2, "expert": 2}, steps=1)
-    on_processes(2, train_on, run, join=False)
-    checkpoint, output = tmp_path / "run" / "checkpoints" / "step-1", tmp_path / "hf"
+def test_processes_share_the_files_of_an_export(undisturbed, tmp_path) -> None:
+    checkpoint, output = undisturbed("deepseek_v3") / "checkpoints" / "step-10", tmp_path / "hf"
     first, second = on_processes(2, export_a_share, checkpoint, output)
     files = sorted(path.name for path in output.glob("*.safetensors"))
     assert files == sorted(first + second) and abs(len(first) - len(second)) <= 1 < len(second)
@@ -216,7 +214,6 @@ def test_a_file_that_only_one_process_reads_is_refused_by_all(source, tmp_path) 
     run = run_of(tmp_path / "run", source, "llama3", {"shard": 2})
     on_processes(2, save_where_one_disk_is_full, run)
     checkpoint = run.output_dir / "checkpoints" / "step-1"
-    assert on_processes(2, load_what_is_damaged, run) == ["loaded", "loaded"]
     file = checkpoint / "__1_0.distcp"
     file.write_bytes(b"\0" * file.stat().st_size)
     for told in on_processes(2, load_what_is_damaged, run):
@@ -239,9 +236,10 @@ def read_on_a_mesh(rank: int, run: Run) -> tuple[dict[str, Tensor], int]:
 @pytest.mark.parametrize(
     ("family", "degrees"),
     [
-        ("llama3", {"shard": 2, "tensor": 2}),
+        ("llama3", {"tensor": 2}),
         ("gpt_oss", {"pipeline": 2}),
         ("deepseek_v3", {"shard": 2, "expert": 2}),
+        pytest.param("llama3", {"shard": 2, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param("llama4", {"shard": 2, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param("qwen3_next", {"shard": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sightline import Batch
-from sightline.config import Parallel
+from sightline.config import Parallel, Training
 from sightline.layers import routers_of
 from sightline.masks import AttentionMask
 from sightline.models import MODELS, build_model, build_skeleton, draw_weights
@@ -22,6 +22,7 @@ from sightline.models.generation import generate
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.pipeline import Pipelined
 from sightline.parallel.pipeline_stages import take_stages
+from sightline.parallel.recompute import apply_recompute
 from sightline.parallel.shard import apply_shard
 from tests.parallel.processes import on_processes
 
@@ -36,6 +37,7 @@ CONFIGS = {
     "deepseek_v3": replace(MODELS["deepseek_v3-debug"], layers=4, auxiliary_loss=0.1),
     "gpt_oss": replace(MODELS["gpt_oss-debug"], layers=4, auxiliary_loss=0.1),
     "vlm": replace(MODELS["vlm-debug"], layers=4),
+    "deep": replace(MODELS["qwen3-debug-moe"], layers=9, width=32, auxiliary_loss=0.1),
 }
 SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
@@ -93,7 +95,7 @@ class Letters:
 
 
 def say(model: Any) -> str:
-    return generate(model, Letters(), "a cat and a dog in one long row", max_new_tokens=24, temperature=0)
+    return generate(model, Letters(), "a cat and a dog in one long row", max_new_tokens=10, temperature=0)
 
 
 def state(stages: list[Any], loss: Tensor) -> dict[str, Any]:
@@ -121,24 +123,31 @@ def on_one_process(name: str, dtype: str = "float32") -> dict[str, Any]:
     return done | {"text": say(model)}
 
 
-def build(config: Any, schedule: str, dtype: str = "float32") -> Pipelined:
-    """On two processes, or on four that share the weights of each stage and its rows by two."""
-    mesh = Mesh(Parallel(pipeline=2, pipeline_schedule=schedule), torch.device("cpu"))
+def build(config: Any, schedule: Any, training: Training, pipeline: int = 2) -> Pipelined:
+    """Processes that a pipeline of this degree leaves share the weights of a stage and its rows."""
+    mesh = Mesh(Parallel(pipeline=pipeline, pipeline_schedule=schedule), torch.device("cpu"))
     whole = build_skeleton(config)
     stages = take_stages(whole, mesh)
     for stage in stages:
+        apply_recompute(stage, training)
         if mesh.size("shard") > 1:
-            apply_shard(stage, mesh, dtype=dtype)
+            apply_shard(stage, mesh, dtype=training.dtype)
         stage.to_empty(device="cpu")
     torch.manual_seed(0)
     draw_weights(*stages)
-    return Pipelined(mesh, whole, stages, dtype=dtype, micro_batch_size=MICRO)
+    return Pipelined(mesh, whole, stages, dtype=training.dtype, micro_batch_size=MICRO)
 
 
 def on_a_pipeline(
-    rank: int, name: str, schedule: str, steps: int = 1, wrong_masks: bool = False, dtype: str = "float32"
+    rank: int,
+    name: str,
+    schedule: str,
+    training: Training,
+    steps: int = 1,
+    wrong_masks: bool = False,
+    pipeline: int = 2,
 ) -> dict[str, Any]:
-    model = build(CONFIGS[name], schedule, dtype)
+    model = build(CONFIGS[name], schedule, training, pipeline)
     inputs = inputs_of(model, make_batch(name))
     if wrong_masks:
         inputs["attention_masks"] = each_mask(inputs["attention_masks"], mask_of_first)
@@ -179,8 +188,9 @@ def check(parts: list[dict[str, Any]], expected: dict[str, Any]) -> None:
 
 FAST = {("llama3", "GPipe"), ("qwen3-moe", "Interleaved1F1B"), ("gpt_oss", "ZBVZeroBubble"), ("llama4", "1F1B")}
 FAST |= {("vlm", "1F1B"), ("deepseek_v3", "DualPipeV")}
-MATRIX = [(family, "1F1B") for family in CONFIGS] + [("llama3", schedule) for schedule in SCHEDULES]
-MATRIX += [(family, schedule) for family in CONFIGS for schedule in SCHEDULES if schedule not in ("GPipe", "1F1B")]
+FAMILIES = [name for name in CONFIGS if name != "deep"]
+MATRIX = [(family, "1F1B") for family in FAMILIES] + [("llama3", schedule) for schedule in SCHEDULES]
+MATRIX += [(family, schedule) for family in FAMILIES for schedule in SCHEDULES if schedule not in ("GPipe", "1F1B")]
 
 
 @pytest.mark.parametrize(
@@ -188,14 +198,23 @@ MATRIX += [(family, schedule) for family in CONFIGS for schedule in SCHEDULES if
     [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in dict.fromkeys(MATRIX)],
 )
 def test_a_pipeline_is_one_process(family: str, schedule: str) -> None:
-    check(on_processes(2, on_a_pipeline, family, schedule, 2), on_one_process(family))
+    check(on_processes(2, on_a_pipeline, family, schedule, Training(), 2), on_one_process(family))
+
+
+@pytest.mark.parametrize(
+    "schedule", [pytest.param(s, marks=[] if s == "ZBVZeroBubble" else pytest.mark.slow) for s in SCHEDULES]
+)
+def test_a_pipeline_of_four(schedule: str) -> None:
+    """Where most processes have neither the embedding nor the head."""
+    parts = on_processes(4, on_a_pipeline, "deep", schedule, Training(), 1, False, 4)
+    check(parts, on_one_process("deep"))
 
 
 @pytest.mark.parametrize("family", ["llama3", pytest.param("llama4", marks=pytest.mark.slow)])
 def test_a_mask_of_another_microbatch_would_be_noticed(family: str) -> None:
     """With the mask of the first microbatch for all, loss and gradients are off by far more than any tolerance here."""
     expected = on_one_process(family)
-    parts = on_processes(2, on_a_pipeline, family, "1F1B", 1, True)
+    parts = on_processes(2, on_a_pipeline, family, "1F1B", Training(), 1, True)
     assert difference(sum(part["loss"] for part in parts), expected["loss"]) > 1e-3
     off = {
         name: difference(gradient, expected["gradients"][name])
@@ -205,9 +224,9 @@ def test_a_mask_of_another_microbatch_would_be_noticed(family: str) -> None:
     assert min(value for name, value in off.items() if "attention.query" in name) > 1e-2, off
 
 
-def on_shards(rank: int, name: str, schedule: str, dtype: str = "float32") -> dict[str, Any]:
+def on_shards(rank: int, name: str, schedule: str, training: Training) -> dict[str, Any]:
     """Each of two pipelines has half of the rows; the weights of a stage are shared by the two that have it."""
-    model = build(CONFIGS[name], schedule, dtype)
+    model = build(CONFIGS[name], schedule, training)
     half = ROWS // 2
     at = model.mesh.index("data") * half
     inputs = inputs_of(model, make_batch(name)[at : at + half])
@@ -235,7 +254,7 @@ def on_shards(rank: int, name: str, schedule: str, dtype: str = "float32") -> di
 )
 def test_pipelines_that_share_weights(family: str, schedule: str) -> None:
     """Gradients are added up over the rows of both pipelines when the schedule has ended, once."""
-    expected, parts = on_one_process(family), on_processes(4, on_shards, family, schedule)
+    expected, parts = on_one_process(family), on_processes(4, on_shards, family, schedule, Training())
     for key in ("loss", "evaluated"):
         assert difference(sum(part[key] for part in parts), expected[key]) < 1e-5, key
     for part in parts:
@@ -244,10 +263,24 @@ def test_pipelines_that_share_weights(family: str, schedule: str) -> None:
         assert part["text"] == expected["text"]
 
 
+RECOMPUTED = [("1F1B", "selective"), ("InterleavedZeroBubble", "full"), ("ZBVZeroBubble", "full"), ("1F1B", "full")]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "how"),
+    [pytest.param(*case, marks=[] if case == RECOMPUTED[1] else pytest.mark.slow) for case in RECOMPUTED],
+)
+def test_layers_that_recompute(schedule: str, how: Any) -> None:
+    """Several microbatches are on their way at once; and a layer may be computed again for the activations' gradients,
+    and once more for those of the weights."""
+    parts = on_processes(2, on_a_pipeline, "qwen3-moe", schedule, Training(recompute=how))
+    check(parts, on_one_process("qwen3-moe"))
+
+
 def test_bfloat16_is_that_of_one_process() -> None:
     """Every stage is under autocast and no backward is; between stages the sum of the layers stays in float32."""
     expected = on_one_process("qwen3-moe", "bfloat16")
-    parts = on_processes(2, on_a_pipeline, "qwen3-moe", "Interleaved1F1B", 1, False, "bfloat16")
+    parts = on_processes(2, on_a_pipeline, "qwen3-moe", "Interleaved1F1B", Training(dtype="bfloat16"))
     assert difference(sum(part["loss"] for part in parts), expected["loss"]) < 1e-5
     for part in parts:
         for name, gradient in part["gradients"].items():
@@ -259,7 +292,8 @@ def test_bfloat16_is_that_of_one_process() -> None:
 @pytest.mark.slow
 def test_weights_gathered_in_bfloat16() -> None:
     """FSDP's mixed precision: what passes between stages is bfloat16 too."""
-    expected, parts = on_one_process("llama3"), on_processes(4, on_shards, "llama3", "Interleaved1F1B", "bfloat16")
+    expected = on_one_process("llama3")
+    parts = on_processes(4, on_shards, "llama3", "Interleaved1F1B", Training(dtype="bfloat16"))
     loss = sum(part["loss"] for part in parts)
     assert 1e-6 < difference(loss, expected["loss"]) < 1e-2
     for part in parts:

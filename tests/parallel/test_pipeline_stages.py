@@ -125,7 +125,13 @@ def test_microbatches(schedule: Any, pipeline: int, rows: int, size: int, microb
         ("1F1B", 4, 3, 1, "into 3 microbatches, .*use --training.global-batch-size 8$"),
         ("DualPipeV", 4, 16, 4, "4 microbatches, .*takes at least 8 .*use --training.micro-batch-size 2$"),
         ("Interleaved1F1B", 4, 18, 2, "9 microbatches, .*a multiple of 4 always; use .*-size 3$"),
-        ("InterleavedZeroBubble", 2, 9, 1, "9 microbatches, .*a multiple of 2 always; use --training.micro-batch-size 3$"),
+        (
+            "InterleavedZeroBubble",
+            2,
+            9,
+            1,
+            "9 microbatches, .*a multiple of 2 always; use .*-size 3$",
+        ),
     ],
 )
 def test_microbatches_that_do_not_fit_are_refused(
@@ -138,8 +144,15 @@ def test_microbatches_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize("schedule", ["InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"])
-def test_compiled_layers_are_refused_where_the_backward_is_split(schedule: Any) -> None:
-    training = Training(global_batch_size=8, micro_batch_size=1, compile=True)
-    with pytest.raises(ValueError, match=r"which compiled layers cannot; use --training.no-compile"):
+@pytest.mark.parametrize(
+    ("came", "words"),
+    [
+        ({"compile": True}, r"under training.compile cannot; use --training.no-compile, or"),
+        ({"recompute": "selective"}, r"under training.recompute selective cannot; use --training.recompute full, or"),
+    ],
+)
+def test_what_allows_one_backward_is_refused_where_there_are_two(schedule: Any, came: Any, words: str) -> None:
+    training = Training(global_batch_size=8, micro_batch_size=1, **came)
+    with pytest.raises(ValueError, match=words):
         count_microbatches(Parallel(pipeline=2, pipeline_schedule=schedule), training, 8)
     assert count_microbatches(Parallel(pipeline=2, pipeline_schedule="LoopedBFS"), training, 8) == 8

@@ -87,6 +87,14 @@ def test_killed_and_resumed_is_never_killed(name, call, source, undisturbed, tmp
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+def test_killed_while_a_checkpoint_is_written_beside_the_steps(source, undisturbed, tmp_path) -> None:
+    run = small_run(tmp_path / "run", source, checkpoint__asynchronous=True)
+    kill(run, "sightline.training.checkpoint:shutil.copyfile", 5)
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-3"]
+    train_quietly(run)
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
 def test_a_line_cut_in_half_is_dropped(source, undisturbed, tmp_path) -> None:
     run = small_run(tmp_path / "run", source)
     kill(run, "sightline.training.metrics:MetricsFile.append", 5, halfway=True)

@@ -120,7 +120,7 @@ def test_what_must_come_first_comes_first(asynchronous, opened, model_and_optimi
         raise OSError(28, "no room for the metrics")
 
     with pytest.raises(CannotSave, match="no room for the metrics"):
-        saver.save(state, Progress(2, LOADER), first=full)
+        saver.save(state, Progress(2, LOADER), before=full)
     saver.wait()
     assert find_latest(tmp_path / "checkpoints") is None
 

@@ -74,7 +74,7 @@ def _by_process(index: Tensor, stride: int, rank: int) -> tuple[Tensor, list[int
 def travel(rows: Tensor, route: Route) -> Callable[[], Tensor]:
     """Send rows [n, C] out; the call of what is returned waits for those that come, [slots, C].
 
-    Backward the same: gradients set out from where the rows came in, and are waited for where the rows had set out. Rows
+    Backward the same: gradients set out from where the rows came in and are waited for where the rows had set out; rows
     that went to several places get the sum. So what is computed between the two calls hides the way in both directions.
     """
     way_back: list[Tensor] = []

@@ -52,25 +52,22 @@ class ContextMask(AttentionMask):
         start, stop = (side.to(device, non_blocking=True) for side in (self.start, self.stop))
         return ContextMask(start, stop, self.key_length, self.send, self.receive, self.group, rows)
 
+    @torch.compiler.disable  # how much travels is known to the host and new in every batch: no graph for a compiler
     def gather(self, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-        """The keys that this process's tokens see, from all processes: [B, heads, S / degree, D] -> [B, heads, T, D] each.
+        """The keys that this process's tokens see, wherever they are: [B, heads, S / degree, D] -> [B, heads, T, D].
 
         All tensors go in one message; they may differ in heads and D.
         """
-        heads = [t.shape[1] for t in tensors]
-        arrive = travel(torch.cat([t.transpose(1, 2).flatten(2) for t in tensors], dim=-1).flatten(0, 1), self._keys)
-
-        def gathered() -> tuple[Tensor, ...]:
-            parts = arrive().unflatten(0, (-1, self.key_length)).split([t[0, :, 0].numel() for t in tensors], dim=-1)
-            return tuple(part.unflatten(-1, (n, -1)).transpose(1, 2) for part, n in zip(parts, heads, strict=True))
-
-        return gathered
+        rows = torch.cat([t.transpose(1, 2).flatten(2) for t in tensors], dim=-1).flatten(0, 1)
+        shapes = [(t.shape[0], self.key_length, t.shape[1], t.shape[3]) for t in tensors]
+        return _Gathering(travel(rows, self._keys), shapes)
 
     @property
     def whole_rows(self) -> AttentionMask:
         assert self.rows is not None, "a model whose layers walk along whole rows says so in `row_heads`"
         return self.rows.mask
 
+    @torch.compiler.disable
     def to_whole_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         degree = self.group.size()
         dealt = torch.cat([t.unflatten(-1, (degree, -1)) for t in tensors], dim=-1)  # [B, S / degree, degree, C]
@@ -78,6 +75,7 @@ class ContextMask(AttentionMask):
         whole = whole.unflatten(0, (len(dealt), -1))
         return whole.split([t.shape[-1] // degree for t in tensors], dim=-1)
 
+    @torch.compiler.disable
     def to_own_tokens(self, x: Tensor) -> Tensor:
         degree = self.group.size()
         dealt = travel(x.flatten(0, 1), self._rows.back())()
@@ -98,6 +96,21 @@ class ContextMask(AttentionMask):
         length = owned.shape[1] * owned.shape[2]
         send = torch.arange(length).view(1, *owned.shape[1:]).expand_as(owned)
         return build_route(send, length, owned, length, self.group, self.device)
+
+
+class _Gathering:
+    """Keys on their way: several tensors side by side in rows, and the shapes [B, T, heads, D] they will have."""
+
+    def __init__(self, arrive: Callable[[], Tensor], shapes: list[tuple[int, int, int, int]]) -> None:
+        self.arrive, self.shapes = arrive, shapes
+
+    @torch.compiler.disable
+    def __call__(self) -> tuple[Tensor, ...]:
+        parts = self.arrive().split([heads * size for _, _, heads, size in self.shapes], dim=-1)
+        return tuple(
+            part.unflatten(0, shape[:2]).unflatten(2, shape[2:]).transpose(1, 2)
+            for part, shape in zip(parts, self.shapes, strict=True)
+        )
 
 
 def _flatten(mask: ContextMask) -> tuple[list[Any], Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 Span = tuple[int, int]
@@ -37,8 +37,8 @@ def headtail(length: int, degree: int) -> list[Piece]:
 
 def roundrobin(length: int, degree: int) -> list[Piece]:
     """Blocks of 128 tokens are dealt out in turn: striped attention (Brandon et al. 2023), in whole tiles of a kernel.
-    Where 128 does not divide the share of a rank, blocks are the largest power of two that does."""
-    block = math.gcd(length // degree, TILE)
+    Short rows have smaller blocks, so that a rank gets four, and the block is a power of two that divides its share."""
+    block = max(1, math.gcd(length // degree, 4 * TILE) // 4)
     return _joined([(first, first + block, first // block % degree) for first in range(0, length, block)])
 
 
@@ -75,9 +75,7 @@ def balanced(costs: Costs, degree: int, slack: float) -> list[Piece]:
         circle, found = _Sweep(costs, share, mean, slack).run(circle, stride)
         shares += found
         circle = _rotated(circle, share)  # the windows across the ends of this walk lie inside the next
-        if (
-            not found
-        ):  # between two looks the work may have passed the mean and come back; from token to token it cannot
+        if not found:  # between two looks the work may have passed the mean and come back; between neighbours not
             stride = max(1, stride // 2)
     shares = sorted(sorted(spans) for spans in [*shares, circle])  # neighbours in the row are neighbours in rank
     return _joined(sorted((*span, rank) for rank, spans in enumerate(shares) for span in spans))
@@ -133,12 +131,14 @@ class _Sweep:
                     band = self._band(rest, ranks)
                     if at < last:
                         self._push(at, last)
-        return list(zip(self.first, self.last, strict=True)), shares
+        return _not_empty(zip(self.first, self.last, strict=True)), shares
 
     def _band(self, rest: int, ranks: int) -> _Band:
         """For the next of `ranks` ranks that divide `rest`. The others may have to take half of the slack, no more."""
+        target = rest / ranks
         low = max(self.mean - self.slack, rest - (ranks - 1) * (self.mean + self.slack / 2))
-        return _Band(low, self.mean + self.slack, rest / ranks)
+        # Where single tokens are large, shares so far may have drawn the target out of the slack; it is right anyway.
+        return _Band(min(low, target), max(self.mean + self.slack, target), target)
 
     def _push(self, first: int, last: int) -> None:
         """Walk on in a span."""
@@ -146,20 +146,20 @@ class _Sweep:
         if self.first:
             tokens += self.tokens[-1] + self.last[-1]
             work += self.work[-1] + self.costs.before[self.last[-1]]
-        for side, value in zip(
-            (self.first, self.last, self.tokens, self.work), (first, last, tokens, work), strict=True
-        ):
-            side.append(value)
+        self.first.append(first)
+        self.last.append(last)
+        self.tokens.append(tokens)
+        self.work.append(work)
 
     def _take(self, at: int) -> tuple[list[Span], int]:
         """Take the window that ends at `at` off the stack: its spans and its work."""
         work, span, token = self._window(at)
         self.last[-1] = at
-        spans = list(zip([token, *self.first[span + 1 :]], self.last[span:], strict=True))
+        spans = _not_empty(zip([token, *self.first[span + 1 :]], self.last[span:], strict=True))
         for side in (self.first, self.last, self.tokens, self.work):
             del side[span + 1 :]
         self.last[span] = token
-        return [(first, last) for first, last in spans if first < last], work
+        return spans, work
 
     def _window(self, at: int) -> tuple[int, int, int]:
         """The window that ends at `at` in the last span: its work, the span it begins in, and the token there."""
@@ -207,6 +207,10 @@ class _Sweep:
     def _keys_cut(self, token: int, edge: int) -> int:
         """Keys that travel for a cut before a token; none more at the edge of a span, where the row is cut already."""
         return 0 if token == edge else self.costs.cut[token]
+
+
+def _not_empty(spans: Iterable[Span]) -> list[Span]:
+    return [(first, last) for first, last in spans if first < last]
 
 
 def _rotated(circle: list[Span], share: int) -> list[Span]:

@@ -191,7 +191,8 @@ def _balanced_rows(masks: Mapping[str, AttentionMask], weights: Mapping[str, int
 
 def _count(start: Tensor, stop: Tensor) -> Tensor:
     """Keys in each query's intervals: int32 [B, Q]."""
-    return (stop - start).sum(dim=2, dtype=torch.int32)
+    keys = stop - start
+    return keys[..., 0] if keys.shape[2] == 1 else keys.sum(dim=2, dtype=torch.int32)
 
 
 def received_length(needed: int, share: int) -> int:

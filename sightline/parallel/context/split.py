@@ -58,8 +58,8 @@ def check_context(model: Any, mesh: Mesh, length: int) -> None:
         above = (length // degree + 1) * degree
         lengths = f"{above - degree} or {above}" if length > degree else f"{above}"
         raise ValueError(
-            f"training.sequence-length {length} is not divisible by parallel.context {degree}, the processes that share "
-            f"a row; use --training.sequence-length {lengths}, or --parallel.context {nearest(degree, divisors(length))}"
+            f"training.sequence-length {length} is not divisible by parallel.context {degree}, as many as share "
+            f"a row; use --training.sequence-length {lengths}, or parallel.context {nearest(degree, divisors(length))}"
         )
     if model.row_heads is None:
         return
@@ -67,6 +67,6 @@ def check_context(model: Any, mesh: Mesh, length: int) -> None:
     if heads % degree:
         raise ValueError(
             f"parallel.context {degree} does not divide the {heads} key heads that parallel.tensor "
-            f"{mesh.size('tensor')} leaves each process in layers with a memory, which deal them out to walk along whole "
-            f"rows; use parallel.context {nearest(degree, divisors(heads))}"
+            f"{mesh.size('tensor')} leaves each process: layers with a memory walk along whole rows, and it is "
+            f"their heads that are shared out; use parallel.context {nearest(degree, divisors(heads))}"
         )

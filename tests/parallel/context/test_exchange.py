@@ -26,7 +26,8 @@ from tests.parallel.processes import on_processes
 
 ROWS = len(LENGTHS)
 CPU = torch.device("cpu")
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+NO_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+SLOW_FLEX = pytest.param("flex", marks=[pytest.mark.slow, NO_COMPILER])
 
 
 def masks_of_rows() -> dict[str, AttentionMask]:
@@ -165,7 +166,7 @@ def looks(rank: int, degree: int, order: str) -> None:
         inputs = split_context({"tokens": tokens, "labels": places, **facts}, model, mesh)
         h = model.embedding(inputs["tokens"]).detach().requires_grad_()
         masks = model.lower_masks(inputs["attention_masks"], h)
-        h_last = model.run_layers(h, masks, model.encode_positions(inputs["positions"]), None)
+        h_last = model.layers(h, masks, model.encode_positions(inputs["positions"]), None)
         logits = model.output(model.norm(h_last))
         (logits.square().sum(dim=2) * wanted.gather(1, inputs["labels"])).sum().backward()
         return logits.detach(), h.grad
@@ -191,7 +192,7 @@ def test_needle_across_processes(order: str) -> None:
     on_processes(2, looks, 2, order)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference", pytest.param("flex", marks=[pytest.mark.slow, needs_compiler])])
+@pytest.mark.parametrize("backend", ["sdpa", "reference", SLOW_FLEX])
 def test_backends_attend_over_received_keys(backend: str) -> None:
     """Q is not T: against the rows as a whole."""
     for whole in masks_of_rows().values():
@@ -231,8 +232,8 @@ class Sizes:
 @pytest.mark.parametrize(
     ("family", "sizes", "length", "text"),
     [
-        ("llama3-debug", {"context": 3}, 1024, "sequence-length 1023 or 1026, or --parallel.context 2 or 4"),
-        ("llama3-debug", {"context": 2048}, 1024, "sequence-length 2048, or --parallel.context 1024"),
+        ("llama3-debug", {"context": 3}, 1024, "sequence-length 1023 or 1026, or parallel.context 2 or 4"),
+        ("llama3-debug", {"context": 2048}, 1024, "sequence-length 2048, or parallel.context 1024"),
         ("qwen3_next-debug", {"context": 4}, 64, "does not divide the 2 key heads .* use parallel.context 2"),
         ("qwen3_next-debug", {"context": 2, "tensor": 2}, 64, "the 1 key heads .* use parallel.context 1"),
     ],

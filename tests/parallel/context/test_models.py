@@ -9,14 +9,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from sightline import Batch
-from sightline.config import Parallel
+from sightline.config import Parallel, Training
 from sightline.masks import causal, chunked, document, global_tokens, prefix_lm, shared_prefix, sliding_window
 from sightline.models import MODELS, build_model
 from sightline.parallel.context.split import split_context
 from sightline.parallel.expert import share_counts
 from sightline.parallel.mesh import Mesh
+from sightline.parallel.recompute import apply_recompute
 from tests.parallel.context.rows import LENGTHS, pack, pack_images
 from tests.parallel.processes import on_processes
 
@@ -82,7 +84,11 @@ def worst(degree: int, family: str, order: Any, backend: str, rule: str | None) 
     truth = measure(model, inputs)
     mesh = Mesh(Parallel(context=degree, context_order=order), torch.device("cpu"))
     share_counts(model, mesh)
-    found = measure(model, split_context(inputs, model, mesh))
+    return furthest(measure(model, split_context(inputs, model, mesh)), truth)
+
+
+def furthest(found: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[str, float]:
+    """Added up over the processes, the number that is furthest from the truth, and how far it is."""
     assert found.keys() == truth.keys()
     for value in found.values():
         dist.all_reduce(value)
@@ -122,6 +128,46 @@ def test_orders_backends_and_rules_on_four_processes() -> None:
             ("vlm", "balanced", "sdpa", None),
         ],
     )
+
+
+def compiled(rank: int, seeds: int) -> list[int]:
+    """How many graphs there are after each of several layouts."""
+    model = build_model("llama3-debug", attention_backend="reference")
+    mesh = Mesh(Parallel(context=2), torch.device("cpu"))
+    for layer in model.layers.values():
+        layer.compile(backend="eager", dynamic=False)
+    graphs = []
+    for seed in range(seeds):
+        lengths = torch.randint(1, 30, (3, 2), generator=torch.Generator().manual_seed(seed)).tolist()
+        measure(model, split_context(inputs_of(model, pack(lengths), None), model, mesh))
+        graphs.append(counters["stats"]["unique_graphs"])
+    return graphs
+
+
+def test_compiled_layers_meet_new_layouts_without_compiling_again() -> None:
+    first, *later = on_processes(2, compiled, 4)[0]
+    assert first > 0 and set(later) == {first}
+
+
+def recomputes(rank: int) -> list[float]:
+    """How far gradients are from those of one process where layers compute again what they did not keep."""
+    found = []
+    for family in ("llama3", "deepseek_v3", "qwen3_next"):
+        for kept in ("selective", "full"):
+            torch.manual_seed(0)
+            model = build_model(CONFIGS[family])
+            inputs = inputs_of(model, batch_of(model.config), None)
+            truth = measure(model, inputs)
+            mesh = Mesh(Parallel(context=2), torch.device("cpu"))
+            share_counts(model, mesh)
+            apply_recompute(model, Training(recompute=kept))  # type: ignore[arg-type]
+            found.append(furthest(measure(model, split_context(inputs, model, mesh)), truth)[1])
+    return found
+
+
+@pytest.mark.slow
+def test_layers_that_recompute_exchange_again() -> None:
+    assert max(on_processes(2, recomputes)[0]) < LIMIT
 
 
 @pytest.mark.slow

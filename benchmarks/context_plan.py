@@ -1,0 +1,191 @@
+"""The context-parallel plan: balance, keys that travel and time, of every order and of PyTorch's load balancers.
+
+    python -m benchmarks.context_plan [--rounds 9]
+
+Rows of 32k tokens on 8 ranks and of 128k on 64. `received` is the share of the keys that an all-gather brings, which is
+also what a ring passes on: (degree - 1) / degree of the row to every rank, for every mask. PyTorch's balancers only say
+who owns what and then gather everything; what is shown for them is what their owners would need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.distributed.tensor.experimental._context_parallel._load_balancer import (
+    _PerDocumentHeadTailLoadBalancer,
+    _PTRRLoadBalancer,
+)
+
+from benchmarks.timing import lognormal_documents, machine, positions_of, save
+from sightline.masks import AttentionMask, causal, chunked, document, sliding_window
+from sightline.parallel import plan_context
+from sightline.parallel.context.needs import build_pieces, find_needs, find_transfers
+from sightline.parallel.context.plan import ORDERS, ContextPlan
+
+
+class Layout(NamedTuple):
+    name: str
+    document_ids: Tensor
+    masks: dict[str, AttentionMask]
+    layers: dict[str, int]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[dict[str, object]] = []
+    for length, degree in ((32768, 8), (131072, 64)):
+        for layout in build_layouts(length):
+            rows += measure(layout, degree, options.rounds)
+    table = Table(title=f"context-parallel plans, {machine()}")
+    for name in (
+        "documents and masks",
+        "ranks",
+        "order",
+        "work max / mean",
+        "received",
+        "pieces a rank",
+        "plan, ms",
+        "view, ms",
+    ):
+        table.add_column(name, justify="left" if name in ("documents and masks", "order") else "right")
+    for row in rows:
+        view = f"{row['view']:.2f}" if "view" in row else "-"
+        table.add_row(
+            str(row["layout"]), str(row["degree"]), str(row["order"]), f"{row['balance']:.3f}",
+            f"{100 * row['received']:.1f} %", f"{row['pieces']:.1f}", f"{row['plan']:.2f}", view,  # type: ignore[operator]
+        )  # fmt: skip
+    Console(width=140).print(table)
+    save("context_plan", rows)
+
+
+def build_layouts(length: int) -> list[Layout]:
+    """Lognormal documents of median 300; a document of half the row among those of median 100; two masks over each."""
+    usual = lognormal_documents(length)
+    half = lognormal_documents(length, median=100)
+    long = torch.cat(
+        [half[:, : length // 4], torch.full((1, length // 2), length), half[:, length // 4 : length // 2]], 1
+    )
+    long = long.to(torch.int32)
+    full, of_long = causal(1, length) & document(usual), causal(1, length) & document(long)
+    window = sliding_window(1, length, 128) & full
+    chunk = chunked(positions_of(long), 8192) & of_long
+    return [
+        Layout("lognormal", usual, {"full": full}, {"full": 1}),
+        Layout("one long, many short", long, {"full": of_long}, {"full": 1}),
+        Layout("lognormal, window 128 + full", usual, {"full": full, "window": window}, {"full": 1, "window": 1}),
+        Layout("one long, chunk 8192 + full", long, {"full": of_long, "chunk": chunk}, {"full": 1, "chunk": 3}),
+    ]
+
+
+def measure(layout: Layout, degree: int, rounds: int) -> list[dict[str, object]]:
+    """A line for each order. A balancer sees the full mask alone, for it takes one."""
+    plans: dict[str, tuple[ContextPlan, dict[str, int]]] = {}
+    planners: dict[str, Callable[[], object]] = {}
+    for order in ORDERS:
+        planners[order] = lambda order=order: plan_context(layout.masks, degree, order, layers=layout.layers)
+        plans[order] = planners[order](), layout.layers  # type: ignore[assignment]
+    blocks = layout.masks["full"].to_block_mask()
+    planners["PyTorch PTRR"] = lambda: _PTRRLoadBalancer(blocks, degree)._generate_indices()
+    plans["PyTorch PTRR"] = (
+        plan_of(layout.masks, owners_of_shards(planners["PyTorch PTRR"](), degree), degree),
+        layout.layers,
+    )
+    if len(layout.masks) == 1:
+        rounded = round_documents(layout.document_ids, 2 * degree)
+        planners["PyTorch per document"] = lambda: per_document(rounded, degree)._generate_indices()
+        masks = {"full": causal(1, rounded.shape[1]) & document(rounded)}
+        plans["PyTorch per document"] = plan_of(masks, owners_by_document(rounded, degree), degree), layout.layers
+    seconds = cpu_seconds(planners, rounds)
+    views = cpu_seconds(
+        {o: lambda o=o: [plans[o][0].view(degree // 2, name) for name in layout.masks] for o in ORDERS}, rounds
+    )
+    lines = []
+    for order, (plan, layers) in plans.items():
+        length = plan.shape[1]
+        line: dict[str, object] = {"layout": layout.name, "degree": degree, "order": order}
+        work = weighted_work(plan, layers)
+        line["balance"] = float(work.max() / work.mean())
+        line["received"] = int(plan.received_keys().sum()) / (len(plan.masks) * (degree - 1) * length)
+        line["pieces"] = len(plan.pieces.rank) / degree
+        line["plan"] = 1e3 * seconds[order]
+        if order in views:
+            line["view"] = 1e3 * views[order]
+        lines.append(line)
+    return lines
+
+
+def cpu_seconds(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median CPU seconds of this thread for each contestant, run in turn; the first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds + 1):
+        for name, run in contestants.items():
+            begin = time.thread_time()
+            run()
+            times[name].append(time.thread_time() - begin)
+    return {name: sorted(values[1:])[rounds // 2] for name, values in times.items()}
+
+
+def weighted_work(plan: ContextPlan, layers: dict[str, int]) -> np.ndarray:
+    """Pairs of each rank over all layers: float64 [degree]."""
+    work = np.zeros(plan.degree)
+    for name, mask in plan.masks.items():
+        pairs = (mask.stop - mask.start).sum(dim=2).flatten().numpy()
+        np.add.at(work, plan.pieces.rank, layers[name] * np.add.reduceat(pairs, plan.pieces.first))
+    return work
+
+
+def plan_of(masks: dict[str, AttentionMask], owner: Tensor, degree: int) -> ContextPlan:
+    """The plan for given owners: int64 [S], one row."""
+    edges = [0, *(owner.diff().nonzero().flatten() + 1).tolist(), len(owner)]
+    pieces = build_pieces([[(first, last, int(owner[first])) for first, last in pairwise(edges)]])
+    needs = {name: find_needs(mask, pieces) for name, mask in masks.items()}
+    transfers = {name: find_transfers(need, pieces, len(owner)) for name, need in needs.items()}
+    return ContextPlan(masks, degree, pieces, needs, transfers)
+
+
+def owners_of_shards(indices: object, degree: int) -> Tensor:
+    """PyTorch reorders the row by `indices` [1, S] and gives every rank a contiguous part."""
+    assert isinstance(indices, Tensor)
+    owner = torch.empty(indices.shape[1], dtype=torch.int64)
+    owner[indices[0].long()] = torch.arange(degree).repeat_interleave(indices.shape[1] // degree)
+    return owner
+
+
+def document_lengths(document_ids: Tensor) -> list[int]:
+    return torch.unique_consecutive(document_ids[0], return_counts=True)[1].tolist()
+
+
+def round_documents(document_ids: Tensor, multiple: int) -> Tensor:
+    """The same documents, padded to the multiple that the per-document balancer asks for; padding counts as work."""
+    lengths = torch.tensor([-(-length // multiple) * multiple for length in document_lengths(document_ids)])
+    return torch.repeat_interleave(torch.arange(len(lengths)), lengths)[None].to(torch.int32)
+
+
+def per_document(document_ids: Tensor, degree: int) -> _PerDocumentHeadTailLoadBalancer:
+    return _PerDocumentHeadTailLoadBalancer([document_lengths(document_ids)], degree, "cpu")
+
+
+def owners_by_document(document_ids: Tensor, degree: int) -> Tensor:
+    """Rank r owns chunks r and 2 degree - 1 - r of every document. The balancer lists its indices document by document,
+    so parts of equal length of its list would not be that; these are the owners it describes."""
+    indices = per_document(document_ids, degree)._generate_indices()[0]
+    ranks = [torch.arange(degree).repeat_interleave(length // degree) for length in document_lengths(document_ids)]
+    owner = torch.empty_like(indices)
+    owner[indices] = torch.cat(ranks)
+    return owner
+
+
+if __name__ == "__main__":
+    main()

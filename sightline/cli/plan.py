@@ -1,0 +1,222 @@
+"""`sightline plan`: what a run will need on a mesh, before any machine is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sightline.cli.masks import first_batch, flops, tabulate, writing
+from sightline.cli.train import parse
+from sightline.config import Run
+from sightline.masks import AttentionMask
+from sightline.parallel.context.picture import draw_plan
+from sightline.parallel.context.plan import ORDERS, ContextPlan, plan_context
+from sightline.parallel.estimate import Estimate, ProcessEstimate, estimate
+from sightline.parallel.mesh import AXES
+from sightline.recipes import RECIPES
+from sightline.training.flops import GPU_PEAKS
+from sightline.training.terminal import count
+
+HELP = """usage: sightline plan RECIPE [--processes N] [options of sightline train]
+
+Say what a run needs on a mesh: memory and communication of each process, waiting, arithmetic. Needs no GPU and no
+torchrun, for any number of processes. What training would refuse, this refuses with the same words.
+
+  --processes N    processes of the job; without it, the product of the degrees
+  --gpu NAME       GPU whose peak speed the shortest step is told for: {gpus} (default: H100)
+  --rows N         rows of the recipe's data that context parallelism is planned for (default: 4)
+  --picture PATH   draw who owns which tokens and who sends keys to whom; with --parallel.context
+
+How to read it, from above: does the memory of the largest process fit the GPU, with a tenth to spare? If not: more
+--parallel.shard, then --training.recompute selective or full, then --parallel.tensor up to the GPUs of one machine,
+then --parallel.pipeline. Is the bubble small? If not: more rows a step or a smaller --training.micro-batch-size, or
+another --parallel.pipeline-schedule. Does the busiest link fit the step? tensor wants the fastest, then context and
+expert, then shard; pipeline and replicate do with the slowest.
+
+Weights, gradients and moments are exact to the byte. What is "about" is found by running one layer of each kind without
+memory. It leaves out an image encoder and the extra layer that predicts a token further, and keys that context
+parallelism has received.
+
+examples:
+  sightline plan llama3-8b --processes 8
+  sightline plan llama3-70b --processes 64 --parallel.tensor 8 --training.recompute full
+  sightline plan llama3-405b --processes 4096 --parallel.tensor 8 --parallel.pipeline 16 \\
+      --training.global-batch-size 2048 --parallel.pipeline-schedule Interleaved1F1B
+  sightline plan qwen3-30b-a3b --processes 64 --parallel.expert 8
+  sightline plan llama3-tiny --parallel.context 8 --training.sequence-length 32768 --picture plan.png"""
+
+DEGREES = (8, 64, 512)
+"""Degrees of `context` that are shown beside the run's own."""
+GIB = 2**30
+
+
+def main(argv: list[str]) -> None:
+    if not argv or {"-h", "--help"} & set(argv):
+        print(HELP.format(gpus=", ".join(GPU_PEAKS)))
+        return
+    options, others = _own_options(argv)
+    run = parse(others)
+    if options.gpu not in GPU_PEAKS:
+        raise ValueError(f"unknown --gpu {options.gpu!r}; the GPUs whose speed is known: {', '.join(GPU_PEAKS)}")
+    if options.picture and run.parallel.context == 1:
+        raise ValueError("--picture draws context parallelism; give --parallel.context too, or leave --picture away")
+    world = options.processes or math.prod(max(1, getattr(run.parallel, axis)) for axis in AXES)
+    console = Console(highlight=False)
+    with Console(stderr=True).status("counting"):
+        found = estimate(run, world)
+    show(console, others[0], run, found, options.gpu)
+    if run.parallel.context > 1:
+        show_context(console, others[0], run, found, options.rows, options.picture)
+
+
+def _own_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This command's options, and those of `sightline train`."""
+    parser = argparse.ArgumentParser(prog="sightline plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--processes", type=int, default=0)
+    parser.add_argument("--gpu", default="H100")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--picture", type=Path)
+    options, others = parser.parse_known_args(argv)
+    if not others:
+        raise ValueError(f"the recipe is missing: sightline plan RECIPE ...; recipes: {', '.join(RECIPES)}")
+    for name in ("processes", "rows"):
+        if getattr(options, name) < 0:
+            raise ValueError(f"--{name} must be greater than 0, got {getattr(options, name)}")
+    return options, others
+
+
+def show(console: Console, title: str, run: Run, found: Estimate, gpu: str) -> None:
+    """The tables, in the order in which they decide."""
+    training, mesh, largest = run.training, found.mesh, found.largest
+    named = [f"{axis} {mesh.size(axis)}" for axis in (*AXES, "expert") if mesh.size(axis) > 1]
+    rows = training.global_batch_size // mesh.size("data")
+    console.print(
+        f"[bold]{title}[/bold], {count(found.parameters)} parameters, on {mesh.world:,} "
+        f"process{'es' * (mesh.world > 1)}{': ' * bool(named)}{' x '.join(named)}\n"
+        f"a step is {training.global_batch_size:,} rows of {training.sequence_length:,} tokens, {rows:,} a process in "
+        f"{found.microbatches:,} forwards; {training.dtype}, recompute {training.recompute}\n",
+        soft_wrap=True,
+    )
+    console.print(tabulate({f"memory of rank {largest.rank}, the largest": describe_memory(largest)}))
+    if largest.traffic:
+        console.print(tabulate({f"rank {largest.rank} receives in a step": describe_traffic(largest)}))
+    if mesh.size("pipeline") > 1:
+        console.print(stages_table(found))
+        console.print(
+            f"bubble: {found.timeline.bubble:.1%} of the time is waiting, {run.parallel.pipeline_schedule} with "
+            f"{found.microbatches} microbatches\n"
+        )
+    console.print(tabulate({"a step's arithmetic, forward and backward": describe_flops(run, found, gpu)}))
+
+
+def describe_memory(process: ProcessEstimate) -> dict[str, str]:
+    memory = process.memory
+    return {
+        "weights": f"{gib(memory.weights)}   {process.parameters:,} of the parameters",
+        "gradients": gib(memory.gradients),
+        "moments": gib(memory.moments),
+        "weights gathered": f"{gib(memory.gathered)}   about",
+        "activations": f"{gib(memory.activations)}   about",
+        "at work": f"{gib(memory.working)}   about",
+        "together": gib(memory.total),
+    }
+
+
+def describe_traffic(process: ProcessEstimate) -> dict[str, str]:
+    return {kind: gib(size) for kind, size in process.traffic.items()}
+
+
+def stages_table(found: Estimate) -> Table:
+    """A line for each process of the pipeline."""
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    for heading in ("pipeline process", "first rank", "layers", "parameters", "activations", "memory"):
+        table.add_column(heading, justify="right")
+    for index, process in enumerate(found.processes):
+        memory = process.memory
+        table.add_row(
+            str(index), f"{process.rank:,}", str(process.layers), f"{process.parameters:,}",
+            gib(memory.activations), gib(memory.total),
+        )  # fmt: skip
+    return table
+
+
+def describe_flops(run: Run, found: Estimate, gpu: str) -> dict[str, str]:
+    step = found.matmul_flops + found.causal_flops
+    peak = GPU_PEAKS[gpu][run.training.dtype == "bfloat16"] * found.mesh.world
+    seconds = step / peak / (1 - found.timeline.bubble)
+    return {
+        "matrix products": flops(found.matmul_flops),
+        "attention, at most": f"{flops(found.causal_flops)}   were every row one document",
+        f"shortest step on {gpu}": f"{seconds:.3g} s   at its peak of {peak / found.mesh.world / 1e12:.4g} TFLOP/s, "
+        "with the bubble",
+    }
+
+
+def show_context(console: Console, title: str, run: Run, found: Estimate, rows: int, picture: Path | None) -> None:
+    """How the rows of the recipe's data are shared, for the run's degree and others, in every order."""
+    model, masks = read_masks(title, run, rows)
+    layers = {name: model.attention_shape(name)[0] for name in masks}
+    length = run.training.sequence_length
+    degrees = dict.fromkeys((run.parallel.context, *(d for d in DEGREES if length % d == 0)))
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    for heading in ("context", "order", "work, most / mean", *(f"{name} keys of all-gather's" for name in masks)):
+        table.add_column(heading, justify="right")
+    table.add_column("GiB a step", justify="right")
+    for degree in degrees:
+        for order in ORDERS:
+            plan = plan_context(masks, degree, order, layers=layers)
+            shares = {name: received(plan, name) for name in masks}
+            size = 2 * sum(  # keys, and on the way back their gradients
+                share * found.key_bytes.get(name, 0.0) * length * (degree - 1) / degree * run.training.micro_batch_size
+                for name, share in shares.items()
+            )
+            table.add_row(
+                str(degree), order, f"{busiest(plan, layers):.3f}", *(f"{share:.1%}" for share in shares.values()),
+                gib(size * found.microbatches),
+            )  # fmt: skip
+    console.print(
+        f"[bold]context parallelism[/bold] of {len(next(iter(masks.values())).start)} rows of {length:,} tokens of "
+        f"{run.data.source}. Of the keys that an all-gather brings to a process (a ring moves as many) only those are "
+        "received that a token sees; the last column is what a process receives for all layers\n"
+    )
+    console.print(table)
+    if picture:
+        with writing(picture):
+            draw_plan(plan_context(masks, run.parallel.context, run.parallel.context_order, layers=layers), picture)
+
+
+def read_masks(title: str, run: Run, rows: int) -> tuple[Any, dict[str, AttentionMask]]:
+    """The model, and the masks of its decoder on the first rows of its data."""
+    training = replace(run.training, global_batch_size=rows, micro_batch_size=rows)
+    subject = first_batch(title, replace(run, training=training), None, None)
+    used = {str(layer.mask_name) for layer in subject.model.layers.values()}
+    return subject.model, {name: mask for name, mask in subject.masks.items() if name in used}
+
+
+def received(plan: ContextPlan, name: str) -> float:
+    """Keys of one mask that all ranks receive, as a share of those that an all-gather brings."""
+    transfers = plan.transfers[name]
+    foreign = transfers.source != transfers.rank
+    rows, length = plan.shape
+    return float(np.sum(transfers.length[foreign])) / max(1, rows * length * (plan.degree - 1))
+
+
+def busiest(plan: ContextPlan, layers: dict[str, int]) -> float:
+    """Visible pairs of the busiest rank in all layers, as a multiple of the mean."""
+    pairs = sum(layers[name] * (mask.stop - mask.start).sum(dim=2) for name, mask in plan.masks.items())
+    assert isinstance(pairs, torch.Tensor)
+    work = np.array([int(pairs.gather(1, plan.queries(rank)).sum()) for rank in range(plan.degree)])
+    return float(work.max() / work.mean()) if work.any() else 1.0
+
+
+def gib(size: float) -> str:
+    """`12.345 GiB`, in a column."""
+    return f"{size / GIB:9,.3f} GiB"

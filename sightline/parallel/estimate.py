@@ -1,0 +1,280 @@
+"""What a run will need on a mesh, by calculation: memory and communication of each process, bubble, arithmetic.
+
+Nothing is allocated and no process is started. Parameters are counted by applying every parallelism to a model on the
+meta device as one rank after the other of a fake job would, so the counts are those of training, to the byte.
+Activations and traffic are estimates; see `footprint`.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+
+from sightline.config import Run
+from sightline.models import build_skeleton
+from sightline.parallel.apply import check_rows, parallelize
+from sightline.parallel.context.split import check_context
+from sightline.parallel.footprint import Footprint, pretending, trace
+from sightline.parallel.local import AXES
+from sightline.parallel.mesh import Mesh
+from sightline.parallel.pipeline_stages import stages_of, take_stages
+from sightline.parallel.recompute import apply_recompute
+from sightline.parallel.shard import layers_of
+from sightline.parallel.tensor import apply_tensor
+from sightline.parallel.timeline import Timeline, timeline
+
+CHUNK = 512
+"""Tokens whose logits exist at a time; see `linear_cross_entropy`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one process. The first three are exact."""
+
+    weights: int
+    gradients: int
+    moments: int
+    gathered: float
+    """The weights of the layer at work and of the next one, whole, and those that belong to no layer."""
+    activations: float
+    """What waits for the backward, of as many microbatches as are under way."""
+    working: float
+    """What a layer's backward needs on top of that, its gradients before they are shared out among them."""
+
+    @property
+    def state(self) -> int:
+        """What stays from step to step."""
+        return self.weights + self.gradients + self.moments
+
+    @property
+    def total(self) -> float:
+        return self.state + self.gathered + self.activations + self.working
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessEstimate:
+    """One process of a run. `traffic` is the bytes it receives in an optimizer step, by kind."""
+
+    rank: int
+    layers: int
+    parameters: int
+    memory: Memory
+    traffic: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A run on a mesh.
+
+    processes    of each pipeline process the one that holds most: the first along all other axes. Without a pipeline
+                 it is rank 0
+    parameters   of the whole model
+    microbatches forwards of a process, or microbatches of its pipeline, in a step
+    matmul_flops of all processes in a step, forward and backward, attention's scores left out
+    causal_flops those scores, were every row one causal document: the most there can be
+    """
+
+    mesh: Mesh
+    processes: list[ProcessEstimate]
+    parameters: int
+    microbatches: int
+    timeline: Timeline
+    matmul_flops: float
+    causal_flops: float
+    key_bytes: dict[str, float]
+
+    @property
+    def largest(self) -> ProcessEstimate:
+        """The process that needs most memory."""
+        return max(self.processes, key=lambda process: process.memory.total)
+
+
+def estimate(run: Run, world: int) -> Estimate:
+    """What `run` needs on `world` processes.
+
+    Errors: ValueError for what training would refuse: degrees that do not fit the processes, the model or the batch.
+    """
+    parallel = replace(run.parallel, offload=False)  # where the shards lie does not change their size
+    training = replace(run.training, compile=False)
+    run = replace(run, parallel=parallel, training=training)
+    whole = build_skeleton(run.model)
+    with pretending(world, 0):
+        mesh = Mesh(parallel, torch.device("cpu"))
+        check_context(whole, mesh, training.sequence_length)
+        check_rows(training, mesh)
+    stages = mesh.size("pipeline")
+    rows = training.global_batch_size // mesh.size("data")
+    microbatches = rows // training.micro_batch_size
+    times = Timeline(0.0, [{0: 1}])
+    if stages > 1:
+        times = timeline(mesh.parallel, microbatches)
+    processes = []
+    found: dict[Any, Footprint] = {}
+    for process in range(stages):
+        with pretending(world, process * (world // stages)):
+            processes.append(_on_this_rank(run, whole, microbatches, times.held[process], found))
+    pairs = training.sequence_length * (training.sequence_length + 1) / 2 * training.global_batch_size
+    per_pair = whole.attention_flops_per_pair()
+    return Estimate(
+        mesh=mesh,
+        processes=[process for process, _ in processes],
+        parameters=sum(p.numel() for p in whole.parameters()),
+        microbatches=microbatches,
+        timeline=times,
+        matmul_flops=whole.flops_per_token() * training.global_batch_size * training.sequence_length,
+        causal_flops=pairs * (sum(per_pair.values()) if isinstance(per_pair, dict) else per_pair),
+        key_bytes=_sum([keys for _, keys in processes]),
+    )
+
+
+def _on_this_rank(
+    run: Run, whole: Any, microbatches: int, held: dict[int, int], found: dict[Any, Footprint]
+) -> tuple[ProcessEstimate, dict[str, float]]:
+    """The process that this one pretends to be; and by mask the bytes of a token's keys in all its layers."""
+    mesh = Mesh(run.parallel, torch.device("cpu"))
+    skeletons = [deepcopy(whole)] if mesh.size("pipeline") == 1 else take_stages(whole, mesh)
+    traced = [_trace(run, mesh, deepcopy(stage), found) for stage in skeletons]
+    for stage in skeletons:
+        parallelize(stage, mesh, run.training)
+    tokens = run.training.micro_batch_size * run.training.sequence_length / mesh.size("context")
+    numbers = stages_of(mesh.parallel, mesh.index("pipeline")) if mesh.size("pipeline") > 1 else [0]
+    parameters = [p for stage in skeletons for p in stage.parameters()]
+    weights = sum(_local(p).numel() * p.element_size() for p in parameters)
+    footprints = [footprint for layers in traced for footprint in layers.values()]
+    memory = Memory(
+        weights=weights,
+        gradients=weights,
+        moments=2 * weights,
+        gathered=sum(_gathered(stage, mesh, run.training.dtype) for stage in skeletons),
+        activations=sum(
+            held[number] * (sum(f.kept for f in layers.values()) + _ends_kept(stage, run, mesh, tokens))
+            for number, layers, stage in zip(numbers, traced, skeletons, strict=True)
+        ),
+        working=max((f.working for f in footprints), default=0.0),
+    )
+    process = ProcessEstimate(
+        rank=mesh.rank,
+        layers=len(footprints),
+        parameters=sum(_local(p).numel() for p in parameters),
+        memory=memory,
+        traffic=_traffic(run, mesh, skeletons, footprints, tokens, microbatches),
+    )
+    keys: dict[str, float] = {}
+    for stage, layers in zip(skeletons, traced, strict=True):
+        for name, footprint in layers.items():
+            mask = str(stage.layers[name].mask_name)
+            keys[mask] = keys.get(mask, 0.0) + footprint.keys / tokens
+    return process, keys
+
+
+def _trace(run: Run, mesh: Mesh, stage: Any, found: dict[Any, Footprint]) -> dict[str, Footprint]:
+    apply_tensor(stage, mesh)
+    apply_recompute(stage, run.training)
+    shape = run.training.micro_batch_size, run.training.sequence_length // mesh.size("context")
+    gathered = mesh.size("loss") > 1
+    return trace(stage, shape, run.training.dtype, found, tensor=mesh.size("tensor"), gathered=gathered)
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    """This process's part of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def unsharded(parameter: torch.Tensor) -> int:
+    """Elements of a parameter while its layer runs: cut by tensor and expert parallelism, gathered from shards."""
+    count = parameter.numel()
+    if isinstance(parameter, DTensor):
+        names = parameter.device_mesh.mesh_dim_names or ()
+        for name, placement, size in zip(names, parameter.placements, parameter.device_mesh.shape, strict=True):
+            if name in AXES and isinstance(placement, Shard):
+                count //= size
+    return count
+
+
+def _width(dtype: str) -> int:
+    """Bytes of a number in forward and backward."""
+    return 2 if dtype == "bfloat16" else 4
+
+
+def _gathered(stage: nn.Module, mesh: Mesh, dtype: str) -> float:
+    """Bytes of whole weights that FSDP holds at its height: all of them under a pipeline, else two layers' and those of
+    no layer. None where nothing is shared."""
+    if mesh.size("loss") == 1:
+        return 0.0
+    of_layers = [sum(unsharded(p) for p in layer.parameters()) for layer in layers_of(stage)]
+    outside = sum(unsharded(p) for p in stage.parameters()) - sum(of_layers)
+    if mesh.size("pipeline") == 1:
+        of_layers = sorted(of_layers)[-2:]
+    return float(_width(dtype) * (outside + sum(of_layers)))
+
+
+def _ends_kept(stage: Any, run: Run, mesh: Mesh, tokens: float) -> float:
+    """Bytes that embedding, norm and loss keep: the embedded tokens, the normed ones, and the gradients that the loss
+    computes in its forward, of the tokens and of the vocabulary's weights. The layers' results are the layers', but for
+    the rows that tensor parallelism gathers behind them."""
+    narrow = _width(run.training.dtype)
+    hidden = tokens * run.model.width * (narrow if mesh.size("loss") > 1 else 4)
+    kept = hidden if stage.embedding is not None else 0.0
+    if stage.norm is not None:
+        vocabulary = run.model.vocab_size / mesh.size("tensor")
+        kept += (
+            (2 if mesh.size("tensor") == 1 else 3) * hidden
+            + 4 * vocabulary * run.model.width
+            + 4 * min(CHUNK, tokens) * vocabulary
+        )
+    return kept
+
+
+def _traffic(
+    run: Run, mesh: Mesh, stages: list[Any], footprints: list[Footprint], tokens: float, microbatches: int
+) -> dict[str, float]:
+    """Bytes that come to this process in a step, by kind; kinds without any are left out."""
+    narrow = _width(run.training.dtype)
+    traffic = dict.fromkeys(("weights gathered", "gradients scattered", "gradients of copies summed"), 0.0)
+    if mesh.size("loss") > 1:
+        _add_sharding(traffic, mesh, stages, narrow, microbatches)
+    hidden = tokens * run.model.width * narrow
+    tensor = mesh.size("tensor")
+    if tensor > 1:
+        ends = sum(1 + (stage.embedding is not None) + (stage.norm is not None) for stage in stages)
+        in_layers = sum(f.tensor for f in footprints)
+        traffic["tensor, between layers"] = microbatches * (in_layers + ends * 2 * hidden * (tensor - 1) / tensor)
+    pipeline = mesh.size("pipeline")
+    if pipeline > 1:
+        mine = stages_of(mesh.parallel, mesh.index("pipeline"))
+        last = max(max(stages_of(mesh.parallel, process)) for process in range(pipeline))
+        borders = sum(n > 0 and n - 1 not in mine for n in mine) + sum(n < last and n + 1 not in mine for n in mine)
+        traffic["pipeline, stage to stage"] = microbatches * borders * hidden
+    expert = mesh.size("expert")
+    if expert > 1:  # to the experts and back, forward and backward
+        routed = sum(f.routed for f in footprints)
+        traffic["expert all-to-all, even load"] = microbatches * 4 * routed * (expert - 1) / expert
+    context = mesh.size("context")
+    if context > 1:  # all other processes' keys, and all other processes' gradients of one's own
+        keys = sum(f.keys for f in footprints)
+        traffic["context exchange, at most"] = microbatches * 2 * keys * (context - 1)
+    return {kind: size for kind, size in traffic.items() if size}
+
+
+def _add_sharding(traffic: dict[str, float], mesh: Mesh, stages: list[Any], narrow: int, microbatches: int) -> None:
+    """FSDP: a layer's weights come for each forward and each backward, those of no layer for each forward; under a
+    pipeline all of them once. Gradients travel once a step, in float32."""
+    copies = mesh.size("replicate")
+    for stage in stages:
+        in_layers = {id(p) for layer in layers_of(stage) for p in layer.parameters()}
+        for p in stage.parameters():
+            count, own = unsharded(p), _local(p).numel()
+            times = 1 if mesh.size("pipeline") > 1 else microbatches * (2 if id(p) in in_layers else 1)
+            traffic["weights gathered"] += narrow * times * max(0, count - own)
+            traffic["gradients scattered"] += 4 * max(0, count - own)
+            traffic["gradients of copies summed"] += 4 * own * 2 * (copies - 1) / copies
+
+
+def _sum(parts: list[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in names}

@@ -1,0 +1,153 @@
+"""Both ends of a model with a vocabulary on two processes, against one process with the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from sightline.layers import linear_cross_entropy
+from sightline.parallel import vocabulary
+from tests.layers.test_loss import Largest
+from tests.parallel.processes import on_processes
+
+N, W, V = 23, 16, 42
+
+
+def make_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [N, W], weight [V, W] and labels [N], 18 of which are no -100; both ends of both parts are among them."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, W, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(V, W, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(0, V, (N,), generator=generator)
+    labels[:8] = torch.tensor([-100, 0, 20, 21, 41, -100, -100, -100])
+    labels[22] = -100
+    return hidden, weight, labels
+
+
+def part_of(weight: Tensor, mesh: DeviceMesh) -> Tensor:
+    """This process's rows, as a leaf of their own."""
+    return weight.detach().chunk(2)[mesh.get_local_rank()].requires_grad_(weight.requires_grad)
+
+
+def run_checks(rank: int) -> None:
+    """Everything that needs no process of its own."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
+    for chunk_size in (1, 3, 17, 18, 19, 512):
+        check_loss_and_gradients(mesh, torch.float64, chunk_size, 1e-12)
+    check_loss_and_gradients(mesh, torch.float32, 7, 1e-5)
+    for check in CHECKS:
+        check(mesh)
+
+
+def check_loss_and_gradients(mesh: DeviceMesh, dtype: torch.dtype, chunk_size: int, tolerance: float) -> None:
+    hidden, weight, labels = make_inputs(dtype)
+    part = part_of(weight, mesh)
+    loss = vocabulary.token_losses(mesh, hidden, part, labels, chunk_size)
+    grads = torch.autograd.grad(loss * 0.37, (hidden, part))
+    expected = linear_cross_entropy(hidden, weight, labels, chunk_size)
+    grad_hidden, grad_weight = torch.autograd.grad(expected * 0.37, (hidden, weight))
+    assert loss.dtype == dtype and loss.shape == ()
+    torch.testing.assert_close(loss, expected, atol=0, rtol=tolerance)
+    torch.testing.assert_close(grads[0], grad_hidden, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(grads[1], grad_weight.chunk(2)[mesh.get_local_rank()], atol=tolerance, rtol=tolerance)
+
+
+def check_tokens_without_a_label(mesh: DeviceMesh) -> None:
+    hidden, weight, labels = make_inputs()
+    with torch.no_grad():
+        hidden[labels == -100] = float("nan")
+    part = part_of(weight, mesh)
+    loss = vocabulary.token_losses(mesh, hidden, part, labels, 4)
+    loss.backward()
+    assert loss.isfinite() and part.grad.isfinite().all()
+    assert torch.equal(hidden.grad[labels == -100], torch.zeros(5, W))
+    none = vocabulary.token_losses(mesh, hidden, part, torch.full((N,), -100))
+    assert none.item() == 0.0 and not any(g.any() for g in torch.autograd.grad(none, (hidden, part)))
+
+
+def check_extreme_logits(mesh: DeviceMesh) -> None:
+    """A label 10000 below the greatest logit, on this process or the other one, and logits far below 0 in one part."""
+    for label, expected in ((0, 0.0), (1, 10_000.0)):
+        hidden = torch.tensor([[1.0]], requires_grad=True)
+        part = part_of(torch.tensor([[5000.0], [-5000.0]], requires_grad=True), mesh)
+        loss = vocabulary.token_losses(mesh, hidden, part, torch.tensor([label]))
+        loss.backward()
+        assert loss.item() == expected and hidden.grad.item() == expected
+        assert part.grad.item() == {0: 0.0, 1: [1.0, -1.0][mesh.get_local_rank()]}[label]
+
+
+def check_frozen_sides(mesh: DeviceMesh) -> None:
+    for frozen in (0, 1):
+        inputs = make_inputs()
+        inputs[frozen].requires_grad_(False)
+        part = part_of(inputs[1], mesh)
+        vocabulary.token_losses(mesh, inputs[0], part, inputs[2], 5).backward()
+        assert (inputs[0].grad is None, part.grad is None) == (frozen == 0, frozen == 1)
+
+
+def check_whole_logits_never_exist(mesh: DeviceMesh) -> None:
+    hidden, weight, labels = make_inputs()
+    part = part_of(weight, mesh)
+    with torch.no_grad(), Largest() as seen:
+        vocabulary.token_losses(mesh, hidden, part, labels, 8)
+    assert seen.elements == 8 * V // 2
+
+
+def check_bfloat16(mesh: DeviceMesh) -> None:
+    hidden, weight, labels = make_inputs(torch.bfloat16)
+    loss = vocabulary.token_losses(mesh, hidden, part_of(weight, mesh), labels, 5)
+    expected = F.cross_entropy(hidden.float() @ weight.float().t(), labels, reduction="sum")
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)  # bfloat16 logits would be 1e-3 off
+
+
+def check_logits(mesh: DeviceMesh) -> None:
+    hidden, weight, _ = make_inputs(torch.float64)
+    part = part_of(weight, mesh)
+    factors = torch.randn(N, V, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    logits, expected = vocabulary.logits(mesh, hidden, part), F.linear(hidden, weight)
+    torch.testing.assert_close(logits, expected, atol=1e-12, rtol=0)
+    grads = torch.autograd.grad((logits * factors).sum(), (hidden, part))
+    grad_hidden, grad_weight = torch.autograd.grad((expected * factors).sum(), (hidden, weight))
+    torch.testing.assert_close(grads[0], grad_hidden, atol=1e-12, rtol=0)
+    torch.testing.assert_close(grads[1], grad_weight.chunk(2)[mesh.get_local_rank()], atol=1e-12, rtol=0)
+
+
+def check_embedding(mesh: DeviceMesh) -> None:
+    _, weight, _ = make_inputs()
+    embedding = nn.Embedding(V // 2, W)
+    embedding.weight = nn.Parameter(part_of(weight, mesh))
+    tokens = torch.tensor([[0, 20, 21, 41, 21], [5, 5, 5, 30, 0]])
+    factors = torch.randn(2, 5, W, generator=torch.Generator().manual_seed(3))
+    h, expected = vocabulary.look_up(embedding, mesh, tokens), F.embedding(tokens, weight)
+    assert torch.equal(h, expected)
+    (h * factors).sum().backward()
+    (grad,) = torch.autograd.grad((expected * factors).sum(), weight)
+    torch.testing.assert_close(embedding.weight.grad, grad.chunk(2)[mesh.get_local_rank()])
+
+
+def check_a_label_outside_is_named(mesh: DeviceMesh) -> None:
+    hidden, weight, labels = make_inputs()
+    for label in (V, -1):
+        labels[3] = label
+        with pytest.raises(ValueError, match=f"label {label} is outside the vocabulary of 42 tokens; .*0 to 41"):
+            vocabulary.token_losses(mesh, hidden, part_of(weight, mesh), labels)
+
+
+CHECKS = [
+    check_tokens_without_a_label,
+    check_extreme_logits,
+    check_frozen_sides,
+    check_whole_logits_never_exist,
+    check_bfloat16,
+    check_logits,
+    check_embedding,
+    check_a_label_outside_is_named,
+]
+
+
+def test_two_processes_compute_what_one_computes() -> None:
+    on_processes(2, run_checks)
