@@ -13,6 +13,7 @@ import argparse
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,10 @@ from benchmarks.timing import lognormal_documents, machine, positions_of, save
 from sightline.masks import AttentionMask, causal, chunked, document, sliding_window
 from sightline.parallel import plan_context
 from sightline.parallel.context.needs import build_pieces, find_needs, find_transfers
+from sightline.parallel.context.picture import draw_plan
 from sightline.parallel.context.plan import ORDERS, ContextPlan
+
+PICTURE = Path(__file__).parent.parent / "docs" / "context_plan.png"
 
 
 class Layout(NamedTuple):
@@ -68,6 +72,8 @@ def main() -> None:
         )  # fmt: skip
     Console(width=140).print(table)
     save("context_plan", rows)
+    ids = lognormal_documents(8192, rows=4)
+    draw_plan(plan_context(causal(*ids.shape) & document(ids), 4), PICTURE)
 
 
 def build_layouts(length: int) -> list[Layout]:

@@ -55,7 +55,6 @@ examples:
 
 DEGREES = (8, 64, 512)
 """Degrees of `context` that are shown beside the run's own."""
-GIB = 2**30
 
 
 def main(argv: list[str]) -> None:
@@ -120,30 +119,30 @@ def show(console: Console, title: str, run: Run, found: Estimate, gpu: str) -> N
 def describe_memory(process: ProcessEstimate) -> dict[str, str]:
     memory = process.memory
     return {
-        "weights": f"{gib(memory.weights)}   {process.parameters:,} of the parameters",
-        "gradients": gib(memory.gradients),
-        "moments": gib(memory.moments),
-        "weights gathered": f"{gib(memory.gathered)}   about",
-        "activations": f"{gib(memory.activations)}   about",
-        "at work": f"{gib(memory.working)}   about",
-        "together": gib(memory.total),
+        "weights": f"{size(memory.weights)}   {process.parameters:,} of the parameters",
+        "gradients": size(memory.gradients),
+        "moments": size(memory.moments),
+        "weights gathered": f"{size(memory.gathered)}   about",
+        "activations": f"{size(memory.activations)}   about",
+        "at work": f"{size(memory.working)}   about",
+        "together": size(memory.total),
     }
 
 
 def describe_traffic(process: ProcessEstimate) -> dict[str, str]:
-    return {kind: gib(size) for kind, size in process.traffic.items()}
+    return {kind: size(number) for kind, number in process.traffic.items()}
 
 
 def stages_table(found: Estimate) -> Table:
     """A line for each process of the pipeline."""
     table = Table(box=None, padding=(0, 2), header_style="bold")
-    for heading in ("pipeline process", "first rank", "layers", "parameters", "activations", "memory"):
-        table.add_column(heading, justify="right")
+    for heading in ("pipeline", "first rank", "layers", "parameters", "activations", "memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for index, process in enumerate(found.processes):
         memory = process.memory
         table.add_row(
-            str(index), f"{process.rank:,}", str(process.layers), f"{process.parameters:,}",
-            gib(memory.activations), gib(memory.total),
+            f"process {index}", f"{process.rank:,}", str(process.layers), count(process.parameters),
+            size(memory.activations), size(memory.total),
         )  # fmt: skip
     return table
 
@@ -167,25 +166,26 @@ def show_context(console: Console, title: str, run: Run, found: Estimate, rows: 
     length = run.training.sequence_length
     degrees = dict.fromkeys((run.parallel.context, *(d for d in DEGREES if length % d == 0)))
     table = Table(box=None, padding=(0, 2), header_style="bold")
-    for heading in ("context", "order", "work, most / mean", *(f"{name} keys of all-gather's" for name in masks)):
+    for heading in ("context", "order", "work", *(f"{name} keys" for name in masks)):
         table.add_column(heading, justify="right")
-    table.add_column("GiB a step", justify="right")
+    table.add_column("a step", justify="right")
     for degree in degrees:
         for order in ORDERS:
             plan = plan_context(masks, degree, order, layers=layers)
             shares = {name: received(plan, name) for name in masks}
-            size = 2 * sum(  # keys, and on the way back their gradients
+            came = 2 * sum(  # keys, and on the way back their gradients
                 share * found.key_bytes.get(name, 0.0) * length * (degree - 1) / degree * run.training.micro_batch_size
                 for name, share in shares.items()
             )
             table.add_row(
                 str(degree), order, f"{busiest(plan, layers):.3f}", *(f"{share:.1%}" for share in shares.values()),
-                gib(size * found.microbatches),
+                size(came * found.microbatches),
             )  # fmt: skip
     console.print(
         f"[bold]context parallelism[/bold] of {len(next(iter(masks.values())).start)} rows of {length:,} tokens of "
-        f"{run.data.source}. Of the keys that an all-gather brings to a process (a ring moves as many) only those are "
-        "received that a token sees; the last column is what a process receives for all layers\n"
+        f"{run.data.source}:\nwork is that of the busiest process as a multiple of the mean; keys are those received, as a "
+        "share of what an\nall-gather brings (a ring moves as many); then what a process receives for all layers\n",
+        soft_wrap=True,
     )
     console.print(table)
     if picture:
@@ -217,6 +217,12 @@ def busiest(plan: ContextPlan, layers: dict[str, int]) -> float:
     return float(work.max() / work.mean()) if work.any() else 1.0
 
 
-def gib(size: float) -> str:
-    """`12.345 GiB`, in a column."""
-    return f"{size / GIB:9,.3f} GiB"
+def size(number: float) -> str:
+    """`1.23 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            break
+        number /= 1024
+    else:
+        unit = "TiB"
+    return f"{number:,.4g} {unit}"

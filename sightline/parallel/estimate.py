@@ -44,7 +44,8 @@ class Memory:
     activations: float
     """What waits for the backward, of as many microbatches as are under way."""
     working: float
-    """What a layer's backward needs on top of that, its gradients before they are shared out among them."""
+    """What a layer's backward needs on top of that, its gradients before they are shared out among them, or the loss
+    for its logits."""
 
     @property
     def state(self) -> int:
@@ -155,7 +156,7 @@ def _on_this_rank(
             held[number] * (sum(f.kept for f in layers.values()) + _ends_kept(stage, run, mesh, tokens))
             for number, layers, stage in zip(numbers, traced, skeletons, strict=True)
         ),
-        working=max((f.working for f in footprints), default=0.0),
+        working=max(*(f.working for f in footprints), *(_logits(stage, run, mesh, tokens) for stage in skeletons)),
     )
     process = ProcessEstimate(
         rank=mesh.rank,
@@ -217,17 +218,17 @@ def _ends_kept(stage: Any, run: Run, mesh: Mesh, tokens: float) -> float:
     """Bytes that embedding, norm and loss keep: the embedded tokens, the normed ones, and the gradients that the loss
     computes in its forward, of the tokens and of the vocabulary's weights. The layers' results are the layers', but for
     the rows that tensor parallelism gathers behind them."""
-    narrow = _width(run.training.dtype)
-    hidden = tokens * run.model.width * (narrow if mesh.size("loss") > 1 else 4)
+    hidden = tokens * run.model.width * (_width(run.training.dtype) if mesh.size("loss") > 1 else 4)
     kept = hidden if stage.embedding is not None else 0.0
     if stage.norm is not None:
-        vocabulary = run.model.vocab_size / mesh.size("tensor")
-        kept += (
-            (2 if mesh.size("tensor") == 1 else 3) * hidden
-            + 4 * vocabulary * run.model.width
-            + 4 * min(CHUNK, tokens) * vocabulary
-        )
+        rows = 2 if mesh.size("tensor") == 1 else 3
+        kept += rows * hidden + 4 * run.model.width * run.model.vocab_size / mesh.size("tensor")
     return kept
+
+
+def _logits(stage: Any, run: Run, mesh: Mesh, tokens: float) -> float:
+    """Bytes of the logits that exist at a time."""
+    return 0.0 if stage.norm is None else 4 * min(CHUNK, tokens) * run.model.vocab_size / mesh.size("tensor")
 
 
 def _traffic(

@@ -73,7 +73,9 @@ class ParallelModel:
         """The sum of the losses of this process's tokens."""
         (model,) = self.stages
         with self.autocast():
-            return model(**inputs)
+            loss = model(**inputs)
+        reshard(model)
+        return loss
 
     def autocast(self) -> torch.autocast:
         """bfloat16 where the run wants it; in float32 it does nothing."""
@@ -105,6 +107,13 @@ class ParallelModel:
 
     def flops_per_pair(self, mask_name: str) -> float:
         return self.whole.flops_per_pair(mask_name)
+
+
+def reshard(stage: nn.Module) -> None:
+    """Drop the weights that FSDP has gathered: it does so by itself behind a backward, and here none follows."""
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def on_one_process(model: Any, *, dtype: str = "float32") -> ParallelModel:

@@ -20,7 +20,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from sightline.layers import LayerCache, routers_of
 from sightline.models.decoder import Masks
 from sightline.parallel.mesh import Mesh
-from sightline.parallel.parallel_model import Inputs, ParallelModel
+from sightline.parallel.parallel_model import Inputs, ParallelModel, reshard
 from sightline.parallel.pipeline_stages import owners, stages_of
 
 
@@ -110,13 +110,6 @@ class Pipelined(ParallelModel):
     @property
     def speaker(self) -> Speaker:
         return Speaker(self)
-
-
-def reshard(stage: nn.Module) -> None:
-    """Drop the weights that FSDP has gathered: it does so by itself behind a backward, and here none follows."""
-    for module in stage.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 class Stage(PipelineStage):

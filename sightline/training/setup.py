@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from itertools import islice
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
 from sightline import config
-from sightline.batch import Batch
+from sightline.batch import IGNORE, Batch
 from sightline.config import Run
 from sightline.data import (
     SYNTHETIC_IMAGES,
@@ -94,9 +94,16 @@ def open_validation(
     if run.validation.every == 0 or len(documents) == 0:
         return []
     if run.data.source == SYNTHETIC_IMAGES:
-        rows = world * min(run.training.micro_batch_size, -(-run.validation.rows // world))
-        images = open_images(run, documents, tokenizer, rows=rows, seed=VALIDATION_SEED, rank=rank, world=world)
-        return list(islice(images, max(1, run.validation.rows // rows)))
+        rows, at_once = run.validation.rows, run.training.micro_batch_size
+        with closing(
+            open_images(run, documents, tokenizer, rows=rows, seed=VALIDATION_SEED, rank=0, world=1)
+        ) as images:
+            whole = next(images)
+        share = -(-rows // world)
+        index = torch.arange(rank * share, (rank + 1) * share)
+        mine = whole[index.clamp(max=rows - 1)]
+        mine.labels[index >= rows] = IGNORE  # every rank has as many rows
+        return [mine[first : first + at_once] for first in range(0, share, at_once)]
     return list(
         validation_batches(
             documents,

@@ -241,6 +241,7 @@ def read_on_a_mesh(rank: int, run: Run) -> tuple[dict[str, Tensor], int]:
         ("deepseek_v3", {"shard": 2, "expert": 2}),
         pytest.param("llama3", {"shard": 2, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param("llama4", {"shard": 2, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param("vlm", {"shard": 2}, marks=pytest.mark.slow),
         pytest.param("qwen3_next", {"shard": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],
 )

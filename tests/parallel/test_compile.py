@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.distributed.tensor import DTensor
 
 from sightline import Batch
-from sightline.models import build_model
+from sightline.config import Parallel, Training
+from sightline.models import build_model, build_skeleton, draw_weights
 from sightline.parallel.compile import apply_compile
+from sightline.parallel.expert import apply_expert
+from sightline.parallel.mesh import Mesh
+from sightline.parallel.recompute import apply_recompute
+from sightline.parallel.shard import apply_shard
+from tests.parallel.processes import on_processes
 
 
 def rows(seed: int) -> Batch:
@@ -33,6 +40,12 @@ def learn(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()} | model.finish_step()
 
 
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        assert (got[key] - value).norm() <= 1e-5 * value.norm(), key
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -49,12 +62,52 @@ def test_one_compilation_serves_all_documents(name: str) -> None:
     torch.manual_seed(0)
     compiled = build_model(name)
     torch._dynamo.reset()
+    counters.clear()
     apply_compile(compiled, backend="aot_eager")
     graphs = []
     for seed in range(4):
-        expected, got = learn(model, rows(seed)), learn(compiled, rows(seed))
-        assert got.keys() == expected.keys()
-        for key, value in expected.items():
-            assert (got[key] - value).norm() <= 1e-5 * value.norm(), key
+        assert_same(learn(compiled, rows(seed)), learn(model, rows(seed)))
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and graphs == graphs[:1] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["full", "selective"])
+@pytest.mark.parametrize(("name", "backend"), [("llama3-debug", "reference"), ("qwen3-debug-moe", "sdpa")])
+def test_with_recompute(name: str, backend: str, how: Literal["full", "selective"]) -> None:
+    """In one graph where the layer is one; else as it is. Either way routers count once."""
+    torch.manual_seed(0)
+    model = build_model(name, attention_backend=backend)
+    torch.manual_seed(0)
+    compiled = build_model(name, attention_backend=backend)
+    torch._dynamo.reset()
+    counters.clear()
+    apply_recompute(compiled, Training(recompute=how))
+    apply_compile(compiled, backend="aot_eager")
+    for seed in range(3):
+        assert_same(learn(compiled, rows(seed)), learn(model, rows(seed)))
+    assert counters["stats"]["unique_graphs"] == (1 if backend == "reference" else 0)
+
+
+def learn_on_mesh(rank: int, name: str, compiled: bool) -> dict[str, torch.Tensor]:
+    mesh = Mesh(Parallel(expert=2 if "moe" in name else 1), torch.device("cpu"))
+    model = build_skeleton(name)
+    apply_expert(model, mesh)
+    if compiled:
+        apply_compile(model, backend="aot_eager")
+    apply_shard(model, mesh, dtype="float32")
+    model.to_empty(device="cpu")
+    torch.manual_seed(0)
+    draw_weights(model)
+    told = learn(model, rows(0)[rank : rank + 1])
+    assert not compiled or counters["stats"]["unique_graphs"] > 0
+    return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in told.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama3-debug", "qwen3-debug-moe"])
+def test_with_shared_weights_and_experts(name: str) -> None:
+    for got, expected in zip(
+        *(on_processes(2, learn_on_mesh, name, compiled) for compiled in (True, False)), strict=True
+    ):
+        assert_same(got, expected)

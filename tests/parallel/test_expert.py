@@ -12,12 +12,13 @@ from torch.distributed.tensor import DTensor
 
 from sightline import Batch
 from sightline.batch import RowBuilder
-from sightline.config import Parallel
+from sightline.config import Parallel, Training
 from sightline.layers import Router, routers_of
 from sightline.models import build_skeleton, config_of, draw_weights
 from sightline.models.drawing import draw
 from sightline.parallel.expert import apply_expert, share_counts, sort_by_expert, sum_router_counts
 from sightline.parallel.mesh import Mesh
+from sightline.parallel.recompute import apply_recompute
 from sightline.parallel.shard import apply_shard
 from sightline.parallel.tensor import apply_tensor
 from tests.parallel.processes import on_processes
@@ -87,10 +88,13 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert off < 1e-5, f"{name} is off by {off:.1e} of its norm"
 
 
-def step_of(rank: int, name: str, degrees: dict[str, int], batch: Batch, starved: bool = False) -> dict[str, Tensor]:
-    """This process's part of a step. The experts see what others would: one of them may hold nothing but padding."""
+def step_of(
+    rank: int, name: str, degrees: dict[str, int], batch: Batch, starved: bool = False, recompute: Any = "none"
+) -> dict[str, Tensor]:
+    """This process's part of a step."""
     mesh = Mesh(Parallel(**degrees), CPU)
     model = build(name, mesh)
+    apply_recompute(model, Training(recompute=recompute))
     if starved:
         starve(model)
     if mesh.world > mesh.size("expert"):
@@ -134,6 +138,14 @@ def test_four_processes_compute_what_one_computes(name: str, mesh: str) -> None:
     rows, degrees = four_rows(), ON_FOUR[mesh]
     expected = learn(build(name), [*map(rows.__getitem__, split(4, degrees.get("replicate", 1) * degrees["shard"]))])
     for got in on_processes(4, step_of, name, degrees, rows):
+        assert_same(got, expected)
+
+
+@pytest.mark.parametrize("how", ["full", "selective"])
+def test_tokens_that_travel_again_when_recomputed(how: str) -> None:
+    rows = four_rows()
+    expected = learn(build("deepseek_v3-debug"), [rows[:2], rows[2:]])
+    for got in on_processes(2, step_of, "deepseek_v3-debug", {"expert": 2}, rows, False, how):
         assert_same(got, expected)
 
 

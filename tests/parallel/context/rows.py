@@ -45,3 +45,17 @@ def pack_images(config: VLMConfig) -> Batch:
             grid[row, number] = torch.tensor([height, width])
     labels[:, :-1] = torch.where(labels[:, :-1] == IGNORE, IGNORE, tokens[:, 1:])
     return replace(batch, tokens=tokens, labels=labels, extra={"patches": patches, "patch_grid": grid})
+
+
+def random_lengths(seed: int, rows: int = 3) -> list[list[int]]:
+    """Documents of each row, a third of them of one token; the last may leave room for padding."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = []
+    for _ in range(rows):
+        sizes = torch.randint(-9, 20, (LENGTH,), generator=generator).clamp(min=1).tolist()
+        free, row = LENGTH, []
+        while free > 0 and len(row) < 3 + seed:
+            row.append(min(sizes.pop(), free))
+            free -= row[-1]
+        lengths.append(row)
+    return lengths

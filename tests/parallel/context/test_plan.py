@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from sightline.masks import AttentionMask, causal, chunked, document, global_tokens, shared_prefix, sliding_window
 from sightline.parallel import plan_context
-from sightline.parallel.context.orders import contiguous, headtail, roundrobin
+from sightline.parallel.context.orders import Costs, balanced, contiguous, headtail, roundrobin
 from sightline.parallel.context.picture import draw_plan
 from sightline.parallel.context.plan import ORDERS, ContextPlan, received_length
 from tests.masks.random_masks import assert_canonical, dense_rules, expressions, packed_rows
@@ -202,6 +204,21 @@ def test_work_differs_by_single_tokens_where_they_cost_more_than_the_slack(pair,
     assert work.max() <= 1.02 * work.mean() + token * (1 + math.log(degree))
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.integers(2, 8), st.integers(1, 12), st.sampled_from([0.0, 0.02, 0.2]), st.data())
+def test_balanced_ends_whatever_tokens_cost(degree: int, share: int, slack: float, data: st.DataObject) -> None:
+    """Also where a few tokens are nearly all the work, so that no share is near the mean."""
+    length = degree * share
+    work = data.draw(st.lists(st.sampled_from([0, 0, 1, 5, 1000]), min_size=length, max_size=length))
+    cut = data.draw(st.lists(st.integers(0, 3), min_size=length, max_size=length))
+    ends = [token for token in range(1, length) if cut[token] < cut[token - 1]]
+    pieces = balanced(Costs([0, *accumulate(work)], cut, ends), degree, slack * sum(work) / degree)
+    assert [first for first, _, _ in pieces] == [0, *(last for _, last, _ in pieces[:-1])] and pieces[-1][1] == length
+    assert all(one[2] != other[2] for one, other in pairwise(pieces)) and len(pieces) <= 2 * degree
+    for rank in range(degree):
+        assert sum(last - first for first, last, owner in pieces if owner == rank) == share
+
+
 def test_every_row_is_balanced_by_itself() -> None:
     """A pipeline cuts a batch into its rows."""
     rows = [packed(lognormal(4096, median, seed=2))[0] for median in (30, 300, 1000)]
@@ -253,7 +270,18 @@ def test_refusals() -> None:
         plan_context(causal(1, 8), 2).view(0, "full")
 
 
-@pytest.mark.parametrize("degree", [1, 2, 16])
+def test_the_example_of_the_page() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "context_parallel.md").read_text()
+    names: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    plan = names["plan"]
+    assert plan.queries(0).shape == (1, 1024) and plan.sent_keys().shape == (4, 4)
+    assert plan.work().sum() == sum(len(d) * (len(d) + 1) // 2 for d in names["documents"])
+    assert plan.work().max() <= 1.02 * plan.work().double().mean()
+    assert names["mask"].shape[:2] == (1, 1024)
+
+
+@pytest.mark.parametrize("degree", [1, 16])
 def test_picture(degree: int, tmp_path: Path) -> None:
     ids = torch.cat([packed([40, 100, 20])[0], torch.full((1, 160), -1, dtype=torch.int32)])
     masks = {"full": causal(2, 160) & document(ids), "window": sliding_window(2, 160, 9) & document(ids)}

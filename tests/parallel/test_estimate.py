@@ -1,0 +1,215 @@
+"""Estimates against what real runs hold, and against counts by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sightline import Batch
+from sightline.config import Parallel, Run, Training
+from sightline.models import build_skeleton, config_of
+from sightline.parallel.apply import build_parallel
+from sightline.parallel.estimate import ProcessEstimate, estimate
+from sightline.parallel.mesh import Mesh
+from sightline.parallel.timeline import tasks, timeline
+from sightline.training.step import prepare_batch
+from tests.parallel.processes import on_processes
+
+CPU = torch.device("cpu")
+FAMILIES = [
+    "llama3-debug", "llama4-debug", "qwen3-debug", "qwen3-debug-moe", "deepseek_v3-debug", "gpt_oss-debug",
+    "qwen3_next-debug",
+]  # fmt: skip
+
+
+def run_of(name: str, degrees: dict[str, Any], **training: Any) -> Run:
+    options = {"sequence_length": 64, "global_batch_size": 4, "micro_batch_size": 2, "device": "cpu", **training}
+    return Run(model=config_of(name), parallel=Parallel(**degrees), training=Training(**options))
+
+
+def rows_of(run: Run, mesh: Mesh) -> Batch:
+    """This process's rows of a step: documents of 5 to 40 tokens."""
+    length, vocabulary = run.training.sequence_length, run.model.vocab_size
+    lengths = [5 + 7 * i % 36 for i in range(40)]
+    documents = [[(i * 31 + t * 7) % (vocabulary - 8) for t in range(n)] for i, n in enumerate(lengths)]
+    batch = Batch.from_documents(documents, length=length)[: run.training.global_batch_size]
+    own = run.training.global_batch_size // mesh.size("data")
+    return batch[mesh.index("data") * own : (mesh.index("data") + 1) * own]
+
+
+def local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def held(tensors: Any) -> int:
+    return sum(local(x).nbytes for x in tensors)
+
+
+def measure(rank: int, run: Run) -> dict[str, int]:
+    """What a process holds after a step, and what autograd has saved when the first backward begins."""
+    torch.manual_seed(0)
+    mesh = Mesh(run.parallel, CPU)
+    model = build_parallel(run, mesh)
+    parameters = [p for _, p in model.named_parameters()]
+    own = {local(p).untyped_storage().data_ptr() for p in parameters}
+    saved: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if local(x).untyped_storage().data_ptr() not in own:
+            saved[local(x).untyped_storage().data_ptr()] = x  # kept alive, so that no other takes its place
+        return x
+
+    batch = rows_of(run, mesh)
+    inputs = prepare_batch(model, batch[: model.rows_at_once(batch.shape[0], run.training.micro_batch_size)], None, CPU)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model.forward_backward(model.own_tokens(inputs), 1.0, last=True)
+    optimizer = torch.optim.AdamW(parameters)
+    optimizer.step()
+    moments = [m for state in optimizer.state.values() for name, m in state.items() if name.startswith("exp_avg")]
+    return {
+        "weights": held(parameters),
+        "gradients": held(p.grad for p in parameters if p.grad is not None),
+        "moments": held(moments),
+        "saved": sum(local(x).untyped_storage().nbytes() for x in saved.values()),
+    }
+
+
+def state_of(process: ProcessEstimate) -> dict[str, int]:
+    memory = process.memory
+    return {"weights": memory.weights, "gradients": memory.gradients, "moments": memory.moments}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_process_is_as_estimated(name: str) -> None:
+    run = run_of(name, {})
+    found, measured = estimate(run, 1), measure(0, run)
+    assert state_of(found.largest) == {kind: measured[kind] for kind in ("weights", "gradients", "moments")}
+    assert found.largest.memory.activations == pytest.approx(measured["saved"], rel=0.1)
+    assert found.parameters == found.largest.parameters
+
+
+def test_recompute_lowers_what_is_kept() -> None:
+    kept = {
+        mode: estimate(run_of("llama3-debug", {}, recompute=mode, sequence_length=256), 1).largest.memory
+        for mode in ("none", "selective", "full")
+    }
+    assert kept["full"].activations < 0.6 * kept["selective"].activations < 0.5 * kept["none"].activations
+    assert kept["full"].working > kept["none"].working
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees"),
+    [
+        ("llama3-debug", {"shard": 2, "tensor": 2}),
+        ("llama3-debug", {"pipeline": 2, "shard": 2}),
+        ("qwen3-debug-moe", {"shard": 4, "expert": 2}),
+        pytest.param("llama3-debug", {"replicate": 2, "shard": 2}, marks=pytest.mark.slow),
+        pytest.param("deepseek_v3-debug", {"context": 2, "tensor": 2, "expert": 2}, marks=pytest.mark.slow),
+        pytest.param("gpt_oss-debug", {"pipeline": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_every_rank_of_a_mesh_is_as_estimated(name: str, degrees: dict[str, int]) -> None:
+    run = run_of(name, degrees, micro_batch_size=1)
+    measured = on_processes(4, measure, run)
+    stages = degrees.get("pipeline", 1)
+    for stage, process in enumerate(estimate(run, 4).processes):
+        ranks = measured[stage * 4 // stages : (stage + 1) * 4 // stages]
+        assert state_of(process) == {kind: max(rank[kind] for rank in ranks) for kind in state_of(process)}
+
+
+def test_tensor_parallel_activations() -> None:
+    run = run_of("llama3-debug", {"tensor": 2})
+    measured = on_processes(2, measure, run)
+    found = estimate(run, 2).largest
+    assert found.memory.activations == pytest.approx(measured[0]["saved"], rel=0.1)
+    assert set(found.traffic) == {"tensor, between layers"}
+
+
+def test_counts_of_thousands_of_ranks() -> None:
+    """FSDP gives rank 0 a ceil(n / ranks)th part of the first dim of every parameter."""
+    run = run_of("llama3-debug", {"shard": 512, "replicate": 8}, global_batch_size=4096, micro_batch_size=1)
+    found = estimate(run, 4096)
+    skeleton = build_skeleton("llama3-debug")
+    parts = sum(math.ceil(p.shape[0] / 512) * math.prod(p.shape[1:]) for p in skeleton.parameters())
+    assert found.largest.parameters == parts and found.mesh.world == 4096
+
+
+def test_counts_of_a_published_size() -> None:
+    run = run_of("llama3-8b", {}, global_batch_size=8, micro_batch_size=1, dtype="bfloat16")
+    found = estimate(run, 8)
+    assert found.parameters == 8_030_261_248
+    largest = found.largest
+    assert largest.parameters == 8_030_261_248 // 8 and largest.memory.state == 16 * largest.parameters
+    assert found.matmul_flops == 6 * (8_030_261_248 - 128_256 * 4096 - 65 * 4096) * 8 * 64  # no embedding, no norms
+    # Twice for each layer and once for what belongs to none, in bfloat16; gradients once, in float32. 7 of 8 parts come.
+    outside = 2 * 128_256 * 4096 + 4096
+    assert largest.traffic == {
+        "weights gathered": 2 * (2 * (8_030_261_248 - outside) + outside) * 7 / 8,
+        "gradients scattered": 4 * 8_030_261_248 * 7 / 8,
+    }
+
+
+def test_traffic_of_the_other_axes_by_hand() -> None:
+    """llama3-debug: width 64, 2 layers, float32; qwen3-debug-moe sends each token to top-k experts."""
+    tokens, hidden = 2 * 64, 2 * 64 * 64 * 4
+    found = estimate(run_of("llama3-debug", {"tensor": 2}, global_batch_size=2), 2).largest.traffic
+    # Each of 2 regions of 2 layers gathers and scatters, forward and backward; three ends of two times; half is foreign.
+    assert found["tensor, between layers"] == pytest.approx((2 * 2 * 4 + 3 * 2) * hidden / 2, rel=0.02)
+    found = estimate(run_of("llama3-debug", {"pipeline": 2}, micro_batch_size=1), 2).largest.traffic
+    assert found["pipeline, stage to stage"] == 4 * 64 * 64 * 4  # the gradient of each of 4 rows
+    run = run_of("qwen3-debug-moe", {"expert": 2}, micro_batch_size=2, global_batch_size=4)
+    top_k, layers = run.model.top_k, run.model.layers
+    found = estimate(run, 2).largest.traffic
+    assert found["expert all-to-all, even load"] == layers * 4 * top_k * tokens * run.model.width * 4 / 2
+    found = estimate(run_of("llama3-debug", {"context": 2}, global_batch_size=2), 2).largest.traffic
+    assert found["context exchange, at most"] == 2 * 2 * 64 * (
+        2 * 2 * 16 * 4
+    )  # there and back, layers, tokens, k and v
+
+
+def test_what_training_refuses_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not divide the 4 processes"):
+        estimate(run_of("llama3-debug", {"tensor": 3}), 4)
+    with pytest.raises(ValueError, match=r"parallel\.tensor 8 does not divide"):
+        estimate(run_of("llama3-debug", {"tensor": 8}), 8)
+    with pytest.raises(ValueError, match="global-batch-size 4 is not divisible"):
+        estimate(run_of("llama3-debug", {}), 8)
+
+
+def test_orders_of_one_stage() -> None:
+    assert tasks(Parallel(pipeline=2), 3) == [
+        [("F", 0, 0), ("F", 0, 1), ("B", 0, 0), ("F", 0, 2), ("B", 0, 1), ("B", 0, 2)],
+        [("F", 1, 0), ("B", 1, 0), ("F", 1, 1), ("B", 1, 1), ("F", 1, 2), ("B", 1, 2)],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "bubble", "first_holds"),
+    [
+        ("GPipe", 3 / 11, 8),  # (processes - 1) / (microbatches + processes - 1)
+        ("1F1B", 3 / 11, 4),
+        ("Interleaved1F1B", 3 / 19, 11),  # stages half as long, so half the waiting
+        ("LoopedBFS", 3 / 19, 16),
+        ("InterleavedZeroBubble", 1 / 17, 8),
+        ("ZBVZeroBubble", 1 / 17, 8),
+        ("DualPipeV", 1 / 17, 9),
+    ],
+)
+def test_waiting_and_holding_of_every_schedule(schedule: Any, bubble: float, first_holds: int) -> None:
+    found = timeline(Parallel(pipeline=4, pipeline_schedule=schedule), 8)
+    assert found.bubble == pytest.approx(bubble)
+    assert sum(found.held[0].values()) == first_holds
+
+
+def test_a_pipeline_holds_more_at_its_beginning() -> None:
+    run = run_of("llama3-debug", {"pipeline": 2}, micro_batch_size=1)
+    run = replace(run, model=replace(run.model, layers=4))
+    first, last = estimate(run, 2).processes
+    assert first.layers + last.layers == 4 and (first.rank, last.rank) == (0, 1)
+    assert first.memory.activations / first.layers > 1.5 * last.memory.activations / last.layers - 4 * 64 * 512
