@@ -154,8 +154,8 @@ def describe_flops(run: Run, found: Estimate, gpu: str) -> dict[str, str]:
     return {
         "matrix products": flops(found.matmul_flops),
         "attention, at most": f"{flops(found.causal_flops)}   were every row one document",
-        f"shortest step on {gpu}": f"{seconds:.3g} s   at its peak of {peak / found.mesh.world / 1e12:.4g} TFLOP/s, "
-        "with the bubble",
+        f"shortest step on {gpu}": f"{seconds:.3g} s   at its peak of {peak / found.mesh.world / 1e12:.4g} TFLOP/s"
+        + (", with the bubble" if found.timeline.bubble else ""),
     }
 
 
@@ -183,8 +183,8 @@ def show_context(console: Console, title: str, run: Run, found: Estimate, rows: 
             )  # fmt: skip
     console.print(
         f"[bold]context parallelism[/bold] of {len(next(iter(masks.values())).start)} rows of {length:,} tokens of "
-        f"{run.data.source}:\nwork is that of the busiest process as a multiple of the mean; keys are those received, as a "
-        "share of what an\nall-gather brings (a ring moves as many); then what a process receives for all layers\n",
+        f"{run.data.source}:\nwork is that of the busiest process as a multiple of the mean; keys are those received, "
+        "as a share of what an\nall-gather brings (a ring moves as many); last what a process receives in all layers\n",
         soft_wrap=True,
     )
     console.print(table)
@@ -219,10 +219,5 @@ def busiest(plan: ContextPlan, layers: dict[str, int]) -> float:
 
 def size(number: float) -> str:
     """`1.23 GiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            break
-        number /= 1024
-    else:
-        unit = "TiB"
-    return f"{number:,.4g} {unit}"
+    power = min(4, max(0, int(number).bit_length() - 1) // 10)
+    return f"{number / 1024**power:,.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

@@ -33,7 +33,7 @@ def show_local(module: nn.Module, **views: View) -> None:
     """
 
     # Not by hooks around the module's forward: the weight of the output projection is read outside of it.
-    module.__class__ = _showing(type(module), tuple(views.items()))  # type: ignore[assignment]
+    module.__class__ = _showing(type(module), tuple(views.items()))  # type: ignore[assignment,arg-type]
 
 
 @functools.cache

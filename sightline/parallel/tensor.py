@@ -157,7 +157,8 @@ def _own_tokens(h: Tensor, mesh: DeviceMesh) -> Tensor:
 
 def return_whole_rows(mesh: DeviceMesh, module: nn.Module, args: tuple[Any, ...], h: Tensor) -> Tensor:
     """Behind a stack: the rows, whole on every process."""
-    return redistribute(h, mesh, Shard(1), Replicate()) if torch.is_grad_enabled() else h
+    # A clone, since a stage of a pipeline must not return a view: schedules detach it in place.
+    return redistribute(h, mesh, Shard(1), Replicate()).clone() if torch.is_grad_enabled() else h
 
 
 def take_all_tokens(mesh: DeviceMesh, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

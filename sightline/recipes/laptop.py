@@ -18,8 +18,8 @@ def debug(name: str) -> Run:
 
 
 def tiny(name: str) -> Run:
-    """About a minute on two CPU cores, in which the loss falls by a quarter: small batches take more steps from the same
-    tokens, and short rows leave the time to the layers rather than to pairs of tokens."""
+    """About a minute on two CPU cores, in which the loss falls by a quarter: small batches take more steps from the
+    same tokens."""
     return on_laptop(
         name,
         training=Training(steps=100, sequence_length=512, global_batch_size=1, micro_batch_size=1),

@@ -34,5 +34,6 @@ class StopRequest:
     def _remember(self, number: int, _: FrameType | None) -> None:
         self.received = number
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the next Ctrl-C is not asked to wait
-        # os.write, since a handler may run in the middle of another print
-        os.write(sys.stderr.fileno(), b"\nfinishing this step, then saving; Ctrl-C again leaves at once\n")
+        if os.environ.get("RANK", "0") == "0":  # of several processes the first speaks
+            # os.write, since a handler may run in the middle of another print
+            os.write(sys.stderr.fileno(), b"\nfinishing this step, then saving; Ctrl-C again leaves at once\n")

@@ -147,7 +147,7 @@ def test_counts_of_a_published_size() -> None:
     largest = found.largest
     assert largest.parameters == 8_030_261_248 // 8 and largest.memory.state == 16 * largest.parameters
     assert found.matmul_flops == 6 * (8_030_261_248 - 128_256 * 4096 - 65 * 4096) * 8 * 64  # no embedding, no norms
-    # Twice for each layer and once for what belongs to none, in bfloat16; gradients once, in float32. 7 of 8 parts come.
+    # Twice for each layer and once for what belongs to none, in bfloat16; gradients once, in float32; 7 of 8 parts.
     outside = 2 * 128_256 * 4096 + 4096
     assert largest.traffic == {
         "weights gathered": 2 * (2 * (8_030_261_248 - outside) + outside) * 7 / 8,
@@ -159,12 +159,12 @@ def test_traffic_of_the_other_axes_by_hand() -> None:
     """llama3-debug: width 64, 2 layers, float32; qwen3-debug-moe sends each token to top-k experts."""
     tokens, hidden = 2 * 64, 2 * 64 * 64 * 4
     found = estimate(run_of("llama3-debug", {"tensor": 2}, global_batch_size=2), 2).largest.traffic
-    # Each of 2 regions of 2 layers gathers and scatters, forward and backward; three ends of two times; half is foreign.
+    # Each of 2 regions of 2 layers gathers and scatters, forward and backward; three ends, twice; half is foreign.
     assert found["tensor, between layers"] == pytest.approx((2 * 2 * 4 + 3 * 2) * hidden / 2, rel=0.02)
     found = estimate(run_of("llama3-debug", {"pipeline": 2}, micro_batch_size=1), 2).largest.traffic
     assert found["pipeline, stage to stage"] == 4 * 64 * 64 * 4  # the gradient of each of 4 rows
     run = run_of("qwen3-debug-moe", {"expert": 2}, micro_batch_size=2, global_batch_size=4)
-    top_k, layers = run.model.top_k, run.model.layers
+    top_k, layers = run.model.experts_per_token, run.model.layers
     found = estimate(run, 2).largest.traffic
     assert found["expert all-to-all, even load"] == layers * 4 * top_k * tokens * run.model.width * 4 / 2
     found = estimate(run_of("llama3-debug", {"context": 2}, global_batch_size=2), 2).largest.traffic

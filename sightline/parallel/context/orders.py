@@ -185,19 +185,22 @@ class _Sweep:
         places += [end + ahead for end in self._ends(token, min(last - ahead, self.last[span]))]
         best = min(map(price, places))
         if best[0] > 0:
-            best = min(map(price, self._crossing(first, last, band.target)))
+            best = min(map(price, self._crossing(first, last, band)))
         return best[2]
 
-    def _crossing(self, first: int, last: int, target: float) -> tuple[int, int]:
-        """Neighbouring places where the window's work passes the target, found by halving."""
-        over = self._window(first)[0] > target
+    def _crossing(self, first: int, last: int, band: _Band) -> list[int]:
+        """A place in the band, found by halving; where a single token leaps over it, the places on both sides."""
+        over = self._window(first)[0] > band.target
         while last - first > 1:
             middle = (first + last) // 2
-            if (self._window(middle)[0] > target) == over:
+            work = self._window(middle)[0]
+            if band.low <= work <= band.high:
+                return [middle]
+            if (work > band.target) == over:
                 first = middle
             else:
                 last = middle
-        return first, last
+        return [first, last]
 
     def _ends(self, first: int, last: int) -> Sequence[int]:
         """Ends of documents in (first, last]."""

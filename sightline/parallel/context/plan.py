@@ -131,8 +131,9 @@ def plan_context(
     Errors: ValueError for rows that do not divide by the degree, masks that differ in shape, an unknown order.
     """
     named = {"attention": masks} if isinstance(masks, AttentionMask) else dict(masks)
-    named = {name: mask.to("cpu") for name, mask in named.items()}
     _check(named, degree, order, layers)
+    # Not mask.to("cpu"), which does not wait for a device to have sent the numbers.
+    named = {name: AttentionMask(mask.start.cpu(), mask.stop.cpu(), mask.key_length) for name, mask in named.items()}
     weights = {name: layers if isinstance(layers, int) else layers[name] for name in named}
     rows, length, _ = next(iter(named.values())).shape
     if order == "balanced":
@@ -172,7 +173,10 @@ def _check(masks: Mapping[str, AttentionMask], degree: int, order: str, layers: 
 
 
 def _balanced_rows(masks: Mapping[str, AttentionMask], weights: Mapping[str, int], degree: int) -> list[list[Piece]]:
-    """The balanced order of each row; what one rank may have too much of is measured by the whole batch."""
+    """The balanced order of each row. What a rank may have too much of is measured by the mean row.
+
+    A cut costs the keys that the token behind it sees before it, which must reach the rank that goes on from there.
+    """
     rows, length, _ = next(iter(masks.values())).shape
     work, cut = torch.zeros(2, rows, length, dtype=torch.int32)  # layers x S at most, far from 2^31
     place = torch.arange(length, dtype=torch.int32)[:, None]
@@ -198,7 +202,7 @@ def _count(start: Tensor, stop: Tensor) -> Tensor:
 def received_length(needed: int, share: int) -> int:
     """T for `needed` keys: rounded up to a quarter of the rank's own tokens in whole tiles of 128.
 
-    So the lengths that kernels meet are few, 4 a rank at most, and a compiled kernel is found again.
+    So kernels meet few lengths, 4 x degree at most, and a compiled kernel is found again.
     """
     step = -(-share // (4 * TILE)) * TILE
     return max(1, -(-needed // step)) * step

@@ -17,6 +17,7 @@ from sightline.config import Parallel
 from sightline.masks import AttentionMask, causal, document, sliding_window
 from sightline.models import build_model, build_skeleton
 from sightline.parallel import plan_context
+from sightline.parallel.context import exchange
 from sightline.parallel.context.mask import ContextMask
 from sightline.parallel.context.split import check_context, split_context
 from sightline.parallel.mesh import Mesh
@@ -150,6 +151,34 @@ def meets(rank: int) -> bool:
 
 def test_nobody_waits_between_sending_and_collecting() -> None:
     assert on_processes(2, meets, timeout=120) == [True, True]
+
+
+def hides(rank: int) -> list[str]:
+    """What happens in a layer, forward and backward, in its order."""
+    mask, _ = share(masks_of_rows()["causal"], 2, "balanced")
+    attention = build_model("llama3-debug").layers["0"].attention
+    told: list[str] = []
+
+    def tell(name: str) -> None:
+        original = getattr(exchange, name)
+
+        def telling(*args: Any) -> Tensor:
+            told.append(name)
+            return original(*args)
+
+        setattr(exchange, name, telling)
+
+    tell("_exchange")
+    tell("_arrived")
+    attention.query.register_forward_hook(lambda *_: told.append("queries"))
+    attention.query.register_full_backward_hook(lambda *_: told.append("their gradients"))
+    attention(torch.randn(*mask.shape[:2], 64, requires_grad=True), mask, None).sum().backward()
+    return told
+
+
+def test_queries_and_their_gradients_are_made_while_keys_and_theirs_are_under_way() -> None:
+    expected = ["_exchange", "queries", "_arrived", "_exchange", "their gradients", "_arrived"]
+    assert on_processes(2, hides) == [expected, expected]
 
 
 def looks(rank: int, degree: int, order: str) -> None:

@@ -61,6 +61,8 @@ def assert_sound(plan: ContextPlan, name: str, dense: Tensor) -> tuple[Tensor, T
         assert view.mask.shape[:2] == (rows, share) and view.send.shape[:2] == view.receive.shape[:2] == (rows, degree)
         assert (owned[rank].diff(dim=1) > 0).all() and owned[rank].shape == (rows, share)
         assert_canonical(view.mask)
+        neediest = max(int(dense[row, owned[rank][row]].any(dim=0).sum()) for row in range(rows))
+        assert view.mask.key_length == received_length(neediest, share)
         for row in range(rows):
             mine = dense[row, owned[rank][row]]
             needed = mine.any(dim=0).nonzero().flatten()
