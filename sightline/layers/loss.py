@@ -41,10 +41,10 @@ def linear_cross_entropy(
     labels      int64 [N]; tokens with -100 are not computed: no loss, zero gradient
     chunk_size  tokens whose logits exist at a time, in float32 also where hidden is bfloat16. 512 x 8192 floats stay
                 in a CPU's cache while the matrix products are still large enough to run at full rate.
-    vocab_size  where `weight` [V / n, W] is one process's part of the vocabulary, all of V; then
-    losses_to_grads
-                replaces the function of that name by one that knows the other parts; the gradient of `hidden` is that
-                by this part
+
+    Where `weight` [V / n, W] is one process's part of the vocabulary, vocab_size is all of V and losses_to_grads stands
+    for the function of that name, one that knows of the other parts. The gradient of `hidden` is then what this part
+    adds to it.
 
     The forward computes the gradients too, chunk by chunk, and the backward only scales them: three matrix products
     and not the four of recomputing the logits. Under `no_grad` it computes the loss alone.

@@ -5,10 +5,13 @@ the weights, and returns one summand of its result. What lies between (norms, th
 and each process has S / degree tokens of it. So before a divisible layer the tokens are gathered, and behind it the
 summands are added up and dealt out at once:
 
-    whole rows | own tokens | all tokens | own tokens | all tokens | own tokens | whole rows
-    embedding -> norm -------> attention -> norm -------> mlp -------> ... -----> norm, output
-               \\_______________________________________________________/
-                                      a stack of layers
+    embedding     whole rows [B, S, W] on every process; own part of the vocabulary
+    norm          own tokens [B, S / degree, W]
+    attention     all tokens, own heads
+    norm          own tokens
+    mlp           all tokens, own channels
+    ...
+    norm, output  whole rows; own part of the vocabulary
 
 Without gradients (validation, generation) nothing has to be kept, so there the rows stay whole and may have any length.
 """
