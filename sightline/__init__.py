@@ -2,5 +2,5 @@
 
 from sightline.batch import Batch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Batch", "__version__"]

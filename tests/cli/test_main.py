@@ -27,7 +27,7 @@ def test_alone_it_lists_its_commands(argv, capsys) -> None:
 
 
 def test_version(capsys) -> None:
-    assert call(capsys, "--version") == (0, "sightline 0.1.0\n", "")
+    assert call(capsys, "--version") == (0, "sightline 0.2.0\n", "")
 
 
 @pytest.mark.parametrize("argv", [("train",), ("train", "--help"), ("train", "-h")])
