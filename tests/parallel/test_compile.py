@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import pytest
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from sightline import Batch
 from sightline.config import Parallel, Training
 from sightline.models import build_model, build_skeleton, draw_weights
+from sightline.models.generation import generate
 from sightline.parallel.compile import apply_compile
 from sightline.parallel.expert import apply_expert
 from sightline.parallel.mesh import Mesh
@@ -69,6 +71,24 @@ def test_one_compilation_serves_all_documents(name: str) -> None:
         assert_same(learn(compiled, rows(seed)), learn(model, rows(seed)))
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and graphs == graphs[:1] * 4
+    assert text(compiled) == text(model)
+    assert counters["stats"]["unique_graphs"] == graphs[0], "generation compiles nothing"
+
+
+class Numbers:
+    """A tokenizer whose text is the tokens' numbers."""
+
+    eos_id = -1
+
+    def encode_prompt(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+def text(model: Any) -> str:
+    return generate(model, Numbers(), [1, 2, 3, 4], max_new_tokens=8, temperature=0.0)
 
 
 @pytest.mark.slow

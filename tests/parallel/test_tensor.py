@@ -17,6 +17,7 @@ from sightline.models import VLMConfig, build_skeleton, config_of, draw_weights
 from sightline.models.drawing import draw
 from sightline.models.generation import generate
 from sightline.models.qwen3_next import GatedAttention
+from sightline.parallel.compile import apply_compile
 from sightline.parallel.expert import sum_router_counts
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.shard import apply_shard
@@ -248,6 +249,24 @@ def test_every_name_of_a_plan_is_that_of_a_weight() -> None:
     missed[GatedAttention].discard("sinks")  # gated attention has none
     assert not any(missed.values()), missed
     assert missed.keys() >= {GroupedQueryAttention, MultiHeadLatentAttention, GatedDeltaNet, SwiGLU, MoE}
+
+
+def compile_layers(rank: int, layers: int) -> tuple[float, int]:
+    """The greatest difference that compiling makes to a gradient, and the graphs it takes."""
+    torch._dynamo.reset()
+    config, mesh = replace(config_of("llama3-debug"), layers=layers), Mesh(Parallel(tensor=2), CPU)
+    eager, compiled = build(config, mesh), build(config, mesh)
+    apply_compile(compiled, backend="eager")
+    found = differences(learn(compiled, packed()), learn(eager, packed()))
+    return max(found.values()), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+def test_one_compiled_layer_serves_all() -> None:
+    """They are of one class: see `show_local`."""
+    (of_two, graphs), (of_four, graphs_of_four) = (on_processes(2, compile_layers, layers)[0] for layers in (2, 4))
+    assert max(of_two, of_four) < 1e-9
+    assert graphs_of_four == graphs > 0
 
 
 def held(rank: int) -> tuple[int, int]:

@@ -37,7 +37,8 @@ def pack_images(config: VLMConfig) -> Batch:
         [],
     ]
     grid = torch.zeros(len(images), 4, 2, dtype=torch.int64)
-    patches = torch.randn(len(images), 64, config.vision.patch_channels, generator=torch.Generator().manual_seed(1))
+    # As many patches as tokens, to whom should tell them apart by the shape.
+    patches = torch.randn(len(images), LENGTH, config.vision.patch_channels, generator=torch.Generator().manual_seed(1))
     tokens, labels = batch.tokens.clone(), batch.labels.clone()
     for row, placed in enumerate(images):
         for number, (at, height, width) in enumerate(placed):

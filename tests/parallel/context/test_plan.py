@@ -84,7 +84,7 @@ def assert_sound(plan: ContextPlan, name: str, dense: Tensor) -> tuple[Tensor, T
     return pairs, received
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(expressions(), st.sampled_from(ORDERS), st.data())
 def test_any_mask_in_any_order(pair: tuple[AttentionMask, Tensor], order: str, data: st.DataObject) -> None:
     mask, dense = pair
@@ -97,7 +97,7 @@ def test_any_mask_in_any_order(pair: tuple[AttentionMask, Tensor], order: str, d
     assert (received <= dense.shape[0] * (length - length // degree)).all(), "more than an all-gather"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(packed_rows(max_rows=2), st.data())
 def test_several_masks_share_the_owners_and_have_views_of_their_own(rows, data: st.DataObject) -> None:
     rules = dense_rules(rows, window=5, chunk=4)
@@ -206,7 +206,7 @@ def test_work_differs_by_single_tokens_where_they_cost_more_than_the_slack(pair,
     assert work.max() <= 1.02 * work.mean() + token * (1 + math.log(degree))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.integers(2, 8), st.integers(1, 12), st.sampled_from([0.0, 0.02, 0.2]), st.data())
 def test_balanced_ends_whatever_tokens_cost(degree: int, share: int, slack: float, data: st.DataObject) -> None:
     """Also where a few tokens are nearly all the work, so that no share is near the mean."""
