@@ -197,6 +197,7 @@ def read_masks(title: str, run: Run, rows: int) -> tuple[Any, dict[str, Attentio
     """The model, and the masks of its decoder on the first rows of its data."""
     training = replace(run.training, global_batch_size=rows, micro_batch_size=rows)
     subject = first_batch(title, replace(run, training=training), None, None)
+    assert subject.model is not None, "a recipe has a model"
     used = {str(layer.mask_name) for layer in subject.model.layers.values()}
     return subject.model, {name: mask for name, mask in subject.masks.items() if name in used}
 

@@ -6,11 +6,11 @@ there for who is missing, and says it; when a process fails by itself, it alone 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -21,6 +21,8 @@ from sightline.parallel.mesh import AXES, resolve
 
 GRACE = 2.0
 """Seconds in which all that wait for the same process have found out that it does not come."""
+PRECEDENCE = 3.0
+"""Seconds that rank 0 has to be the first to say what all processes would."""
 
 
 class LostRank(RuntimeError):
@@ -50,10 +52,11 @@ class Job:
     def claim(self) -> bool:
         """Whether this process is the one to say why the job ends.
 
-        Where all fail alike (a wrong degree, SIGTERM) it is rank 0: the others give it a second.
+        Where all fail alike (a wrong degree, SIGTERM) it is rank 0, which the others give time.
         """
         if self.rank > 0:
-            time.sleep(1.0)
+            with contextlib.suppress(dist.DistStoreError):  # that the time is over
+                self.store.wait(["speaker"], timedelta(seconds=PRECEDENCE))
         mine = str(self.rank)
         return self.store.compare_set("speaker", "", mine).decode() == mine
 
@@ -99,7 +102,7 @@ class Job:
 _job: Job | None = None  # as torch.distributed keeps its process group: a process is part of at most one
 
 
-@contextmanager
+@contextlib.contextmanager
 def joined(parallel: Parallel, device: torch.device) -> Iterator[torch.device]:
     """While the block runs, this process is one of those torchrun started; gives the device that is its own.
 

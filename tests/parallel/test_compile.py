@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import pytest
@@ -19,6 +18,7 @@ from sightline.parallel.expert import apply_expert
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.recompute import apply_recompute
 from sightline.parallel.shard import apply_shard
+from tests.models.against_transformers import Numbers
 from tests.parallel.processes import on_processes
 
 
@@ -75,20 +75,8 @@ def test_one_compilation_serves_all_documents(name: str) -> None:
     assert counters["stats"]["unique_graphs"] == graphs[0], "generation compiles nothing"
 
 
-class Numbers:
-    """A tokenizer whose text is the tokens' numbers."""
-
-    eos_id = -1
-
-    def encode_prompt(self, text: str) -> list[int]:
-        raise NotImplementedError
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return " ".join(map(str, ids))
-
-
 def text(model: Any) -> str:
-    return generate(model, Numbers(), [1, 2, 3, 4], max_new_tokens=8, temperature=0.0)
+    return generate(model, Numbers(), "1 2 3 4", max_new_tokens=8, temperature=0.0)
 
 
 @pytest.mark.slow

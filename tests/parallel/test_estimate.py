@@ -16,6 +16,7 @@ from sightline.config import Parallel, Run, Training
 from sightline.models import build_skeleton, config_of
 from sightline.parallel.apply import build_parallel
 from sightline.parallel.estimate import ProcessEstimate, estimate
+from sightline.parallel.footprint import Ledger
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.timeline import tasks, timeline
 from sightline.training.step import prepare_batch
@@ -36,7 +37,7 @@ def run_of(name: str, degrees: dict[str, Any], **training: Any) -> Run:
 def rows_of(run: Run, mesh: Mesh) -> Batch:
     """This process's rows of a step: documents of 5 to 40 tokens."""
     length, vocabulary = run.training.sequence_length, run.model.vocab_size
-    lengths = [5 + 7 * i % 36 for i in range(40)]
+    lengths = [5 + 7 * i % 36 for i in range(run.training.global_batch_size * length // 16)]
     documents = [[(i * 31 + t * 7) % (vocabulary - 8) for t in range(n)] for i, n in enumerate(lengths)]
     batch = Batch.from_documents(documents, length=length)[: run.training.global_batch_size]
     own = run.training.global_batch_size // mesh.size("data")
@@ -52,7 +53,8 @@ def held(tensors: Any) -> int:
 
 
 def measure(rank: int, run: Run) -> dict[str, int]:
-    """What a process holds after a step, and what autograd has saved when the first backward begins."""
+    """What a process holds after a step, what autograd has saved when the first backward begins, and the most that
+    forward and backward hold at a time, gradients included."""
     torch.manual_seed(0)
     mesh = Mesh(run.parallel, CPU)
     model = build_parallel(run, mesh)
@@ -67,8 +69,9 @@ def measure(rank: int, run: Run) -> dict[str, int]:
 
     batch = rows_of(run, mesh)
     inputs = prepare_batch(model, batch[: model.rows_at_once(batch.shape[0], run.training.micro_batch_size)], None, CPU)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with Ledger(parameters) as ledger, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         model.forward_backward(model.own_tokens(inputs), 1.0, last=True)
+    peak = ledger.peak
     optimizer = torch.optim.AdamW(parameters)
     optimizer.step()
     moments = [m for state in optimizer.state.values() for name, m in state.items() if name.startswith("exp_avg")]
@@ -76,6 +79,7 @@ def measure(rank: int, run: Run) -> dict[str, int]:
         "weights": held(parameters),
         "gradients": held(p.grad for p in parameters if p.grad is not None),
         "moments": held(moments),
+        "peak": int(peak),
         "saved": sum(local(x).untyped_storage().nbytes() for x in saved.values()),
     }
 
@@ -85,12 +89,14 @@ def state_of(process: ProcessEstimate) -> dict[str, int]:
     return {"weights": memory.weights, "gradients": memory.gradients, "moments": memory.moments}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, pytest.param("llama3-tiny", marks=pytest.mark.slow)])
 def test_one_process_is_as_estimated(name: str) -> None:
-    run = run_of(name, {})
+    run = run_of(name, {}, sequence_length=256, micro_batch_size=4)
     found, measured = estimate(run, 1), measure(0, run)
     assert state_of(found.largest) == {kind: measured[kind] for kind in ("weights", "gradients", "moments")}
     assert found.largest.memory.activations == pytest.approx(measured["saved"], rel=0.1)
+    together = measured["weights"] + measured["moments"] + measured["peak"]
+    assert found.largest.memory.total == pytest.approx(together, rel=0.1)
     assert found.parameters == found.largest.parameters
 
 
