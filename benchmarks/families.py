@@ -38,8 +38,8 @@ from sightline.config import Optimizer
 from sightline.data import Tokenizer, load_documents
 from sightline.models import VLM, VLMConfig, build_model, config_of, load_pretrained, save_pretrained
 from sightline.models.pretrained import read_config
-from sightline.recipes import get_recipe
 from sightline.parallel.parallel_model import on_one_process
+from sightline.recipes import get_recipe
 from sightline.training.optimizer import build_optimizer
 from sightline.training.setup import get_tokenizer, open_loader
 from sightline.training.step import prepare_batch, train_step

@@ -125,7 +125,7 @@ def describe_memory(process: ProcessEstimate) -> dict[str, str]:
         "weights gathered": f"{size(memory.gathered)}   about",
         "activations": f"{size(memory.activations)}   about",
         "at work": f"{size(memory.working)}   about",
-        "together": size(memory.total),
+        "together": size(memory.total) + ("" if memory.accumulates else "   gradients grow while activations go"),
     }
 
 

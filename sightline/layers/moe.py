@@ -140,7 +140,7 @@ class Router(nn.Module):
         """Move the balance by the counts of all forwards since the last step, and forget them.
 
         Returns the load of the busiest expert as a multiple of the mean load (1 is even), or None where nothing was
-        counted. Whoever trains on many processes first sums `counts` over them.
+        counted. Where tokens lie on several processes, `counts` have been summed over them: see Decoder.finish_step.
         """
         counts, self.counts = self.counts, None
         if counts is None:

@@ -194,13 +194,21 @@ class Decoder(nn.Module):
         """How many layers attend under a mask, and how many head groups each of them has."""
         return sum(layer.mask_name == mask_name for layer in self.layers.values()), self.config.kv_heads
 
-    def finish_step(self) -> dict[str, Tensor]:
+    def finish_step(self, add: Callable[[Tensor], Tensor] = lambda total: total) -> dict[str, Tensor]:
         """What is left to do when the optimizer has stepped; returns scalars worth a place among the step's metrics.
 
         Here it is the routers' balance: `expert_load/LAYER` is the load of the layer's busiest expert as a multiple of
-        the mean load. Training on many processes first sums `routers_of(model)[...].counts` over them.
+        the mean load.
+
+        add  sums a tensor over the processes that have trained on other tokens
         """
-        loads = {name: router.finish_step() for name, router in routers_of(self).items()}
+        routers = {name: router for name, router in routers_of(self).items() if router.counts is not None}
+        if not routers:
+            return {}
+        counts = [router.counts for router in routers.values() if router.counts is not None]
+        for router, count in zip(routers.values(), add(torch.cat(counts)).split([len(c) for c in counts]), strict=True):
+            router.counts = count
+        loads = {name: router.finish_step() for name, router in routers.items()}
         return {f"expert_load/{name}": load for name, load in loads.items() if load is not None}
 
     def new_cache(self) -> dict[str, LayerCache]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -325,11 +326,11 @@ class DeepseekV3(Decoder):
         self.predicted.append(torch.stack([loss.detach(), (next_labels != IGNORE).sum()]))
         return with_gradient_of(self.head(h, labels), self.config.prediction_weight * loss)
 
-    def finish_step(self) -> dict[str, Tensor]:
+    def finish_step(self, add: Callable[[Tensor], Tensor] = lambda total: total) -> dict[str, Tensor]:
         """As in every decoder, and `prediction_loss`: the mean loss of the token after the next."""
-        metrics = super().finish_step()
+        metrics = super().finish_step(add)
         if self.predicted:
-            loss, tokens = torch.stack(self.predicted).sum(dim=0)
+            loss, tokens = add(torch.stack(self.predicted).sum(dim=0))
             metrics["prediction_loss"] = loss / tokens.clamp(min=1)
             self.predicted.clear()
         return metrics

@@ -14,10 +14,11 @@ from torch.overrides import TorchFunctionMode
 
 
 def draw_weights(*parts: Any) -> None:
-    """`init_weights()` of a model or of several stages of one, every weight from random numbers of its own.
+    """`init_weights()` of a model, or of several stages of one, every weight from random numbers of its own.
 
-    `torch.manual_seed` before it decides them. They depend on the seed and on the weight's name alone. So a pipeline stage draws only what it has, and a weight
-    that is sharded (a DTensor) is drawn whole and cut: on any mesh the model begins as it does on one process.
+    `torch.manual_seed` before it decides them. They depend on the seed and on the weight's name alone. So a pipeline
+    stage draws only what it has, and a weight that is sharded (a DTensor) is drawn whole and cut: on any mesh the model
+    begins as it does on one process.
     """
     seed = int(torch.randint(2**62, (), device="cpu"))
     for part in parts:

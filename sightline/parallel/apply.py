@@ -8,6 +8,7 @@ from typing import Any
 from sightline import config
 from sightline.config import Run
 from sightline.models import build_skeleton, draw_weights
+from sightline.parallel.compile import apply_compile
 from sightline.parallel.context.split import check_context
 from sightline.parallel.expert import apply_expert, share_counts
 from sightline.parallel.mesh import Mesh, divisors
@@ -53,6 +54,8 @@ def parallelize(model: Any, mesh: Mesh, training: config.Training) -> None:
     apply_expert(model, mesh)
     share_counts(model, mesh)  # context parallelism is in the masks; only routers look beyond their own tokens
     apply_recompute(model, training)
+    if training.compile:
+        apply_compile(model)
     if mesh.size("loss") > 1:
         apply_shard(model, mesh, dtype=training.dtype)
 

@@ -46,6 +46,8 @@ class Memory:
     working: float
     """What a layer's backward needs on top of that, its gradients before they are shared out among them, or the loss
     for its logits."""
+    accumulates: bool
+    """Whether the gradients of a forward meet those of the ones before it. Else they grow while activations go."""
 
     @property
     def state(self) -> int:
@@ -54,7 +56,11 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return self.state + self.gathered + self.activations + self.working
+        """What the process holds at its height."""
+        passing = self.activations + self.working
+        if self.accumulates:
+            return self.state + self.gathered + passing
+        return self.state - self.gradients + self.gathered + max(self.gradients, passing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +162,7 @@ def _on_this_rank(
             held[number] * (sum(f.kept for f in layers.values()) + _ends_kept(stage, run, mesh, tokens))
             for number, layers, stage in zip(numbers, traced, skeletons, strict=True)
         ),
+        accumulates=microbatches > 1,
         working=max(*(f.working for f in footprints), *(_logits(stage, run, mesh, tokens) for stage in skeletons)),
     )
     process = ProcessEstimate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -130,16 +130,3 @@ def share_counts(model: nn.Module, mesh: Mesh) -> None:
     if mesh.size("context") > 1:
         for router in routers_of(model).values():
             router.choices_of_rows = lambda counts: mesh.sum(counts.clone(), "context")  # type: ignore[method-assign]
-
-
-def sum_router_counts(stages: Iterable[nn.Module], mesh: Mesh) -> None:
-    """Add up what the routers have counted in a step over all processes with other tokens: once, before `finish_step`.
-
-    Processes of `tensor` route the same tokens and have counted the same.
-    """
-    routers = [router for stage in stages for router in routers_of(stage).values() if router.counts is not None]
-    if routers and mesh.size("loss") > 1:
-        counts = [router.counts for router in routers if router.counts is not None]
-        summed = mesh.sum(torch.cat(counts), "loss")
-        for router, count in zip(routers, summed.split([len(c) for c in counts]), strict=True):
-            router.counts = count

@@ -14,7 +14,6 @@ from sightline.layers import routers_of
 from sightline.masks import AttentionMask
 from sightline.models.decoder import Masks
 from sightline.parallel.context.split import split_context
-from sightline.parallel.expert import sum_router_counts
 from sightline.parallel.mesh import Mesh
 
 Inputs = dict[str, Any]
@@ -87,17 +86,17 @@ class ParallelModel:
         return self.stages[0]
 
     def finish_step(self) -> dict[str, Tensor]:
-        """The models' own `finish_step`, by what the routers of all processes have counted; the scalars of all layers,
-        wherever they lie."""
-        sum_router_counts(self.stages, self.mesh)
-        told = {name: value for stage in self.stages for name, value in stage.finish_step().items()}
-        if self.mesh.size("pipeline") == 1:
-            return told
+        """The stages' own `finish_step`, by the tokens of all processes; scalars of all layers, wherever they lie."""
+        mesh = self.mesh
+        told: dict[str, Tensor] = {}
+        for stage in self.stages:
+            told |= stage.finish_step(lambda total: mesh.sum(total, "loss"))
         names = [f"expert_load/{name}" for name in routers_of(self.whole)]
-        values = (
-            torch.stack([told.get(name, torch.zeros((), device=self.mesh.device)) for name in names]) if names else None
-        )
-        return {} if values is None else dict(zip(names, self.mesh.sum(values, "pipeline"), strict=True))
+        if mesh.size("pipeline") == 1 or not names:
+            return told
+        nothing = torch.zeros((), device=mesh.device)
+        loads = torch.stack([told.get(name, nothing) for name in names])
+        return dict(zip(names, mesh.sum(loads, "pipeline"), strict=True))
 
     def get_attention_masks(self, batch: Any, tokenizer: object = None) -> Masks:
         return self.whole.get_attention_masks(batch, tokenizer)

@@ -69,9 +69,15 @@ def measure(rank: int, run: Run) -> dict[str, int]:
 
     batch = rows_of(run, mesh)
     inputs = prepare_batch(model, batch[: model.rows_at_once(batch.shape[0], run.training.micro_batch_size)], None, CPU)
-    with Ledger(parameters) as ledger, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        model.forward_backward(model.own_tokens(inputs), 1.0, last=True)
-    peak = ledger.peak
+    inputs = model.own_tokens(inputs)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model.forward_backward(inputs, 1.0, last=True)
+    bytes_saved = sum(local(x).untyped_storage().nbytes() for x in saved.values())
+    saved.clear()
+    for p in parameters:
+        p.grad = None
+    with Ledger(parameters) as ledger:
+        model.forward_backward(inputs, 1.0, last=True)
     optimizer = torch.optim.AdamW(parameters)
     optimizer.step()
     moments = [m for state in optimizer.state.values() for name, m in state.items() if name.startswith("exp_avg")]
@@ -79,8 +85,8 @@ def measure(rank: int, run: Run) -> dict[str, int]:
         "weights": held(parameters),
         "gradients": held(p.grad for p in parameters if p.grad is not None),
         "moments": held(moments),
-        "peak": int(peak),
-        "saved": sum(local(x).untyped_storage().nbytes() for x in saved.values()),
+        "peak": int(ledger.peak),
+        "saved": bytes_saved,
     }
 
 

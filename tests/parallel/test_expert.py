@@ -16,7 +16,7 @@ from sightline.config import Parallel, Training
 from sightline.layers import Router, routers_of
 from sightline.models import build_skeleton, config_of, draw_weights
 from sightline.models.drawing import draw
-from sightline.parallel.expert import apply_expert, share_counts, sort_by_expert, sum_router_counts
+from sightline.parallel.expert import apply_expert, share_counts, sort_by_expert
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.recompute import apply_recompute
 from sightline.parallel.shard import apply_shard
@@ -72,8 +72,9 @@ def learn(model: Any, parts: list[Batch], mesh: Mesh | None = None) -> dict[str,
             sums[name] = gradient if mesh is None else mesh.sum(gradient, "loss")
     if mesh is not None:
         sums["loss"] = mesh.sum(sums["loss"], "loss")
-        sum_router_counts([model], mesh)
-    sums |= model.finish_step()
+        sums |= model.finish_step(lambda total: mesh.sum(total, "loss"))
+    else:
+        sums |= model.finish_step()
     sums |= {f"{name}.balance": r.balance for name, r in routers_of(model).items() if r.balance is not None}
     return sums
 

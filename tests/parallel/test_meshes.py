@@ -15,7 +15,7 @@ from sightline.config import Checkpoint, Data, Logging, Optimizer, Parallel, Run
 from sightline.models import config_of
 from sightline.parallel.mesh import AXES
 from sightline.training import train
-from sightline.training.metrics import read_metrics
+from sightline.training.metrics import TIMES, read_metrics
 from sightline.training.terminal import Terminal
 from tests.parallel.processes import on_processes
 from tests.training.small_runs import write_corpus
@@ -32,7 +32,6 @@ DENSE = ("llama3", "qwen3", "vlm")
 EXPERTS = ("llama4", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
 FAMILIES = (*DENSE, *EXPERTS)
 SCHEDULES = get_args(config.SCHEDULES)
-COMPARED = ("loss", "grad_norm", "visible_pairs", "tokens", "packing_fill")
 # Keys and queries of its memory are brought to length 1, and where one is nearly 0 its gradient is all rounding: on one
 # process too, the gradients of single weights in float32 are up to 5e-5 from those in float64.
 ILL_CONDITIONED = {("qwen3_next", "grad_norm"): 2e-4}
@@ -90,11 +89,9 @@ def check(family: str, degrees: dict[str, Any], source: Path, tmp_path: Path, al
     assert len(rows) == len(expected) == STEPS
     for row, truth in zip(rows, expected, strict=True):
         assert row.keys() == truth.keys()
-        for name in COMPARED:
+        for name in truth.keys() - TIMES:
             tolerance = ILL_CONDITIONED.get((family, name), 1e-5)
             assert row[name] == pytest.approx(truth[name], rel=tolerance), (row["step"], name)
-        if "validation_loss" in truth:
-            assert row["validation_loss"] == pytest.approx(truth["validation_loss"], rel=1e-5)
 
 
 FAST: list[tuple[str, dict[str, Any]]] = [
@@ -132,6 +129,7 @@ SLOW: list[tuple[str, dict[str, Any]]] = [
     *((family, {"pipeline": 2, "tensor": 2}) for family in ("llama3", "deepseek_v3", "vlm")),
     *(("llama3_of_4", {"pipeline": 2, "pipeline_schedule": schedule}) for schedule in SCHEDULES),
     *(("llama3_of_4", {"pipeline": 2, "shard": 2, "pipeline_schedule": schedule}) for schedule in SCHEDULES),
+    *(("llama3_of_4", {"pipeline": 2, "tensor": 2, "pipeline_schedule": schedule}) for schedule in SCHEDULES[-3:]),
     *(("llama3", {"context": 2, "context_order": order}) for order in ("contiguous", "headtail", "roundrobin")),
     *(("deepseek_v3_mtp", {axis: 2}) for axis in ("shard", "tensor")),
 ]

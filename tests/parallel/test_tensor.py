@@ -18,7 +18,6 @@ from sightline.models.drawing import draw
 from sightline.models.generation import generate
 from sightline.models.qwen3_next import GatedAttention
 from sightline.parallel.compile import apply_compile
-from sightline.parallel.expert import sum_router_counts
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.shard import apply_shard
 from sightline.parallel.tensor import apply_tensor, check_degree
@@ -102,11 +101,9 @@ def learn(model: Any, batch: Batch, mesh: Mesh | None = None) -> dict[str, Tenso
         result["logits"] = run(model, batch, labels=False)
         result["evaluated"] = run(model, batch, labels=True)
     if mesh is not None:
-        sum_router_counts([model], mesh)
         mesh.sum(result["loss"], "loss"), mesh.sum(result["evaluated"], "loss")
-    metrics = model.finish_step()
-    metrics.pop("prediction_loss", None)  # of this process's rows
-    return result | metrics
+        return result | model.finish_step(lambda total: mesh.sum(total, "loss"))
+    return result | model.finish_step()
 
 
 def differences(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
