@@ -185,7 +185,7 @@ def _trace(run: Run, mesh: Mesh, stage: Any, found: dict[Any, Footprint]) -> dic
     apply_recompute(stage, run.training)
     shape = run.training.micro_batch_size, run.training.sequence_length // mesh.size("context")
     gathered = mesh.size("loss") > 1
-    return trace(stage, shape, run.training.dtype, found, tensor=mesh.size("tensor"), gathered=gathered)
+    return trace(stage, shape, run.training.dtype, found, gathered=gathered)
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What one layer keeps and sends for each token, found by running it on tensors without memory.
+"""What one layer keeps and sends, found by running it on tensors without memory.
 
 The layer is the real one, cut by the real tensor parallelism and changed by the real recompute, under PyTorch's fake
 tensors and fake process groups: shapes pass through forward and backward, numbers do not. So what is counted here
@@ -61,24 +61,25 @@ def pretending(world: int, rank: int) -> Iterator[None]:
 
 
 def trace(
-    stage: Any, shape: tuple[int, int], dtype: str, found: dict[Any, Footprint], *, tensor: int, gathered: bool
+    stage: Any, shape: tuple[int, int], dtype: str, found: dict[Any, Footprint], *, gathered: bool
 ) -> dict[str, Footprint]:
-    """The footprint of every layer of a stage (a skeleton that `tensor` processes share), by its name.
+    """The footprint of every layer of a stage (a skeleton, cut by tensor parallelism or whole), by its name.
 
-    found     of the kinds of layers met in other stages of the same run; grows
     shape     (B, S) of a microbatch: of its rows, the tokens that a process of `context` has
+    found     of the kinds of layers met in other stages of the same run; grows
     gathered  whether FSDP gathers the weights, in the precision they compute in; else autocast copies them
     """
     weights = torch.bfloat16 if gathered and dtype == "bfloat16" else torch.float32
     named = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         give_memory(stage, weights)
+        h = torch.empty(*shape, stage.config.width, dtype=weights)
+        for cut in stage.layers._forward_pre_hooks.values():  # tensor parallelism's: of whole rows the own tokens
+            (h,) = cut(stage.layers, (h,))
         for name, layer in stage.layers.items():
             kind = _kind(layer)
             if kind not in found:
-                rows, length = shape
-                x = torch.empty(rows, length // tensor, stage.config.width, dtype=weights, requires_grad=True)
-                found[kind] = _run(stage, layer, x, shape, dtype)
+                found[kind] = _run(stage, layer, h.detach().clone().requires_grad_(), shape, dtype)
             named[name] = found[kind]
     return named
 

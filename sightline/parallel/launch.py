@@ -121,6 +121,7 @@ def joined(parallel: Parallel, device: torch.device) -> Iterator[torch.device]:
     store.set_timeout(timeout)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     _job = Job(dist.PrefixStore(f"sightline/{attempt}", store), parallel, rank, world)
+    lost_gpus = False
     try:
         resolve(parallel, world)
         device = own_device(device)
@@ -128,13 +129,14 @@ def joined(parallel: Parallel, device: torch.device) -> Iterator[torch.device]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         yield device
     except (Exception, KeyboardInterrupt) as error:
+        lost_gpus = device.type == "cuda"  # nccl would wait for collectives that never end: they go with the process
         why = _why(_job, error)
         if why is error:
             raise
         raise why from error
     finally:
         _job = None
-        if dist.is_initialized():
+        if dist.is_initialized() and not lost_gpus:
             dist.destroy_process_group()
 
 

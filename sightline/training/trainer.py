@@ -149,8 +149,10 @@ class Trainer:
 
     def stops(self, stop: StopRequest) -> bool:
         """Whether a signal came, to this process or to any other: all leave after the same step."""
-        stop.received = meet(self.step, stop.received)
-        return stop.received is not None
+        received = meet(self.step, stop.received)
+        if received is not None:  # else one may have come in the meantime: the next step will see it
+            stop.received = received
+        return received is not None
 
     def take_step(self) -> Taken:
         """Give the next step to the device. Nothing here waits for its result."""

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from sightline.training import Trainer
+from sightline.training.signals import StopRequest
 from tests.training.small_runs import rows_of, write_corpus
 
 STEPS = 40
@@ -81,6 +83,19 @@ def test_a_job_asked_to_leave_saves_and_says_so_once(tmp_path: Path) -> None:
     assert text.count(f"saved in {checkpoint}. The same command continues") == 1, text
     assert f"stopped by SIGTERM after step {checkpoint.name.removeprefix('step-')};" in text
     assert len(rows_of(tmp_path / "run")) == int(checkpoint.name.removeprefix("step-"))
+
+
+def test_a_signal_that_comes_while_processes_meet_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, here = StopRequest(), Trainer.__new__(Trainer)
+    here.step = 3
+
+    def meeting(step: int, signum: int | None) -> int | None:
+        stop.received = signal.SIGTERM  # as the handler would while this process waits for the others
+        return signum
+
+    monkeypatch.setattr("sightline.training.trainer.meet", meeting)
+    assert not here.stops(stop) and stop.received == signal.SIGTERM
+    assert here.stops(stop)
 
 
 @pytest.mark.slow

@@ -190,6 +190,8 @@ def test_what_training_refuses_is_refused() -> None:
         estimate(run_of("llama3-debug", {"tensor": 3}), 4)
     with pytest.raises(ValueError, match=r"parallel\.tensor 8 does not divide"):
         estimate(run_of("llama3-debug", {"tensor": 8}), 8)
+    with pytest.raises(ValueError, match="tensor 2 does not divide the 65 tokens of a row"):
+        estimate(run_of("llama3-debug", {"tensor": 2}, sequence_length=65), 2)
     with pytest.raises(ValueError, match="global-batch-size 4 is not divisible"):
         estimate(run_of("llama3-debug", {}), 8)
 
