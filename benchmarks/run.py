@@ -1,4 +1,4 @@
-"""Every benchmark that this machine can run, one after the other: `make bench`. About half an hour on two cores."""
+"""Every benchmark that this machine can run, one after the other: `make bench`. About three quarters of an hour on two cores."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ CPU = [
     ("benchmarks.memory", []),
     ("benchmarks.training_step", ["--threads", "1"]),
     ("benchmarks.training_step", ["--threads", "2"]),
+    ("benchmarks.families", ["--rounds", "3"]),
+    ("benchmarks.moe", []),
+    ("benchmarks.mesh", []),
+    ("benchmarks.context_plan", []),
+    ("benchmarks.context_step", ["--rounds", "3"]),
 ]
 
 
