@@ -1,4 +1,4 @@
-"""Every benchmark that this machine can run, one after the other: `make bench`. About three quarters of an hour on two cores."""
+"""Every benchmark that this machine can run, one after the other: `make bench`. Under an hour on two cores."""
 
 from __future__ import annotations
 
