@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from sightline.config import Optimizer, Run, Training, Validation
-from sightline.recipes.llama3 import on_laptop
+from pathlib import Path
+
+from sightline.config import Checkpoint, Optimizer, Run, Training, Validation
+from sightline.models import config_of
+
+
+def on_laptop(name: str, *, training: Training, optimizer: Optimizer, validation: Validation, every: int) -> Run:
+    """Minutes on two CPU cores, on the source of Python's standard library."""
+    return Run(
+        model=config_of(name),
+        output_dir=Path("runs") / name,
+        training=training,
+        optimizer=optimizer,
+        validation=validation,
+        checkpoint=Checkpoint(every=every),
+    )
 
 
 def debug(name: str) -> Run:

@@ -6,18 +6,7 @@ from pathlib import Path
 
 from sightline.config import Checkpoint, Optimizer, Run, Training, Validation
 from sightline.models import config_of
-
-
-def on_laptop(name: str, *, training: Training, optimizer: Optimizer, validation: Validation, every: int) -> Run:
-    """Minutes on two CPU cores, on the source of Python's standard library."""
-    return Run(
-        model=config_of(name),
-        output_dir=Path("runs") / name,
-        training=training,
-        optimizer=optimizer,
-        validation=validation,
-        checkpoint=Checkpoint(every=every),
-    )
+from sightline.recipes.laptop import debug, on_laptop
 
 
 def on_gpus(name: str, learning_rate: float) -> Run:
@@ -36,13 +25,7 @@ def on_gpus(name: str, learning_rate: float) -> Run:
 
 
 LLAMA3_RECIPES = {
-    "llama3-debug": on_laptop(
-        "llama3-debug",
-        training=Training(steps=50, sequence_length=256, global_batch_size=4, micro_batch_size=4),
-        optimizer=Optimizer(learning_rate=3e-3, warmup_steps=5),
-        validation=Validation(every=25, rows=4),
-        every=25,
-    ),
+    "llama3-debug": debug("llama3-debug"),
     "llama3-tiny": on_laptop(
         "llama3-tiny",
         # A small batch takes more steps from the same tokens, which is what so short a training needs.
