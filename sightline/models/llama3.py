@@ -21,6 +21,7 @@ from sightline.layers import (
     rope_frequencies,
 )
 from sightline.masks import AttentionMask, causal, document
+from sightline.models.checks import check_positive
 from sightline.models.decoder import Decoder, Layer
 from sightline.models.weights import HuggingFace, Weight, expect, read_rope, read_scaling, write_rope
 
@@ -53,10 +54,7 @@ class Llama3Config:
     """Use the embedding as the output projection too."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "ffn", "rope_theta", "norm_eps"):
-            if getattr(self, name) <= 0:
-                option = name.replace("_", "-")
-                raise ValueError(f"model.{option} must be greater than 0, got {getattr(self, name)}")
+        check_positive(self, "vocab_size", "width", "layers", "heads", "kv_heads", "ffn", "rope_theta", "norm_eps")
         if self.heads % self.kv_heads:
             fits = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
             raise ValueError(
