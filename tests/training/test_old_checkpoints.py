@@ -1,0 +1,45 @@
+"""Checkpoints that 0.2.0 wrote: their weights and optimizer state load, and the next step is the one 0.2.0 would take.
+
+Each archive holds one small model's `step-2` and, in expected.json, what 0.2.0 computed on the batch below: the loss, the
+gradient norm, and the sum of all weights' magnitudes after one more step.
+"""
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from sightline import Batch
+from sightline.config import Optimizer
+from sightline.parallel.parallel_model import on_one_process
+from sightline.training.checkpoint import read_tensors, tensors
+from sightline.training.optimizer import build_optimizer
+from sightline.training.step import train_step
+from sightline.training.trained import load_trained
+
+FIXTURES = sorted((Path(__file__).parent.parent / "fixtures" / "checkpoints").glob("*.tar.xz"))
+CPU = torch.device("cpu")
+
+
+def fixed_batch() -> Batch:
+    generator = torch.Generator().manual_seed(5)
+    documents = [torch.randint(2, 260, (length,), generator=generator).tolist() for length in (5, 1, 30, 17, 40)]
+    return Batch.from_documents(documents, length=64)
+
+
+@pytest.mark.parametrize("archive", FIXTURES, ids=lambda path: path.name.split(".")[0])
+def test_a_checkpoint_of_0_2_0_continues(archive: Path, tmp_path: Path) -> None:
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path, filter="data")
+    directory = tmp_path / archive.name.split(".")[0]
+    expected = json.loads((directory / "expected.json").read_text())
+    model = load_trained(directory / "step-2", CPU).model.train()
+    optimizer = build_optimizer(model, Optimizer(learning_rate=1e-2))
+    read_tensors(directory / "step-2", tensors(model, optimizer, CPU))
+    result = train_step(on_one_process(model), optimizer, fixed_batch(), None, micro_batch_size=1, max_grad_norm=1.0)
+    assert result.loss.item() == pytest.approx(expected["loss"], rel=1e-6)
+    assert result.grad_norm.item() == pytest.approx(expected["grad_norm"], rel=1e-5)
+    weights = sum(p.detach().double().abs().sum().item() for p in model.parameters())
+    assert weights == pytest.approx(expected["weights"], rel=1e-7)
