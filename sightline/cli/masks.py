@@ -28,7 +28,7 @@ from sightline.training import prepare_batch
 from sightline.training.plots import draw_masks
 from sightline.training.run_directory import RunDirectory, load_config
 from sightline.training.setup import get_tokenizer, open_loader
-from sightline.training.step import Model, named_masks
+from sightline.training.step import Model
 
 WIDEST = 100  # columns a picture takes by itself; a wider one would not fit a screen in height
 DESCRIPTION = """Draw what each token may see.
@@ -140,7 +140,7 @@ def first_batch(title: str, run: Run, directory: Path | None, sequence_length: i
             model = build_model(run.model)
         with closing(open_loader(run, documents, tokenizer)) as loader:
             batch = next(loader)
-        masks = named_masks(prepare_batch(model, batch, tokenizer, "cpu")["attention_masks"])
+        masks = prepare_batch(model, batch, tokenizer, "cpu")["attention_masks"]
     return Subject(title=f"{title}, first batch", masks=masks, model=model, batch=batch)
 
 

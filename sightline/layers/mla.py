@@ -13,7 +13,6 @@ from sightline.layers.cache import KeyValueCache
 from sightline.layers.divisible import Divisible
 from sightline.layers.norm import RMSNorm
 from sightline.layers.rope import Rotation, rotate
-from sightline.masks import AttentionMask
 
 LATENT_NORM_EPS = 1e-6  # whatever the eps of the model's other norms, in all published weights
 
@@ -68,18 +67,16 @@ class MultiHeadLatentAttention(Divisible):
     def parts(self) -> dict[str, int]:
         return {"heads": self.query.out_features // (self.plain_size + self.rope_size)}
 
-    def forward(
-        self, x: Tensor, mask: AttentionMask | Lowered, rotation: Rotation, cache: KeyValueCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Lowered, rotation: Rotation, cache: KeyValueCache | None = None) -> Tensor:
         """x [B, S, W] -> [B, S, W]. With a cache the mask's queries are these S tokens, its keys all tokens so far."""
         latent, turned = self.kv_down(x).split([self.kv_rank, self.rope_size], dim=-1)
         latent, turned = self.kv_norm(latent)[:, :, None], rotate(turned[:, :, None], rotation)  # of one head
         latent, turned = latent.transpose(1, 2), turned.transpose(1, 2)
         if cache is not None:
             latent, turned = cache.append(latent, turned)
-        gathered = mask.gather(latent, turned)  # those of other processes come while the queries are made
+        pending = mask.exchange.start(latent, turned)  # those of other processes arrive while the queries are made
         q_BSHD = self._queries(x, rotation)
-        latent, turned = (t.transpose(1, 2) for t in gathered())
+        latent, turned = (t.transpose(1, 2) for t in pending.wait())
         k_BTHD, v_BTHD = self._keys_and_values(latent[:, :, 0], turned)
         # Kernels want one head size for all: what has less is filled up with zeros, which add nothing to a product.
         size = max(self.plain_size + self.rope_size, self.value_size)

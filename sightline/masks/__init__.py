@@ -1,6 +1,6 @@
 """Masks as data: AttentionMask, the rules that make one, and the forms that kernels take."""
 
-from sightline.masks.mask import AttentionMask
+from sightline.masks.mask import AttentionMask, named_masks
 from sightline.masks.rules import (
     and_masks,
     bidirectional,
@@ -25,6 +25,7 @@ __all__ = [
     "chunked",
     "document",
     "global_tokens",
+    "named_masks",
     "or_masks",
     "prefix_lm",
     "prefix_tree",

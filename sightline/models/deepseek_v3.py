@@ -26,7 +26,7 @@ from sightline.layers import (
     rope_frequencies,
     with_gradient_of,
 )
-from sightline.masks import AttentionMask, causal, document
+from sightline.masks import AttentionMask, causal, document, named_masks
 from sightline.models.checks import check_experts, check_positive
 from sightline.models.decoder import Decoder, Layer, Masks
 
@@ -213,7 +213,7 @@ class Block(Layer):
         """h [B, S, W] -> [B, S, W]."""
         h = h + self.attention(self.attention_norm(h), mask, rotation, cache)
         x = self.mlp_norm(h)
-        return h + (self.mlp(x, mask.mask.seeing()) if isinstance(self.mlp, MoE) else self.mlp(x))
+        return h + (self.mlp(x, mask.visible) if isinstance(self.mlp, MoE) else self.mlp(x))
 
 
 def build_moe(config: DeepseekV3Config) -> MoE:
@@ -316,14 +316,15 @@ class DeepseekV3(Decoder):
             )
         assert self.embedding is not None and self.norm is not None, "prediction needs both ends of the model"
         h = self.embedding(tokens)
-        lowered, rotation = self.lower_masks(attention_masks, h), self.encode_positions(positions)
+        lowered, rotation = self.lower_masks(named_masks(attention_masks), h), self.encode_positions(positions)
         h = self.norm(self.layers(h, lowered, rotation, None))
         if next_tokens is None or next_labels is None:
             next_tokens, next_labels = look_further(tokens, labels)
         further = self.prediction(h, self.embedding(next_tokens), lowered["attention"], rotation)
         output = self.embedding if self.output is None else self.output
         loss = self.token_losses(further.flatten(0, 1), output.weight, next_labels.flatten())
-        self.predicted.append(torch.stack([loss.detach(), (next_labels != IGNORE).sum()]))
+        tokens_predicted = (next_labels != IGNORE).sum().to(loss.device, non_blocking=True)
+        self.predicted.append(torch.stack([loss.detach(), tokens_predicted]))
         return with_gradient_of(self.head(h, labels), self.config.prediction_weight * loss)
 
     def finish_step(self, add: Callable[[Tensor], Tensor] = lambda total: total) -> dict[str, Tensor]:

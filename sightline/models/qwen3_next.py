@@ -171,9 +171,7 @@ class GatedAttention(GroupedQueryAttention):
         turned = encoding.cos.shape[-1]
         return torch.cat([rotate(k_BSGD[..., :turned], encoding), k_BSGD[..., turned:]], dim=-1)
 
-    def mix(
-        self, x: Tensor, mask: AttentionMask | Lowered, encoding: Rotation, cache: KeyValueCache | None = None
-    ) -> Tensor:
+    def mix(self, x: Tensor, mask: Lowered, encoding: Rotation, cache: KeyValueCache | None = None) -> Tensor:
         return super().mix(x, mask, encoding, cache) * self.gate(x).sigmoid()
 
 
@@ -212,7 +210,7 @@ class Block(Layer):
         """h [B, S, W] -> [B, S, W]."""
         h = h + self.mixer(self.mixer_norm(h), mask, rotation, cache)
         x = self.mlp_norm(h)
-        return h + (self.mlp(x, mask.mask.seeing()) if isinstance(self.mlp, MoE) else self.mlp(x))
+        return h + (self.mlp(x, mask.visible) if isinstance(self.mlp, MoE) else self.mlp(x))
 
     def new_cache(self) -> LayerCache:
         return KeyValueCache() if isinstance(self.mixer, GatedAttention) else RecurrentCache()

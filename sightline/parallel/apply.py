@@ -9,8 +9,9 @@ from sightline import config
 from sightline.config import Run
 from sightline.models import build_skeleton, draw_weights
 from sightline.parallel.compile import apply_compile
+from sightline.parallel.context.apply import apply_context
 from sightline.parallel.context.split import check_context
-from sightline.parallel.expert import apply_expert, share_counts
+from sightline.parallel.expert import apply_expert
 from sightline.parallel.mesh import Mesh, divisors
 from sightline.parallel.parallel_model import ParallelModel
 from sightline.parallel.pipeline import Pipelined
@@ -52,7 +53,7 @@ def parallelize(model: Any, mesh: Mesh, training: config.Training) -> None:
     """
     apply_tensor(model, mesh)
     apply_expert(model, mesh)
-    share_counts(model, mesh)  # context parallelism is in the masks; only routers look beyond their own tokens
+    apply_context(model, mesh)
     apply_recompute(model, training)
     if training.compile:
         apply_compile(model)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from sightline.attention import choose_backend
 from sightline.config import Run
 from sightline.data import Documents
 from sightline.masks import AttentionMask
@@ -60,17 +59,14 @@ def announce_model(terminal: Terminal, run: Run, model: ParallelModel, peak: Pea
         )
 
 
-def introduce_masks(
-    terminal: Terminal, run: Run, directory: RunDirectory, masks: dict[str, AttentionMask], device: torch.device
-) -> None:
-    """Say which kernel honours the first batch's masks and why; draw masks.png where there is none."""
-    dtype = getattr(torch, run.training.dtype)
-    for name, mask in masks.items():
-        asked: str = run.attention.backend
-        backend, reason = (asked, "it was asked for")
-        if asked == "auto":
-            backend, reason = choose_backend(mask, device, dtype, training=True)
-        terminal.table({"attention": f"{name} by {backend}: {reason}" if len(masks) > 1 else f"{backend}: {reason}"})
+def announce_kernels(terminal: Terminal, kernels: dict[str, str]) -> None:
+    """Log the kernel that honors each mask, and why it was chosen."""
+    for name, kernel in kernels.items():
+        terminal.table({"attention": f"{name} by {kernel}" if len(kernels) > 1 else kernel})
+
+
+def draw_first_masks(terminal: Terminal, directory: RunDirectory, masks: dict[str, AttentionMask]) -> None:
+    """masks.png of the first batch, where there is none."""
     if not directory.mask_plot.exists():
         draw(terminal, directory.mask_plot, lambda path: draw_masks(masks, path))
 
