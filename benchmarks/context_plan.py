@@ -115,7 +115,7 @@ def measure(layout: Layout, degree: int, rounds: int) -> list[dict[str, object]]
         plans["PyTorch per document"] = plan_of(masks, owners_by_document(rounded, degree), degree), layout.layers
     seconds = cpu_seconds(planners, rounds)
     views = cpu_seconds(
-        {o: lambda o=o: [plans[o][0].view(degree // 2, name) for name in layout.masks] for o in ORDERS}, rounds
+        {o: lambda o=o: [plans[o][0].shard(degree // 2, name) for name in layout.masks] for o in ORDERS}, rounds
     )
     lines = []
     for order, (plan, layers) in plans.items():

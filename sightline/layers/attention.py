@@ -62,6 +62,10 @@ class GroupedQueryAttention(Divisible):
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
 
+    def attention_needs(self) -> dict[str, Any]:
+        """What the attention kernel must offer: fields of `sightline.attention.Needs`."""
+        return {"sinks": self.sinks is not None, "head_dim": self.head_size}
+
     def parts(self) -> dict[str, int]:
         return {"key/value heads": self.key.out_features // self.head_size}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,10 @@ class MultiHeadLatentAttention(Divisible):
             if norm is not None:
                 norm.init_weights()
         nn.init.normal_(self.output.weight, std=output_std)
+
+    def attention_needs(self) -> dict[str, Any]:
+        """What the attention kernel must offer: fields of `sightline.attention.Needs`."""
+        return {"sinks": False, "head_dim": max(self.plain_size + self.rope_size, self.value_size)}
 
     def parts(self) -> dict[str, int]:
         return {"heads": self.query.out_features // (self.plain_size + self.rope_size)}

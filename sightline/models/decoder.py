@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sightline.attention import Exchanges, LocalExchanges, Lowered, lower
+from sightline.attention import Exchanges, LocalExchanges, Lowered, Needs, check_backend, lower
 from sightline.batch import Batch
 from sightline.layers import (
+    GroupedQueryAttention,
     KeyValueCache,
     LayerCache,
+    MultiHeadLatentAttention,
     RMSNorm,
     linear_cross_entropy,
     routers_of,
@@ -174,11 +177,31 @@ class Decoder(nn.Module):
                 loss = with_gradient_of(loss, router.auxiliary_loss)
         return loss
 
+    @cached_property
+    def attention_needs(self) -> list[dict[str, Any]]:
+        """What its attention layers ask of a kernel, each kind of layer once: fields of `Needs`."""
+        needs: list[dict[str, Any]] = []
+        for module in self.modules():
+            if isinstance(module, GroupedQueryAttention | MultiHeadLatentAttention):
+                own = module.attention_needs()
+                needs += [own] if own not in needs else []
+        return needs
+
+    def check_backend(self, device: torch.device, dtype: torch.dtype, *, training: bool) -> None:
+        """Refuse an attention backend that cannot serve the layers, whatever the masks will be.
+
+        Raises:
+            ValueError: with the reason and the backends that can.
+        """
+        for own in self.attention_needs:
+            check_backend(self.attention_backend, Needs(device=device, dtype=dtype, training=training, **own))
+
     def lower_masks(self, masks: Mapping[str, Any], h: Tensor) -> dict[str, Lowered]:
         """Each mask as the layers take it, made once for all the layers that use it."""
         kind = h.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
         training = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        sinks = any(own["sinks"] for own in self.attention_needs)
         lowered = {}
         for name, given in masks.items():
             mask, exchange = self.exchanges.bind(given, h.device)
@@ -188,6 +211,7 @@ class Decoder(nn.Module):
                 device=h.device,
                 dtype=dtype,
                 training=training,
+                sinks=sinks,
                 exchange=exchange,
                 segments=self.row_heads is not None,
             )

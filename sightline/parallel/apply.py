@@ -5,6 +5,8 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
+import torch
+
 from sightline import config
 from sightline.config import Run
 from sightline.models import build_skeleton, draw_weights
@@ -28,6 +30,7 @@ def build_parallel(run: Run, mesh: Mesh) -> ParallelModel:
     """
     check_offload(mesh)
     whole = build_skeleton(run.model, attention_backend=run.attention.backend)
+    whole.check_backend(mesh.device, getattr(torch, run.training.dtype), training=True)
     check_context(whole, mesh, run.training.sequence_length)
     if mesh.world == 1:
         stages = [whole]

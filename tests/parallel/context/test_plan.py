@@ -53,7 +53,7 @@ def assert_sound(plan: ContextPlan, name: str, dense: Tensor) -> tuple[Tensor, T
     """Everything that a plan promises of one mask. Returns pairs and received keys, int64 [degree], counted here."""
     rows, length, _ = dense.shape
     degree, share = plan.degree, length // plan.degree
-    views = [plan.view(rank, name) for rank in range(degree)]
+    views = [plan.shard(rank, name) for rank in range(degree)]
     owned = [plan.queries(rank) for rank in range(degree)]
     assert torch.equal(torch.cat(owned, dim=1).sort(dim=1).values, torch.arange(length).expand(rows, length))
     pairs, received = torch.zeros(2, degree, dtype=torch.int64)
@@ -146,7 +146,8 @@ def test_a_plan_by_hand() -> None:
     assert mask.start.tolist() == [[[0], [0], [0], [0]]] and mask.stop.tolist() == [[[2], [3], [4], [0]]]
     assert send.tolist() == [[[-1, -1, -1], [0, 1, 2]]]
     assert receive.tolist() == [[[0, -1, -1], [1, 2, 3]]]
-    mask, send, receive = plan.view(0)
+    shard = plan.shard(0)
+    mask, send, receive = shard.mask, shard.send, shard.receive
     assert mask.stop.tolist() == [[[1], [2], [3], [4]]] and mask.start.tolist() == [[[0], [0], [0], [3]]]
     assert send.tolist() == [[[0, 1, 2, 3], [3, -1, -1, -1]]]
     assert receive.tolist() == [[[0, 1, 2, 3], [-1, -1, -1, -1]]]
@@ -269,7 +270,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"layers names \['full'\], the masks are \['attention'\]"):
         plan_context(causal(1, 8), 2, layers={"full": 3})
     with pytest.raises(ValueError, match="no mask named 'full'"):
-        plan_context(causal(1, 8), 2).view(0, "full")
+        plan_context(causal(1, 8), 2).shard(0, "full")
 
 
 def test_the_example_of_the_page() -> None:
