@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from sightline.numbers import divisors, nearest
 from sightline.parallel.context.mask import ContextMask, WholeRows
 from sightline.parallel.context.plan import plan_context
-from sightline.parallel.mesh import Mesh, divisors, nearest
+from sightline.parallel.mesh import Mesh
 
 
 def split_context(inputs: dict[str, Any], model: Any, mesh: Mesh) -> dict[str, Any]:
