@@ -29,14 +29,6 @@ def check_divisible(name: str, number: int, by: str, divisor: int, kind: str) ->
         )
 
 
-def power_of_two(least: float) -> int:
-    """The smallest power of two, from 1 on, that is at least `least`."""
-    power = 1
-    while power < least:
-        power *= 2
-    return power
-
-
 def count(number: float) -> str:
     """`640`, `9.4 K`, `7.9 M`, `8.0 B`."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
