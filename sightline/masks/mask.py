@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils import _pytree as pytree
 
-from sightline.masks.blocks import build_block_mask, build_mask_mod
+from sightline.masks.block_mask import build_block_mask, build_mask_mod
 from sightline.masks.intervals import canonical, from_dense, pad_intervals
 from sightline.masks.varlen import VarlenLayout, build_varlen
 

@@ -29,6 +29,7 @@ from sightline.layers import (
 from sightline.masks import AttentionMask, causal, document, named_masks
 from sightline.models.checks import check_experts, check_positive
 from sightline.models.decoder import Decoder, Layer, Masks
+from sightline.numbers import check_divisible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +99,7 @@ class DeepseekV3Config:
             raise ValueError(f"model.rope-size must be even: RoPE turns pairs of channels, got {self.rope_size}")
         if not 0 <= self.dense_layers <= self.layers:
             raise ValueError(f"model.dense-layers must be 0 to {self.layers}, all layers, got {self.dense_layers}")
-        if self.experts % self.expert_groups:
-            fits = [n for n in range(1, self.experts + 1) if self.experts % n == 0]
-            raise ValueError(
-                f"model.experts {self.experts} is not divisible by model.expert-groups {self.expert_groups}; "
-                f"groups that divide it: {fits}"
-            )
+        check_divisible("model.experts", self.experts, "model.expert-groups", self.expert_groups, "groups")
         self._check_groups()
 
     def _check_groups(self) -> None:

@@ -10,11 +10,12 @@ import torch
 from sightline import config
 from sightline.config import Run
 from sightline.models import build_skeleton, draw_weights
+from sightline.numbers import divisors
 from sightline.parallel.compile import apply_compile
 from sightline.parallel.context.apply import apply_context
 from sightline.parallel.context.split import check_context
 from sightline.parallel.expert import apply_expert
-from sightline.parallel.mesh import Mesh, divisors
+from sightline.parallel.mesh import Mesh
 from sightline.parallel.parallel_model import ParallelModel
 from sightline.parallel.pipeline import Pipelined
 from sightline.parallel.pipeline_stages import count_microbatches, take_stages

@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from sightline.layers import Experts
 from sightline.models.decoder import Decoder
+from sightline.numbers import divisors, nearest
 from sightline.parallel.local import as_it_is, show_local
-from sightline.parallel.mesh import Mesh, divisors, nearest
+from sightline.parallel.mesh import Mesh
 
 
 def apply_expert(model: Decoder, mesh: Mesh) -> None:

@@ -30,9 +30,10 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distr
 
 from sightline.layers import Divisible, routers_of
 from sightline.models.decoder import Decoder
+from sightline.numbers import divisors, nearest
 from sightline.parallel import vocabulary
 from sightline.parallel.local import View, as_it_is, show_local
-from sightline.parallel.mesh import Mesh, divisors, nearest
+from sightline.parallel.mesh import Mesh
 from sightline.parallel.redistribute import redistribute
 
 

@@ -10,14 +10,15 @@ import torch
 from sightline.config import Run
 from sightline.data import Documents
 from sightline.masks import AttentionMask
+from sightline.numbers import count, duration
 from sightline.parallel.parallel_model import ParallelModel
+from sightline.plots.loss_png import plot_loss
+from sightline.plots.mask_png import plot_masks
 from sightline.training.checkpoint import find_latest
 from sightline.training.flops import Peak
-from sightline.training.loss_plot import draw_loss
 from sightline.training.metrics import read_metrics
-from sightline.training.plots import draw_masks
 from sightline.training.run_directory import RunDirectory
-from sightline.training.terminal import Terminal, count, duration
+from sightline.training.terminal import Terminal
 
 
 def announce_data(terminal: Terminal, run: Run, documents: Documents, held_out: Documents, start: Path | None) -> None:
@@ -68,7 +69,7 @@ def announce_kernels(terminal: Terminal, kernels: dict[str, str]) -> None:
 def draw_first_masks(terminal: Terminal, directory: RunDirectory, masks: dict[str, AttentionMask]) -> None:
     """masks.png of the first batch, where there is none."""
     if not directory.mask_plot.exists():
-        draw(terminal, directory.mask_plot, lambda path: draw_masks(masks, path))
+        draw(terminal, directory.mask_plot, lambda path: plot_masks(masks, path))
 
 
 def draw_losses(terminal: Terminal, run: Run, directory: RunDirectory) -> None:
@@ -76,7 +77,7 @@ def draw_losses(terminal: Terminal, run: Run, directory: RunDirectory) -> None:
     rows = read_metrics(directory.metrics)
     if rows:
         title = f"{run.output_dir.name} · {run.data.source}"
-        draw(terminal, directory.loss_plot, lambda path: draw_loss(rows, path, title))
+        draw(terminal, directory.loss_plot, lambda path: plot_loss(rows, path, title))
 
 
 def draw(terminal: Terminal, path: Path, draw_to: Callable[[Path], None]) -> None:

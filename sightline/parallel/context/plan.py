@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sightline.attention.tiles import TILE
 from sightline.masks import AttentionMask, named_masks
+from sightline.numbers import divisors, nearest
 from sightline.parallel.context.needs import (
     Integers,
     Needs,
@@ -156,11 +157,9 @@ def _check(masks: Mapping[str, AttentionMask], degree: int, order: str, layers: 
     if length % degree:
         below, above = length // degree * degree, -(-length // degree) * degree
         lengths = f"{below} or {above}" if below else f"{above}"
-        smaller = max(d for d in range(1, degree) if length % d == 0)
-        larger = next((f" or {d}" for d in range(degree + 1, length + 1) if length % d == 0), "")
         raise ValueError(
             f"rows of {length} tokens do not divide among {degree} context ranks; nearest lengths: {lengths}; "
-            f"nearest degrees: {smaller}{larger}"
+            f"nearest degrees: {nearest(degree, divisors(length))}"
         )
     if not isinstance(layers, int) and set(layers) != set(masks):
         raise ValueError(f"layers names {sorted(layers)}, the masks are {sorted(masks)}")

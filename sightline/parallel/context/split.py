@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from sightline.masks import named_masks
+from sightline.numbers import divisors, nearest
 from sightline.parallel.context.plan import plan_context
-from sightline.parallel.mesh import Mesh, divisors, nearest
+from sightline.parallel.mesh import Mesh
 
 
 def split_context(inputs: dict[str, Any], model: Any, mesh: Mesh) -> dict[str, Any]:

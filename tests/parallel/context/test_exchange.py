@@ -24,7 +24,7 @@ from sightline.parallel.context.exchange import ContextExchange
 from sightline.parallel.context.shard import ContextShard
 from sightline.parallel.context.split import check_context, split_context
 from sightline.parallel.mesh import Mesh
-from tests.masks.test_blocks import assert_same_blocks
+from tests.masks.test_block_mask import assert_same_blocks
 from tests.parallel.context.rows import LENGTH, LENGTHS, pack
 from tests.parallel.processes import on_processes
 from tests.support.lowering import lowered

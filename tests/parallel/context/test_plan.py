@@ -11,13 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.image import imread
 from torch import Tensor
 
 from sightline.masks import AttentionMask, causal, chunked, document, global_tokens, shared_prefix, sliding_window
 from sightline.parallel import plan_context
 from sightline.parallel.context.orders import Costs, balanced, contiguous, headtail, roundrobin
-from sightline.parallel.context.picture import draw_plan
 from sightline.parallel.context.plan import ORDERS, ContextPlan, received_length
 from tests.masks.random_masks import assert_canonical, dense_rules, expressions, packed_rows
 
@@ -282,13 +280,3 @@ def test_the_example_of_the_page() -> None:
     assert plan.work().sum() == sum(len(d) * (len(d) + 1) // 2 for d in names["documents"])
     assert plan.work().max() <= 1.02 * plan.work().double().mean()
     assert names["mask"].shape[:2] == (1, 1024)
-
-
-@pytest.mark.parametrize("degree", [1, 16])
-def test_picture(degree: int, tmp_path: Path) -> None:
-    ids = torch.cat([packed([40, 100, 20])[0], torch.full((1, 160), -1, dtype=torch.int32)])
-    masks = {"full": causal(2, 160) & document(ids), "window": sliding_window(2, 160, 9) & document(ids)}
-    draw_plan(plan_context(masks, degree), tmp_path / "plan.png")
-    image = imread(tmp_path / "plan.png")
-    assert image.shape[0] > 500 and image.shape[1] == 1650 and image.std() > 0.05
-    draw_plan(plan_context(document(torch.full((1, 32), -1)), degree), tmp_path / "padding.png")
