@@ -68,7 +68,7 @@ def test_the_log_says_what_is_trained_and_where_it_lies(run, said) -> None:
         "20 documents",
         "2 held out",
         "2 rows of 48 tokens in 2 forwards",
-        "attention    sdpa: on a CPU",
+        "attention    tiled: on a CPU",
         "MFU",
         "a sample:\ndef ",
         "step 8 reached, loss",

@@ -44,7 +44,7 @@ CONFIGS: dict[str, Any] = {
 RULES = ("window", "chunk", "prefix", "shared", "global", "both")
 ORDERS = ("balanced", "contiguous", "headtail", "roundrobin")
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-12}  # relative
-# Its keys and queries are brought to length 1, and where one is nearly 0 its gradient is all rounding: in float32 single
+# Keys and queries are brought to length 1, and where one is nearly 0 its gradient is all rounding: in float32 single
 # weights of one process are up to 5e-5 from float64 too, by processor; in float64 the limit is that of all.
 ILL_CONDITIONED = {("qwen3_next", torch.float32): 1e-4}
 

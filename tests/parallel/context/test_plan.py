@@ -140,7 +140,8 @@ def test_a_plan_by_hand() -> None:
     assert plan.work().tolist() == [1 + 2 + 3 + 1, 2 + 3 + 4]
     assert plan.received_keys().tolist() == [0, 1]
     assert plan.sent_keys().tolist() == [[0, 1], [0, 0]]
-    mask, send, receive = plan.view(1)
+    shard = plan.shard(1)
+    mask, send, receive = shard.mask, shard.send, shard.receive
     assert mask.start.tolist() == [[[0], [0], [0], [0]]] and mask.stop.tolist() == [[[2], [3], [4], [0]]]
     assert send.tolist() == [[[-1, -1, -1], [0, 1, 2]]]
     assert receive.tolist() == [[[0, -1, -1], [1, 2, 3]]]
@@ -156,7 +157,7 @@ def test_far_intervals_that_meet_among_the_received_keys_become_one() -> None:
     sink = torch.zeros(1, 12, dtype=torch.bool)
     sink[0, 0] = True
     plan = plan_context((sliding_window(1, 12, 2) | global_tokens(sink)) & causal(1, 12), 2, "contiguous")
-    mask, _, _ = plan.view(1)
+    mask = plan.shard(1).mask
     assert plan.received_keys().tolist() == [0, 2]
     assert mask.intervals == 2 and mask.start[0, 0].tolist() == [0, 0] and mask.stop[0, 0].tolist() == [3, 0]
 
@@ -279,4 +280,4 @@ def test_the_example_of_the_page() -> None:
     assert plan.queries(0).shape == (1, 1024) and plan.sent_keys().shape == (4, 4)
     assert plan.work().sum() == sum(len(d) * (len(d) + 1) // 2 for d in names["documents"])
     assert plan.work().max() <= 1.02 * plan.work().double().mean()
-    assert names["mask"].shape[:2] == (1, 1024)
+    assert names["shard"].mask.shape[:2] == (1, 1024)
