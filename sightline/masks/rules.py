@@ -20,19 +20,19 @@ from torch import Tensor
 from sightline.masks.intervals import document_begins, find_runs, segment_bounds
 from sightline.masks.mask import AttentionMask
 
-__all__ = [
-    "and_masks",
-    "bidirectional",
-    "block_diffusion",
+__all__ = [  # noqa: RUF022  # in the order in which errors and help name them
     "causal",
-    "chunked",
     "document",
-    "global_tokens",
-    "or_masks",
-    "prefix_lm",
-    "prefix_tree",
-    "shared_prefix",
     "sliding_window",
+    "chunked",
+    "prefix_lm",
+    "bidirectional",
+    "global_tokens",
+    "shared_prefix",
+    "prefix_tree",
+    "block_diffusion",
+    "and_masks",
+    "or_masks",
 ]
 """The rules: what `sightline.masks` exports and mask expressions on the command line may call."""
 
