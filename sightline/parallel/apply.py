@@ -7,6 +7,7 @@ from typing import Any
 
 from sightline import config
 from sightline.config import Run
+from sightline.layers import get_loss
 from sightline.models import build_skeleton, draw_weights
 from sightline.parallel.compile import apply_compile
 from sightline.parallel.context.split import check_context
@@ -27,6 +28,7 @@ def build_parallel(run: Run, mesh: Mesh) -> ParallelModel:
     """
     check_offload(mesh)
     whole = build_skeleton(run.model, attention_backend=run.attention.backend)
+    whole.loss = get_loss(run.training.loss)
     check_context(whole, mesh, run.training.sequence_length)
     if mesh.world == 1:
         stages = [whole]
@@ -52,6 +54,7 @@ def parallelize(model: Any, mesh: Mesh, training: config.Training) -> None:
     """
     apply_tensor(model, mesh)
     apply_expert(model, mesh)
+    model.row_group = mesh.group("context") if mesh.size("context") > 1 else None
     share_counts(model, mesh)  # context parallelism is in the masks; only routers look beyond their own tokens
     apply_recompute(model, training)
     if training.compile:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from sightline.config import Parallel
-from sightline.layers import routers_of
+from sightline.layers import Loss, routers_of
 from sightline.masks import AttentionMask
 from sightline.models.decoder import Masks
 from sightline.parallel.context.split import split_context
@@ -98,6 +98,10 @@ class ParallelModel:
         loads = torch.stack([told.get(name, nothing) for name in names])
         return dict(zip(names, mesh.sum(loads, "pipeline"), strict=True))
 
+    @property
+    def loss(self) -> Loss:
+        return self.whole.loss
+
     def get_attention_masks(self, batch: Any, tokenizer: object = None) -> Masks:
         return self.whole.get_attention_masks(batch, tokenizer)
 
@@ -122,7 +126,13 @@ def on_one_process(model: Any, *, dtype: str = "float32") -> ParallelModel:
 
 def place(inputs: Inputs, device: torch.device | str) -> Inputs:
     """The same on a device."""
-    moved = {name: value.to(device, non_blocking=True) for name, value in inputs.items() if isinstance(value, Tensor)}
+
+    def move(named: Inputs) -> Inputs:
+        return {name: value.to(device, non_blocking=True) for name, value in named.items() if isinstance(value, Tensor)}
+
+    moved = move(inputs)
+    if "loss_facts" in inputs:
+        moved["loss_facts"] = move(inputs["loss_facts"])
     masks = inputs["attention_masks"]
     if isinstance(masks, AttentionMask):
         return {**moved, "attention_masks": masks.to(device)}

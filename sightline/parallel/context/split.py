@@ -41,9 +41,11 @@ def split_context(inputs: dict[str, Any], model: Any, mesh: Mesh) -> dict[str, A
     cut_masks = {name: cut(name) if name in planned else mask for name, mask in named.items()}
     of_token = {name: inputs[name] for name in ("tokens", "labels", "positions") if name in inputs}
     own = plan.queries(rank)
+    loss_facts = {name: fact.gather(1, own) for name, fact in inputs.get("loss_facts", {}).items()}
     return {
         **inputs,
         **{name: value.gather(1, own) for name, value in (of_token | model.token_facts(inputs)).items()},
+        **({"loss_facts": loss_facts} if loss_facts else {}),
         "attention_masks": cut_masks if isinstance(masks, dict) else cut_masks["attention"],
     }
 
