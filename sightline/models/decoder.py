@@ -161,7 +161,7 @@ class Decoder(nn.Module):
         positions: Tensor,
         labels: Tensor | None,
         cache: dict[str, LayerCache] | None,
-        loss_facts: dict[str, Tensor] | None,
+        loss_facts: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """`forward` from the embedded tokens h [B, S, W] on, for families that embed in a way of their own."""
         h = self.layers(h, self.lower_masks(attention_masks, h), self.encode_positions(positions), cache)
@@ -191,7 +191,7 @@ class Decoder(nn.Module):
 
     def lower_masks(self, masks: Masks, h: Tensor) -> dict[str, Lowered]:
         """Each mask in its kernel's form, made once for all the layers that use it."""
-        kind = h.device.type
+        kind = h.device.type if torch.amp.is_autocast_available(h.device.type) else "cpu"  # meta tensors have none
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
         training = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         named = masks if isinstance(masks, dict) else {"attention": masks}
