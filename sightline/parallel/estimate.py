@@ -20,7 +20,7 @@ from sightline.models import build_skeleton
 from sightline.parallel.apply import check_rows, parallelize
 from sightline.parallel.context.split import check_context
 from sightline.parallel.footprint import Footprint, pretending, trace
-from sightline.parallel.local import AXES
+from sightline.parallel.patch import AXES
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.pipeline_stages import stages_of, take_stages
 from sightline.parallel.recompute import apply_recompute
