@@ -19,8 +19,8 @@ from sightline.config import Run
 from sightline.masks import AttentionMask
 from sightline.parallel.context.picture import draw_plan
 from sightline.parallel.context.plan import ORDERS, ContextPlan, plan_context
-from sightline.parallel.estimate import Estimate, ProcessEstimate, estimate
 from sightline.parallel.mesh import AXES
+from sightline.planning.estimate import Estimate, ProcessEstimate, estimate
 from sightline.recipes import RECIPES
 from sightline.training.flops import GPU_PEAKS
 from sightline.training.terminal import count

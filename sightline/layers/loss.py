@@ -10,6 +10,10 @@ from torch.autograd.function import once_differentiable
 
 from sightline.batch import IGNORE
 
+CHUNK_SIZE = 512
+"""Tokens whose logits exist at a time. 512 x 8192 floats stay in a CPU's cache while the matrix products are still
+large enough to run at full rate."""
+
 
 def losses_to_grads(logits: Tensor, label: Tensor) -> Tensor:
     """The loss of each token [C]; `logits` [C, V] become their gradient, softmax - onehot, in place.
@@ -29,7 +33,7 @@ def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    chunk_size: int = 512,
+    chunk_size: int = CHUNK_SIZE,
     *,
     vocab_size: int | None = None,
     losses_to_grads: Callable[[Tensor, Tensor], Tensor] = losses_to_grads,
@@ -39,8 +43,7 @@ def linear_cross_entropy(
     hidden      [N, W]
     weight      [V, W]
     labels      int64 [N]; tokens with -100 are not computed: no loss, zero gradient
-    chunk_size  tokens whose logits exist at a time, in float32 also where hidden is bfloat16. 512 x 8192 floats stay
-                in a CPU's cache while the matrix products are still large enough to run at full rate.
+    chunk_size  tokens whose logits exist at a time, in float32 also where hidden is bfloat16
 
     Where `weight` [V / n, W] is one process's part of the vocabulary, vocab_size is all of V and losses_to_grads stands
     for the function of that name, one that knows of the other parts. The gradient of `hidden` is then what this part
