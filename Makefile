@@ -1,8 +1,11 @@
 # The whole project by name. `make train` and `make test` set up .venv by themselves.
 PYTHON ?= python3
 BIN := .venv/bin
+# The other PyTorch that `make test-torch` runs on.
+TORCH ?= 2.11.0
+OTHER := .venv-torch-$(TORCH)
 
-.PHONY: setup train test test-all check bench clean
+.PHONY: setup train test test-all test-torch check bench clean
 
 setup: .venv/ready
 
@@ -23,6 +26,16 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest
 
+test-torch: $(OTHER)/ready
+	$(OTHER)/bin/python -m pytest -m "not slow"
+
+$(OTHER)/ready: pyproject.toml constraints.txt
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(OTHER)/constraints.txt
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OTHER)/constraints.txt torch
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OTHER)/constraints.txt -e '.[dev]'
+	touch $@
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,4 +46,4 @@ bench: setup
 	$(BIN)/python -m benchmarks.run
 
 clean:
-	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch-* runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,12 +13,12 @@ FLOORS = {
     "layers": 3,
     "models": 4,
     "data": 5, "parallel": 5,
-    "training": 6, "verify": 6,
+    "planning": 6, "training": 6, "verify": 6,
     "cli": 7, "recipes": 7,
 }  # fmt: skip
 ABOVE = {("cli", "recipes"), ("config", "numbers")}
 """Pairs of one floor of which the first may import the second."""
-SIBLINGS = {("data", "models"), ("data", "parallel"), ("parallel", "data"), ("recipes", "cli")}
+SIBLINGS = {("data", "models"), ("data", "parallel"), ("parallel", "data"), ("planning", "data"), ("recipes", "cli")}
 """Pairs that may not meet although their floors would let them: data knows no models, parallel knows no data."""
 MASKS_MAY_IMPORT = {"torch", "sightline"}
 BACKENDS = {"reference", "sdpa", "flex", "varlen"}

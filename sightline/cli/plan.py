@@ -20,8 +20,8 @@ from sightline.config import Run
 from sightline.masks import AttentionMask
 from sightline.numbers import count, flops, size
 from sightline.parallel.context.plan import ORDERS, ContextPlan, plan_context
-from sightline.parallel.estimate import Estimate, ProcessEstimate, estimate
 from sightline.parallel.mesh import AXES
+from sightline.planning.estimate import Estimate, ProcessEstimate, estimate
 from sightline.plots.context_png import plot_context_plan
 from sightline.recipes import RECIPES
 from sightline.training.flops import GPU_PEAKS

@@ -12,6 +12,10 @@ from torch.autograd.function import once_differentiable
 
 from sightline.batch import IGNORE
 
+CHUNK_SIZE = 512
+"""Tokens whose logits exist at a time. 512 x 8192 floats stay in a CPU's cache while the matrix products are still
+large enough to run at full rate."""
+
 
 def losses_to_grads(logits: Tensor, label: Tensor) -> Tensor:
     """The loss of each token [C]; `logits` [C, V] become their gradient, softmax - onehot, in place.
@@ -31,7 +35,7 @@ def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    chunk_size: int = 512,
+    chunk_size: int = CHUNK_SIZE,
     *,
     token_weights: Tensor | None = None,
     reduction: Literal["sum", "none"] = "sum",
@@ -44,8 +48,7 @@ def linear_cross_entropy(
     weight         [V, W]
     labels         int64 [N]; tokens with -100 have no loss and zero gradient. They are not computed where the labels
                    lie on the CPU, and masked where they lie on a device, whose values are never read here
-    chunk_size     tokens whose logits exist at a time, in float32 also where hidden is bfloat16. 512 x 8192 floats
-                   stay in a CPU's cache while the matrix products are still large enough to run at full rate.
+    chunk_size     tokens whose logits exist at a time, in float32 also where hidden is bfloat16
     token_weights  float [N], factor of each token's loss; no gradient flows into it
     reduction      "none" returns the loss of each token [N], 0 without a label, and computes no gradients
 

@@ -15,6 +15,7 @@ from sightline.attention import Exchanges, LocalExchanges, Lowered, Needs, check
 from sightline.batch import Batch
 from sightline.layers import (
     LOSSES,
+    Experts,
     GroupedQueryAttention,
     KeyValueCache,
     LayerCache,
@@ -80,6 +81,8 @@ class Decoder(nn.Module):
         self.output: nn.Linear | None = None
         if not config.tied_embeddings:
             self.output = nn.Linear(config.width, config.vocab_size, bias=False)
+        # Of a layer of the whole model, also for a stage that has none of them; 0 where all layers are dense.
+        self.experts = max((len(part.gate) for part in self.layers.modules() if isinstance(part, Experts)), default=0)
         # Called with the projection's weight. Where processes share the vocabulary, others take the place of these.
         self.logits: Callable[[Tensor, Tensor], Tensor] = F.linear
         self.token_losses: Callable[..., Tensor] = linear_cross_entropy
@@ -184,6 +187,16 @@ class Decoder(nn.Module):
         """
         return [self.layers]
 
+    @property
+    def ends_together(self) -> str | None:
+        """Why the embedding has to be where the head is, and the option that would part them; None if it has not."""
+        if self.config.tied_embeddings:
+            return (
+                "model.tied-embeddings is on, so the output projection is the embedding; expected a weight for each: "
+                "use --model.no-tied-embeddings"
+            )
+        return None
+
     def head(self, h: Tensor, labels: Tensor | None, loss_facts: dict[str, Tensor] | None = None) -> Tensor:
         """From the normed hidden states [B, S, W] to logits, or with labels to the loss's sum."""
         output = self.output if self.output is not None else self.embedding
@@ -236,6 +249,10 @@ class Decoder(nn.Module):
             )
         self.kernels |= {name: f"{one.backend.name}: {one.reason}" for name, one in lowered.items()}
         return lowered
+
+    def flops_per_token(self) -> float:
+        """Forward and backward FLOPs of one token in matrix products, attention's scores left out."""
+        raise NotImplementedError
 
     def flops_per_pair(self, mask_name: str) -> float:
         """Forward and backward FLOPs of one visible pair of a mask, over all layers that use it."""

@@ -284,6 +284,15 @@ class DeepseekV3(Decoder):
     def stacks(self) -> list[nn.Module]:
         return super().stacks() + ([] if self.prediction is None else [self.prediction])
 
+    @property
+    def ends_together(self) -> str | None:
+        if self.prediction is None:
+            return super().ends_together
+        return (
+            f"model.prediction-weight is {self.config.prediction_weight}, and predicting a token further takes the "
+            "embedding and the head together; expected None: use --model.prediction-weight None"
+        )
+
     def encode_positions(self, positions: Tensor) -> Rotation:
         config = self.config
         scaling = config.rope_scaling

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.placement_types import _StridedShard
 from torch.overrides import TorchFunctionMode
+
+from sightline.models.torch_private import StridedShard
 
 
 def draw_weights(*parts: Any) -> None:
@@ -87,7 +88,7 @@ def part_of(whole: Tensor, target: DTensor) -> Tensor:
     assert coordinate is not None, "a process holds only tensors of meshes it is part of"
     axes = list(zip(target.placements, coordinate, target.device_mesh.shape, strict=True))
     # FSDP over tensor parallelism is a strided shard: it cuts what the inner axes have cut before.
-    axes.sort(key=lambda axis: isinstance(axis[0], _StridedShard))
+    axes.sort(key=lambda axis: isinstance(axis[0], StridedShard))
     for placement, index, size in axes:
         if isinstance(placement, Replicate):
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
 
 import torch
 
@@ -11,6 +10,7 @@ from sightline import config
 from sightline.config import Run
 from sightline.layers import get_loss
 from sightline.models import build_skeleton, draw_weights
+from sightline.models.decoder import Decoder
 from sightline.numbers import divisors
 from sightline.parallel.compile import apply_compile
 from sightline.parallel.context.apply import apply_context
@@ -31,7 +31,7 @@ def build_parallel(run: Run, mesh: Mesh) -> ParallelModel:
     Errors: ValueError for degrees the model cannot be cut by, naming those that it can.
     """
     check_offload(mesh)
-    whole = build_skeleton(run.model, attention_backend=run.attention.backend)
+    whole: Decoder = build_skeleton(run.model, attention_backend=run.attention.backend)
     whole.loss = get_loss(run.training.loss)
     whole.check_backend(mesh.device, getattr(torch, run.training.dtype), training=True)
     check_context(whole, mesh, run.training.sequence_length)
@@ -50,7 +50,7 @@ def build_parallel(run: Run, mesh: Mesh) -> ParallelModel:
     return Pipelined(mesh, whole, stages, dtype=run.training.dtype, micro_batch_size=run.training.micro_batch_size)
 
 
-def parallelize(model: Any, mesh: Mesh, training: config.Training) -> None:
+def parallelize(model: Decoder, mesh: Mesh, training: config.Training) -> None:
     """Everything that is done to one stage of a model, still without memory, in the order in which it is done.
 
     Each sees what those before it have made: experts are dealt out as tensor parallelism has cut them, what is

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sightline.models.decoder import Layer
+from sightline.parallel.patch import replace_forward
+from sightline.parallel.torch_private import skip_side_effects_of_recompute
 
 
 def apply_compile(model: nn.Module, *, backend: str = "inductor") -> None:
@@ -22,17 +26,20 @@ def apply_compile(model: nn.Module, *, backend: str = "inductor") -> None:
     A layer that is recomputed and has one of them in it is not compiled at all.
     """
     # The routers of a compiled layer that is computed again do not count again.
-    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    skip_side_effects_of_recompute()
     for module in model.modules():
         if isinstance(module, Layer):
-            compile_layer(module, backend)
+            replace_forward(module, functools.partial(compile_forward, backend))
 
 
-def compile_layer(layer: Layer, backend: str) -> None:
-    """Compile what a layer does with whole rows. A cache grows with each token: nothing compiled would fit the next."""
-    run, compiled = layer.forward, torch.compile(layer.forward, backend=backend)
+def compile_forward(backend: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile what a layer does with whole rows. A cache grows with each token: nothing compiled would fit the next.
+
+    `nn.Module.compile` would compile the calls with a cache too.
+    """
+    compiled = torch.compile(run, backend=backend)
 
     def forward(h: Tensor, mask: Any, encoding: Any, cache: Any = None) -> Tensor:
         return compiled(h, mask, encoding) if cache is None else run(h, mask, encoding, cache)
 
-    layer.forward = forward  # type: ignore[method-assign]
+    return forward

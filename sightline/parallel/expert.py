@@ -9,16 +9,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.tensor import DTensor, Shard
 
 from sightline.layers import Experts
 from sightline.models.decoder import Decoder
 from sightline.numbers import divisors, nearest
-from sightline.parallel.local import as_it_is, show_local
 from sightline.parallel.mesh import Mesh
+from sightline.parallel.patch import as_it_is, replace_forward, replace_parameter, show_local
+from sightline.parallel.torch_private import all_to_all_single_autograd
 
 
 def apply_expert(model: Decoder, mesh: Mesh) -> None:
@@ -33,26 +33,26 @@ def apply_expert(model: Decoder, mesh: Mesh) -> None:
     if degree == 1:
         return
     check_degree(model, mesh)
+    group = mesh.group("expert")
     for experts in model.modules():
         if isinstance(experts, Experts):
             weights = dict(experts.named_parameters(recurse=False))
             for name, weight in weights.items():
-                experts.register_parameter(name, nn.Parameter(deal_out(weight, mesh)))
+                replace_parameter(experts, name, deal_out(weight, mesh))
             if mesh.size("tensor") == 1:  # else tensor parallelism has said how the layer sees them
                 show_local(experts, **dict.fromkeys(weights, as_it_is))
-            experts.forward = functools.partial(dispatch, experts.forward, mesh.group("expert"))  # type: ignore[method-assign]
+            replace_forward(experts, lambda run: functools.partial(dispatch, run, group))
 
 
 def check_degree(model: Decoder, mesh: Mesh) -> None:
     """Refuse a model without experts, or with a number of them that the degree does not divide."""
     degree, family = mesh.size("expert"), type(model).__name__
-    total = getattr(model.config, "experts", 0)  # of the whole model: a pipeline stage may have dense layers only
-    if not total:
+    if not model.experts:
         raise ValueError(f"parallel.expert {degree}: {family} has no experts with these sizes; use parallel.expert 1")
-    if total % degree:
-        fits = [d for d in divisors(total) if mesh.size("weights") % d == 0]
+    if model.experts % degree:
+        fits = [d for d in divisors(model.experts) if mesh.size("weights") % d == 0]
         raise ValueError(
-            f"parallel.expert {degree} does not divide the {total} experts of a layer of {family}; "
+            f"parallel.expert {degree} does not divide the {model.experts} experts of a layer of {family}; "
             f"use parallel.expert {nearest(degree, fits)}"
         )
 

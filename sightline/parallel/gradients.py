@@ -8,9 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
 from sightline.parallel.mesh import Mesh
+from sightline.parallel.redistribute import local_part
+from sightline.parallel.torch_private import foreach_multiply_, foreach_norm
 
 
 @torch.no_grad()
@@ -23,10 +24,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Me
     gradients = [p.grad for p in parameters if p.grad is not None]
     cut: dict[tuple, list[Tensor]] = defaultdict(list)
     for gradient in gradients:
-        cut[_cuts(gradient)].append(_local(gradient))
+        cut[_cuts(gradient)].append(local_part(gradient))
     total = torch.zeros((), device=mesh.device)
     for (device_mesh, dims), parts in cut.items():
-        norms = torch._foreach_norm([part.float() for part in parts if part.numel()])
+        norms = foreach_norm([part.float() for part in parts if part.numel()])
         square = torch.stack([torch.zeros((), device=mesh.device), *(norm.to(mesh.device) for norm in norms)]).square()
         summed = square.sum()
         for dim in dims:
@@ -35,18 +36,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Me
     norm = mesh.sum(total, "pipeline").sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     if gradients:
-        torch._foreach_mul_([_local(gradient) for gradient in gradients], scale)
+        foreach_multiply_([local_part(gradient) for gradient in gradients], scale)
     return norm
-
-
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def _cuts(gradient: Tensor) -> tuple:
     """The mesh a gradient lies on and the dims of it that cut it."""
     if not isinstance(gradient, DTensor):
         return None, ()
-    cutting = [isinstance(p, Shard | _StridedShard) for p in gradient.placements]
-    assert all(c or p.is_replicate() for c, p in zip(cutting, gradient.placements, strict=True)), gradient.placements
-    return gradient.device_mesh, tuple(dim for dim, cuts in enumerate(cutting) if cuts)
+    assert not any(p.is_partial() for p in gradient.placements), gradient.placements
+    return gradient.device_mesh, tuple(dim for dim, p in enumerate(gradient.placements) if not p.is_replicate())

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sightline.config import Parallel
 from sightline.numbers import divisors
+from sightline.parallel.torch_private import flatten
 
 T = TypeVar("T")
 
@@ -97,7 +98,7 @@ class Mesh:
         if self.world > 1:
             # Tensors cut by several axes want these side by side in one mesh, so there is one for each way to cut.
             self._roots = [self._lay_out("pipeline", "replicate", "weights", "tensor"), self._lay_out(*AXES)]
-            self._joined = {name: self._roots[1][axes]._flatten() for name, axes in JOINED.items() if name != "weights"}
+            self._joined = {name: flatten(self._roots[1][axes]) for name, axes in JOINED.items() if name != "weights"}
         if self.parallel.expert > 1:
             self._roots.append(self._lay_out("pipeline", "replicate", "expert_weights", "expert", "tensor"))
 

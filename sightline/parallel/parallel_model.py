@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from sightline.config import Parallel
 from sightline.layers import Loss, routers_of
-from sightline.models.decoder import Masks
+from sightline.models.decoder import Decoder, Masks
 from sightline.parallel.context.split import split_context
 from sightline.parallel.mesh import Mesh
 
@@ -29,7 +29,7 @@ class ParallelModel:
     dtype   precision of forward and backward
     """
 
-    def __init__(self, mesh: Mesh, whole: Any, stages: list[Any], *, dtype: str = "float32") -> None:
+    def __init__(self, mesh: Mesh, whole: Decoder, stages: list[Decoder], *, dtype: str = "float32") -> None:
         self.mesh, self.whole, self.stages, self.dtype = mesh, whole, stages, dtype
 
     @property
@@ -123,7 +123,7 @@ def reshard(stage: nn.Module) -> None:
             module.reshard()
 
 
-def on_one_process(model: Any, *, dtype: str = "float32") -> ParallelModel:
+def on_one_process(model: Decoder, *, dtype: str = "float32") -> ParallelModel:
     """A model that is whole and alone."""
     return ParallelModel(Mesh(Parallel(), next(model.parameters()).device), model, [model], dtype=dtype)
 

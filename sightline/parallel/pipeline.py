@@ -18,7 +18,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from sightline.layers import LayerCache, routers_of
-from sightline.models.decoder import Masks
+from sightline.models.decoder import Decoder, Masks
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.parallel_model import Inputs, ParallelModel, reshard
 from sightline.parallel.pipeline_stages import owners, stages_of
@@ -32,7 +32,7 @@ class Pipelined(ParallelModel):
     """
 
     def __init__(
-        self, mesh: Mesh, whole: Any, stages: list[Any], *, dtype: str = "float32", micro_batch_size: int
+        self, mesh: Mesh, whole: Decoder, stages: list[Decoder], *, dtype: str = "float32", micro_batch_size: int
     ) -> None:
         super().__init__(mesh, whole, stages, dtype=dtype)
         self.micro_batch_size = micro_batch_size

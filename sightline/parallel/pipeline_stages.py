@@ -113,17 +113,10 @@ def take_stages(whole: Decoder, mesh: Mesh) -> list[Decoder]:
 
 def check_ends(whole: Decoder) -> None:
     """Refuse a model that needs its embedding where its head is."""
-    if whole.config.tied_embeddings:
+    if whole.ends_together:
         raise ValueError(
-            "model.tied-embeddings is on, and a pipeline has the embedding on its first process and the output "
-            "projection on its last; expected a model with a weight for each: use --model.no-tied-embeddings, or "
-            "--parallel.pipeline 1"
-        )
-    if getattr(whole.config, "prediction_weight", None) is not None:
-        raise ValueError(
-            f"model.prediction-weight is {whole.config.prediction_weight}, and predicting a token further needs the "
-            "embedding and the head of the model on one process, which a pipeline parts; expected None: use "
-            "--model.prediction-weight None, or --parallel.pipeline 1"
+            f"{whole.ends_together}, or --parallel.pipeline 1: a pipeline has the embedding on its first process and "
+            "the output projection on its last"
         )
 
 

@@ -13,24 +13,14 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from sightline.config import Training
 from sightline.layers import Router, routers_of
+from sightline.parallel.patch import replace_forward
+from sightline.parallel.torch_private import ATTENTION_OPS, GROUPED_MM, RECEIVING_OPS
 
-ops = torch.ops
+ops = torch.ops.aten
 KEPT: list[Any] = [
-    ops.aten.mm.default,
-    ops.aten.addmm.default,
-    ops.aten.bmm.default,
-    ops.aten.baddbmm.default,
-    ops.aten._grouped_mm.default,
-    # attention: a tile of ours on a CPU, FlexAttention, varlen, and what CUDA has for scaled_dot_product_attention
-    ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    ops.aten._scaled_dot_product_flash_attention.default,
-    ops.aten._scaled_dot_product_efficient_attention.default,
-    ops.aten._scaled_dot_product_cudnn_attention.default,
-    ops.higher_order.flex_attention,
-    ops.torch_attn._varlen_attn.default,
-    # what other processes have sent or summed need not be sent again
-    ops._c10d_functional.all_to_all_single.default,
-    ops._c10d_functional.reduce_scatter_tensor.default,
+    *(ops.mm.default, ops.addmm.default, ops.bmm.default, ops.baddbmm.default, GROUPED_MM),
+    *ATTENTION_OPS,
+    *RECEIVING_OPS,  # what other processes have sent or summed need not be sent again
 ]
 """The operations whose results `selective` keeps: those that take long for the memory of what they return.
 
@@ -55,8 +45,8 @@ def apply_recompute(model: nn.Module, training: Training) -> None:
 
 
 def recompute(layer: nn.Module, selective: bool) -> None:
-    """Change the layer in place: a module around it would change the names of its parameters."""
-    run, routers = layer.forward, list(routers_of(layer).values())
+    """Let one layer compute its forward again in the backward."""
+    routers = list(routers_of(layer).values())
     # Nothing in a layer is random.
     compiled: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if selective:
@@ -66,11 +56,14 @@ def recompute(layer: nn.Module, selective: bool) -> None:
         contexts = compiled.get("context_fn", noop_context_fn)
         eager = {**compiled, "context_fn": functools.partial(_count_once, routers, contexts)}
 
-    def forward(*args: Any) -> Any:
-        # A compiler takes no other contexts; `apply_compile` tells it to count once.
-        return checkpoint(run, *args, **(compiled if torch.compiler.is_compiling() else eager))
+    def wrap(run: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any) -> Any:
+            # A compiler takes no other contexts; `apply_compile` tells it to count once.
+            return checkpoint(run, *args, **(compiled if torch.compiler.is_compiling() else eager))
 
-    layer.forward = forward  # type: ignore[method-assign]
+        return forward
+
+    replace_forward(layer, wrap)
 
 
 def _count_once(routers: list[Router], contexts: Callable[[], Any]) -> tuple[Any, AbstractContextManager]:

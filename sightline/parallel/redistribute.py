@@ -1,10 +1,15 @@
-"""How a tensor passes from one way of lying on processes to another, forward and backward."""
+"""How a tensor lies on processes, and how it passes from one way to another, forward and backward."""
 
 from __future__ import annotations
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
+
+
+def local_part(x: Tensor) -> Tensor:
+    """This process's part of a DTensor; any other tensor as it is."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def redistribute(

@@ -32,8 +32,16 @@ from sightline.layers import Divisible, routers_of
 from sightline.models.decoder import Decoder
 from sightline.numbers import divisors, nearest
 from sightline.parallel import vocabulary
-from sightline.parallel.local import View, as_it_is, show_local
 from sightline.parallel.mesh import Mesh
+from sightline.parallel.patch import (
+    View,
+    after_forward,
+    as_it_is,
+    before_forward,
+    replace_attribute,
+    replace_parameter,
+    show_local,
+)
 from sightline.parallel.redistribute import redistribute
 
 
@@ -52,17 +60,18 @@ def apply_tensor(model: Decoder, mesh: Mesh) -> None:
     tensor = mesh["tensor"]
     cut_parameters(model, tensor)
     for stack in model.stacks():
-        stack.register_forward_pre_hook(functools.partial(take_own_tokens, tensor))
-        stack.register_forward_hook(functools.partial(return_whole_rows, tensor))
+        before_forward(stack, functools.partial(take_own_tokens, tensor))
+        after_forward(stack, functools.partial(return_whole_rows, tensor))
         for _, region in regions(stack):
-            region.register_forward_pre_hook(functools.partial(take_all_tokens, tensor))
-            region.register_forward_hook(functools.partial(return_own_tokens, tensor))
+            before_forward(region, functools.partial(take_all_tokens, tensor))
+            after_forward(region, functools.partial(return_own_tokens, tensor))
     for router in routers_of(model).values():
-        router.auxiliary /= degree  # all processes route the same tokens, and their gradients are added up
+        # All processes route the same tokens, and their gradients are added up.
+        replace_attribute(router, "auxiliary", router.auxiliary / degree)
     if model.embedding is not None:
-        model.embedding.forward = functools.partial(vocabulary.look_up, model.embedding, tensor)  # type: ignore[method-assign]
-    model.logits = functools.partial(vocabulary.logits, tensor)
-    model.token_losses = functools.partial(vocabulary.token_losses, tensor)
+        replace_attribute(model.embedding, "forward", functools.partial(vocabulary.look_up, model.embedding, tensor))
+    replace_attribute(model, "logits", functools.partial(vocabulary.logits, tensor))
+    replace_attribute(model, "token_losses", functools.partial(vocabulary.token_losses, tensor))
 
 
 def regions(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Divisible]]:
@@ -94,7 +103,7 @@ def cut_parameters(model: Decoder, mesh: DeviceMesh) -> None:
         module = model.get_submodule(owner)
         parameter = module.get_parameter(own_name)
         cut = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
-        module.register_parameter(own_name, nn.Parameter(cut, requires_grad=parameter.requires_grad))
+        replace_parameter(module, own_name, cut)
         views.setdefault(module, {})[own_name] = view
     for module, named in views.items():
         show_local(module, **named)

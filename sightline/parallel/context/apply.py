@@ -8,6 +8,7 @@ from sightline.layers import routers_of
 from sightline.models.decoder import Decoder
 from sightline.parallel.context.exchange import ContextExchange
 from sightline.parallel.mesh import Mesh
+from sightline.parallel.patch import replace_attribute
 
 
 def apply_context(model: Decoder, mesh: Mesh) -> None:
@@ -18,11 +19,11 @@ def apply_context(model: Decoder, mesh: Mesh) -> None:
     """
     if mesh.size("context") == 1:
         return
-    model.exchanges = ContextExchange(mesh.group("context"))
-    model.row_group = mesh.group("context")
+    replace_attribute(model, "exchanges", ContextExchange(mesh.group("context")))
+    replace_attribute(model, "row_group", mesh.group("context"))
 
     def choices_of_rows(counts: Tensor) -> Tensor:
         return mesh.sum(counts.clone(), "context")
 
     for router in routers_of(model).values():
-        router.choices_of_rows = choices_of_rows  # type: ignore[method-assign]
+        replace_attribute(router, "choices_of_rows", choices_of_rows)

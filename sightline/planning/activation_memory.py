@@ -7,31 +7,37 @@ cannot drift from what training does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sightline.attention import Lowered
 from sightline.attention.exchange import Arrived
 from sightline.attention.tiled import Slice, Tiled, Tiles
 from sightline.layers import Experts
 from sightline.masks import AttentionMask
+from sightline.models.decoder import Decoder
+from sightline.parallel.mesh import Mesh
+from sightline.parallel.patch import forward_is_replaced, replace_parameter
+from sightline.parallel.redistribute import local_part
+from sightline.parallel.tensor import take_own_tokens
+from sightline.planning.torch_private import (
+    FakeTensorMode,
+    TorchDispatchMode,
+    process_group_of,
+    tree_leaves,
+    unset_fake_temporarily,
+)
 
 
 @dataclass(frozen=True)
-class Footprint:
+class ActivationMemory:
     """Bytes of one layer and one microbatch.
 
     kept      what waits for the backward, the layer's result included
@@ -48,35 +54,24 @@ class Footprint:
     routed: float
 
 
-@contextmanager
-def pretending(world: int, rank: int) -> Iterator[None]:
-    """Let this process be rank `rank` of `world` whose collectives do nothing."""
-    assert not dist.is_initialized(), "a process that is part of a job cannot pretend to be part of another"
-    if world > 1:
-        dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    try:
-        yield
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+Kinds = dict[Hashable, ActivationMemory]
+"""By what makes layers of one kind."""
 
 
-def trace(
-    stage: Any, shape: tuple[int, int], dtype: str, found: dict[Any, Footprint], *, gathered: bool
-) -> dict[str, Footprint]:
-    """The footprint of every layer of a stage (a skeleton, cut by tensor parallelism or whole), by its name.
+def trace(stage: Decoder, mesh: Mesh, shape: tuple[int, int], dtype: str, found: Kinds) -> dict[str, ActivationMemory]:
+    """The activation memory of every layer of a stage (a skeleton, cut by tensor parallelism or whole), by its name.
 
-    shape     (B, S) of a microbatch: of its rows, the tokens that a process of `context` has
-    found     of the kinds of layers met in other stages of the same run; grows
-    gathered  whether FSDP gathers the weights, in the precision they compute in; else autocast copies them
+    shape  (B, S) of a microbatch: of its rows, the tokens that a process of `context` has
+    found  of the layers met in other stages of the same run; grows
     """
-    weights = torch.bfloat16 if gathered and dtype == "bfloat16" else torch.float32
+    # FSDP gathers the weights in the precision they compute in; without it autocast copies them.
+    weights = torch.bfloat16 if mesh.size("loss") > 1 and dtype == "bfloat16" else torch.float32
     named = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         give_memory(stage, weights)
         h = torch.empty(*shape, stage.config.width, dtype=weights)
-        for cut in stage.layers._forward_pre_hooks.values():  # tensor parallelism's: of whole rows the own tokens
-            (h,) = cut(stage.layers, (h,))
+        if mesh.size("tensor") > 1:
+            (h,) = take_own_tokens(mesh["tensor"], stage.layers, (h,))
         for name, layer in stage.layers.items():
             kind = _kind(layer)
             if kind not in found:
@@ -88,12 +83,10 @@ def trace(
 def give_memory(module: nn.Module, dtype: torch.dtype) -> None:
     """Parameters and buffers from the meta device to fake tensors of a CPU."""
     for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                part._parameters[name] = nn.Parameter(_fake(parameter, dtype))
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            replace_parameter(part, name, _fake(parameter, dtype))
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _fake(parameter: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,13 +103,13 @@ def _fake(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
-def _kind(layer: nn.Module) -> Any:
-    """Layers of one kind leave the same footprint."""
+def _kind(layer: nn.Module) -> Hashable:
+    """Layers of one kind keep and send the same."""
     shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
-    return type(layer).__name__, layer.mask_name, "forward" in vars(layer), shapes
+    return type(layer).__name__, layer.mask_name, forward_is_replaced(layer), shapes
 
 
-def _run(stage: Any, layer: nn.Module, x: Tensor, shape: tuple[int, int], dtype: str) -> Footprint:
+def _run(stage: Decoder, layer: nn.Module, x: Tensor, shape: tuple[int, int], dtype: str) -> ActivationMemory:
     """One forward and backward of a layer, from the hidden states that come into it."""
     rows, length = shape
     mask = AttentionMask(torch.zeros(*shape, 1, dtype=torch.int32), torch.ones(*shape, 1, dtype=torch.int32), length)
@@ -135,19 +128,19 @@ def _run(stage: Any, layer: nn.Module, x: Tensor, shape: tuple[int, int], dtype:
 
     hooks = [part.register_forward_pre_hook(route_evenly) for part in layer.modules() if isinstance(part, Experts)]
     given = [x, *layer.parameters(), *(leaf for leaf in tree_leaves(encoding) if isinstance(leaf, Tensor))]
-    with Ledger(given) as ledger:
+    with MemoryTracker(given) as tracker:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
             y = layer(x, lowered, encoding, None)
-        kept = ledger.alive()
+        kept = tracker.alive()
         y.backward(torch.empty_like(y))
     for hook in hooks:
         hook.remove()
     for parameter in layer.parameters():
         parameter.grad = None
-    return Footprint(
+    return ActivationMemory(
         kept=kept,
-        working=ledger.peak - kept,
-        tensor=ledger.received,
+        working=tracker.peak - kept,
+        tensor=tracker.received,
         keys=exchange.bytes,
         routed=routed[0] if routed else 0.0,  # a recompute routes once more
     )
@@ -176,7 +169,7 @@ class CountingExchange:
         return tensors
 
 
-class Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Counts the memory of what operations make, as long as it is held, and what collectives bring.
 
     given  tensors that are there already; a view of one is nothing new
@@ -184,30 +177,30 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()
-        self.given = {_storage(tensor)._cdata for tensor in given}
-        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.given = {StorageWeakRef(local_part(tensor).untyped_storage()) for tensor in given}
+        self.held: dict[StorageWeakRef, int] = {}
         self.peak = self.received = self.bound = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and (storage := _storage(leaf))._cdata not in self.given:
-                if storage._cdata not in self.held:
+            if not isinstance(leaf, Tensor):
+                continue
+            storage = local_part(leaf).untyped_storage()
+            reference = StorageWeakRef(storage)
+            if reference not in self.given:
+                if reference not in self.held:
                     self.bound += storage.nbytes()
-                self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                self.held[reference] = storage.nbytes()
         if self.bound > 1.01 * self.peak:  # what is held is no more than that; looking takes long
             self.peak = max(self.peak, self.alive())
         self.received += _received(func, args, out)
         return out
 
     def alive(self) -> float:
-        self.held = {key: held for key, held in self.held.items() if not held[0].expired()}
-        self.bound = float(sum(size for _, size in self.held.values()))
+        self.held = {reference: size for reference, size in self.held.items() if not reference.expired()}
+        self.bound = float(sum(self.held.values()))
         return self.bound
-
-
-def _storage(x: Tensor) -> torch.UntypedStorage:
-    return (x.to_local() if isinstance(x, DTensor) else x).untyped_storage()
 
 
 def _received(func: Any, args: tuple[Any, ...], out: Any) -> float:
@@ -219,7 +212,7 @@ def _received(func: Any, args: tuple[Any, ...], out: Any) -> float:
     }.get(func.__name__.partition(".")[0])
     if func.namespace != "_c10d_functional" or whole is None:
         return 0.0
-    processes = dist.get_world_size(_resolve_process_group(args[-1]))
+    processes = dist.get_world_size(process_group_of(args[-1]))
     return whole() * (processes - 1) / processes
 
 

@@ -16,8 +16,8 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from sightline.config import Parallel
-from sightline.parallel.footprint import pretending
 from sightline.parallel.pipeline_stages import ONE_STAGE, count_stages, stages_of
+from sightline.planning.torch_private import fake_process_group
 
 Task = tuple[str, int, int]
 """Kind (F forward, B backward, I and W its halves), stage, microbatch."""
@@ -61,7 +61,7 @@ def tasks(parallel: Parallel, microbatches: int) -> list[list[Task]]:
     """What each process does, in order."""
     if parallel.pipeline_schedule in ONE_STAGE:
         return [_one_stage(parallel, process, microbatches) for process in range(parallel.pipeline)]
-    with pretending(parallel.pipeline, 0):
+    with fake_process_group(parallel.pipeline, 0):
         hidden = torch.empty(1, device="meta", requires_grad=True)
         stages = [
             PipelineStage(

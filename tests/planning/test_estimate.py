@@ -15,10 +15,10 @@ from sightline import Batch
 from sightline.config import Parallel, Run, Training
 from sightline.models import build_skeleton, config_of
 from sightline.parallel.apply import build_parallel
-from sightline.parallel.estimate import ProcessEstimate, estimate
-from sightline.parallel.footprint import Ledger
 from sightline.parallel.mesh import Mesh
-from sightline.parallel.timeline import tasks, timeline
+from sightline.planning.activation_memory import MemoryTracker
+from sightline.planning.estimate import ProcessEstimate, estimate
+from sightline.planning.timeline import tasks, timeline
 from sightline.training.step import prepare_batch
 from tests.parallel.processes import on_processes
 
@@ -76,7 +76,7 @@ def measure(rank: int, run: Run) -> dict[str, int]:
     saved.clear()
     for p in parameters:
         p.grad = None
-    with Ledger(parameters) as ledger:
+    with MemoryTracker(parameters) as tracker:
         model.forward_backward(inputs, 1.0, last=True)
     optimizer = torch.optim.AdamW(parameters)
     optimizer.step()
@@ -85,7 +85,7 @@ def measure(rank: int, run: Run) -> dict[str, int]:
         "weights": held(parameters),
         "gradients": held(p.grad for p in parameters if p.grad is not None),
         "moments": held(moments),
-        "peak": int(ledger.peak),
+        "peak": int(tracker.peak),
         "saved": bytes_saved,
     }
 

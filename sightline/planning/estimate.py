@@ -2,34 +2,34 @@
 
 Nothing is allocated and no process is started. Parameters are counted by applying every parallelism to a model on the
 meta device as one rank after the other of a fake job would, so the counts are those of training, to the byte.
-Activations and traffic are estimates; see `footprint`.
+Activations and traffic are estimates; see `activation_memory`.
 """
 
 from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from sightline.config import Run
+from sightline.layers.loss import CHUNK_SIZE
 from sightline.models import build_skeleton
+from sightline.models.decoder import Decoder
 from sightline.parallel.apply import check_rows, parallelize
 from sightline.parallel.context.split import check_context
-from sightline.parallel.footprint import Footprint, pretending, trace
-from sightline.parallel.local import AXES
 from sightline.parallel.mesh import Mesh
+from sightline.parallel.patch import AXES
 from sightline.parallel.pipeline_stages import stages_of, take_stages
 from sightline.parallel.recompute import apply_recompute
+from sightline.parallel.redistribute import local_part
 from sightline.parallel.shard import layers_of
 from sightline.parallel.tensor import apply_tensor
-from sightline.parallel.timeline import Timeline, timeline
-
-CHUNK = 512
-"""Tokens whose logits exist at a time; see `linear_cross_entropy`."""
+from sightline.planning.activation_memory import ActivationMemory, Kinds, trace
+from sightline.planning.timeline import Timeline, timeline
+from sightline.planning.torch_private import fake_process_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def estimate(run: Run, world: int) -> Estimate:
     training = replace(run.training, compile=False)
     run = replace(run, parallel=parallel, training=training)
     whole = build_skeleton(run.model)
-    with pretending(world, 0):
+    with fake_process_group(world, 0):
         mesh = Mesh(parallel, torch.device("cpu"))
         check_context(whole, mesh, training.sequence_length)
         check_rows(training, mesh)
@@ -121,9 +121,9 @@ def estimate(run: Run, world: int) -> Estimate:
     if stages > 1:
         times = timeline(mesh.parallel, microbatches)
     processes = []
-    found: dict[Any, Footprint] = {}
+    found: Kinds = {}
     for process in range(stages):
-        with pretending(world, process * (world // stages)):
+        with fake_process_group(world, process * (world // stages)):
             processes.append(_on_this_rank(run, whole, microbatches, times.held[process], found))
     pairs = training.sequence_length * (training.sequence_length + 1) / 2 * training.global_batch_size
     per_pair = whole.attention_flops_per_pair()
@@ -140,7 +140,7 @@ def estimate(run: Run, world: int) -> Estimate:
 
 
 def _on_this_rank(
-    run: Run, whole: Any, microbatches: int, held: dict[int, int], found: dict[Any, Footprint]
+    run: Run, whole: Decoder, microbatches: int, held: dict[int, int], found: Kinds
 ) -> tuple[ProcessEstimate, dict[str, float]]:
     """The process that this one pretends to be; and by mask the bytes of a token's keys in all its layers."""
     mesh = Mesh(run.parallel, torch.device("cpu"))
@@ -151,46 +151,42 @@ def _on_this_rank(
     tokens = run.training.micro_batch_size * run.training.sequence_length / mesh.size("context")
     numbers = stages_of(mesh.parallel, mesh.index("pipeline")) if mesh.size("pipeline") > 1 else [0]
     parameters = [p for stage in skeletons for p in stage.parameters()]
-    weights = sum(_local(p).numel() * p.element_size() for p in parameters)
-    footprints = [footprint for layers in traced for footprint in layers.values()]
+    weights = sum(local_part(p).numel() * p.element_size() for p in parameters)
+    traced_layers = [layer for layers in traced for layer in layers.values()]
     memory = Memory(
         weights=weights,
         gradients=weights,
         moments=2 * weights,
         gathered=sum(_gathered(stage, mesh, run.training.dtype) for stage in skeletons),
         activations=sum(
-            held[number] * (sum(f.kept for f in layers.values()) + _ends_kept(stage, run, mesh, tokens))
+            held[number] * (sum(layer.kept for layer in layers.values()) + _ends_kept(stage, run, mesh, tokens))
             for number, layers, stage in zip(numbers, traced, skeletons, strict=True)
         ),
         accumulates=microbatches > 1,
-        working=max(*(f.working for f in footprints), *(_logits(stage, run, mesh, tokens) for stage in skeletons)),
+        working=max(
+            *(layer.working for layer in traced_layers), *(_logits(stage, run, mesh, tokens) for stage in skeletons)
+        ),
     )
     process = ProcessEstimate(
         rank=mesh.rank,
-        layers=len(footprints),
-        parameters=sum(_local(p).numel() for p in parameters),
+        layers=len(traced_layers),
+        parameters=sum(local_part(p).numel() for p in parameters),
         memory=memory,
-        traffic=_traffic(run, mesh, skeletons, footprints, tokens, microbatches),
+        traffic=_traffic(run, mesh, skeletons, traced_layers, tokens, microbatches),
     )
     keys: dict[str, float] = {}
     for stage, layers in zip(skeletons, traced, strict=True):
-        for name, footprint in layers.items():
+        for name, layer in layers.items():
             mask = str(stage.layers[name].mask_name)
-            keys[mask] = keys.get(mask, 0.0) + footprint.keys / tokens
+            keys[mask] = keys.get(mask, 0.0) + layer.keys / tokens
     return process, keys
 
 
-def _trace(run: Run, mesh: Mesh, stage: Any, found: dict[Any, Footprint]) -> dict[str, Footprint]:
+def _trace(run: Run, mesh: Mesh, stage: Decoder, found: Kinds) -> dict[str, ActivationMemory]:
     apply_tensor(stage, mesh)
     apply_recompute(stage, run.training)
     shape = run.training.micro_batch_size, run.training.sequence_length // mesh.size("context")
-    gathered = mesh.size("loss") > 1
-    return trace(stage, shape, run.training.dtype, found, gathered=gathered)
-
-
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    """This process's part of a parameter."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return trace(stage, mesh, shape, run.training.dtype, found)
 
 
 def unsharded(parameter: torch.Tensor) -> int:
@@ -221,7 +217,7 @@ def _gathered(stage: nn.Module, mesh: Mesh, dtype: str) -> float:
     return float(_width(dtype) * (outside + sum(of_layers)))
 
 
-def _ends_kept(stage: Any, run: Run, mesh: Mesh, tokens: float) -> float:
+def _ends_kept(stage: Decoder, run: Run, mesh: Mesh, tokens: float) -> float:
     """Bytes that embedding, norm and loss keep: the embedded tokens, the normed ones, and the gradients that the loss
     computes in its forward, of the tokens and of the vocabulary's weights. The layers' results are the layers', but for
     the rows that tensor parallelism gathers behind them."""
@@ -233,13 +229,13 @@ def _ends_kept(stage: Any, run: Run, mesh: Mesh, tokens: float) -> float:
     return kept
 
 
-def _logits(stage: Any, run: Run, mesh: Mesh, tokens: float) -> float:
+def _logits(stage: Decoder, run: Run, mesh: Mesh, tokens: float) -> float:
     """Bytes of the logits that exist at a time."""
-    return 0.0 if stage.norm is None else 4 * min(CHUNK, tokens) * run.model.vocab_size / mesh.size("tensor")
+    return 0.0 if stage.norm is None else 4 * min(CHUNK_SIZE, tokens) * run.model.vocab_size / mesh.size("tensor")
 
 
 def _traffic(
-    run: Run, mesh: Mesh, stages: list[Any], footprints: list[Footprint], tokens: float, microbatches: int
+    run: Run, mesh: Mesh, stages: list[Decoder], traced_layers: list[ActivationMemory], tokens: float, microbatches: int
 ) -> dict[str, float]:
     """Bytes that come to this process in a step, by kind; kinds without any are left out."""
     narrow = _width(run.training.dtype)
@@ -250,7 +246,7 @@ def _traffic(
     tensor = mesh.size("tensor")
     if tensor > 1:
         ends = sum(1 + (stage.embedding is not None) + (stage.norm is not None) for stage in stages)
-        in_layers = sum(f.tensor for f in footprints)
+        in_layers = sum(layer.tensor for layer in traced_layers)
         traffic["tensor, between layers"] = microbatches * (in_layers + ends * 2 * hidden * (tensor - 1) / tensor)
     pipeline = mesh.size("pipeline")
     if pipeline > 1:
@@ -260,23 +256,23 @@ def _traffic(
         traffic["pipeline, stage to stage"] = microbatches * borders * hidden
     expert = mesh.size("expert")
     if expert > 1:  # to the experts and back, forward and backward
-        routed = sum(f.routed for f in footprints)
+        routed = sum(layer.routed for layer in traced_layers)
         traffic["expert all-to-all, even load"] = microbatches * 4 * routed * (expert - 1) / expert
     context = mesh.size("context")
     if context > 1:  # all other processes' keys, and all other processes' gradients of one's own
-        keys = sum(f.keys for f in footprints)
+        keys = sum(layer.keys for layer in traced_layers)
         traffic["context exchange, at most"] = microbatches * 2 * keys * (context - 1)
     return {kind: size for kind, size in traffic.items() if size}
 
 
-def _add_sharding(traffic: dict[str, float], mesh: Mesh, stages: list[Any], narrow: int, microbatches: int) -> None:
+def _add_sharding(traffic: dict[str, float], mesh: Mesh, stages: list[Decoder], narrow: int, microbatches: int) -> None:
     """FSDP: a layer's weights come for each forward and each backward, those of no layer for each forward; under a
     pipeline all of them once. Gradients travel once a step, in float32."""
     copies = mesh.size("replicate")
     for stage in stages:
         in_layers = {id(p) for layer in layers_of(stage) for p in layer.parameters()}
         for p in stage.parameters():
-            count, own = unsharded(p), _local(p).numel()
+            count, own = unsharded(p), local_part(p).numel()
             times = 1 if mesh.size("pipeline") > 1 else microbatches * (2 if id(p) in in_layers else 1)
             traffic["weights gathered"] += narrow * times * max(0, count - own)
             traffic["gradients scattered"] += 4 * max(0, count - own)

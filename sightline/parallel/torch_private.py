@@ -1,0 +1,46 @@
+"""Every private API of PyTorch that this package uses, tried on torch 2.13.0: look here first when PyTorch changes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.attention.varlen  # registers torch.ops.torch_attn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = [
+    "ATTENTION_OPS",
+    "GROUPED_MM",
+    "RECEIVING_OPS",
+    "all_to_all_single_autograd",
+    "flatten",
+    "foreach_multiply_",
+    "foreach_norm",
+    "skip_side_effects_of_recompute",
+]
+
+GROUPED_MM = torch.ops.aten._grouped_mm.default
+ATTENTION_OPS = (
+    # a tile of ours on a CPU, FlexAttention, varlen, and what CUDA has for scaled_dot_product_attention
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,
+    torch.ops.torch_attn._varlen_attn.default,
+)
+RECEIVING_OPS = (
+    torch.ops._c10d_functional.all_to_all_single.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+)
+foreach_norm = torch._foreach_norm
+foreach_multiply_ = torch._foreach_mul_
+
+
+def flatten(mesh: DeviceMesh) -> DeviceMesh:
+    """A mesh of several axes as a mesh of one."""
+    return mesh._flatten()
+
+
+def skip_side_effects_of_recompute() -> None:
+    """Let a compiled forward that is computed again in the backward leave the attributes of modules alone."""
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True

@@ -1,0 +1,1 @@
+"""Memory, traffic, waiting and arithmetic of a run on a mesh, calculated without allocating or starting anything."""

@@ -1,0 +1,83 @@
+"""Whatever parallelism changes in a module from outside can be taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sightline.config import Parallel, Training
+from sightline.models import build_skeleton, config_of
+from sightline.models.decoder import Decoder
+from sightline.parallel.compile import apply_compile
+from sightline.parallel.expert import apply_expert, share_counts
+from sightline.parallel.mesh import Mesh
+from sightline.parallel.patch import replace_attribute, undo
+from sightline.parallel.recompute import apply_recompute
+from sightline.parallel.shard import apply_shard
+from sightline.parallel.tensor import apply_tensor
+from sightline.planning.torch_private import fake_process_group
+
+CHANGES: dict[str, Callable[[Decoder, Mesh], None]] = {
+    "tensor": apply_tensor,
+    "expert": apply_expert,
+    "counts of routers": share_counts,
+    "recompute": lambda model, mesh: apply_recompute(model, Training(recompute="selective")),
+    "compile": lambda model, mesh: apply_compile(model, backend="eager"),
+}
+
+
+@pytest.fixture
+def mesh() -> Iterator[Mesh]:
+    with fake_process_group(4, 0):
+        yield Mesh(Parallel(context=2, tensor=2, expert=2), torch.device("cpu"))
+
+
+def skeleton() -> Decoder:
+    """Dense layers and experts, routers with a loss of their own, two stacks."""
+    return build_skeleton(replace(config_of("deepseek_v3-debug"), prediction_weight=0.3, auxiliary_loss=0.01))
+
+
+def seen_from_outside(model: nn.Module) -> dict[str, Any]:
+    """Of every module its class, its hooks, and its own attributes, each the very object; of parameters the names."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        own = {key: value for key, value in vars(module).items() if key != "_parameters"}
+        hooks = {key: dict(value) for key, value in own.items() if key.endswith("_hooks")}
+        found[name] = type(module), hooks, {key: id(value) for key, value in own.items()}, list(module._parameters)
+    return found
+
+
+@pytest.mark.parametrize("names", [*([name] for name in CHANGES), list(CHANGES)], ids=lambda names: ", ".join(names))
+def test_undo_restores_every_module(names: list[str], mesh: Mesh) -> None:
+    model = skeleton()
+    before = seen_from_outside(model)
+    for name in names:
+        CHANGES[name](model, mesh)
+    assert seen_from_outside(model) != before
+    undo(model)
+    assert seen_from_outside(model) == before
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_the_same_attribute_replaced_twice() -> None:
+    module = nn.Linear(2, 2)
+    module.note = "own"
+    for value in ("first", "second"):
+        replace_attribute(module, "note", value)
+        replace_attribute(module, "extra_repr", lambda: "replaced")
+    assert module.note == "second" and repr(module) == "Linear(replaced)"
+    undo(module)
+    assert module.note == "own" and repr(module) == "Linear(in_features=2, out_features=2, bias=True)"
+
+
+def test_nothing_is_undone_below_fsdp(mesh: Mesh) -> None:
+    """FSDP's class is made of ours: to put the old one back would take its methods away and leave its hooks."""
+    model = skeleton()
+    apply_shard(model, mesh, dtype="float32")
+    with pytest.raises(AssertionError, match="FSDP's changes stay"):
+        undo(model)
