@@ -27,6 +27,7 @@ from sightline.layers import (
     routers_of,
     with_gradient_of,
 )
+from sightline.layers.precision import autocast_dtype
 from sightline.masks import AttentionMask, named_masks
 
 Masks = AttentionMask | Mapping[str, AttentionMask]
@@ -230,8 +231,7 @@ class Decoder(nn.Module):
 
     def lower_masks(self, masks: Mapping[str, Any], h: Tensor) -> dict[str, Lowered]:
         """Each mask as the layers take it, made once for all the layers that use it."""
-        kind = h.device.type if torch.amp.is_autocast_available(h.device.type) else "cpu"  # meta tensors have none
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+        dtype = autocast_dtype(h) or h.dtype
         training = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         sinks = any(own["sinks"] for own in self.attention_needs)
         lowered = {}
