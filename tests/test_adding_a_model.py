@@ -20,7 +20,7 @@ from sightline.models import build_model, load_pretrained, pretrained
 from sightline.recipes import RECIPES
 from sightline.recipes.laptop import debug
 from sightline.training.metrics import read_metrics
-from tests.models.against_transformers import (
+from tests.support.against_transformers import (
     as_ours,
     assert_cached_logits,
     assert_greedy_text,
@@ -31,8 +31,8 @@ from tests.models.against_transformers import (
     random_theirs,
     run,
 )
-from tests.parallel.processes import on_processes
-from tests.training.small_runs import small_run, train_quietly, write_corpus
+from tests.support.processes import on_processes
+from tests.support.small_runs import small_run, train_quietly, write_corpus
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = (ROOT / "examples" / "ministral.py").read_text()

@@ -11,7 +11,7 @@ from sightline.cli.main import run
 from sightline.models import load_pretrained
 from sightline.training import trainer
 from sightline.training.trained import load_trained
-from tests.training.small_runs import write_corpus
+from tests.support.small_runs import write_corpus
 
 SHORT = (
     "--training.steps=2",

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 
 from sightline.masks import AttentionMask, causal, document, global_tokens, shared_prefix, sliding_window
 from sightline.masks.tiles import Tile
-from tests.masks.random_masks import expressions
+from tests.support.random_masks import expressions
 
 
 def dense_of(tiles: list[Tile], shape: tuple[int, int, int]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from sightline import Batch
 from sightline.models import DeepseekV3Config, build_model, config_of, load_pretrained, save_pretrained
 from sightline.models.deepseek_v3 import look_further
 from sightline.models.deepseek_v3_hf import DEEPSEEK_V3_HF, config_from_hf, config_to_hf
-from tests.models.against_transformers import (
+from tests.support.against_transformers import (
     as_ours,
     assert_cached_logits,
     assert_needle,
@@ -28,7 +28,7 @@ from tests.models.against_transformers import (
     random_theirs,
     run,
 )
-from tests.training.small_runs import rows_of, small_run, train_quietly, weights_of, write_corpus
+from tests.support.small_runs import rows_of, small_run, train_quietly, weights_of, write_corpus
 
 V = 96
 YARN = {

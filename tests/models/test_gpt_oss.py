@@ -10,7 +10,7 @@ from transformers import GptOssForCausalLM
 from sightline import Batch
 from sightline.models import GptOssConfig, build_model, config_of
 from sightline.models.gpt_oss import GPT_OSS_HF, clamped_swiglu, config_from_hf, config_to_hf
-from tests.models.against_transformers import (
+from tests.support.against_transformers import (
     as_ours,
     assert_cached_logits,
     assert_greedy_text,
@@ -21,7 +21,7 @@ from tests.models.against_transformers import (
     random_documents,
     random_theirs,
 )
-from tests.training.small_runs import rows_of, small_run, train_quietly, write_corpus
+from tests.support.small_runs import rows_of, small_run, train_quietly, write_corpus
 
 V, WINDOW = 96, 8
 YARN = {

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sightline import Batch
 from sightline.models import Llama3RopeScaling, config_of
 from sightline.models.llama3 import LLAMA3_HF, LLAMA3_SIZES, config_from_hf, config_to_hf
-from tests.models.against_transformers import (
+from tests.support.against_transformers import (
     as_ours,
     assert_cached_logits,
     assert_needle,

@@ -9,7 +9,7 @@ from transformers import Llama4ForCausalLM, Llama4TextConfig
 from sightline import Batch
 from sightline.models import Llama4Config, build_model, config_of
 from sightline.models.llama4 import LLAMA4_HF, config_from_hf, config_to_hf
-from tests.models.against_transformers import (
+from tests.support.against_transformers import (
     as_ours,
     assert_cached_logits,
     assert_greedy_text,
@@ -21,7 +21,7 @@ from tests.models.against_transformers import (
     random_theirs,
     run,
 )
-from tests.training.small_runs import rows_of, small_run, train_quietly, write_corpus
+from tests.support.small_runs import rows_of, small_run, train_quietly, write_corpus
 
 V, CHUNK = 96, 8
 LLAMA3_ROPE = {

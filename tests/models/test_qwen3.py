@@ -12,7 +12,7 @@ from sightline import Batch
 from sightline.layers import MoE
 from sightline.models import Qwen3Config, build_model, config_of
 from sightline.models.qwen3 import QWEN3_HF, QWEN3_SIZES, config_from_hf, config_to_hf
-from tests.models.against_transformers import (
+from tests.support.against_transformers import (
     as_ours,
     assert_cached_logits,
     assert_needle,

@@ -14,7 +14,7 @@ from sightline.models import Qwen3NextConfig, build_model, config_of
 from sightline.models.generation import generate
 from sightline.models.qwen3_next import QWEN3_NEXT_SIZES
 from sightline.models.qwen3_next_hf import QWEN3_NEXT_HF, config_from_hf, config_to_hf
-from tests.models.against_transformers import (
+from tests.support.against_transformers import (
     as_ours,
     assert_cached_logits,
     assert_needle,

@@ -19,8 +19,8 @@ from sightline.models.llama3 import LLAMA3_SIZES
 from sightline.models.vlm import VLM_HF, VLM_SIZES
 from sightline.recipes import RECIPES
 from sightline.training.metrics import read_metrics
-from tests.models.against_transformers import as_ours, count_parameters, random_theirs
-from tests.training.small_runs import train_quietly
+from tests.support.against_transformers import as_ours, count_parameters, random_theirs
+from tests.support.small_runs import train_quietly
 
 IMAGE = 95  # the image token
 NUMBERS = 12  # of a patch: 2 x 2 pixels of 3 colours

@@ -23,9 +23,9 @@ from sightline.training.export import export_checkpoint
 from sightline.training.metrics import read_metrics
 from sightline.training.optimizer import build_optimizer
 from sightline.training.saver import Saver
-from tests.parallel.processes import on_processes
 from tests.parallel.test_meshes import small_run, train_on
-from tests.training.small_runs import weights_of, write_corpus
+from tests.support.processes import on_processes
+from tests.support.small_runs import weights_of, write_corpus
 
 CPU = torch.device("cpu")
 COMPARED = ("loss", "grad_norm", "visible_pairs", "tokens")

@@ -18,8 +18,8 @@ from sightline.parallel.expert import apply_expert
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.recompute import apply_recompute
 from sightline.parallel.shard import apply_shard
-from tests.models.against_transformers import Numbers
-from tests.parallel.processes import on_processes
+from tests.support.against_transformers import Numbers
+from tests.support.processes import on_processes
 
 
 def rows(seed: int) -> Batch:

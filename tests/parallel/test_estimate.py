@@ -20,7 +20,7 @@ from sightline.parallel.footprint import Ledger
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.timeline import tasks, timeline
 from sightline.training.step import prepare_batch
-from tests.parallel.processes import on_processes
+from tests.support.processes import on_processes
 
 CPU = torch.device("cpu")
 FAMILIES = [

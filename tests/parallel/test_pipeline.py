@@ -24,7 +24,7 @@ from sightline.parallel.pipeline import Pipelined
 from sightline.parallel.pipeline_stages import take_stages
 from sightline.parallel.recompute import apply_recompute
 from sightline.parallel.shard import apply_shard
-from tests.parallel.processes import on_processes
+from tests.support.processes import on_processes
 
 ROWS, LENGTH, MICRO = 8, 32, 1
 SCALE = 1 / 200

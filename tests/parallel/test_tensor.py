@@ -21,7 +21,7 @@ from sightline.parallel.compile import apply_compile
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.shard import apply_shard
 from sightline.parallel.tensor import apply_tensor, check_degree
-from tests.parallel.processes import on_processes
+from tests.support.processes import on_processes
 
 CPU = torch.device("cpu")
 MODELS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from sightline.data import SYNTHETIC_IMAGES
 from sightline.models import MODELS
 from sightline.recipes import RECIPES
 from sightline.training.metrics import read_metrics
-from tests.training.small_runs import train_quietly
+from tests.support.small_runs import train_quietly
 
 TINY = [name for name in RECIPES if "-tiny" in name]
 STEPS = 30

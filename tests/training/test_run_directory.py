@@ -9,7 +9,7 @@ import pytest
 from sightline.config import Data, Logging, Run
 from sightline.recipes import RECIPES
 from sightline.training.run_directory import RunDirectory, decode, encode, find_checkpoint, load_config, settings
-from tests.training.small_runs import MODEL, small_run
+from tests.support.small_runs import MODEL, small_run
 
 
 def through_json(run: Run, path: Path) -> Run:

@@ -23,7 +23,7 @@ from sightline.parallel.context.split import check_context, split_context
 from sightline.parallel.mesh import Mesh
 from tests.masks.test_blocks import assert_same_blocks
 from tests.parallel.context.rows import LENGTH, LENGTHS, pack
-from tests.parallel.processes import on_processes
+from tests.support.processes import on_processes
 
 ROWS = len(LENGTHS)
 CPU = torch.device("cpu")
