@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sightline.models.weights import HuggingFace, expect, read_rope, write_rope
 from torch import Tensor
 
 from sightline.attention import Lowered
@@ -27,7 +28,6 @@ from sightline.masks import AttentionMask, causal, document, prefix_lm, sliding_
 from sightline.models import llama3
 from sightline.models.checks import check_heads, check_positive
 from sightline.models.decoder import Decoder, Layer
-from sightline.models.weights import HuggingFace, expect, read_rope, write_rope
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from sightline.recipes.laptop import debug
 from transformers import MinistralConfig as TheirConfig
 from transformers import MinistralForCausalLM
 
@@ -18,7 +19,6 @@ from sightline.cli import convert, generate, train
 from sightline.config import Parallel, Run
 from sightline.models import build_model, load_pretrained, pretrained
 from sightline.recipes import RECIPES
-from sightline.recipes.laptop import debug
 from sightline.training.metrics import read_metrics
 from tests.support.against_transformers import (
     as_ours,

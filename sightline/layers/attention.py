@@ -63,6 +63,10 @@ class GroupedQueryAttention(Divisible):
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
 
+    def new_cache(self) -> KeyValueCache:
+        """What this layer remembers of a text while it is generated."""
+        return KeyValueCache()
+
     def parts(self) -> dict[str, int]:
         return {"key/value heads": self.key.out_features // self.head_size}
 

@@ -65,6 +65,10 @@ class MultiHeadLatentAttention(Divisible):
                 norm.init_weights()
         nn.init.normal_(self.output.weight, std=output_std)
 
+    def new_cache(self) -> KeyValueCache:
+        """What this layer remembers of a text while it is generated."""
+        return KeyValueCache()
+
     def parts(self) -> dict[str, int]:
         return {"heads": self.query.out_features // (self.plain_size + self.rope_size)}
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sightline.config import Checkpoint, Parallel, Run
-from sightline.models import build_model, load_pretrained, save_pretrained, weights
-from sightline.models.pretrained import read_pretrained
+from sightline.models import build_model, load_pretrained, save_pretrained
+from sightline.models.hf import files
+from sightline.models.hf.directory import read_pretrained
 from sightline.parallel.apply import build_parallel
 from sightline.parallel.mesh import Mesh
 from sightline.training.checkpoint import CannotSave, Progress, list_checkpoints, load_checkpoint, tensors
@@ -131,7 +132,7 @@ def export_a_share(rank: int, checkpoint: Path, output: Path) -> list[str]:
         written.append(path.name)
         safetensors.torch.save_file(tensors, path, metadata)
 
-    weights.save_file = save_file
+    files.save_file = save_file
     export_checkpoint(checkpoint, output, max_shard_bytes=60_000, group=torch.distributed.new_group(backend="gloo"))
     return written
 

@@ -17,7 +17,7 @@ from sightline import Batch
 from sightline.layers.vision import place_patches
 from sightline.masks import document
 from sightline.models import load_pretrained, save_pretrained
-from sightline.models.vision_pair import load_vision_pair
+from sightline.models.hf.vision_pair import load_vision_pair
 from tests.support.against_transformers import random_theirs, run
 
 VISION = Siglip2VisionConfig(
