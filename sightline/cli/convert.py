@@ -33,8 +33,8 @@ class Convert:
     """
 
     source: SourceArgument
-    """Directory of a run, whose newest checkpoint is taken; a checkpoint; a Hugging Face directory; or
-    package.module:NAME, a Run of your own, for the directory it writes to."""
+    """Directory of a run, whose newest checkpoint is taken; a checkpoint; or a Hugging Face directory.
+    A Run of your own, package.module:NAME, stands for the directory it writes to."""
     output: Annotated[Path, tyro.conf.Positional]
     """Directory to write. It must not hold weights yet."""
     family: str | None = None

@@ -38,8 +38,8 @@ class Generate(SamplingConfig):
     """
 
     source: SourceArgument
-    """Directory of a run, whose newest checkpoint is taken; a checkpoint; a Hugging Face directory; or
-    package.module:NAME, a Run of your own, for the directory it writes to."""
+    """Directory of a run, whose newest checkpoint is taken; a checkpoint; or a Hugging Face directory.
+    A Run of your own, package.module:NAME, stands for the directory it writes to."""
     family: str | None = None
     """The family of a directory's model where it is one of your own: package.module:NAME, a Family or a Run."""
     prompt: str = "def "

@@ -24,6 +24,6 @@ def find_source(source: str, family: str | None) -> tuple[Path, Family | None]:
     """
     named = None if family is None else get_family(family)
     if ":" not in source or Path(source).exists():
-        return Path(source).expanduser(), named
+        return Path(source), named
     run = get_recipe(source)
     return run.output_dir, named or family_of(run.model)

@@ -104,8 +104,8 @@ def load_config(path: Path, family: Family | None = None) -> Run:
         remedy = f"this version knows {', '.join(known.name for known in FAMILIES)}"
         if ":" in named:
             remedy = (
-                "it comes from outside the package, and a file never decides what is imported; name it yourself where "
-                f"you trust it: --family {named}"
+                "it comes from outside the package, and a file never decides what is imported. Where you trust it, "
+                f"name it yourself: --family {named}, or in `sightline train` a Run of that module"
             )
         raise ValueError(f"{path} names the model family {named!r}; {remedy}")
     model = decode(family.config, written.pop("model", {}), f"{path}: model")
