@@ -195,6 +195,10 @@ class GatedDeltaNet(Divisible):
         self.norm.init_weights()
         nn.init.normal_(self.output.weight, std=output_std)
 
+    def new_cache(self) -> RecurrentCache:
+        """What this layer remembers of a text while it is generated."""
+        return RecurrentCache()
+
     def parts(self) -> dict[str, int]:
         return {"key heads of a memory": self.qkv.out_features // sum(self.sizes)}
 
