@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sightline.masks import AttentionMask
 from sightline.masks.tiles import Segment
+from sightline.torch_private import disable_compiler
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -67,7 +68,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, form: Tiles | Dense, scale: float, s
     return _attend_dense(q, k, v, form, scale, sinks)
 
 
-@torch.compiler.disable
+@disable_compiler
 def _attend_tiles(q: Tensor, k: Tensor, v: Tensor, form: Tiles, scale: float, sinks: Tensor | None) -> Tensor:
     return _TiledAttention.apply(q, k, v, sinks, form, scale)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.varlen import varlen_attn
 
 from sightline.masks import AttentionMask
 from sightline.masks.varlen import VarlenLayout
+
+if TYPE_CHECKING:
+    import torch.nn.attention.varlen
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -28,6 +31,7 @@ def refusal(mask: AttentionMask, device: torch.device, dtype: torch.dtype, train
 
 
 def lower(mask: AttentionMask, device: torch.device, dtype: torch.dtype, training: bool) -> VarlenLayout:
+    importlib.import_module("torch.nn.attention.varlen")  # takes a second, which only a run on CUDA has to wait
     return mask.to(device).to_varlen()
 
 
@@ -37,7 +41,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, form: VarlenLayout, scale: float, si
     if sinks is None:
         longest, offsets = form.max_length, form.cu_seqlens
         gqa = q.shape[1] != k.shape[1]
-        out = varlen_attn(
+        out = torch.nn.attention.varlen.varlen_attn(
             query, key, value, offsets, offsets, longest, longest,
             scale=scale, window_size=form.window, enable_gqa=gqa,
         )  # fmt: skip

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from sightline.models.deepseek_v3_hf import DEEPSEEK_V3_HF
 from sightline.models.gpt_oss import GPT_OSS_HF
@@ -23,6 +22,7 @@ from sightline.models.qwen3 import QWEN3_HF
 from sightline.models.qwen3_next_hf import QWEN3_NEXT_HF
 from sightline.models.vlm import VLM_HF
 from sightline.models.weights import HuggingFace, holds_weights, read_weights, write_weights
+from sightline.torch_private import is_dtensor
 
 FORMATS: tuple[HuggingFace, ...] = (
     LLAMA3_HF,
@@ -110,7 +110,7 @@ def save_pretrained(
     not take it.
     """
     state = model.state_dict()
-    shared = next((name for name, tensor in state.items() if isinstance(tensor, DTensor)), None)
+    shared = next((name for name, tensor in state.items() if is_dtensor(tensor)), None)
     if shared:
         raise ValueError(
             f"{shared} is a DTensor: this process holds a part of the model; expected all of it. Save a checkpoint: "
