@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from sightline.errors import RunFailed
 from sightline.models import load_pretrained, save_pretrained
 from sightline.models.pretrained import MAX_SHARD_BYTES
 from sightline.models.weights import holds_weights
-from sightline.training import RunFailed
 from sightline.training.export import export_checkpoint
 from sightline.training.run_directory import find_checkpoint
 

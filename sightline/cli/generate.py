@@ -7,19 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from torch import Tensor
 
+import sightline
 from sightline import config
-from sightline.data import Tokenizer, load_tokenizer, pack_patches
+from sightline.data import Tokenizer, pack_patches
 from sightline.data.image_files import read_image
-from sightline.models import VLMConfig, load_pretrained
+from sightline.models import VLMConfig
 from sightline.models.generation import stream
-from sightline.models.weights import holds_weights
 from sightline.training.setup import choose_device
-from sightline.training.step import Model
-from sightline.training.trained import load_trained
 
 PLACE = "<image>"
 """Where an image stands in a prompt."""
@@ -58,7 +55,7 @@ class Generate:
 def main(argv: list[str]) -> None:
     options = tyro.cli(Generate, args=argv, prog="sightline generate")
     device = choose_device(config.Training(device=options.device))
-    model, tokenizer = open_model(options.directory, device)
+    model, tokenizer = sightline.load(options.directory, device=device)
     prompt, extra = read_prompt(options.prompt, options.image, model.config, tokenizer)
     pieces = stream(
         model,
@@ -75,20 +72,6 @@ def main(argv: list[str]) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
-
-
-def open_model(directory: Path, device: torch.device) -> tuple[Model, Tokenizer]:
-    """The model of a run, a checkpoint or a Hugging Face directory, and its tokenizer.
-
-    Errors: ValueError for a directory that is none of them, or has no tokenizer.
-    """
-    if not holds_weights(directory):
-        trained = load_trained(directory, device)
-        return trained.model, trained.tokenizer
-    tokenizer = load_tokenizer(directory)
-    dtype = torch.float32 if device.type == "cpu" else None  # most CPUs compute bfloat16 several times slower
-    with device:
-        return load_pretrained(directory, dtype=dtype).eval(), tokenizer
 
 
 def read_prompt(

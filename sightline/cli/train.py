@@ -9,10 +9,10 @@ from typing import Any
 
 import tyro
 
+import sightline
 from sightline.config import Run
 from sightline.models.pretrained import read_model_config
 from sightline.recipes import RECIPES, get_recipe
-from sightline.training import train
 from sightline.training.terminal import count
 
 EXAMPLES = """examples:
@@ -28,7 +28,8 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return
-    train(parse(argv))
+    run = parse(argv)
+    sightline.train(run)  # imports the trainer, which a wrong option has not to wait for
 
 
 def parse(argv: list[str]) -> Run:

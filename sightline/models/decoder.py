@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sightline.attention import Lowered, lower
-from sightline.batch import Batch
+from sightline.batch import Batch, ImageSizes
 from sightline.layers import (
     KeyValueCache,
     LayerCache,
@@ -56,6 +56,8 @@ class Decoder(nn.Module):
 
     unspoken: tuple[int, ...] = ()
     """Tokens that stand for something else than text, and are never generated."""
+    image_sizes: ImageSizes | None = None
+    """How images stand in the model's rows; None where it reads text alone."""
     row_heads: int | None = None
     """Heads of the layers that walk along whole rows, as a recurrence does: processes that share rows deal them out.
     None where there are no such layers."""

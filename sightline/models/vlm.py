@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sightline.batch import Batch
+from sightline.batch import Batch, ImageSizes
 from sightline.layers import LayerCache
 from sightline.layers.vision import Projector, VisionEncoder, place_patches
 from sightline.masks import AttentionMask, bidirectional, causal, document
@@ -124,6 +124,7 @@ class VLM(Llama3):
     def __init__(self, config: VLMConfig, *, attention_backend: str = "auto") -> None:
         super().__init__(config, attention_backend=attention_backend)
         self.unspoken = (config.image_token,)
+        self.image_sizes = ImageSizes(config.vision.patch_size, config.merge, config.image_token)
         for layer in self.layers.values():
             layer.mask_name = "decoder"  # type: ignore[assignment]
         vision = config.vision
