@@ -2,7 +2,14 @@
 
 from sightline.layers.attention import GroupedQueryAttention
 from sightline.layers.cache import KeyValueCache, LayerCache, RecurrentCache
-from sightline.layers.divisible import Divisible
+from sightline.layers.facts import (
+    AttentionLayer,
+    Divisible,
+    OutputProjection,
+    RecurrentLayer,
+    attention_layers,
+    flops_per_token,
+)
 from sightline.layers.loss import linear_cross_entropy, with_gradient_of
 from sightline.layers.mla import MultiHeadLatentAttention
 from sightline.layers.mlp import SwiGLU
@@ -19,6 +26,7 @@ from sightline.layers.rope import (
 )
 
 __all__ = [
+    "AttentionLayer",
     "Divisible",
     "Experts",
     "GatedDeltaNet",
@@ -28,14 +36,18 @@ __all__ = [
     "Llama3RopeScaling",
     "MoE",
     "MultiHeadLatentAttention",
+    "OutputProjection",
     "RMSNorm",
     "RecurrentCache",
+    "RecurrentLayer",
     "Rotation",
     "Router",
     "SwiGLU",
     "YarnScaling",
     "ZeroCentredRMSNorm",
+    "attention_layers",
     "build_rotation",
+    "flops_per_token",
     "linear_cross_entropy",
     "rope_frequencies",
     "rotate",

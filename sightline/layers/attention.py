@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from sightline.attention import Lowered, attend
 from sightline.layers.cache import KeyValueCache
-from sightline.layers.divisible import Divisible
+from sightline.layers.facts import AttentionLayer
 from sightline.layers.norm import RMSNorm
 from sightline.layers.rope import rotate
 from sightline.masks import AttentionMask
 
 
-class GroupedQueryAttention(Divisible):
+class GroupedQueryAttention(AttentionLayer):
     """H query heads share G key/value heads (arXiv 2305.13245); query head h reads key/value head h // (H / G).
 
     bias         the four projections have one
@@ -27,6 +27,7 @@ class GroupedQueryAttention(Divisible):
     A family whose positions enter in another way overrides `encode_keys`, and `encode_queries` where they differ.
     """
 
+    MATRICES: ClassVar = ()  # of its own it has only the sinks
     SHARDED: ClassVar = {"query": 0, "key": 0, "value": 0, "sinks": 0, "output.weight": 1}
     SUMMED = ("output.bias",)
 
@@ -64,7 +65,14 @@ class GroupedQueryAttention(Divisible):
             nn.init.zeros_(self.sinks)
 
     def parts(self) -> dict[str, int]:
-        return {"key/value heads": self.key.out_features // self.head_size}
+        return {"key/value heads": self.head_groups()}
+
+    def head_groups(self) -> int:
+        return self.key.out_features // self.head_size
+
+    def flops_per_pair(self) -> float:
+        """12 a channel of every query head."""
+        return 12.0 * self.query.out_features
 
     def forward(
         self, x: Tensor, mask: AttentionMask | Lowered, encoding: Any, cache: KeyValueCache | None = None

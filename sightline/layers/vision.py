@@ -10,7 +10,7 @@ Shape letters here: P patches of a row, N images of a row, C channels of a patch
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +96,8 @@ class VisionBlock(nn.Module):
 
 class VisionEncoder(nn.Module):
     """Patches to features: a linear embedding, positions fitted to each image's size, layers, a norm."""
+
+    MATRICES: ClassVar = ()  # of its own it has only the learned positions
 
     def __init__(
         self, *, patch_channels: int, width: int, layers: int, heads: int, ffn: int, side: int, norm_eps: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -12,9 +13,14 @@ from torch import Tensor, nn
 from sightline.attention import Lowered, lower
 from sightline.batch import Batch
 from sightline.layers import (
+    AttentionLayer,
     KeyValueCache,
     LayerCache,
+    OutputProjection,
+    RecurrentLayer,
     RMSNorm,
+    attention_layers,
+    flops_per_token,
     linear_cross_entropy,
     routers_of,
     with_gradient_of,
@@ -44,8 +50,7 @@ class Decoder(nn.Module):
     """Embedding, layers, norm, output, and the loop over the layers.
 
     A family builds its layers, each an `nn.Module` called as `layer(h, mask, encoding, cache)`, and gives
-    `get_attention_masks`, `encode_positions` and the two counts of FLOPs. A layer that uses a mask of
-    its own says which in `mask_name`.
+    `get_attention_masks` and `encode_positions`. A layer that uses a mask of its own says which in `mask_name`.
 
     The weights are undefined until `init_weights` or a checkpoint fills them: see `build_model`.
 
@@ -56,9 +61,6 @@ class Decoder(nn.Module):
 
     unspoken: tuple[int, ...] = ()
     """Tokens that stand for something else than text, and are never generated."""
-    row_heads: int | None = None
-    """Heads of the layers that walk along whole rows, as a recurrence does: processes that share rows deal them out.
-    None where there are no such layers."""
 
     def __init__(self, config: DecoderConfig, layers: Iterable[nn.Module], *, attention_backend: str = "auto") -> None:
         super().__init__()
@@ -69,7 +71,7 @@ class Decoder(nn.Module):
         self.norm: RMSNorm | None = RMSNorm(config.width, config.norm_eps)
         self.output: nn.Linear | None = None
         if not config.tied_embeddings:
-            self.output = nn.Linear(config.width, config.vocab_size, bias=False)
+            self.output = OutputProjection(config.width, config.vocab_size, bias=False)
         # Called with the projection's weight. Where processes share the vocabulary, others take the place of these.
         self.logits: Callable[[Tensor, Tensor], Tensor] = F.linear
         self.token_losses: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy
@@ -181,18 +183,37 @@ class Decoder(nn.Module):
             for name, mask in named.items()
         }
 
+    def flops_per_token(self) -> float:
+        """Forward and backward FLOPs of one token in matrix products, attention scores left out.
+
+        Those of the layers and of the output projection, also where it is the embedding.
+        """
+        return sum(flops_per_token(stack) for stack in self.stacks()) + self.output_flops_per_token()
+
+    def output_flops_per_token(self) -> float:
+        """Of one use of the output projection."""
+        return 6.0 * self.config.width * self.config.vocab_size
+
     def flops_per_pair(self, mask_name: str) -> float:
         """Forward and backward FLOPs of one visible pair of a mask, over all layers that use it."""
-        flops = self.attention_flops_per_pair()
-        return flops[mask_name] if isinstance(flops, dict) else flops
-
-    def attention_flops_per_pair(self) -> float | dict[str, float]:
-        """The same for the only mask, or by mask name."""
-        raise NotImplementedError
+        return sum(layer.flops_per_pair() for layer in self.layers_under(mask_name))
 
     def attention_shape(self, mask_name: str) -> tuple[int, int]:
         """How many layers attend under a mask, and how many head groups each of them has."""
-        return sum(layer.mask_name == mask_name for layer in self.layers.values()), self.config.kv_heads
+        layers = self.layers_under(mask_name)
+        return len(layers), layers[0].head_groups() if layers else 0
+
+    def layers_under(self, mask_name: str) -> list[AttentionLayer]:
+        """The attention layers that use a mask, in order."""
+        layers = (part for stack in self.stacks() for part in stack.modules() if isinstance(part, Layer))
+        return [found for layer in layers if layer.mask_name == mask_name for found in attention_layers(layer)]
+
+    @property
+    def row_heads(self) -> int | None:
+        """Heads that processes which share rows can deal out in each recurrent layer; None where there is no such
+        layer."""
+        heads = [part.row_heads() for part in self.modules() if isinstance(part, RecurrentLayer)]
+        return math.gcd(*heads) if heads else None
 
     def finish_step(self, add: Callable[[Tensor], Tensor] = lambda total: total) -> dict[str, Tensor]:
         """What is left to do when the optimizer has stepped; returns scalars worth a place among the step's metrics.

@@ -149,25 +149,6 @@ class Qwen3(Decoder):
             positions, frequencies, config.rope_scaling.rotation_factor if config.rope_scaling else 1.0
         )
 
-    def flops_per_token(self) -> float:
-        """Forward and backward FLOPs of one token in matrix products, attention scores left out.
-
-        6 a matmul parameter that the token meets: of the experts only those it is sent to. The output projection
-        counts, also where it is the embedding; the embedding's lookup and the norms do not.
-        """
-        config = self.config
-        heads = 2 * (config.heads + config.kv_heads)  # query and output, key and value
-        mlp = 3 * config.ffn
-        if config.experts:
-            mlp = config.experts + config.experts_per_token * mlp  # the router's choice, and the chosen
-        layer = config.width * (heads * config.head_size + mlp)
-        return 6.0 * (config.layers * layer + config.width * config.vocab_size)
-
-    def attention_flops_per_pair(self) -> float:
-        """Forward and backward FLOPs of one visible (query, key) pair over all layers: 12 a channel of every query
-        head, as in Llama 3."""
-        return 12.0 * self.config.heads * self.config.head_size * self.config.layers
-
 
 def config_from_hf(hf: dict[str, Any]) -> Qwen3Config:
     """From the fields of a config.json."""

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from sightline.config import Run
+from sightline.layers.facts import attention_layers
 from sightline.models import build_skeleton
 from sightline.parallel.apply import check_rows, parallelize
 from sightline.parallel.context.split import check_context
@@ -126,7 +127,6 @@ def estimate(run: Run, world: int) -> Estimate:
         with pretending(world, process * (world // stages)):
             processes.append(_on_this_rank(run, whole, microbatches, times.held[process], found))
     pairs = training.sequence_length * (training.sequence_length + 1) / 2 * training.global_batch_size
-    per_pair = whole.attention_flops_per_pair()
     return Estimate(
         mesh=mesh,
         processes=[process for process, _ in processes],
@@ -134,7 +134,7 @@ def estimate(run: Run, world: int) -> Estimate:
         microbatches=microbatches,
         timeline=times,
         matmul_flops=whole.flops_per_token() * training.global_batch_size * training.sequence_length,
-        causal_flops=pairs * (sum(per_pair.values()) if isinstance(per_pair, dict) else per_pair),
+        causal_flops=pairs * sum(layer.flops_per_pair() for layer in attention_layers(whole)),
         key_bytes=_sum([keys for _, keys in processes]),
     )
 

@@ -140,7 +140,7 @@ def test_work_is_counted_from_the_mask() -> None:
     numbers = result.read()
     assert (numbers["tokens"], numbers["places"]) == (7, 8)
     assert numbers["visible_pairs"] == 6 + 10  # 1 + 2 + 3, 1 + 2 + 3 + 4, and nothing for the padding
-    assert numbers["attention_flops"] == 16 * model.attention_flops_per_pair()
+    assert numbers["attention_flops"] == 16 * model.flops_per_pair("attention")
 
 
 def test_a_batch_without_any_label_is_no_division_by_zero() -> None:
