@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from sightline.config import Run
-from sightline.layers.facts import attention_layers
+from sightline.config import OPTIMIZER_STATE, Run
+from sightline.layers.facts import Role, attention_layers, parameter_facts
 from sightline.models import build_skeleton
 from sightline.parallel.apply import check_rows, parallelize
 from sightline.parallel.context.split import check_context
@@ -156,7 +156,7 @@ def _on_this_rank(
     memory = Memory(
         weights=weights,
         gradients=weights,
-        moments=2 * weights,
+        moments=sum(_moments(stage, run.optimizer.name) for stage in skeletons),
         gathered=sum(_gathered(stage, mesh, run.training.dtype) for stage in skeletons),
         activations=sum(
             held[number] * (sum(f.kept for f in layers.values()) + _ends_kept(stage, run, mesh, tokens))
@@ -191,6 +191,15 @@ def _trace(run: Run, mesh: Mesh, stage: Any, found: dict[Any, Footprint]) -> dic
 def _local(parameter: torch.Tensor) -> torch.Tensor:
     """This process's part of a parameter."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _moments(stage: nn.Module, optimizer: str) -> int:
+    """Bytes of the optimizer's state on this process."""
+    of_matrix, of_other = OPTIMIZER_STATE[optimizer]
+    return sum(
+        (of_matrix if role is Role.MATRIX else of_other) * _local(p).numel() * p.element_size()
+        for _, p, role in parameter_facts(stage)
+    )
 
 
 def unsharded(parameter: torch.Tensor) -> int:

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
 
 from sightline.batch import PADDING, Batch
 from sightline.data import Tokenizer
 from sightline.masks import AttentionMask
 from sightline.parallel.gradients import clip_gradients
 from sightline.parallel.parallel_model import ParallelModel, place
+from sightline.training.optimizer import Optimizer
 
 Model = Any
 """A model of sightline.models, or a ParallelModel. It has no type of its own: every family is just an nn.Module with
@@ -72,7 +72,7 @@ and backward FLOPs of those pairs over all layers; tokens that are no padding; p
 
 def train_step(
     model: ParallelModel,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     batch: Batch,
     tokenizer: Tokenizer | None,
     *,
@@ -106,8 +106,6 @@ def train_step(
     sums = torch.tensor(counts, dtype=torch.float64).to(mesh.device, non_blocking=True)
     sums[0] += loss
     mesh.sum(mesh.sum(sums, "loss"), "pipeline")
-    # The switch of torch.amp.GradScaler: the fused kernel reads it on the device and leaves everything as it was,
-    # so nobody has to wait for the loss to know whether to step.
-    optimizer.found_inf = (~(sums[0].isfinite() & grad_norm.isfinite())).float()  # type: ignore[attr-defined]
+    optimizer.found_inf = (~(sums[0].isfinite() & grad_norm.isfinite())).float()
     optimizer.step()
     return StepResult(sums=sums, grad_norm=grad_norm, of_model=model.finish_step())
