@@ -65,20 +65,6 @@ class Ministral(Decoder):
         anchors = prefix_lm(batch.positions, torch.full_like(batch.positions, self.config.anchors))
         return {"window": (window | anchors) & past, "full": past}
 
-    def flops_per_token(self) -> float:
-        """Forward and backward FLOPs of one token in matrix products: 6 a parameter of a matrix."""
-        config = self.config
-        heads = 2 * (config.heads + config.kv_heads)  # query and output, key and value
-        layer = config.width * (heads * config.head_size + 3 * config.ffn)
-        return 6.0 * (config.layers * layer + config.width * config.vocab_size)
-
-    def attention_flops_per_pair(self) -> dict[str, float]:
-        """Forward and backward FLOPs of one visible (query, key) pair over the layers that use the mask: 12 a channel
-        of every query head."""
-        config = self.config
-        layer = 12.0 * config.heads * config.head_size
-        return {"window": layer * ((config.layers + 1) // 2), "full": layer * (config.layers // 2)}
-
 
 FIELDS = {**DECODER, **HEADS, "window": "sliding_window", "ffn": "intermediate_size"}
 

@@ -17,6 +17,8 @@ from sightline.config import Checkpoint, Data, Optimizer, Training, Validation
         (lambda: Optimizer(final_share=1.5), "final-share must lie between 0 and 1, got 1.5"),
         (lambda: Optimizer(warmup_steps=-1), "warmup-steps"),
         (lambda: Optimizer(weight_decay=-0.1), "weight-decay"),
+        (lambda: Optimizer(momentum=1.0), r"optimizer.momentum must lie in \[0, 1\), got 1.0"),
+        (lambda: Optimizer(name="lion"), "optimizer.name must be one of adamw, muon, got 'lion'"),
         (lambda: Validation(rows=0), "validation.rows"),
         (lambda: Checkpoint(keep=0), "checkpoint.keep must be greater than 0"),
         (lambda: Checkpoint(every=-1), "checkpoint.every"),

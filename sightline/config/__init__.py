@@ -1,6 +1,7 @@
 """What a run is made of: the sections of a `Run`, and recipe templates (`sightline.config.recipes`)."""
 
 from sightline.config.run import (
+    OPTIMIZER_STATE,
     SCHEDULES,
     Attention,
     Checkpoint,
@@ -14,6 +15,7 @@ from sightline.config.run import (
 )
 
 __all__ = [
+    "OPTIMIZER_STATE",
     "SCHEDULES",
     "Attention",
     "Checkpoint",

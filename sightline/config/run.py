@@ -132,18 +132,27 @@ class Parallel:
             )
 
 
+OPTIMIZER_STATE = {"adamw": (2, 2), "muon": (1, 2)}
+"""Numbers of state that an optimizer keeps for each number of a layer's matrix, and for each of any other parameter."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW, its gradient clipping and its learning-rate schedule."""
+    """The optimizer, its gradient clipping and its learning-rate schedule."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalizes the updates of the layers' matrices and leaves embedding, output projection, norms and
+    biases to AdamW; its updates are as large as AdamW's, so learning rate and weight decay serve both."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the first and second moment."""
+    """Decay of AdamW's first and second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of AdamW's second moment."""
+    momentum: float = 0.95
+    """Decay of Muon's momentum."""
     weight_decay: float = 0.1
-    """Decoupled decay of matrices; norms, biases and other vectors are not decayed."""
+    """Decoupled decay of matrices and embeddings; norms, biases and whatever else is no matrix are not decayed."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
@@ -156,6 +165,8 @@ class Optimizer:
     """Learning rate of the last step as a share of the peak."""
 
     def __post_init__(self) -> None:
+        if self.name not in OPTIMIZER_STATE:
+            raise ValueError(f"optimizer.name must be one of {', '.join(OPTIMIZER_STATE)}, got {self.name!r}")
         _positive("optimizer", learning_rate=self.learning_rate, eps=self.eps, max_grad_norm=self.max_grad_norm)
         if self.warmup_steps < 0:
             raise ValueError(f"optimizer.warmup-steps must be at least 0, got {self.warmup_steps}")
@@ -165,6 +176,8 @@ class Optimizer:
         for beta in self.betas:
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"optimizer.betas must lie in [0, 1), got {self.betas}")
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"optimizer.momentum must lie in [0, 1), got {self.momentum}")
         if self.weight_decay < 0:
             raise ValueError(f"optimizer.weight-decay must be at least 0, got {self.weight_decay}")
 

@@ -2,7 +2,14 @@
 
 from sightline.layers.attention import GroupedQueryAttention
 from sightline.layers.cache import KeyValueCache, LayerCache, RecurrentCache
-from sightline.layers.divisible import Divisible
+from sightline.layers.facts import (
+    AttentionLayer,
+    Divisible,
+    OutputProjection,
+    RecurrentLayer,
+    attention_layers,
+    flops_per_token,
+)
 from sightline.layers.loss import linear_cross_entropy, with_gradient_of
 from sightline.layers.losses import LOSSES, Loss, compute_loss, get_loss
 from sightline.layers.mla import MultiHeadLatentAttention
@@ -21,6 +28,7 @@ from sightline.layers.rope import (
 
 __all__ = [
     "LOSSES",
+    "AttentionLayer",
     "Divisible",
     "Experts",
     "GatedDeltaNet",
@@ -31,15 +39,19 @@ __all__ = [
     "Loss",
     "MoE",
     "MultiHeadLatentAttention",
+    "OutputProjection",
     "RMSNorm",
     "RecurrentCache",
+    "RecurrentLayer",
     "Rotation",
     "Router",
     "SwiGLU",
     "YarnScaling",
     "ZeroCentredRMSNorm",
+    "attention_layers",
     "build_rotation",
     "compute_loss",
+    "flops_per_token",
     "get_loss",
     "linear_cross_entropy",
     "rope_frequencies",

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from sightline.attention import Lowered, attend
 from sightline.layers.cache import KeyValueCache
-from sightline.layers.divisible import Divisible
+from sightline.layers.facts import AttentionLayer
 from sightline.layers.norm import RMSNorm
 from sightline.layers.rope import rotate
 
 
-class GroupedQueryAttention(Divisible):
+class GroupedQueryAttention(AttentionLayer):
     """H query heads share G key/value heads (arXiv 2305.13245); query head h reads key/value head h // (H / G).
 
     bias         the four projections have one
@@ -26,6 +26,7 @@ class GroupedQueryAttention(Divisible):
     A family whose positions enter in another way overrides `encode_keys`, and `encode_queries` where they differ.
     """
 
+    MATRICES: ClassVar = ()  # of its own it has only the sinks
     SHARDED: ClassVar = {"query": 0, "key": 0, "value": 0, "sinks": 0, "output.weight": 1}
     SUMMED = ("output.bias",)
 
@@ -63,7 +64,6 @@ class GroupedQueryAttention(Divisible):
             nn.init.zeros_(self.sinks)
 
     def attention_needs(self) -> dict[str, Any]:
-        """What the attention kernel must offer: fields of `sightline.attention.Needs`."""
         return {"sinks": self.sinks is not None, "head_dim": self.head_size}
 
     def new_cache(self) -> KeyValueCache:
@@ -71,7 +71,14 @@ class GroupedQueryAttention(Divisible):
         return KeyValueCache()
 
     def parts(self) -> dict[str, int]:
-        return {"key/value heads": self.key.out_features // self.head_size}
+        return {"key/value heads": self.head_groups()}
+
+    def head_groups(self) -> int:
+        return self.key.out_features // self.head_size
+
+    def flops_per_pair(self) -> float:
+        """12 a channel of every query head."""
+        return 12.0 * self.query.out_features
 
     def forward(self, x: Tensor, mask: Lowered, encoding: Any, cache: KeyValueCache | None = None) -> Tensor:
         """x [B, S, W] -> [B, S, W]; encoding is what `encode_keys` takes, a Rotation or None for no rotation.

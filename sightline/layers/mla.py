@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from sightline.attention import Lowered, attend
 from sightline.layers.cache import KeyValueCache
-from sightline.layers.divisible import Divisible
+from sightline.layers.facts import AttentionLayer
 from sightline.layers.norm import RMSNorm
 from sightline.layers.rope import Rotation, rotate
 
 LATENT_NORM_EPS = 1e-6  # whatever the eps of the model's other norms, in all published weights
 
 
-class MultiHeadLatentAttention(Divisible):
+class MultiHeadLatentAttention(AttentionLayer):
     """The attention of DeepSeek V2 and V3 (arXiv 2405.04434, section 2.1).
 
     A token's keys and values come from its latent [kv_rank], and one more key of `rope_size` channels that all heads
@@ -65,7 +65,6 @@ class MultiHeadLatentAttention(Divisible):
         nn.init.normal_(self.output.weight, std=output_std)
 
     def attention_needs(self) -> dict[str, Any]:
-        """What the attention kernel must offer: fields of `sightline.attention.Needs`."""
         return {"sinks": False, "head_dim": max(self.plain_size + self.rope_size, self.value_size)}
 
     def new_cache(self) -> KeyValueCache:
@@ -73,7 +72,14 @@ class MultiHeadLatentAttention(Divisible):
         return KeyValueCache()
 
     def parts(self) -> dict[str, int]:
-        return {"heads": self.query.out_features // (self.plain_size + self.rope_size)}
+        return {"heads": self.head_groups()}
+
+    def head_groups(self) -> int:
+        return self.query.out_features // (self.plain_size + self.rope_size)
+
+    def flops_per_pair(self) -> float:
+        """Zeros that fill up a head for the kernel's sake are not counted."""
+        return 6.0 * self.head_groups() * (self.plain_size + self.rope_size + self.value_size)
 
     def forward(self, x: Tensor, mask: Lowered, rotation: Rotation, cache: KeyValueCache | None = None) -> Tensor:
         """x [B, S, W] -> [B, S, W]. With a cache the mask's queries are these S tokens, its keys all tokens so far."""

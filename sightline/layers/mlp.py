@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sightline.layers.divisible import Divisible
+from sightline.layers.facts import Divisible
 
 
 class SwiGLU(Divisible):

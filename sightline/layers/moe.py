@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sightline.layers.divisible import Divisible
+from sightline.layers.facts import Divisible, flops_per_token
 from sightline.layers.grouped import grouped_linear, grouped_linears
 from sightline.layers.precision import no_autocast
 
@@ -51,6 +51,8 @@ class Router(nn.Module):
 
     Logits and scores are computed in float32: a choice that bfloat16 rounds goes to another expert.
     """
+
+    MATRICES: ClassVar = ("weight",)
 
     def __init__(
         self,
@@ -163,6 +165,8 @@ class Experts(nn.Module):
     gate, up [E, F, W] and down [E, W, F] lie as in nn.Linear, one after another; biases [E, F] and [E, W].
     """
 
+    MATRICES: ClassVar = ("gate", "up", "down")
+
     def __init__(
         self,
         experts: int,
@@ -225,6 +229,12 @@ class MoE(Divisible):
         shared: Any = self.shared
         parts = {"channels of an expert": experts.gate.shape[1]}
         return parts if shared is None else {**parts, "channels of the shared expert": shared.gate.out_features}
+
+    def flops_per_token(self) -> float:
+        """Of the experts those that a token is sent to, the router, and the shared expert."""
+        sent = flops_per_token(self.experts) * self.router.top_k / len(self.router.weight)
+        shared = 0.0 if self.shared is None else flops_per_token(self.shared)
+        return flops_per_token(self.router) + sent + shared
 
     def forward(self, x: Tensor, seeing: Tensor | None = None) -> Tensor:
         """x [B, S, W] -> [B, S, W]. seeing bool [B, S], a mask's `seeing()`: padding has only the shared expert."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dim (arXiv 1910.07467)."""
+
+    MATRICES: ClassVar = ()
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sightline.attention import Lowered
 from sightline.layers.cache import RecurrentCache
-from sightline.layers.divisible import Divisible
+from sightline.layers.facts import RecurrentLayer
 from sightline.layers.norm import RMSNorm
 from sightline.layers.precision import no_autocast
 from sightline.masks import AttentionMask
@@ -138,6 +138,8 @@ def _wide(t: Tensor) -> Tensor:
 class CausalConvolution(nn.Module):
     """A convolution of each channel with K learned taps, and silu."""
 
+    MATRICES: ClassVar = ()
+
     def __init__(self, channels: int, taps: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, taps))
@@ -153,7 +155,7 @@ class CausalConvolution(nn.Module):
         return F.silu(causal_convolution(x, mask.exchange.local_channels(self.weight), segments, past))
 
 
-class GatedDeltaNet(Divisible):
+class GatedDeltaNet(RecurrentLayer):
     """The layer around the gated delta rule (arXiv 2412.06464), as Qwen3-Next has it.
 
     Queries, keys and values pass a short convolution; queries and keys are of length 1. How much stays of the memory,
@@ -161,6 +163,7 @@ class GatedDeltaNet(Divisible):
     Mamba's (arXiv 2312.00752). The output is normed a head and gated.
     """
 
+    MATRICES: ClassVar = ()  # of its own it has only A_log and dt_bias
     SHARDED: ClassVar = {
         **{"qkv": 0, "convolution": 0, "beta": 0, "decay": 0, "A_log": 0, "dt_bias": 0, "gate": 0},
         "output": 1,
@@ -200,7 +203,16 @@ class GatedDeltaNet(Divisible):
         return RecurrentCache()
 
     def parts(self) -> dict[str, int]:
-        return {"key heads of a memory": self.qkv.out_features // sum(self.sizes)}
+        return {"key heads of a memory": self.row_heads()}
+
+    def row_heads(self) -> int:
+        """Key heads, each with the value heads that it serves."""
+        return self.qkv.out_features // sum(self.sizes)
+
+    def flops_per_token(self) -> float:
+        """Of its matrices, and 18 a number of each value head's memory: it is read by a key, corrected by an outer
+        product and read by a query. The chunked form computes more."""
+        return super().flops_per_token() + 18.0 * self.gate.out_features * self.key_size
 
     def forward(self, x: Tensor, mask: Lowered, encoding: Any = None, cache: RecurrentCache | None = None) -> Tensor:
         """x [B, S, W] -> [B, S, W]. With a cache the mask's queries are these S tokens, its keys all tokens so far.

@@ -11,7 +11,7 @@ Shape letters here: P patches of a row, N images of a row, C channels of a patch
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +134,8 @@ class VisionBlock(nn.Module):
 
 class VisionEncoder(nn.Module):
     """Patches to features: a linear embedding, positions fitted to each image's size, layers, a norm."""
+
+    MATRICES: ClassVar = ()  # of its own it has only the learned positions
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,16 +17,19 @@ from sightline.attention import Exchanges, LocalExchanges, Lowered, Needs, check
 from sightline.batch import Batch, ImageSizes
 from sightline.layers import (
     LOSSES,
+    AttentionLayer,
     Experts,
-    GroupedQueryAttention,
     KeyValueCache,
     LayerCache,
     Loss,
     MoE,
-    MultiHeadLatentAttention,
+    OutputProjection,
+    RecurrentLayer,
     RMSNorm,
+    attention_layers,
     build_rotation,
     compute_loss,
+    flops_per_token,
     linear_cross_entropy,
     rope_frequencies,
     routers_of,
@@ -65,8 +69,7 @@ class Decoder(nn.Module):
     """Embedding, layers, norm, output, and the loop over the layers.
 
     A family gives `build_block`, whose layers are called as `layer(h, mask, encoding, cache)` and say in `mask_name`
-    which mask they use, and the two counts of FLOPs. It overrides `get_attention_masks`, `encode_positions` and
-    `build_norm` where it differs.
+    which mask they use. It overrides `get_attention_masks`, `encode_positions` and `build_norm` where it differs.
 
     The weights are undefined until `init_weights` or a checkpoint fills them: see `build_model`.
 
@@ -79,9 +82,6 @@ class Decoder(nn.Module):
     """Tokens that stand for something else than text, and are never generated."""
     image_sizes: ImageSizes | None = None
     """How images stand in the model's rows; None where it reads text alone."""
-    row_heads: int | None = None
-    """Heads of the layers that walk along whole rows, as a recurrence does: processes that share rows deal them out.
-    None where there are no such layers."""
 
     def __init__(self, config: Any, *, attention_backend: str = "auto") -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
         self.norm: RMSNorm | None = self.build_norm()
         self.output: nn.Linear | None = None
         if not config.tied_embeddings:
-            self.output = nn.Linear(config.width, config.vocab_size, bias=False)
+            self.output = OutputProjection(config.width, config.vocab_size, bias=False)
         # Of a layer of the whole model, also for a stage that has none of them; 0 where all layers are dense.
         self.experts = max((len(part.gate) for part in self.layers.modules() if isinstance(part, Experts)), default=0)
         # Called with the projection's weight. Where processes share the vocabulary, others take the place of these.
@@ -245,12 +245,7 @@ class Decoder(nn.Module):
     @cached_property
     def attention_needs(self) -> list[dict[str, Any]]:
         """What its attention layers ask of a kernel, each kind of layer once: fields of `Needs`."""
-        needs: list[dict[str, Any]] = []
-        for module in self.modules():
-            if isinstance(module, GroupedQueryAttention | MultiHeadLatentAttention):
-                own = module.attention_needs()
-                needs += [own] if own not in needs else []
-        return needs
+        return list({str(needs := layer.attention_needs()): needs for layer in attention_layers(self)}.values())
 
     def check_backend(self, device: torch.device, dtype: torch.dtype, *, training: bool) -> None:
         """Refuse an attention backend that cannot serve the layers, whatever the masks will be.
@@ -283,21 +278,36 @@ class Decoder(nn.Module):
         return lowered
 
     def flops_per_token(self) -> float:
-        """Forward and backward FLOPs of one token in matrix products, attention's scores left out."""
-        raise NotImplementedError
+        """Forward and backward FLOPs of one token in matrix products, attention scores left out.
+
+        Those of the layers and of the output projection, also where it is the embedding.
+        """
+        return sum(flops_per_token(stack) for stack in self.stacks()) + self.output_flops_per_token()
+
+    def output_flops_per_token(self) -> float:
+        """Of one use of the output projection."""
+        return 6.0 * self.config.width * self.config.vocab_size
 
     def flops_per_pair(self, mask_name: str) -> float:
         """Forward and backward FLOPs of one visible pair of a mask, over all layers that use it."""
-        flops = self.attention_flops_per_pair()
-        return flops[mask_name] if isinstance(flops, dict) else flops
-
-    def attention_flops_per_pair(self) -> float | dict[str, float]:
-        """The same for the only mask, or by mask name."""
-        raise NotImplementedError
+        return sum(layer.flops_per_pair() for layer in self.layers_under(mask_name))
 
     def attention_shape(self, mask_name: str) -> tuple[int, int]:
         """How many layers attend under a mask, and how many head groups each of them has."""
-        return sum(layer.mask_name == mask_name for layer in self.layers.values()), self.config.kv_heads
+        layers = self.layers_under(mask_name)
+        return len(layers), layers[0].head_groups() if layers else 0
+
+    def layers_under(self, mask_name: str) -> list[AttentionLayer]:
+        """The attention layers that use a mask, in order."""
+        layers = (part for stack in self.stacks() for part in stack.modules() if isinstance(part, Layer))
+        return [found for layer in layers if layer.mask_name == mask_name for found in attention_layers(layer)]
+
+    @cached_property
+    def row_heads(self) -> int | None:
+        """Heads that processes which share rows can deal out in each recurrent layer; None where there is no such
+        layer."""
+        heads = [part.row_heads() for part in self.modules() if isinstance(part, RecurrentLayer)]
+        return math.gcd(*heads) if heads else None
 
     def finish_step(self, add: Callable[[Tensor], Tensor] = lambda total: total) -> dict[str, Tensor]:
         """What is left to do when the optimizer has stepped; returns scalars worth a place among the step's metrics.

@@ -254,40 +254,8 @@ class DeepseekV3(Decoder):
         return metrics
 
     def flops_per_token(self) -> float:
-        """Forward and backward FLOPs of one token in matrix products, attention scores left out.
-
-        6 a matmul parameter that the token meets: of the experts only those it is sent to. The output projection
-        counts, also where it is the embedding, and twice where the token after the next is predicted.
-        """
-        config = self.config
-        query_size, value_size = config.plain_size + config.rope_size, config.value_size
-        rank = config.query_rank
-        queries = config.width if rank is None else rank
-        attention = (
-            (0 if rank is None else config.width * rank)
-            + queries * config.heads * query_size
-            + config.width * (config.kv_rank + config.rope_size)
-            + config.kv_rank * config.heads * (config.plain_size + value_size)
-            + config.heads * value_size * config.width
-        )
-        dense = attention + 3 * config.width * config.ffn
-        met = config.experts_per_token + config.shared_experts
-        sparse = attention + config.width * (config.experts + 3 * met * config.expert_ffn)
-        output = config.width * config.vocab_size
-        total = config.dense_layers * dense + (config.layers - config.dense_layers) * sparse + output
-        if self.prediction is not None:
-            total += 2 * config.width**2 + (dense if config.dense_layers == config.layers else sparse) + output
-        return 6.0 * total
-
-    def attention_flops_per_pair(self) -> float:
-        """Forward and backward FLOPs of one visible (query, key) pair over all layers: 6 a channel of q k, 6 of p v,
-        zeros that fill up a head for the kernel's sake not counted."""
-        config = self.config
-        layers, heads = self.attention_shape("attention")
-        return 6.0 * heads * (config.plain_size + config.rope_size + config.value_size) * layers
-
-    def attention_shape(self, mask_name: str) -> tuple[int, int]:
-        return self.config.layers + (self.prediction is not None), self.config.heads
+        """As in every decoder; predicting the token after the next takes the output projection a second time."""
+        return super().flops_per_token() + (0.0 if self.prediction is None else self.output_flops_per_token())
 
 
 def look_further(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

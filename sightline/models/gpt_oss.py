@@ -88,25 +88,6 @@ class GptOss(Decoder):
             "full": causal(rows, length, device=batch.tokens.device) & own_document,
         }
 
-    def flops_per_token(self) -> float:
-        """Forward and backward FLOPs of one token in matrix products, attention scores left out.
-
-        6 a matmul parameter that the token meets: of the experts only those it is sent to. The output projection
-        counts, also where it is the embedding; the embedding's lookup, norms and biases do not.
-        """
-        config = self.config
-        heads = 2 * (config.heads + config.kv_heads)  # query and output, key and value
-        experts = config.experts + config.experts_per_token * 3 * config.ffn  # the router's choice, and the chosen
-        layer = config.width * (heads * config.head_size + experts)
-        return 6.0 * (config.layers * layer + config.width * config.vocab_size)
-
-    def attention_flops_per_pair(self) -> dict[str, float]:
-        """Forward and backward FLOPs of one visible (query, key) pair over the layers that use the mask: 12 a channel
-        of every query head, as in Llama 3."""
-        config = self.config
-        layer = 12.0 * config.heads * config.head_size
-        return {"window": layer * ((config.layers + 1) // 2), "full": layer * (config.layers // 2)}
-
 
 published = partial(
     GptOssConfig,

@@ -57,25 +57,6 @@ class Llama3(Decoder):
     def rotary_size(self) -> int:
         return self.config.resolved_head_size
 
-    def flops_per_token(self) -> float:
-        """Forward and backward FLOPs of one token in matrix products, attention scores left out.
-
-        6 a matmul parameter: 2 forward, 4 backward. The output projection counts, also where it is the embedding; the
-        embedding's lookup and the norms do not.
-        """
-        config = self.config
-        heads = 2 * (config.heads + config.kv_heads)  # query and output, key and value
-        layer = config.width * (heads * config.resolved_head_size + 3 * config.ffn)
-        return 6.0 * (config.layers * layer + config.width * config.vocab_size)
-
-    def attention_flops_per_pair(self) -> float:
-        """Forward and backward FLOPs of one visible (query, key) pair over all layers.
-
-        12 a channel of every query head: q k and p v take 2 each forward and twice that backward (PaLM's convention,
-        arXiv 2204.02311: what a kernel recomputes in its backward does not count).
-        """
-        return 12.0 * self.config.heads * self.config.resolved_head_size * self.config.layers
-
 
 llama_3_1 = partial(
     Llama3Config, vocab_size=128_256, kv_heads=8, rope_theta=500_000.0, rope_scaling=Llama3RopeScaling(factor=8)

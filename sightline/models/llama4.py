@@ -145,26 +145,6 @@ class Llama4(Decoder):
         temperature = 1 + self.config.temperature_scale * grown[:, :, None, None]
         return Positions(super().encode_positions(positions), temperature)
 
-    def flops_per_token(self) -> float:
-        """Forward and backward FLOPs of one token in matrix products, attention scores left out.
-
-        6 a matmul parameter that the token meets: of the experts only the shared one and those it is sent to. The
-        output projection counts, also where it is the embedding; the embedding's lookup and the norms do not.
-        """
-        config = self.config
-        attention = 2 * (config.heads + config.kv_heads) * config.head_size  # query and output, key and value
-        experts = config.experts + (config.experts_per_token + 1) * 3 * config.ffn  # the router's choice, the chosen
-        mlp = sum(experts if config.has_experts(i) else 3 * config.dense_ffn for i in range(config.layers))
-        return 6.0 * config.width * (config.layers * attention + mlp + config.vocab_size)
-
-    def attention_flops_per_pair(self) -> dict[str, float]:
-        """Forward and backward FLOPs of one visible (query, key) pair over the layers that use the mask: 12 a channel
-        of every query head, as in Llama 3."""
-        config = self.config
-        layer = 12.0 * config.heads * config.head_size
-        full = sum(config.is_full(i) for i in range(config.layers))
-        return {"chunked": layer * (config.layers - full), "full": layer * full}
-
 
 published = partial(
     Llama4Config,

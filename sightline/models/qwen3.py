@@ -66,25 +66,6 @@ class Qwen3(Decoder):
         mlp = build_moe(config) if config.experts else SwiGLU(config.width, config.ffn)
         return Block(attention, mlp, self.build_norm)
 
-    def flops_per_token(self) -> float:
-        """Forward and backward FLOPs of one token in matrix products, attention scores left out.
-
-        6 a matmul parameter that the token meets: of the experts only those it is sent to. The output projection
-        counts, also where it is the embedding; the embedding's lookup and the norms do not.
-        """
-        config = self.config
-        heads = 2 * (config.heads + config.kv_heads)  # query and output, key and value
-        mlp = 3 * config.ffn
-        if config.experts:
-            mlp = config.experts + config.experts_per_token * mlp  # the router's choice, and the chosen
-        layer = config.width * (heads * config.head_size + mlp)
-        return 6.0 * (config.layers * layer + config.width * config.vocab_size)
-
-    def attention_flops_per_pair(self) -> float:
-        """Forward and backward FLOPs of one visible (query, key) pair over all layers: 12 a channel of every query
-        head, as in Llama 3."""
-        return 12.0 * self.config.heads * self.config.head_size * self.config.layers
-
 
 small = partial(Qwen3Config, vocab_size=512, width=64, layers=2, heads=4, kv_heads=2, head_size=32)
 published = partial(Qwen3Config, vocab_size=151_936, kv_heads=8, head_size=128)

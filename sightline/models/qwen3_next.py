@@ -169,11 +169,6 @@ class Qwen3Next(Decoder):
     norms      0, which is a factor of 1; that of a memory's heads 1
     """
 
-    def __init__(self, config: Qwen3NextConfig, *, attention_backend: str = "auto") -> None:
-        super().__init__(config, attention_backend=attention_backend)
-        if not all(config.has_attention(i) for i in range(config.layers)):
-            self.row_heads = config.key_heads  # each with the value heads that it serves
-
     def build_block(self, index: int) -> Block:
         config = self.config
         mixer = GatedAttention(config) if config.has_attention(index) else build_memory(config)
@@ -186,32 +181,6 @@ class Qwen3Next(Decoder):
     @property
     def rotary_size(self) -> int:
         return self.config.rotary_size
-
-    def flops_per_token(self) -> float:
-        """Forward and backward FLOPs of one token in matrix products, attention scores left out.
-
-        6 a matmul parameter that the token meets (`experts_per_token` experts of all), and 18 a number of each memory:
-        it is read by a key, corrected by an outer product and read by a query; a chunked form computes more.
-        """
-        config = self.config
-        keys, values = config.key_heads * config.key_size, config.value_heads * config.value_size
-        memory = config.width * (2 * keys + 3 * values + 2 * config.value_heads) + 3 * values * config.key_size
-        attention = config.width * config.head_size * (3 * config.heads + 2 * config.kv_heads)
-        mlp = 3 * config.width * config.ffn
-        if config.experts:
-            ffn = config.experts_per_token * config.expert_ffn + config.shared_ffn
-            mlp = config.width * (3 * ffn + config.experts + 1)
-        with_attention = config.layers // config.attention_every
-        layers = with_attention * attention + (config.layers - with_attention) * memory + config.layers * mlp
-        return 6.0 * (layers + config.width * config.vocab_size)
-
-    def attention_flops_per_pair(self) -> float:
-        """Forward and backward FLOPs of one visible (query, key) pair over the layers with attention: see Llama 3's."""
-        config = self.config
-        return 12.0 * config.heads * config.head_size * (config.layers // config.attention_every)
-
-    def attention_shape(self, mask_name: str) -> tuple[int, int]:
-        return self.config.layers // self.config.attention_every, self.config.kv_heads
 
 
 QWEN3_NEXT = Family(

@@ -22,7 +22,7 @@ from torch import Tensor
 from sightline.batch import Batch, ImageSizes
 from sightline.config import Checkpoint, Optimizer, Training, Validation
 from sightline.config.recipes import DRAWINGS, on_gpus, template
-from sightline.layers import LayerCache
+from sightline.layers import AttentionLayer, LayerCache, attention_layers
 from sightline.layers.vision import Projector, VisionConfig, VisionEncoder, place_patches
 from sightline.masks import AttentionMask, bidirectional, causal, document, named_masks
 from sightline.models.checks import check_positive
@@ -204,14 +204,9 @@ class VLM(Llama3):
         lowered = self.lower_masks({"encoder": mask}, self.vision.positions)["encoder"]
         return self.projector(self.vision(patches, places, lowered), places)
 
-    def attention_flops_per_pair(self) -> dict[str, float]:  # type: ignore[override]
-        """By mask: see Llama3."""
-        vision = self.config.vision
-        return {"encoder": 12.0 * vision.width * vision.layers, "decoder": super().attention_flops_per_pair()}
-
-    def attention_shape(self, mask_name: str) -> tuple[int, int]:
-        vision = self.config.vision
-        return (vision.layers, vision.heads) if mask_name == "encoder" else super().attention_shape(mask_name)
+    def layers_under(self, mask_name: str) -> list[AttentionLayer]:
+        encoder = [] if self.vision is None else attention_layers(self.vision)
+        return encoder if mask_name == "encoder" else super().layers_under(mask_name)
 
 
 def number_image_tokens(is_image: Tensor) -> Tensor:

@@ -42,6 +42,11 @@ class ParallelModel:
         for stage in self.stages:
             yield from stage.named_parameters()
 
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Those of this process, in the same order."""
+        for stage in self.stages:
+            yield from stage.named_modules()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters and buffers of this process, as torch.distributed.checkpoint writes and reads them."""
         return {name: value for stage in self.stages for name, value in stage.state_dict().items()}

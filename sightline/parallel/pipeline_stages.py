@@ -7,10 +7,8 @@ from functools import cache
 from itertools import accumulate
 from typing import Any
 
-from torch import nn
-
 from sightline.config import Parallel, Training
-from sightline.layers.moe import MoE
+from sightline.layers import flops_per_token
 from sightline.models.decoder import Decoder
 from sightline.numbers import divisors, nearest
 from sightline.parallel.mesh import Mesh
@@ -48,9 +46,9 @@ def owners(parallel: Parallel) -> list[int]:
 def cut(whole: Decoder, stages: int) -> list[range]:
     """The layers of each stage: every stage at least one, the busiest with as little work as can be.
 
-    Work is counted in `matmul_parameters`. So the embedding, which is only looked up, counts nothing, and the output
-    projection as many layers as it is larger than one: with a vocabulary of 128k and a width of 4096 it is worth 2.4
-    layers of Llama 3 8B, and the last stage has that many fewer. Attention's scores are left out.
+    Work is what a token takes in matrix products. So the embedding, which is only looked up, counts nothing, and the
+    output projection as many layers as it is larger than one: with a vocabulary of 128k and a width of 4096 it is worth
+    2.4 layers of Llama 3 8B, and the last stage has that many fewer. Attention's scores are left out.
 
     Errors: ValueError for more stages than layers.
     """
@@ -60,12 +58,11 @@ def cut(whole: Decoder, stages: int) -> list[range]:
             f"{len(whole.layers)} stages: --parallel.pipeline times one with the schedules {' and '.join(ONE_STAGE)}, "
             "times two with the others"
         )
-    total = list(accumulate((matmul_parameters(layer) for layer in whole.layers.values()), initial=0.0))
+    total = list(accumulate((flops_per_token(layer) for layer in whole.layers.values()), initial=0.0))
     end = len(whole.layers)
     layers = total[-1]
-    outside = {name: matmul_parameters(part) for name, part in whole.named_children() if name != "layers"}
-    head = outside.pop("output", None) or float(whole.config.vocab_size * whole.config.width)  # tied: the embedding
-    before = sum(outside.values())
+    head = whole.output_flops_per_token()
+    before = sum(flops_per_token(part) for name, part in whole.named_children() if name not in ("layers", "output"))
 
     @cache
     def best(first: int, left: int) -> tuple[float, float, tuple[int, ...]]:
@@ -83,18 +80,6 @@ def cut(whole: Decoder, stages: int) -> list[range]:
 
     begins = best(0, stages)[2]
     return [range(first, stop) for first, stop in zip(begins, (*begins[1:], end), strict=True)]
-
-
-def matmul_parameters(module: nn.Module) -> float:
-    """Parameters that a token is multiplied with: of the experts those it is sent to, of an embedding none."""
-    if isinstance(module, nn.Embedding):
-        return 0.0
-    count = float(sum(p.numel() for p in module.parameters() if p.dim() > 1))
-    for part in module.modules():
-        if isinstance(part, MoE):
-            experts = sum(p.numel() for p in part.experts.parameters() if p.dim() > 1)
-            count -= experts * (1 - part.router.top_k / len(part.router.weight))
-    return count
 
 
 def take_stages(whole: Decoder, mesh: Mesh) -> list[Decoder]:

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from sightline.config import Run
+from sightline.config import OPTIMIZER_STATE, Run
+from sightline.layers.facts import Role, attention_layers, parameter_facts
 from sightline.layers.loss import CHUNK_SIZE
 from sightline.models import build_skeleton
 from sightline.models.decoder import Decoder
@@ -126,7 +127,6 @@ def estimate(run: Run, world: int) -> Estimate:
         with fake_process_group(world, process * (world // stages)):
             processes.append(_on_this_rank(run, whole, microbatches, times.held[process], found))
     pairs = training.sequence_length * (training.sequence_length + 1) / 2 * training.global_batch_size
-    per_pair = whole.attention_flops_per_pair()
     return Estimate(
         mesh=mesh,
         processes=[process for process, _ in processes],
@@ -134,7 +134,7 @@ def estimate(run: Run, world: int) -> Estimate:
         microbatches=microbatches,
         timeline=times,
         matmul_flops=whole.flops_per_token() * training.global_batch_size * training.sequence_length,
-        causal_flops=pairs * (sum(per_pair.values()) if isinstance(per_pair, dict) else per_pair),
+        causal_flops=pairs * sum(layer.flops_per_pair() for layer in attention_layers(whole)),
         key_bytes=_sum([keys for _, keys in processes]),
     )
 
@@ -156,7 +156,7 @@ def _on_this_rank(
     memory = Memory(
         weights=weights,
         gradients=weights,
-        moments=2 * weights,
+        moments=sum(_moments(stage, run.optimizer.name) for stage in skeletons),
         gathered=sum(_gathered(stage, mesh, run.training.dtype) for stage in skeletons),
         activations=sum(
             held[number] * (sum(layer.kept for layer in layers.values()) + _ends_kept(stage, run, mesh, tokens))
@@ -187,6 +187,15 @@ def _trace(run: Run, mesh: Mesh, stage: Decoder, found: Kinds) -> dict[str, Acti
     apply_recompute(stage, run.training)
     shape = run.training.micro_batch_size, run.training.sequence_length // mesh.size("context")
     return trace(stage, mesh, shape, run.training.dtype, found)
+
+
+def _moments(stage: nn.Module, optimizer: str) -> int:
+    """Bytes of the optimizer's state on this process."""
+    of_matrix, of_other = OPTIMIZER_STATE[optimizer]
+    return sum(
+        (of_matrix if role is Role.MATRIX else of_other) * local_part(p).numel() * p.element_size()
+        for _, p, role in parameter_facts(stage)
+    )
 
 
 def unsharded(parameter: torch.Tensor) -> int:

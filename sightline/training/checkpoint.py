@@ -30,10 +30,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.optim import AdamW
 
 from sightline.data import join_states
-from sightline.training.optimizer import optimizer_state
+from sightline.training.optimizer import Optimizer, optimizer_state
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -54,7 +53,7 @@ class CannotSave(OSError):
     """The disk did not take the checkpoint; what was written of it is gone, older ones are as they were."""
 
 
-def tensors(model: Any, optimizer: AdamW, device: torch.device) -> dict[str, Any]:
+def tensors(model: Any, optimizer: Optimizer, device: torch.device) -> dict[str, Any]:
     """What torch.distributed.checkpoint writes, and reads in place: this process's parts.
 
     The random number state is written once. It is the same on all processes, because what they draw they draw together:

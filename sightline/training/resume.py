@@ -8,8 +8,11 @@ from typing import Any
 from sightline.training.checkpoint import CONFIG, check_checkpoint, find_latest, step_of
 from sightline.training.run_directory import RunDirectory, find_checkpoint, load_config, settings
 
-FIXED = ("family", "model", "model_from", "data", "seed", "training.sequence_length", "training.global_batch_size")
-"""With another value of these it would be another run: other weights, other documents or another batch."""
+FIXED = (
+    *("family", "model", "model_from", "data", "seed", "training.sequence_length", "training.global_batch_size"),
+    "optimizer.name",
+)
+"""With another value of these it would be another run: other weights, documents, batch or optimizer state."""
 SILENT = ("output_dir", "logging", "checkpoint", "parallel.timeout")
 """Of no meaning to the numbers. Whatever is in neither may change, and is said."""
 

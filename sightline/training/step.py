@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
 
 from sightline.batch import PADDING, Batch
 from sightline.data import Tokenizer
@@ -15,6 +14,7 @@ from sightline.masks import named_masks
 from sightline.parallel.gradients import clip_gradients
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.parallel_model import ParallelModel, to_device
+from sightline.training.optimizer import Optimizer
 
 Model = Any
 """A model of sightline.models, or a ParallelModel. It has no type of its own: every family is just an nn.Module with
@@ -93,7 +93,7 @@ class StepResult:
 
 def train_step(
     model: ParallelModel,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     batch: Batch,
     tokenizer: Tokenizer | None,
     *,
@@ -131,8 +131,6 @@ def train_step(
         tokens=int((batch.document_ids != PADDING).sum()),
         padded_tokens=batch.tokens.numel(),
     )
-    # The switch of torch.amp.GradScaler: the fused kernel reads it on the device and leaves everything as it was,
-    # so nobody has to wait for the loss to know whether to step.
-    optimizer.found_inf = (~(sums.loss.isfinite() & grad_norm.isfinite())).float()  # type: ignore[attr-defined]
+    optimizer.found_inf = (~(sums.loss.isfinite() & grad_norm.isfinite())).float()
     optimizer.step()
     return StepResult(sums=sums, grad_norm=grad_norm, of_model=model.finish_step())

@@ -26,7 +26,7 @@ from sightline.training.checkpoint import TOKENIZER, CannotSave, Progress, load_
 from sightline.training.export import export_checkpoint
 from sightline.training.flops import find_peak
 from sightline.training.metrics import Metrics
-from sightline.training.optimizer import build_optimizer, learning_rate
+from sightline.training.optimizer import build_optimizer
 from sightline.training.report import (
     announce_data,
     announce_kernels,
@@ -38,6 +38,7 @@ from sightline.training.report import (
 from sightline.training.resume import check_continues, find_start
 from sightline.training.run_directory import RunDirectory, settings
 from sightline.training.saver import Saver
+from sightline.training.schedule import learning_rate
 from sightline.training.setup import choose_device, get_tokenizer, make_reproducible
 from sightline.training.signals import StopRequest
 from sightline.training.step import StepResult, train_step

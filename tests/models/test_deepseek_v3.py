@@ -375,7 +375,7 @@ def test_flops_are_those_of_the_matrices_a_token_meets(prediction_weight: float 
             total += parameter.numel() * share * outputs
     assert model.flops_per_token() == 6 * total
     layers = 2 if prediction_weight is None else 3
-    assert model.attention_flops_per_pair() == 6 * layers * 2 * (16 + 8)
+    assert model.flops_per_pair("attention") == 6 * layers * 2 * (16 + 8)
 
 
 def small(tmp_path: Path, **changes: Any) -> Any:

@@ -164,7 +164,7 @@ def test_flops_of_tiny_by_hand() -> None:
     model = build_model("gpt_oss-tiny")
     active = 256 * (2 * (8 + 4) * 32 + 8 + 2 * 3 * 344)
     assert model.flops_per_token() == 6 * (6 * active + 256 * 8192)
-    assert model.attention_flops_per_pair() == {"window": 12 * 256 * 3, "full": 12 * 256 * 3}
+    assert model.flops_per_pair("window") == model.flops_per_pair("full") == 12 * 256 * 3
 
 
 def test_a_small_run_learns(tmp_path: Path) -> None:

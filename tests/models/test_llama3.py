@@ -290,7 +290,7 @@ def test_flops_against_the_matrix_products_that_run() -> None:
     assert wide_heads.flops_per_token() == 6 * (from_linears + 2 * 32 * (2 * 4 + 2 * 2) * (20 - 8))
     # llama3-tiny by hand: 6 layers of 256 x (256 + 128 + 128 + 256 + 3 x 688), and the head of 256 x 8192
     assert build_model("llama3-tiny").flops_per_token() == 6 * (6 * 256 * (768 + 2064) + 256 * 8192)
-    assert build_model("llama3-tiny").attention_flops_per_pair() == 12 * 256 * 6
+    assert build_model("llama3-tiny").flops_per_pair("attention") == 12 * 256 * 6
 
 
 @pytest.mark.parametrize(

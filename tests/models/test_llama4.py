@@ -185,7 +185,7 @@ def test_flops_of_tiny_by_hand() -> None:
     attention = 256 * 2 * (8 + 4) * 32
     dense, experts = 256 * 3 * 688, 256 * (8 + 2 * 3 * 344)
     assert model.flops_per_token() == 6 * (8 * attention + 4 * dense + 4 * experts + 256 * 8192)
-    assert model.attention_flops_per_pair() == {"chunked": 12 * 256 * 6, "full": 12 * 256 * 2}
+    assert (model.flops_per_pair("chunked"), model.flops_per_pair("full")) == (12 * 256 * 6, 12 * 256 * 2)
 
 
 def test_a_small_run_learns(tmp_path: Path) -> None:

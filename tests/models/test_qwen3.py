@@ -145,7 +145,7 @@ def test_flops_count_the_experts_a_token_is_sent_to() -> None:
     assert round(active / 1e9, 1) == 3.0
     matrices = sum(p.numel() for n, p in dense.named_parameters() if p.dim() == 2 and n != "embedding.weight")
     assert dense.flops_per_token() == 6 * matrices
-    assert dense.attention_flops_per_pair() == 12 * 2 * 4 * 32
+    assert dense.flops_per_pair("attention") == 12 * 2 * 4 * 32
 
 
 def test_the_config_goes_there_and_back() -> None:

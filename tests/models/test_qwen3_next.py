@@ -198,7 +198,7 @@ def test_flops_count_what_a_token_meets() -> None:
     memory = 36 * 32 * 128 * 128
     assert model.flops_per_token() == 6 * (matrices - unused) + 18 * memory
     assert round((matrices - unused) / 1e9, 1) == 3.6
-    assert model.attention_flops_per_pair() == 12 * 12 * 16 * 256
+    assert model.flops_per_pair("attention") == 12 * 12 * 16 * 256
 
 
 @pytest.mark.parametrize("name", QWEN3_NEXT.presets)

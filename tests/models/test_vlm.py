@@ -436,7 +436,7 @@ def test_as_many_parameters_as_their_model(size: str) -> None:
 
 
 def test_flops(ours: VLM) -> None:
-    assert ours.attention_flops_per_pair() == {"encoder": 12.0 * 24 * 2, "decoder": 12.0 * 32 * 2}
+    assert (ours.flops_per_pair("encoder"), ours.flops_per_pair("decoder")) == (12.0 * 24 * 2, 12.0 * 32 * 2)
     text = build_model(replace(LLAMA3.presets["debug"], vocab_size=96, width=32, ffn=48))
     assert ours.flops_per_token() == text.flops_per_token()
 

@@ -42,13 +42,21 @@ def source(tmp_path_factory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
 
 
-def run_of(directory: Path, source: Path, family: str, degrees: Degrees, steps: int = 6, **checkpoint: Any) -> Run:
+def run_of(
+    directory: Path,
+    source: Path,
+    family: str,
+    degrees: Degrees,
+    steps: int = 6,
+    optimizer: Any = "adamw",
+    **checkpoint: Any,
+) -> Run:
     """A run whose learning rate does not depend on how many steps there will be."""
     run = small_run(directory, source, family, Parallel(**degrees))
     return dataclasses.replace(
         run,
         training=dataclasses.replace(run.training, steps=steps),
-        optimizer=dataclasses.replace(run.optimizer, schedule="wsd", decay_share=0.0),
+        optimizer=dataclasses.replace(run.optimizer, name=optimizer, schedule="wsd", decay_share=0.0),
         validation=dataclasses.replace(run.validation, every=0),
         checkpoint=Checkpoint(**{"every": 0, **checkpoint}),
         logging=dataclasses.replace(run.logging, sample_tokens=0),
@@ -58,13 +66,14 @@ def run_of(directory: Path, source: Path, family: str, degrees: Degrees, steps: 
 @pytest.fixture(scope="module")
 def undisturbed(source, tmp_path_factory):
     """The directory of a family's run on one process from beginning to end."""
-    made: dict[str, Path] = {}
+    made: dict[tuple[str, str], Path] = {}
 
-    def directory(family: str) -> Path:
-        if family not in made:
-            made[family] = tmp_path_factory.mktemp(family) / "run"
-            on_processes(1, train_on, run_of(made[family], source, family, {}, steps=10))
-        return made[family]
+    def directory(family: str, optimizer: str = "adamw") -> Path:
+        key = family, optimizer
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(family) / "run"
+            on_processes(1, train_on, run_of(made[key], source, family, {}, steps=10, optimizer=optimizer))
+        return made[key]
 
     return directory
 
@@ -83,10 +92,22 @@ SLOW: list[tuple[str, list[Degrees]]] = [
 ]
 
 
-def check_chain(family: str, chain: list[Degrees], source: Path, directory: Path, undisturbed: Path) -> None:
+MUON = [
+    ("llama3", [{}, {"shard": 2}, {"tensor": 2}, {}]),
+    ("gpt_oss", [{"shard": 2, "expert": 2}, {}]),
+    pytest.param("llama3", [{"shard": 2, "tensor": 2}, {"replicate": 2, "shard": 2}, {}], marks=pytest.mark.slow),
+    pytest.param("gpt_oss", [{"shard": 2, "tensor": 2, "expert": 2}, {"pipeline": 2}], marks=pytest.mark.slow),
+    pytest.param("deepseek_v3", [{"context": 2}, {"shard": 4}], marks=pytest.mark.slow),
+    pytest.param("qwen3_next", [{"shard": 2}, {}], marks=pytest.mark.slow),  # with a matrix of one row
+]
+
+
+def check_chain(
+    family: str, chain: list[Degrees], source: Path, directory: Path, undisturbed: Path, optimizer: str = "adamw"
+) -> None:
     """Two steps on each mesh, each going on where the one before has saved."""
     for number, degrees in enumerate(chain, start=1):
-        run = run_of(directory, source, family, degrees, steps=2 * number)
+        run = run_of(directory, source, family, degrees, steps=2 * number, optimizer=optimizer)
         (said, *silent) = on_processes(processes(degrees), train_on, run, join=False)
         assert not any(silent)
         if number > 1:
@@ -108,6 +129,11 @@ def test_saved_on_one_mesh_continued_on_another(family, chain, source, tmp_path,
 @pytest.mark.parametrize(("family", "chain"), SLOW, ids=str)
 def test_saved_on_any_mesh_continued_on_any_other(family, chain, source, tmp_path, undisturbed) -> None:
     check_chain(family, chain, source, tmp_path / "run", undisturbed(family))
+
+
+@pytest.mark.parametrize(("family", "chain"), MUON, ids=str)
+def test_muon_on_any_mesh_is_muon_on_one_process(family, chain, source, tmp_path, undisturbed) -> None:
+    check_chain(family, chain, source, tmp_path / "run", undisturbed(family, "muon"), "muon")
 
 
 def test_written_beside_the_steps_and_exported_at_the_end(source, tmp_path, undisturbed) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sightline import Batch
-from sightline.config import Parallel, Run, Training
+from sightline.config import Optimizer, Parallel, Run, Training
 from sightline.models import build_skeleton, config_of
 from sightline.parallel.apply import build_parallel
 from sightline.parallel.mesh import Mesh
@@ -165,6 +165,13 @@ def test_counts_of_a_published_size() -> None:
         "weights gathered": 2 * (2 * (8_030_261_248 - outside) + outside) * 7 / 8,
         "gradients scattered": 4 * 8_030_261_248 * 7 / 8,
     }
+
+
+def test_muon_keeps_one_number_where_adamw_keeps_two() -> None:
+    run = run_of("llama3-8b", {}, global_batch_size=8, micro_batch_size=1)
+    largest = estimate(replace(run, optimizer=Optimizer(name="muon")), 8).largest
+    outside = 2 * 128_256 * 4096 + 65 * 4096  # embedding, output projection, norms
+    assert largest.memory.moments == 4 * (8_030_261_248 + outside) / 8
 
 
 def test_traffic_of_the_other_axes_by_hand() -> None:

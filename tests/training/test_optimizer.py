@@ -1,45 +1,28 @@
-"""Decay groups and the schedules, with literals."""
+"""Decay, the state of each optimizer, and Muon against torch's."""
 
 import dataclasses
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
-from sightline.config import Optimizer
+from sightline.config import OPTIMIZER_STATE, Optimizer
+from sightline.layers import Experts
+from sightline.layers.facts import ParameterFacts, Role, parameter_facts
 from sightline.models import build_model
-from sightline.training.optimizer import build_optimizer, learning_rate, optimizer_state
+from sightline.training.optimizer import OPTIMIZERS, build_optimizer, optimizer_state
+from sightline.training.optimizer.muon import check_offload, orthogonalize
+from tests.support.processes import on_processes
 from tests.support.small_runs import MODEL
 
-
-def rates(schedule: str, steps: int, **changes: float) -> list[float]:
-    options = Optimizer(learning_rate=1.0, warmup_steps=4, schedule=schedule, final_share=0.1, **changes)  # type: ignore[arg-type]
-    return [learning_rate(step, options, steps) for step in range(1, steps + 1)]
-
-
-def test_cosine() -> None:
-    assert rates("cosine", 8) == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.868198, 0.55, 0.231802, 0.1], abs=1e-6)
-
-
-def test_linear() -> None:
-    assert rates("linear", 8) == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.775, 0.55, 0.325, 0.1])
-
-
-def test_warmup_stable_decay() -> None:
-    expected = [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 0.55, 0.1]
-    assert rates("wsd", 10, decay_share=0.2) == pytest.approx(expected)
-    assert rates("wsd", 6, decay_share=0.0) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert rates("wsd", 6, decay_share=1.0) == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.55, 0.1])
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
-def test_a_run_shorter_than_its_warmup_never_leaves_it(schedule) -> None:
-    assert rates(schedule, 2) == [0.25, 0.5]
-    assert rates(schedule, 4) == [0.25, 0.5, 0.75, 1.0]
-
-
-def test_no_warmup_begins_beside_the_peak() -> None:
-    options = Optimizer(learning_rate=2.0, warmup_steps=0, schedule="linear", final_share=0.0)
-    assert [learning_rate(step, options, 4) for step in (1, 2, 3, 4)] == [1.5, 1.0, 0.5, 0.0]
+FAMILIES = (
+    *("llama3-debug", "llama4-debug", "qwen3-debug", "qwen3-debug-moe", "deepseek_v3-debug", "gpt_oss-debug"),
+    *("qwen3_next-debug", "vlm-debug"),
+)
 
 
 def test_matrices_decay_and_vectors_do_not() -> None:
@@ -80,3 +63,149 @@ def test_moments_that_exist_from_the_start_are_those_torch_would_make() -> None:
             optimizer.step()
     assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
     assert set(optimizer_state(ours, mine)["weight"]) == set(plain.state[theirs.weight])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_gradients_a_step_moves_what_decays_and_nothing_else(name: str, optimizer: Any) -> None:
+    """See tests/layers/test_facts.py for the names of what does not."""
+    model = build_model(name)
+    for p in model.parameters():
+        nn.init.ones_(p)  # decay shows on anything that is not 0
+        p.grad = torch.zeros_like(p)
+    build_optimizer(model, Optimizer(name=optimizer, weight_decay=0.5, learning_rate=0.1)).step()
+    for key, p, role in parameter_facts(model):
+        assert torch.equal(p, torch.full_like(p, 0.95 if role.decays else 1.0)), key
+
+
+def test_the_config_knows_every_optimizer_and_what_it_keeps() -> None:
+    assert get_args(get_type_hints(Optimizer)["name"]) == tuple(OPTIMIZERS) == tuple(OPTIMIZER_STATE)
+    model = build_model("gpt_oss-debug")
+    for name, (of_matrix, of_other) in OPTIMIZER_STATE.items():
+        state = optimizer_state(model, build_optimizer(model, Optimizer(name=name)))  # type: ignore[arg-type]
+        for key, p, role in parameter_facts(model):
+            numbers = sum(value.numel() for value in state[key].values() if value.ndim)
+            assert numbers == p.numel() * (of_matrix if role is Role.MATRIX else of_other), (name, key)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_with_what_is_not_finite_changes_nothing(name: Any) -> None:
+    torch.manual_seed(0)
+    model = build_model(MODEL)
+    optimizer = build_optimizer(model, Optimizer(name=name, learning_rate=0.1))
+
+    def step(gradient: float, found: float) -> dict[str, torch.Tensor]:
+        for p in model.parameters():
+            p.grad = torch.full_like(p, gradient)
+        optimizer.found_inf = torch.tensor(found)
+        optimizer.step()
+        state = {
+            f"{key}/{part}": value.clone()
+            for key, parts in optimizer_state(model, optimizer).items()
+            for part, value in parts.items()
+        }
+        return {**state, **{key: p.detach().clone() for key, p in model.named_parameters()}}
+
+    before = step(0.1, 0.0)
+    for gradient in (float("nan"), float("inf"), 0.2):
+        after = step(gradient, 1.0)
+        assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert not any(torch.equal(value, after[key]) for key, value in step(0.2, 0.0).items())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_reads_nothing_from_the_device(name: Any) -> None:
+    """With fake tensors, where reading a number raises."""
+    with FakeTensorMode():
+        model = nn.ModuleList([Experts(4, 8, 16, bias=True), nn.Linear(16, 8), nn.Embedding(9, 8)])
+        optimizer = build_optimizer(model, Optimizer(name=name))
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        optimizer.found_inf = torch.zeros(())
+        with pytest.raises(DataDependentOutputException):
+            optimizer.found_inf.item()
+        optimizer.step()
+
+
+def test_orthogonalize_is_torch_s_iteration() -> None:
+    """A step of torch.optim.Muon from weights of 0 is its iteration, in bfloat16. Matrices of a stack do not mix."""
+    torch.manual_seed(0)
+    for shape in ((64, 32), (32, 64), (48, 48), (1, 16)):
+        weight, gradient = nn.Parameter(torch.zeros(shape)), torch.randn(shape)
+        weight.grad = gradient.clone()
+        torch.optim.Muon([weight], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False).step()
+        theirs = -weight.detach() / max(1, shape[0] / shape[1]) ** 0.5
+        assert torch.allclose(orthogonalize(gradient.bfloat16()).float(), theirs, atol=0.01)
+        assert torch.allclose(orthogonalize(gradient), theirs, atol=0.02)
+        assert torch.allclose(orthogonalize(gradient), by_singular_values(gradient), atol=1e-5)
+        stacked = orthogonalize(torch.stack([gradient, 100 * gradient, torch.zeros(shape)]))
+        assert torch.allclose(stacked[0], orthogonalize(gradient), atol=1e-6)
+        assert torch.allclose(stacked[1], stacked[0], atol=1e-5) and not stacked[2].any()
+    assert orthogonalize(torch.zeros(0, 3, 2)).shape == (0, 3, 2)  # a process without experts
+
+
+def by_singular_values(x: torch.Tensor) -> torch.Tensor:
+    """Jordan's polynomial, five times, of each singular value, in float64."""
+    u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
+    s = s / s.square().sum().sqrt()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return (u * s @ v).to(x.dtype)
+
+
+def test_muon_is_torch_s_muon_and_adamw() -> None:
+    """Steps on a model whose matrices go to torch.optim.Muon and whose other parameters go to torch.optim.AdamW."""
+    torch.manual_seed(0)
+    ours = build_model(MODEL)
+    theirs = build_model(MODEL)
+    theirs.load_state_dict(ours.state_dict())
+    options = Optimizer(name="muon", learning_rate=0.02, weight_decay=0.3, momentum=0.9)
+    mine = build_optimizer(ours, options)
+    by_role = {role: [p for _, p, r in parameter_facts(theirs) if r is role] for role in Role}
+    muon = torch.optim.Muon(
+        by_role[Role.MATRIX], lr=0.02, weight_decay=0.3, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW(
+        [{"params": by_role[Role.VOCABULARY]}, {"params": by_role[Role.OTHER], "weight_decay": 0.0}],
+        lr=0.02, betas=options.betas, eps=options.eps, weight_decay=0.3, fused=True,
+    )  # fmt: skip
+    for _ in range(3):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in (mine, muon, adamw):
+            optimizer.step()
+    for (key, a, role), b in zip(parameter_facts(ours), theirs.parameters(), strict=True):
+        if role is Role.MATRIX:  # torch's iteration rounds to bfloat16
+            assert torch.allclose(a, b, atol=0.02 * 0.2 * max(a.shape) ** 0.5 * 0.03), key
+            momentum = mine.state[a]["momentum_buffer"]
+            assert torch.equal(momentum, muon.state[b]["momentum_buffer"]), key
+        else:
+            assert torch.equal(a, b), key
+
+
+def test_each_expert_is_a_matrix_by_itself() -> None:
+    torch.manual_seed(0)
+    model = build_model("gpt_oss-debug")
+    gate = model.layers["0"].moe.experts.gate
+    before = gate.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    build_optimizer(model, Optimizer(name="muon", learning_rate=0.1, weight_decay=0.0)).step()
+    for expert, (old, new) in enumerate(zip(before, gate.detach(), strict=True)):
+        assert torch.allclose(old - new, 0.1 * 0.2 * 8 * orthogonalize(gate.grad[expert]), atol=1e-6)  # 8 = 64^0.5
+
+
+def refused_on(rank: int) -> str:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("weights",))
+    part = DTensor.from_local(torch.empty(2, 4, device="meta"), mesh, [Shard(0)], run_check=False)
+    try:
+        check_offload([ParameterFacts("layers.0.mlp.up.weight", nn.Parameter(part), Role.MATRIX)])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_muon_refuses_weights_that_lie_elsewhere_than_they_are_computed() -> None:
+    for said in on_processes(2, refused_on):
+        assert "layers.0.mlp.up.weight lies in the memory of meta; use --parallel.no-offload, or" in said

@@ -54,6 +54,7 @@ CHANGES = {
         "4, expected 2",
         "--training.global-batch-size 2",
     ),
+    "optimizer.name": ({"optimizer__name": "muon"}, "'muon', expected 'adamw'", "--optimizer.name adamw"),
 }
 
 

@@ -143,7 +143,7 @@ def test_work_is_counted_from_the_mask() -> None:
     numbers = result.sums.read()
     assert (numbers["tokens"], numbers["padded_tokens"]) == (7, 8)
     assert numbers["visible_pairs"] == 6 + 10  # 1 + 2 + 3, 1 + 2 + 3 + 4, and nothing for the padding
-    assert numbers["attention_flops"] == 16 * model.attention_flops_per_pair()
+    assert numbers["attention_flops"] == 16 * model.flops_per_pair("attention")
 
 
 @pytest.mark.parametrize(

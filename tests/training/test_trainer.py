@@ -13,8 +13,8 @@ from sightline.config import Logging
 from sightline.training import step, trainer
 from sightline.training.checkpoint import list_checkpoints
 from sightline.training.metrics import read_metrics
-from sightline.training.optimizer import learning_rate
 from sightline.training.run_directory import load_config
+from sightline.training.schedule import learning_rate
 from sightline.training.trained import load_trained
 from tests.support.small_runs import STEPS, open_trainer, rows_of, small_run, train_quietly, write_corpus
 
