@@ -30,8 +30,8 @@ from benchmarks.timing import lognormal_documents, machine, positions_of, save
 from sightline.masks import AttentionMask, causal, chunked, document, sliding_window
 from sightline.parallel import plan_context
 from sightline.parallel.context.needs import build_pieces, find_needs, find_transfers
-from sightline.parallel.context.picture import draw_plan
 from sightline.parallel.context.plan import ORDERS, ContextPlan
+from sightline.plots.context_png import plot_context_plan
 
 PICTURE = Path(__file__).parent.parent / "docs" / "context_plan.png"
 
@@ -73,7 +73,7 @@ def main() -> None:
     Console(width=140).print(table)
     save("context_plan", rows)
     ids = lognormal_documents(8192, rows=4)
-    draw_plan(plan_context(causal(*ids.shape) & document(ids), 4), PICTURE)
+    plot_context_plan(plan_context(causal(*ids.shape) & document(ids), 4), PICTURE)
 
 
 def build_layouts(length: int) -> list[Layout]:
@@ -115,7 +115,7 @@ def measure(layout: Layout, degree: int, rounds: int) -> list[dict[str, object]]
         plans["PyTorch per document"] = plan_of(masks, owners_by_document(rounded, degree), degree), layout.layers
     seconds = cpu_seconds(planners, rounds)
     views = cpu_seconds(
-        {o: lambda o=o: [plans[o][0].view(degree // 2, name) for name in layout.masks] for o in ORDERS}, rounds
+        {o: lambda o=o: [plans[o][0].shard(degree // 2, name) for name in layout.masks] for o in ORDERS}, rounds
     )
     lines = []
     for order, (plan, layers) in plans.items():

@@ -17,6 +17,7 @@ from rich.table import Table
 from torch.nn.attention.flex_attention import create_block_mask
 
 from benchmarks.timing import in_turn, lognormal_documents, machine, positions_of, save
+from sightline.attention.tiles import build_tiles
 from sightline.masks import AttentionMask, causal, document, prefix_lm, shared_prefix, sliding_window
 
 THEIRS_UP_TO = 16384  # create_block_mask looks at every pair: 17 GB of indices at 64k
@@ -56,8 +57,8 @@ def main() -> None:
                 (prefix_lm(p, torch.full_like(p, 100)) | order) & document(ids)
             ),
             "shared": lambda order=order, ids=ids, prompts=prompts: shared_prefix(ids, prompts) & order,
-            "tiles": mask.to_tiles,
-            "window_tiles": window.to_tiles,
+            "tiles": lambda mask=mask: build_tiles(mask.start, mask.stop),
+            "window_tiles": lambda mask=window: build_tiles(mask.start, mask.stop),
             "blocks": mask.to_block_mask,
             "blocks_forward": lambda mask=mask: mask.to_block_mask(compute_q_blocks=False),
         }

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
+from sightline.numbers import check_divisible
+
 Model = TypeVar("Model")
 
 
@@ -78,12 +80,8 @@ class Training:
                 "training.sequence-length must be at least 2 (one token to see, one to predict), "
                 f"got {self.sequence_length}"
             )
-        if self.global_batch_size % self.micro_batch_size:
-            fits = [n for n in range(1, self.global_batch_size + 1) if self.global_batch_size % n == 0]
-            raise ValueError(
-                f"training.global-batch-size {self.global_batch_size} is not divisible by "
-                f"training.micro-batch-size {self.micro_batch_size}; micro-batch sizes that divide it: {fits}"
-            )
+        batch, micro = self.global_batch_size, self.micro_batch_size
+        check_divisible("training.global-batch-size", batch, "training.micro-batch-size", micro, "micro-batch sizes")
 
 
 SCHEDULES = Literal[

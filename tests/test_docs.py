@@ -8,7 +8,7 @@ import torch
 
 from sightline.cli.expression import RULES, evaluate
 from sightline.masks import AttentionMask
-from sightline.masks.pictures import to_text
+from sightline.plots.mask_text import to_text
 
 PAGE = (Path(__file__).parent.parent / "docs" / "masks.md").read_text()
 DRAWN = re.findall(r'```console\n\$ sightline masks "([^"]+)"\n(.*?)\n```', PAGE, re.DOTALL)

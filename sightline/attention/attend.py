@@ -2,56 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sightline.attention import flex, reference, sdpa, varlen
+from sightline.attention.backend import Backend, Needs, Unsupported
+from sightline.attention.exchange import Exchange, LocalExchange
+from sightline.attention.flex import Flex
+from sightline.attention.reference import Reference
+from sightline.attention.sdpa import Sdpa
+from sightline.attention.tiled import Tiled
+from sightline.attention.varlen import Varlen
 from sightline.masks import AttentionMask
+from sightline.masks.segments import number_segments
 
-Backend = Literal["auto", "flex", "sdpa", "varlen", "reference"]
+BACKENDS: tuple[Backend, ...] = (Flex(), Sdpa(), Varlen(), Tiled(), Reference())
+CHOICES = ("auto", *(backend.name for backend in BACKENDS))
+"""Values of the option `attention.backend`."""
+AUTO = {"cpu": ("tiled",), "cuda": ("varlen", "flex")}
+"""By type of device, the backends that `auto` tries, fastest first; on any other device it takes sdpa.
 
-# Each backend is a module of three functions: refusal (why it cannot honour a mask, or None), lower and attend.
-BACKENDS: dict[str, Any] = {"flex": flex, "sdpa": sdpa, "varlen": varlen, "reference": reference}
+On a CPU only the tiled kernel is both fast and able to train. On CUDA varlen is the fastest kernel where it can express
+the mask; flex honors every other one.
+"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # no tuple: torch.compile would look into it and compile anew for every layout
 class Lowered:
-    """A mask in the form one backend takes: made once per forward and shared by all layers that use the mask.
+    """A mask as the layers take it: made once per forward and shared by all layers that use the mask.
 
-    mask     what was lowered
-    backend  the backend that will compute it
-    reason   why it was chosen, in words for the log
-    form     what that backend's `lower` made of the mask
+    mask      what was lowered, on the CPU: the local queries over the keys that `exchange` brings
+    backend   computes it
+    reason    why this backend, in words for the log
+    inputs    what the backend's `lower` made of the mask
+    exchange  brings the keys and values that the mask indexes
+    visible   bool [B, Q] on the device: False for queries that see no key (padding)
+    segments  int64 [B, S] on the device: the documents of whole rows by number, for recurrent layers (see
+              `sightline.masks.segments`); None where none was asked for
     """
 
     mask: AttentionMask
-    backend: str
+    backend: Backend
     reason: str
-    form: Any
-
-    def gather(self, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-        """See AttentionMask.gather."""
-        return self.mask.gather(*tensors)
-
-
-def choose_backend(mask: AttentionMask, device: torch.device, dtype: torch.dtype, training: bool) -> tuple[str, str]:
-    """What `auto` takes, and why.
-
-    On a CPU only sdpa is both fast and able to train. On CUDA varlen is the fastest kernel where it can say the mask;
-    flex honours every other one. Other devices have sdpa.
-    """
-    if device.type == "cpu":
-        return "sdpa", "on a CPU it is the fast backend that trains, tile by tile"
-    if device.type != "cuda":
-        return "sdpa", f"flex and varlen do not run on {device.type}"
-    refused = varlen.refusal(mask, device, dtype, training)
-    if refused is None:
-        return "varlen", "the mask is documents with at most one window, in half precision on CUDA"
-    return "flex", f"varlen cannot: {refused}"
+    inputs: Any
+    exchange: Exchange
+    visible: Tensor
+    segments: Tensor | None = None
 
 
 def lower(
@@ -61,24 +59,83 @@ def lower(
     dtype: torch.dtype,
     training: bool,
     backend: str = "auto",
+    sinks: bool = False,
+    exchange: Exchange | None = None,
+    segments: bool = False,
 ) -> Lowered:
-    """Turn a mask into what one backend eats.
+    """Turn a mask into the inputs of one backend.
 
-    device, dtype  of the queries it will meet
-    training       whether gradients will be asked for
+    device, dtype, training, sinks  see `Needs`
+    exchange                        where the keys come from; without it they are local
+    segments                        whether recurrent layers will read where documents begin
 
-    Errors: ValueError when the backend is unknown or cannot honour the mask there; the text names those that can.
+    A mask that lies on a device costs one read of it; one on the CPU none.
+
+    Raises:
+        ValueError: the backend is unknown or cannot honor the mask there; the text names those that can.
     """
-    device = torch.device(device)
-    reason = "it was asked for"
-    if backend == "auto":
-        backend, reason = choose_backend(mask, device, dtype, training)
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown attention backend {backend!r}; there are: {', '.join(get_args(Backend))}")
-    refused = BACKENDS[backend].refusal(mask, device, dtype, training)
-    if refused is not None:
-        raise ValueError(f"attention backend {backend!r} cannot honour this mask: {refused}")
-    return Lowered(mask, backend, reason, BACKENDS[backend].lower(mask, device, dtype, training))
+    needs = Needs(device=torch.device(device), dtype=dtype, training=training, sinks=sinks)
+    mask = mask.cpu()
+    exchange = exchange or LocalExchange(mask)
+    chosen, inputs, reason = _choose(mask, needs, backend)
+    numbered = number_segments(exchange.whole_mask).to(device, non_blocking=True) if segments else None
+    return Lowered(mask, chosen, reason, inputs, exchange, mask.seeing().to(device, non_blocking=True), numbered)
+
+
+def check_backend(backend: str, needs: Needs) -> None:
+    """Refuse a backend that cannot serve such layers, whatever the mask.
+
+    Raises:
+        ValueError: with the reason and the backends that can.
+    """
+    refused = [_refusal(candidate, needs) for candidate in find_backends(backend, needs.device)]
+    if all(refused):
+        raise ValueError(f"attention backend {backend!r}: {'; '.join(map(str, refused))}; {_alternatives(needs)}")
+
+
+def find_backends(backend: str, device: torch.device) -> list[Backend]:
+    """The backends that a choice stands for on a device, the preferred one first. On a CPU `sdpa` means `tiled`.
+
+    Raises:
+        ValueError: no such choice.
+    """
+    if backend not in CHOICES:
+        raise ValueError(f"unknown attention backend {backend!r}; expected one of: {', '.join(CHOICES)}")
+    names = AUTO.get(device.type, ("sdpa",)) if backend == "auto" else (backend,)
+    if backend == "sdpa" and device.type == "cpu":
+        names = ("tiled",)
+    return [candidate for name in names for candidate in BACKENDS if candidate.name == name]
+
+
+def _choose(mask: AttentionMask, needs: Needs, backend: str) -> tuple[Backend, Any, str]:
+    """The first backend that takes the mask, its inputs, and why it was taken."""
+    refused: list[str] = []
+    for candidate in find_backends(backend, needs.device):
+        reason = _refusal(candidate, needs)
+        if reason is None:
+            inputs = candidate.lower(mask, needs)
+            if not isinstance(inputs, Unsupported):
+                why = candidate.why if backend == "auto" else "it was asked for"
+                return candidate, inputs, "; ".join([*refused, why])
+            reason = f"{candidate.name} cannot: {inputs.reason}"
+        refused.append(reason)
+    raise ValueError(
+        f"attention backend {backend!r} cannot honor this mask: {'; '.join(refused)}; {_alternatives(needs, mask)}"
+    )
+
+
+def _refusal(backend: Backend, needs: Needs) -> str | None:
+    reason = backend.supports(needs)
+    return None if reason is None else f"{backend.name} cannot: {reason}"
+
+
+def _alternatives(needs: Needs, mask: AttentionMask | None = None) -> str:
+    able = [
+        backend.name
+        for backend in BACKENDS
+        if backend.supports(needs) is None and (mask is None or not isinstance(backend.lower(mask, needs), Unsupported))
+    ]
+    return f"backends that can: {', '.join(able)}"
 
 
 def attend(
@@ -96,21 +153,22 @@ def attend(
     q        [B, H, Q, D]
     k, v     [B, G, T, D], G dividing H: query head h reads key head h // (H / G)
     mask     an AttentionMask of (B, Q, T), lowered here, or one lowered before (see `lower`) to serve many layers
-    backend  auto, flex, sdpa, varlen or reference; only for a mask that is not lowered yet
+    backend  one of CHOICES; only for a mask that is not lowered yet
     scale    default 1 / sqrt(D)
     sinks    [H], learned logits that take part in the softmax and carry no value (gpt-oss)
 
     Returns [B, H, Q, D]. A query that sees nothing gives exact zeros and receives zero gradients.
-    Errors: ValueError for shapes that do not fit each other, or a backend that cannot honour the mask.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or a backend that cannot honor the mask.
     """
-    facts = mask.mask if isinstance(mask, Lowered) else mask
-    _check_shapes(q, k, v, facts, sinks)
+    _check_shapes(q, k, v, mask.mask if isinstance(mask, Lowered) else mask, sinks)
     if not isinstance(mask, Lowered):
         inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
         training = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        mask = lower(mask, device=q.device, dtype=q.dtype, training=training, backend=backend)
+        mask = lower(mask, device=q.device, dtype=q.dtype, training=training, backend=backend, sinks=sinks is not None)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return BACKENDS[mask.backend].attend(q, k, v, mask.form, scale, sinks)
+    return mask.backend.attend(q, k, v, mask.inputs, scale, sinks)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, sinks: Tensor | None) -> None:

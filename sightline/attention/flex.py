@@ -10,7 +10,34 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from sightline.attention.backend import Needs
 from sightline.masks import AttentionMask
+
+
+class Flex:
+    name = "flex"
+    why = "it takes every mask on CUDA"
+
+    def supports(self, needs: Needs) -> str | None:
+        if needs.device.type != "cpu":
+            return None
+        if needs.training:
+            return "flex cannot train on a CPU, where FlexAttention has no backward"
+        return "flex cannot honor sinks on a CPU, where it returns no log-sum-exp" if needs.sinks else None
+
+    def lower(self, mask: AttentionMask, needs: Needs) -> BlockMask:
+        """Built on the device, by operations that read nothing back."""
+        return mask.to(needs.device).to_block_mask(compute_q_blocks=needs.training)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: BlockMask, scale: float, sinks: Tensor | None) -> Tensor:
+        gqa = q.shape[1] != k.shape[1]
+        if sinks is None:
+            return _compiled()(q, k, v, block_mask=inputs, scale=scale, enable_gqa=gqa)
+        wanted: Any = AuxRequest(lse=True)
+        out, aux = _compiled()(q, k, v, block_mask=inputs, scale=scale, enable_gqa=gqa, return_aux=wanted)
+        # exp(lse - logaddexp(lse, sink)) is a sigmoid; where a query sees nothing, lse is -inf and this is 0.
+        share = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype).view(1, -1, 1))
+        return out * share.unsqueeze(3).to(out.dtype)
 
 
 @functools.cache
@@ -21,28 +48,3 @@ def _compiled() -> Callable[..., Any]:
     Dynamic shapes fail on a CPU, and cost speed on a GPU.
     """
     return torch.compile(flex_attention, dynamic=False)
-
-
-def refusal(mask: AttentionMask, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
-    if device.type == "cpu" and training:
-        return "flex cannot train on a CPU (FlexAttention has no backward there); backends that can: sdpa, reference"
-    return None
-
-
-def lower(mask: AttentionMask, device: torch.device, dtype: torch.dtype, training: bool) -> BlockMask:
-    return mask.to(device).to_block_mask(compute_q_blocks=training)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, form: BlockMask, scale: float, sinks: Tensor | None) -> Tensor:
-    gqa = q.shape[1] != k.shape[1]
-    if sinks is None:
-        return _compiled()(q, k, v, block_mask=form, scale=scale, enable_gqa=gqa)
-    if q.device.type == "cpu":
-        raise ValueError(
-            "flex gives no log-sum-exp on a CPU, so it cannot honour sinks there; backends that can: sdpa, reference"
-        )
-    wanted: Any = AuxRequest(lse=True)
-    out, aux = _compiled()(q, k, v, block_mask=form, scale=scale, enable_gqa=gqa, return_aux=wanted)
-    # exp(lse - logaddexp(lse, sink)) is a sigmoid; where a query sees nothing, lse is -inf and this is 0.
-    share = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype).view(1, -1, 1))
-    return out * share.unsqueeze(3).to(out.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,42 +10,53 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 
+from sightline.attention.backend import Needs, Unsupported
+from sightline.attention.torch_private import varlen_backward, varlen_forward
 from sightline.masks import AttentionMask
 from sightline.masks.varlen import VarlenLayout
 
 DTYPES = (torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256  # of FlashAttention 2
 
 
-def refusal(mask: AttentionMask, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
-    if device.type != "cuda":
-        return f"varlen runs on CUDA only, and this is {device.type}; backends that can: sdpa, reference"
-    if dtype not in DTYPES:
-        return f"varlen computes in bfloat16 or float16, got {dtype}; backends that can: flex, sdpa, reference"
-    try:
-        mask.to_varlen()
-    except ValueError as error:
-        return str(error)
-    return None
+class Varlen:
+    name = "varlen"
+    why = "the mask is documents with at most one window, in half precision on CUDA"
 
+    def supports(self, needs: Needs) -> str | None:
+        if needs.device.type != "cuda":
+            return f"varlen runs on CUDA only, and this is {needs.device.type}"
+        if needs.dtype not in DTYPES:
+            return f"varlen computes in bfloat16 or float16, got {needs.dtype}"
+        if needs.head_dim is not None and needs.head_dim > MAX_HEAD_DIM:
+            return f"varlen takes heads of at most {MAX_HEAD_DIM} channels, got {needs.head_dim}"
+        return None
 
-def lower(mask: AttentionMask, device: torch.device, dtype: torch.dtype, training: bool) -> VarlenLayout:
-    return mask.to(device).to_varlen()
+    def lower(self, mask: AttentionMask, needs: Needs) -> VarlenLayout | Unsupported:
+        """Built once, on the CPU, where nothing waits for the device."""
+        try:
+            layout = mask.to_varlen()
+        except ValueError as error:
+            return Unsupported(str(error))
+        padding = None if layout.padding is None else layout.padding.to(needs.device, non_blocking=True)
+        return replace(layout, cu_seqlens=layout.cu_seqlens.to(needs.device, non_blocking=True), padding=padding)
 
-
-def attend(q: Tensor, k: Tensor, v: Tensor, form: VarlenLayout, scale: float, sinks: Tensor | None) -> Tensor:
-    rows, _, length, _ = q.shape
-    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * S, heads, D]
-    if sinks is None:
-        longest, offsets = form.max_length, form.cu_seqlens
-        gqa = q.shape[1] != k.shape[1]
-        out = varlen_attn(
-            query, key, value, offsets, offsets, longest, longest,
-            scale=scale, window_size=form.window, enable_gqa=gqa,
-        )  # fmt: skip
-    else:
-        out = _SinkAttention.apply(query, key, value, sinks, form, scale)
-    out = torch.unflatten(out, 0, (rows, length)).transpose(1, 2)  # type: ignore[arg-type]
-    return out if form.padding is None else out.masked_fill(form.padding[:, None, :, None], 0.0)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: VarlenLayout, scale: float, sinks: Tensor | None
+    ) -> Tensor:
+        rows, _, length, _ = q.shape
+        query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * S, heads, D]
+        if sinks is None:
+            longest, offsets = inputs.max_length, inputs.cu_seqlens
+            gqa = q.shape[1] != k.shape[1]
+            out = varlen_attn(
+                query, key, value, offsets, offsets, longest, longest,
+                scale=scale, window_size=inputs.window, enable_gqa=gqa,
+            )  # fmt: skip
+        else:
+            out = _SinkAttention.apply(query, key, value, sinks, inputs, scale)
+        out = torch.unflatten(out, 0, (rows, length)).transpose(1, 2)  # type: ignore[arg-type]
+        return out if inputs.padding is None else out.masked_fill(inputs.padding[:, None, :, None], 0.0)
 
 
 class _SinkAttention(torch.autograd.Function):
@@ -58,26 +70,26 @@ class _SinkAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, form: VarlenLayout, scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, inputs: VarlenLayout, scale: float
     ) -> Tensor:
-        offsets, longest = form.cu_seqlens, form.max_length
-        causal = form.window == (-1, 0)
-        window = list(form.window)
-        out, lse, rng = torch.ops.torch_attn._varlen_attn(
+        offsets, longest = inputs.cu_seqlens, inputs.max_length
+        causal = inputs.window == (-1, 0)
+        window = list(inputs.window)
+        out, lse, rng = varlen_forward(
             query, key, value, offsets, offsets, longest, longest, causal, scale, window, query.shape[1] != key.shape[1]
         )
         with_sink = torch.logaddexp(lse, sinks.to(lse.dtype).unsqueeze(1))  # [H, N]
         out = (out * (lse - with_sink).exp().mT.unsqueeze(2)).to(query.dtype)
         ctx.save_for_backward(query, key, value, sinks, out, with_sink, rng)
-        ctx.form, ctx.scale, ctx.causal, ctx.window = form, scale, causal, window
+        ctx.inputs, ctx.scale, ctx.causal, ctx.window = inputs, scale, causal, window
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, out, lse, rng = ctx.saved_tensors
-        offsets, longest = ctx.form.cu_seqlens, ctx.form.max_length
-        d_query, d_key, d_value = torch.ops.torch_attn._varlen_attn_backward(
+        offsets, longest = ctx.inputs.cu_seqlens, ctx.inputs.max_length
+        d_query, d_key, d_value = varlen_backward(
             d_out, query, key, value, out, lse, offsets, offsets, longest, longest, ctx.causal, rng, ctx.scale,
             ctx.window,
         )  # fmt: skip

@@ -12,21 +12,8 @@ from typing import Any
 
 import torch
 
-from sightline.masks import (
-    AttentionMask,
-    and_masks,
-    bidirectional,
-    block_diffusion,
-    causal,
-    chunked,
-    document,
-    global_tokens,
-    or_masks,
-    prefix_lm,
-    prefix_tree,
-    shared_prefix,
-    sliding_window,
-)
+from sightline.masks import AttentionMask
+from sightline.masks.rules import RULES
 
 
 def documents(*lengths: int, padding: int = 0) -> list[int]:
@@ -46,13 +33,6 @@ def repeat(values: Sequence[int], lengths: Sequence[int]) -> list[int]:
     return [value for value, length in zip(values, lengths, strict=True) for _ in range(length)]
 
 
-RULES: dict[str, Callable[..., AttentionMask]] = {
-    rule.__name__: rule
-    for rule in (
-        causal, document, sliding_window, chunked, prefix_lm, bidirectional, global_tokens, shared_prefix,
-        prefix_tree, block_diffusion, and_masks, or_masks,
-    )
-}  # fmt: skip
 HELPERS: dict[str, Callable[..., list[int]]] = {helper.__name__: helper for helper in (documents, positions, repeat)}
 NAMES = f"rules: {', '.join(RULES)}; for their facts about tokens: {', '.join(HELPERS)}"
 

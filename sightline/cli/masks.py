@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from sightline.batch import PADDING, Batch
+from sightline.batch import PADDING
 from sightline.cli.expression import HELPERS, RULES, evaluate
-from sightline.config import Run
-from sightline.data import load_documents, split_documents
+from sightline.cli.first_batch import Subject, first_batch
+from sightline.cli.output import tabulate, writing
 from sightline.masks import AttentionMask
-from sightline.masks.page import to_html
-from sightline.masks.pictures import Statistics, check_row, get_statistics, to_text
-from sightline.models import build_model
+from sightline.masks.statistics import Statistics, check_row, get_statistics
+from sightline.numbers import flops
+from sightline.plots.mask_page import to_html
+from sightline.plots.mask_png import plot_masks
+from sightline.plots.mask_text import to_text
 from sightline.recipes import RECIPES
-from sightline.training import prepare_batch
-from sightline.training.plots import draw_masks
 from sightline.training.run_directory import RunDirectory, load_config
-from sightline.training.setup import get_tokenizer, open_loader
-from sightline.training.step import Model, named_masks
 
 WIDEST = 100  # columns a picture takes by itself; a wider one would not fit a screen in height
 DESCRIPTION = """Draw what each token may see.
@@ -69,16 +63,6 @@ class Masks:
     """Tokens of a row, in place of those of the recipe or the run."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What there is to draw: named masks, and for a recipe or a run the model and the batch they are of."""
-
-    title: str
-    masks: dict[str, AttentionMask]
-    model: Model | None = None
-    batch: Batch | None = None
-
-
 def main(argv: list[str]) -> None:
     options = tyro.cli(Masks, args=argv, prog="sightline masks", description=DESCRIPTION)
     console = Console(highlight=False)
@@ -94,7 +78,7 @@ def main(argv: list[str]) -> None:
             console.print(tabulate({"a training step, forward and backward": describe_step(counted, subject)}))
     if options.png:
         with writing(options.png):
-            draw_masks(subject.masks, options.png, options.row)
+            plot_masks(subject.masks, options.png, options.row)
     if options.html:
         facts = {
             name: describe_flops(get_statistics(mask[options.row]), subject, name)
@@ -127,21 +111,6 @@ def find_subject(what: str, sequence_length: int | None) -> Subject:
         f"{what!r} is no recipe ({', '.join(RECIPES)}), no directory, and no expression of rules such as "
         f'"causal(1, 64) & sliding_window(1, 64, 8)"'
     )
-
-
-def first_batch(title: str, run: Run, directory: Path | None, sequence_length: int | None) -> Subject:
-    """The masks that training would see first, on its data, with its tokenizer: that of the run, else a new one."""
-    if sequence_length is not None:
-        run = replace(run, training=replace(run.training, sequence_length=sequence_length))
-    with Console(stderr=True).status(f"reading {run.data.source} and packing the first batch"):
-        documents, _ = split_documents(load_documents(run.data), run.data.validation_share)
-        tokenizer = get_tokenizer(run, documents, directory)
-        with torch.device("meta"):  # masks and FLOPs need no weights
-            model = build_model(run.model)
-        with closing(open_loader(run, documents, tokenizer)) as loader:
-            batch = next(loader)
-        masks = named_masks(prepare_batch(model, batch, tokenizer, "cpu")["attention_masks"])
-    return Subject(title=f"{title}, first batch", masks=masks, model=model, batch=batch)
 
 
 def show(console: Console, name: str, mask: AttentionMask, options: Masks) -> None:
@@ -209,36 +178,3 @@ def describe_step(counted: dict[str, Statistics], subject: Subject) -> dict[str,
         "the step": flops(step),
         "as plain causal rows": f"{flops(matmul + causal)}, {(matmul + causal) / step:.2f} times as much",
     }
-
-
-def tabulate(columns: dict[str, dict[str, str]]) -> Table:
-    """Columns of labelled values, side by side."""
-    table = Table.grid(padding=(0, 3))
-    labels = list(dict.fromkeys(label for column in columns.values() for label in column))
-    table.add_row("", *(Text(name, "bold") for name in columns))
-    for label in labels:
-        table.add_row(Text(label, "dim"), *(column.get(label, "") for column in columns.values()))
-    table.add_row()
-    return table
-
-
-def flops(number: float) -> str:
-    """`1.23 TFLOP`."""
-    for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if number >= size:
-            return f"{number / size:.3g} {letter}FLOP"
-    return f"{number:,.0f} FLOP"
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Make room for a file and say where it is.
-
-    Errors: ValueError where it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}; choose another path") from error
-    print(f"wrote {path}")

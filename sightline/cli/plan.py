@@ -13,17 +13,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sightline.cli.masks import first_batch, flops, tabulate, writing
+from sightline.cli.first_batch import first_batch
+from sightline.cli.output import tabulate, writing
 from sightline.cli.train import parse
 from sightline.config import Run
 from sightline.masks import AttentionMask
-from sightline.parallel.context.picture import draw_plan
+from sightline.numbers import count, flops, size
 from sightline.parallel.context.plan import ORDERS, ContextPlan, plan_context
 from sightline.parallel.mesh import AXES
 from sightline.planning.estimate import Estimate, ProcessEstimate, estimate
+from sightline.plots.context_png import plot_context_plan
 from sightline.recipes import RECIPES
 from sightline.training.flops import GPU_PEAKS
-from sightline.training.terminal import count
 
 HELP = """usage: sightline plan RECIPE [--processes N] [options of sightline train]
 
@@ -190,7 +191,8 @@ def show_context(console: Console, title: str, run: Run, found: Estimate, rows: 
     console.print(table)
     if picture:
         with writing(picture):
-            draw_plan(plan_context(masks, run.parallel.context, run.parallel.context_order, layers=layers), picture)
+            plan = plan_context(masks, run.parallel.context, run.parallel.context_order, layers=layers)
+            plot_context_plan(plan, picture)
 
 
 def read_masks(title: str, run: Run, rows: int) -> tuple[Any, dict[str, AttentionMask]]:
@@ -216,9 +218,3 @@ def busiest(plan: ContextPlan, layers: dict[str, int]) -> float:
     assert isinstance(pairs, torch.Tensor)
     work = np.array([int(pairs.gather(1, plan.queries(rank)).sum()) for rank in range(plan.degree)])
     return float(work.max() / work.mean()) if work.any() else 1.0
-
-
-def size(number: float) -> str:
-    """`1.23 GiB`."""
-    power = min(4, max(0, int(number).bit_length() - 1) // 10)
-    return f"{number / 1024**power:,.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

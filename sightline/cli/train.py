@@ -11,9 +11,9 @@ import tyro
 
 from sightline.config import Run
 from sightline.models.pretrained import read_model_config
+from sightline.numbers import count
 from sightline.recipes import RECIPES, get_recipe
 from sightline.training import train
-from sightline.training.terminal import count
 
 EXAMPLES = """examples:
   sightline train llama3-tiny

@@ -27,6 +27,7 @@ from sightline.batch import Batch, Row, RowBuilder
 from sightline.data.documents import Documents
 from sightline.data.packing import PACKERS, Piece, Stream
 from sightline.data.tokenizer import Tokenizer
+from sightline.numbers import divisors
 
 State = dict[str, Any]  # plain ints, strings, lists and dicts: json and torch write it and read it back
 
@@ -174,10 +175,9 @@ def rows_of_rank(rows: int, rank: int, world: int) -> range:
     if not 0 <= rank < world:
         raise ValueError(f"rank must be at least 0 and under world={world}, got {rank}")
     if rows % world:
-        fits = [count for count in range(1, rows + 1) if rows % count == 0]
         raise ValueError(
             f"{rows} rows a step (--training.global-batch-size) cannot be shared equally among {world} data-parallel "
-            f"ranks (replicate x shard); numbers of ranks that divide them: {fits}"
+            f"ranks (replicate x shard); numbers of ranks that divide them: {divisors(rows)}"
         )
     share = rows // world
     return range(rank * share, (rank + 1) * share)

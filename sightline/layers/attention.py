@@ -12,7 +12,6 @@ from sightline.layers.cache import KeyValueCache
 from sightline.layers.divisible import Divisible
 from sightline.layers.norm import RMSNorm
 from sightline.layers.rope import rotate
-from sightline.masks import AttentionMask
 
 
 class GroupedQueryAttention(Divisible):
@@ -63,21 +62,21 @@ class GroupedQueryAttention(Divisible):
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
 
+    def attention_needs(self) -> dict[str, Any]:
+        """What the attention kernel must offer: fields of `sightline.attention.Needs`."""
+        return {"sinks": self.sinks is not None, "head_dim": self.head_size}
+
     def parts(self) -> dict[str, int]:
         return {"key/value heads": self.key.out_features // self.head_size}
 
-    def forward(
-        self, x: Tensor, mask: AttentionMask | Lowered, encoding: Any, cache: KeyValueCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Lowered, encoding: Any, cache: KeyValueCache | None = None) -> Tensor:
         """x [B, S, W] -> [B, S, W]; encoding is what `encode_keys` takes, a Rotation or None for no rotation.
 
         With a cache the mask's queries are these S tokens, its keys all tokens so far.
         """
         return self.output(self.mix(x, mask, encoding, cache))
 
-    def mix(
-        self, x: Tensor, mask: AttentionMask | Lowered, encoding: Any, cache: KeyValueCache | None = None
-    ) -> Tensor:
+    def mix(self, x: Tensor, mask: Lowered, encoding: Any, cache: KeyValueCache | None = None) -> Tensor:
         """What the heads gather, [B, S, H * D]: `forward` before the output projection."""
         k_BSGD, v_BSGD = self._heads(self.key(x)), self._heads(self.value(x))
         if self.key_norm is not None:
@@ -86,12 +85,12 @@ class GroupedQueryAttention(Divisible):
         k, v = self.encode_keys(k_BSGD, encoding).transpose(1, 2), v_BSGD.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
-        gathered = mask.gather(k, v)  # keys and values of other processes come while the queries are made
+        pending = mask.exchange.start(k, v)  # keys and values of other processes arrive while the queries are made
         q_BSHD = self._heads(self.query(x))
         if self.query_norm is not None:
             q_BSHD = self.query_norm(q_BSHD)
         q = self.encode_queries(q_BSHD, encoding).transpose(1, 2)
-        k, v = gathered()
+        k, v = pending.wait()
         return attend(q, k, v, mask, sinks=self.sinks).transpose(1, 2).flatten(2)
 
     def encode_keys(self, k_BSGD: Tensor, encoding: Any) -> Tensor:

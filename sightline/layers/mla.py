@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,6 @@ from sightline.layers.cache import KeyValueCache
 from sightline.layers.divisible import Divisible
 from sightline.layers.norm import RMSNorm
 from sightline.layers.rope import Rotation, rotate
-from sightline.masks import AttentionMask
 
 LATENT_NORM_EPS = 1e-6  # whatever the eps of the model's other norms, in all published weights
 
@@ -65,21 +64,23 @@ class MultiHeadLatentAttention(Divisible):
                 norm.init_weights()
         nn.init.normal_(self.output.weight, std=output_std)
 
+    def attention_needs(self) -> dict[str, Any]:
+        """What the attention kernel must offer: fields of `sightline.attention.Needs`."""
+        return {"sinks": False, "head_dim": max(self.plain_size + self.rope_size, self.value_size)}
+
     def parts(self) -> dict[str, int]:
         return {"heads": self.query.out_features // (self.plain_size + self.rope_size)}
 
-    def forward(
-        self, x: Tensor, mask: AttentionMask | Lowered, rotation: Rotation, cache: KeyValueCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Lowered, rotation: Rotation, cache: KeyValueCache | None = None) -> Tensor:
         """x [B, S, W] -> [B, S, W]. With a cache the mask's queries are these S tokens, its keys all tokens so far."""
         latent, turned = self.kv_down(x).split([self.kv_rank, self.rope_size], dim=-1)
         latent, turned = self.kv_norm(latent)[:, :, None], rotate(turned[:, :, None], rotation)  # of one head
         latent, turned = latent.transpose(1, 2), turned.transpose(1, 2)
         if cache is not None:
             latent, turned = cache.append(latent, turned)
-        gathered = mask.gather(latent, turned)  # those of other processes come while the queries are made
+        pending = mask.exchange.start(latent, turned)  # those of other processes arrive while the queries are made
         q_BSHD = self._queries(x, rotation)
-        latent, turned = (t.transpose(1, 2) for t in gathered())
+        latent, turned = (t.transpose(1, 2) for t in pending.wait())
         k_BTHD, v_BTHD = self._keys_and_values(latent[:, :, 0], turned)
         # Kernels want one head size for all: what has less is filled up with zeros, which add nothing to a product.
         size = max(self.plain_size + self.rope_size, self.value_size)

@@ -20,37 +20,12 @@ from sightline.layers.norm import RMSNorm
 from sightline.masks import AttentionMask
 
 
-def document_begins(mask: AttentionMask) -> Tensor:
-    """bool [B, Q]: tokens that are the first of their document, or of a run of padding.
-
-    The mask is `causal & document`, whose queries are the last Q of its T tokens. There a token sees its document from
-    the first token on: it is that token when it sees nothing before itself. `Batch.document_offsets` says the same.
-
-    Errors: ValueError for a mask whose documents are not runs of tokens.
-    """
-    if mask.intervals > 1:
-        raise ValueError(
-            f"a recurrent layer needs documents that are one run of tokens each, got a mask of {mask.intervals} "
-            "intervals a query; give it causal(...) & document(...) with every document in one piece"
-        )
-    _, queries, keys = mask.shape
-    index = torch.arange(keys - queries, keys, dtype=torch.int32, device=mask.device)
-    seeing = mask.seeing()
-    after_padding = F.pad(~seeing[:, :-1], (1, 0))  # the first token here comes after whatever the cache holds
-    return torch.where(seeing, mask.start[..., 0] == index, ~after_padding)
-
-
-def number_segments(mask: AttentionMask) -> Tensor:
-    """int64 [B, Q]: 1, 2, ... for the documents that begin among these tokens; 0 continues what a cache remembers."""
-    return document_begins(mask).cumsum(dim=1)
-
-
 def causal_convolution(x: Tensor, weight: Tensor, segments: Tensor, past: Tensor | None = None) -> Tensor:
     """Depthwise: y[t] = sum over d < K of weight[:, K - 1 - d] * x[t - d], as far back as the document of t reaches.
 
     x         [B, S, C]
     weight    [C, K], the last column is the token's own
-    segments  int [B, S], from `number_segments`
+    segments  int [B, S], from `sightline.masks.segments`
     past      [B, K - 1, C], the tokens before these: they are of segment 0
     """
     length, reach = x.shape[1], weight.shape[1] - 1
@@ -85,7 +60,7 @@ def gated_delta_rule(
     v         [B, S, H, E]
     decay     [B, S, H], at most 0: the log of what stays
     beta      [B, S, H], 0 to 1
-    segments  int [B, S], from `number_segments`
+    segments  int [B, S], from `sightline.masks.segments`
     state     [B, H, D, E], the memory that segment 0 continues; None is empty
 
     Returns o [B, S, H, E] and the memory after the last token; computed in float32 where the inputs have less.
@@ -169,12 +144,12 @@ class CausalConvolution(nn.Module):
     def init_weights(self) -> None:
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
-    def forward(self, x: Tensor, mask: AttentionMask, segments: Tensor, cache: RecurrentCache | None = None) -> Tensor:
-        """x [B, S, C] -> [B, S, C], all channels or, as `mask.to_whole_rows` made x, those at hand."""
+    def forward(self, x: Tensor, mask: Lowered, segments: Tensor, cache: RecurrentCache | None = None) -> Tensor:
+        """x [B, S, C] -> [B, S, C]: all channels or, as `exchange.to_whole_rows` made x, the local ones."""
         past = None
         if cache is not None:
             past = cache.remember_inputs(x, self.weight.shape[1] - 1)
-        return F.silu(causal_convolution(x, mask.own_share(self.weight), segments, past))
+        return F.silu(causal_convolution(x, mask.exchange.local_channels(self.weight), segments, past))
 
 
 class GatedDeltaNet(Divisible):
@@ -222,29 +197,27 @@ class GatedDeltaNet(Divisible):
     def parts(self) -> dict[str, int]:
         return {"key heads of a memory": self.qkv.out_features // sum(self.sizes)}
 
-    def forward(
-        self, x: Tensor, mask: AttentionMask | Lowered, encoding: Any = None, cache: RecurrentCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Lowered, encoding: Any = None, cache: RecurrentCache | None = None) -> Tensor:
         """x [B, S, W] -> [B, S, W]. With a cache the mask's queries are these S tokens, its keys all tokens so far.
 
         The encoding of positions, which attention takes here, is not used: what is read in turn has an order.
         """
-        facts = mask.mask if isinstance(mask, Lowered) else mask
-        _check_whole(facts.whole_rows, cache)
-        segments = number_segments(facts.whole_rows)
+        exchange, segments = mask.exchange, mask.segments
+        assert segments is not None, "a mask for recurrent layers is lowered with its segments"
+        _check_whole(exchange.whole_mask, cache)
         # Where processes share a row, each had all heads of some tokens, and now has some heads of all tokens.
-        qkv, decay, beta = facts.to_whole_rows(self.qkv(x), self.decay(x), self.beta(x))
-        qkv = self.convolution(qkv, facts, segments, cache).unflatten(-1, (-1, sum(self.sizes)))
+        qkv, decay, beta = exchange.to_whole_rows(self.qkv(x), self.decay(x), self.beta(x))
+        qkv = self.convolution(qkv, mask, segments, cache).unflatten(-1, (-1, sum(self.sizes)))
         q, k, v = qkv.split(self.sizes, dim=-1)
         q, k = _unit(_wide(q)), _unit(_wide(k))
         v = v.unflatten(-1, (-1, self.value_size)).flatten(2, 3)
-        fading, bias = facts.own_share(self.A_log), facts.own_share(self.dt_bias)
+        fading, bias = exchange.local_channels(self.A_log), exchange.local_channels(self.dt_bias)
         decay = -_wide(fading).exp() * F.softplus(_wide(decay) + bias)
         state = None if cache is None else cache.state
         o, state = gated_delta_rule(q * self.key_size**-0.5, k, v, decay, beta.sigmoid(), segments, state)
         if cache is not None:
             cache.state = state
-        o = facts.to_own_tokens(o.flatten(2)).unflatten(-1, (-1, self.value_size))
+        o = exchange.to_local_tokens(o.flatten(2)).unflatten(-1, (-1, self.value_size))
         gate = F.silu(self.gate(x)).unflatten(-1, (-1, self.value_size))
         return self.output((self.norm(o) * gate).flatten(2))
 

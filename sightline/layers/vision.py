@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from sightline.attention import Lowered
 from sightline.layers.attention import GroupedQueryAttention
-from sightline.masks import AttentionMask
 
 
 class Places(NamedTuple):
@@ -88,7 +87,7 @@ class VisionBlock(nn.Module):
         self.up = nn.Linear(width, ffn)
         self.down = nn.Linear(ffn, width)
 
-    def forward(self, h: Tensor, mask: AttentionMask | Lowered) -> Tensor:
+    def forward(self, h: Tensor, mask: Lowered) -> Tensor:
         """h [B, P, C] -> [B, P, C]."""
         h = h + self.attention(self.attention_norm(h), mask, None)  # positions came with the embedding
         return h + self.down(F.gelu(self.up(self.mlp_norm(h)), approximate="tanh"))
@@ -118,7 +117,7 @@ class VisionEncoder(nn.Module):
                 for linear in (layer.attention.output, layer.down):  # type: ignore[union-attr]
                     linear.weight /= (2 * len(self.layers)) ** 0.5  # type: ignore[union-attr]
 
-    def forward(self, patches: Tensor, places: Places, mask: AttentionMask | Lowered) -> Tensor:
+    def forward(self, patches: Tensor, places: Places, mask: Lowered) -> Tensor:
         """patches [B, P, patch_channels] -> features [B, P, C]. In the mask a patch sees all of its own image."""
         h = self.embedding(patches.to(self.embedding.weight.dtype))
         h = h + interpolation_weights(places, self.side).to(h.dtype) @ self.positions

@@ -1,33 +1,8 @@
-"""Masks as data: AttentionMask, the rules that make one, and the forms that kernels take."""
+"""Masks as data: AttentionMask, the rules that make one, and the inputs that kernels take."""
 
-from sightline.masks.mask import AttentionMask
-from sightline.masks.rules import (
-    and_masks,
-    bidirectional,
-    block_diffusion,
-    causal,
-    chunked,
-    document,
-    global_tokens,
-    or_masks,
-    prefix_lm,
-    prefix_tree,
-    shared_prefix,
-    sliding_window,
-)
+from sightline.masks import rules
+from sightline.masks.mask import AttentionMask, named_masks
+from sightline.masks.rules import *  # noqa: F403  # a rule is added in rules.py alone
 
-__all__ = [
-    "AttentionMask",
-    "and_masks",
-    "bidirectional",
-    "block_diffusion",
-    "causal",
-    "chunked",
-    "document",
-    "global_tokens",
-    "or_masks",
-    "prefix_lm",
-    "prefix_tree",
-    "shared_prefix",
-    "sliding_window",
-]
+__all__ = ["AttentionMask", "named_masks"]
+__all__ += rules.__all__

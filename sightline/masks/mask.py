@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils import _pytree as pytree
 
-from sightline.masks.blocks import build_block_mask, build_mask_mod
+from sightline.masks.block_mask import build_block_mask, build_mask_mod
 from sightline.masks.intervals import canonical, from_dense, pad_intervals
-from sightline.masks.tiles import Tile, build_tiles
 from sightline.masks.varlen import VarlenLayout, build_varlen
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -167,31 +167,12 @@ class AttentionMask:
             self.start.to(device, non_blocking=True), self.stop.to(device, non_blocking=True), self.key_length
         )
 
-    def gather(self, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-        """The keys the intervals index, of those of the tokens at hand: [B, heads, S, D] -> [B, heads, T, D] each.
-
-        Here these are the same. Where processes share a row (sightline.parallel.context), the keys set out when this is
-        called, and have come when what it returns is called: what is computed between the two hides their way.
-        """
-        return lambda: tensors
-
-    @property
-    def whole_rows(self) -> AttentionMask:
-        """The mask of all tokens of the rows, for layers that walk along them; here it is this one."""
-        return self
-
-    def to_whole_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """[B, tokens at hand, channels] -> [B, S, channels at hand] each: here both are all there are. Where processes
-        share a row, each turns all channels of its tokens into its share of the channels of all tokens."""
-        return tensors
-
-    def to_own_tokens(self, x: Tensor) -> Tensor:
-        """The way back."""
-        return x
-
-    def own_share(self, weight: Tensor) -> Tensor:
-        """Of a weight [channels, ...], those at hand in `to_whole_rows`."""
-        return weight
+    def cpu(self) -> AttentionMask:
+        """The same mask on the CPU: itself, or one read from the device it lies on."""
+        if self.device.type == "cpu":
+            return self
+        start, stop = torch.stack([self.start, self.stop]).cpu()
+        return AttentionMask(start, stop, self.key_length)
 
     def seeing(self) -> Tensor:
         """bool [B, Q]: queries that see at least one key; padding does not."""
@@ -229,12 +210,10 @@ class AttentionMask:
         """
         return build_varlen(self.start, self.stop, self.key_length)
 
-    def to_tiles(self) -> list[Tile]:
-        """The mask as tiles of queries, each with the few slices of keys it attends: what the CPU kernel eats.
 
-        Waits for the device when the mask lies on one.
-        """
-        return build_tiles(self.start.cpu(), self.stop.cpu())
+def named_masks(masks: Any) -> dict[str, Any]:
+    """Masks by name, as the package passes them on; a single mask is called `attention`."""
+    return dict(masks) if isinstance(masks, Mapping) else {"attention": masks}
 
 
 def _flatten(mask: AttentionMask) -> tuple[list[Tensor], int]:

@@ -12,12 +12,29 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from sightline.masks.intervals import document_begins, find_runs, segment_bounds
 from sightline.masks.mask import AttentionMask
+
+__all__ = [  # noqa: RUF022  # in the order in which errors and help name them
+    "causal",
+    "document",
+    "sliding_window",
+    "chunked",
+    "prefix_lm",
+    "bidirectional",
+    "global_tokens",
+    "shared_prefix",
+    "prefix_tree",
+    "block_diffusion",
+    "and_masks",
+    "or_masks",
+]
+"""The rules: what `sightline.masks` exports and mask expressions on the command line may call."""
 
 
 def causal(batch_size: int, length: int, *, device: torch.device | str = "cpu") -> AttentionMask:
@@ -189,3 +206,7 @@ def _check_facts(rule: str, **facts: Tensor) -> None:
             raise ValueError(f"{rule}: {name} must be integers [B, S], got {value.dtype} {tuple(value.shape)}")
         if value.shape != shape:
             raise ValueError(f"{rule}: {name} is {tuple(value.shape)}, the other facts are {tuple(shape)}")
+
+
+RULES: dict[str, Callable[..., AttentionMask]] = {name: globals()[name] for name in __all__}
+"""Every rule by its name."""

@@ -44,9 +44,7 @@ def build_varlen(start: Tensor, stop: Tensor, key_length: int) -> VarlenLayout:
         raise ValueError(f"varlen needs queries and keys to be the same tokens, got Q={queries} and T={key_length}")
     if width > 1:
         row, query = divmod(int((stop > start).sum(dim=2).flatten().argmax()), queries)
-        raise ValueError(
-            f"varlen sees one run of keys a query, but row {row}, query {query} sees {width}; use flex or sdpa"
-        )
+        raise ValueError(f"varlen sees one run of keys a query, but row {row}, query {query} sees {width}")
     start, stop = start[..., 0], stop[..., 0]
     index = torch.arange(queries, dtype=torch.int32, device=start.device).expand(rows, queries)
     padding = stop <= start
@@ -69,7 +67,7 @@ def build_varlen(start: Tensor, stop: Tensor, key_length: int) -> VarlenLayout:
         raise ValueError(
             "varlen can say documents that are causal, causal with one window, or seen in both directions; "
             f"row {row}, query {query} sees [{int(start[row, query])}, {int(stop[row, query])}), which is none of "
-            "these; use flex or sdpa"
+            "these"
         )
     starts = begins.flatten().nonzero().flatten().to(torch.int32)
     cu_seqlens = torch.cat([starts, starts.new_tensor([rows * queries])])

@@ -92,6 +92,7 @@ def build_model(name_or_config: Any, *, attention_backend: str = "auto") -> Any:
     name_or_config  a name in MODELS, or the config of a family
     """
     model = build_skeleton(name_or_config, attention_backend=attention_backend)
+    model.check_backend(torch.get_default_device(), torch.get_default_dtype(), training=False)
     model.to_empty(device=torch.get_default_device())
     draw_weights(model)
     return model

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sightline.numbers import check_divisible
+
 
 def check_positive(config: Any, *fields: str) -> None:
     """ValueError for a field that is not greater than 0."""
@@ -14,11 +16,7 @@ def check_positive(config: Any, *fields: str) -> None:
 
 def check_heads(heads: int, kv_heads: int, head_size: int) -> None:
     """ValueError for key/value heads that query heads cannot share, and for a head that RoPE cannot turn."""
-    if heads % kv_heads:
-        fits = [n for n in range(1, heads + 1) if heads % n == 0]
-        raise ValueError(
-            f"model.heads {heads} is not divisible by model.kv-heads {kv_heads}; key/value heads that divide it: {fits}"
-        )
+    check_divisible("model.heads", heads, "model.kv-heads", kv_heads, "key/value heads")
     if head_size % 2:
         raise ValueError(f"model.head-size must be even, because RoPE turns pairs of channels, got {head_size}")
 

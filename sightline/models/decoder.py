@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sightline.attention import Lowered, lower
+from sightline.attention import Exchanges, LocalExchanges, Lowered, Needs, check_backend, lower
 from sightline.batch import Batch
 from sightline.layers import (
     Experts,
+    GroupedQueryAttention,
     KeyValueCache,
     LayerCache,
+    MultiHeadLatentAttention,
     RMSNorm,
     linear_cross_entropy,
     routers_of,
     with_gradient_of,
 )
-from sightline.masks import AttentionMask
+from sightline.masks import AttentionMask, named_masks
 
-Masks = AttentionMask | dict[str, AttentionMask]
-"""One mask for all layers, or several by the name that each layer knows its own by."""
+Masks = AttentionMask | Mapping[str, AttentionMask]
+"""One mask for all layers, or several by the name that each layer knows its own by. What users may pass; the package
+passes masks by name."""
 
 
 class DecoderConfig(Protocol):
@@ -65,6 +69,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config: Any = config
         self.attention_backend = attention_backend
+        self.exchanges: Exchanges = LocalExchanges()  # context parallelism sets its own
+        self.kernels: dict[str, str] = {}  # by mask, the kernel that the last forward used and why, for the log
         self.embedding: nn.Embedding | None = nn.Embedding(config.vocab_size, config.width)
         self.layers = Layers({str(i): layer for i, layer in enumerate(layers)})
         self.norm: RMSNorm | None = RMSNorm(config.width, config.norm_eps)
@@ -148,7 +154,8 @@ class Decoder(nn.Module):
         cache: dict[str, LayerCache] | None,
     ) -> Tensor:
         """`forward` from the embedded tokens h [B, S, W] on, for families that embed in a way of their own."""
-        h = self.layers(h, self.lower_masks(attention_masks, h), self.encode_positions(positions), cache)
+        lowered = self.lower_masks(named_masks(attention_masks), h)
+        h = self.layers(h, lowered, self.encode_positions(positions), cache)
         if self.norm is None:
             return h
         return self.head(self.norm(h), labels)
@@ -183,16 +190,46 @@ class Decoder(nn.Module):
                 loss = with_gradient_of(loss, router.auxiliary_loss)
         return loss
 
-    def lower_masks(self, masks: Masks, h: Tensor) -> dict[str, Lowered]:
-        """Each mask in its kernel's form, made once for all the layers that use it."""
+    @cached_property
+    def attention_needs(self) -> list[dict[str, Any]]:
+        """What its attention layers ask of a kernel, each kind of layer once: fields of `Needs`."""
+        needs: list[dict[str, Any]] = []
+        for module in self.modules():
+            if isinstance(module, GroupedQueryAttention | MultiHeadLatentAttention):
+                own = module.attention_needs()
+                needs += [own] if own not in needs else []
+        return needs
+
+    def check_backend(self, device: torch.device, dtype: torch.dtype, *, training: bool) -> None:
+        """Refuse an attention backend that cannot serve the layers, whatever the masks will be.
+
+        Raises:
+            ValueError: with the reason and the backends that can.
+        """
+        for own in self.attention_needs:
+            check_backend(self.attention_backend, Needs(device=device, dtype=dtype, training=training, **own))
+
+    def lower_masks(self, masks: Mapping[str, Any], h: Tensor) -> dict[str, Lowered]:
+        """Each mask as the layers take it, made once for all the layers that use it."""
         kind = h.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
         training = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        named = masks if isinstance(masks, dict) else {"attention": masks}
-        return {
-            name: lower(mask, backend=self.attention_backend, device=h.device, dtype=dtype, training=training)
-            for name, mask in named.items()
-        }
+        sinks = any(own["sinks"] for own in self.attention_needs)
+        lowered = {}
+        for name, given in masks.items():
+            mask, exchange = self.exchanges.bind(given, h.device)
+            lowered[name] = lower(
+                mask,
+                backend=self.attention_backend,
+                device=h.device,
+                dtype=dtype,
+                training=training,
+                sinks=sinks,
+                exchange=exchange,
+                segments=self.row_heads is not None,
+            )
+        self.kernels |= {name: f"{one.backend.name}: {one.reason}" for name, one in lowered.items()}
+        return lowered
 
     def flops_per_token(self) -> float:
         """Forward and backward FLOPs of one token in matrix products, attention's scores left out."""

@@ -26,9 +26,10 @@ from sightline.layers import (
     rope_frequencies,
     with_gradient_of,
 )
-from sightline.masks import AttentionMask, causal, document
+from sightline.masks import AttentionMask, causal, document, named_masks
 from sightline.models.checks import check_experts, check_positive
 from sightline.models.decoder import Decoder, Layer, Masks
+from sightline.numbers import check_divisible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +99,7 @@ class DeepseekV3Config:
             raise ValueError(f"model.rope-size must be even: RoPE turns pairs of channels, got {self.rope_size}")
         if not 0 <= self.dense_layers <= self.layers:
             raise ValueError(f"model.dense-layers must be 0 to {self.layers}, all layers, got {self.dense_layers}")
-        if self.experts % self.expert_groups:
-            fits = [n for n in range(1, self.experts + 1) if self.experts % n == 0]
-            raise ValueError(
-                f"model.experts {self.experts} is not divisible by model.expert-groups {self.expert_groups}; "
-                f"groups that divide it: {fits}"
-            )
+        check_divisible("model.experts", self.experts, "model.expert-groups", self.expert_groups, "groups")
         self._check_groups()
 
     def _check_groups(self) -> None:
@@ -213,7 +209,7 @@ class Block(Layer):
         """h [B, S, W] -> [B, S, W]."""
         h = h + self.attention(self.attention_norm(h), mask, rotation, cache)
         x = self.mlp_norm(h)
-        return h + (self.mlp(x, mask.mask.seeing()) if isinstance(self.mlp, MoE) else self.mlp(x))
+        return h + (self.mlp(x, mask.visible) if isinstance(self.mlp, MoE) else self.mlp(x))
 
 
 def build_moe(config: DeepseekV3Config) -> MoE:
@@ -325,14 +321,15 @@ class DeepseekV3(Decoder):
             )
         assert self.embedding is not None and self.norm is not None, "prediction needs both ends of the model"
         h = self.embedding(tokens)
-        lowered, rotation = self.lower_masks(attention_masks, h), self.encode_positions(positions)
+        lowered, rotation = self.lower_masks(named_masks(attention_masks), h), self.encode_positions(positions)
         h = self.norm(self.layers(h, lowered, rotation, None))
         if next_tokens is None or next_labels is None:
             next_tokens, next_labels = look_further(tokens, labels)
         further = self.prediction(h, self.embedding(next_tokens), lowered["attention"], rotation)
         output = self.embedding if self.output is None else self.output
         loss = self.token_losses(further.flatten(0, 1), output.weight, next_labels.flatten())
-        self.predicted.append(torch.stack([loss.detach(), (next_labels != IGNORE).sum()]))
+        tokens_predicted = (next_labels != IGNORE).sum().to(loss.device, non_blocking=True)
+        self.predicted.append(torch.stack([loss.detach(), tokens_predicted]))
         return with_gradient_of(self.head(h, labels), self.config.prediction_weight * loss)
 
     def finish_step(self, add: Callable[[Tensor], Tensor] = lambda total: total) -> dict[str, Tensor]:

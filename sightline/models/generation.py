@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sightline.batch import IGNORE, Batch
-from sightline.masks import AttentionMask
+from sightline.masks import AttentionMask, named_masks
 from sightline.models.decoder import Decoder, Masks
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -128,7 +128,7 @@ def _continue(
         batch = _one_document(text, extra)
         new = torch.arange(seen, len(text))
         # The model's own rule for the whole text, then the rows of the new tokens: windows and chunks stay exact.
-        masks = _take_queries(model, model.get_attention_masks(batch, tokenizer), new, device)
+        masks = _take_queries(model, model.get_attention_masks(batch, tokenizer), new)
         tokens, positions = batch.tokens[:, new].to(device), batch.positions[:, new].to(device)
         given = {} if seen else {name: value.to(device) for name, value in extra.items()}
         logits = model(tokens, attention_masks=masks, positions=positions, cache=cache, **given)[0, -1]
@@ -153,12 +153,10 @@ def _one_document(ids: list[int], extra: dict[str, Tensor]) -> Batch:
     )
 
 
-def _take_queries(model: Decoder, masks: Masks, index: Tensor, device: torch.device) -> Masks:
+def _take_queries(model: Decoder, masks: Masks, index: Tensor) -> dict[str, AttentionMask]:
     """The masks for the tokens at `index` alone; those that no decoder layer uses are not about tokens, and stay."""
-    if isinstance(masks, AttentionMask):
-        return masks.take_queries(index).to(device)
     of_tokens = {layer.mask_name for layer in model.layers.values()}
-    return {name: (mask.take_queries(index) if name in of_tokens else mask).to(device) for name, mask in masks.items()}
+    return {name: mask.take_queries(index) if name in of_tokens else mask for name, mask in named_masks(masks).items()}
 
 
 def _pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

@@ -139,7 +139,7 @@ class Block(Layer):
     def forward(self, h: Tensor, mask: Lowered, rotation: Rotation, cache: KeyValueCache | None = None) -> Tensor:
         """h [B, S, W] -> [B, S, W]."""
         h = h + self.attention(self.attention_norm(h), mask, rotation, cache)
-        return h + self.moe(self.moe_norm(h), mask.mask.seeing())
+        return h + self.moe(self.moe_norm(h), mask.visible)
 
 
 class GptOss(Decoder):

@@ -24,6 +24,7 @@ from sightline.masks import AttentionMask, causal, document
 from sightline.models.checks import check_positive
 from sightline.models.decoder import Decoder, Layer
 from sightline.models.weights import HuggingFace, Weight, expect, read_rope, read_scaling, write_rope
+from sightline.numbers import check_divisible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +56,7 @@ class Llama3Config:
 
     def __post_init__(self) -> None:
         check_positive(self, "vocab_size", "width", "layers", "heads", "kv_heads", "ffn", "rope_theta", "norm_eps")
-        if self.heads % self.kv_heads:
-            fits = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
-            raise ValueError(
-                f"model.heads {self.heads} is not divisible by model.kv-heads {self.kv_heads}; "
-                f"key/value heads that divide it: {fits}"
-            )
+        check_divisible("model.heads", self.heads, "model.kv-heads", self.kv_heads, "key/value heads")
         if self.head_size is None and self.width % self.heads:
             raise ValueError(
                 f"model.width {self.width} is not divisible by model.heads {self.heads}; "

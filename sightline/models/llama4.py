@@ -204,7 +204,7 @@ class Block(Layer):
         """h [B, S, W] -> [B, S, W]."""
         h = h + self.attention(self.attention_norm(h), mask, positions, cache)
         x = self.mlp_norm(h)
-        return h + (self.mlp(x, mask.mask.seeing()) if isinstance(self.mlp, MoE) else self.mlp(x))
+        return h + (self.mlp(x, mask.visible) if isinstance(self.mlp, MoE) else self.mlp(x))
 
 
 class Llama4(Decoder):

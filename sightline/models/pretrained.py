@@ -72,6 +72,7 @@ def load_pretrained(directory: str | Path, *, dtype: torch.dtype | None = None, 
         model = family.model(config, attention_backend=attention_backend)
     for parameter in model.parameters():  # and no buffers: those are few, and some lose their meaning when rounded
         parameter.data = parameter.data.to(dtype or _dtype_of(hf))
+    model.check_backend(device, dtype or _dtype_of(hf), training=False)
     model.to_empty(device=device)
     read_weights(model, directory, family)
     return model

@@ -33,6 +33,7 @@ from sightline.layers import (
 from sightline.masks import AttentionMask, causal, document
 from sightline.models.checks import check_experts, check_heads, check_positive
 from sightline.models.decoder import Decoder, Layer
+from sightline.numbers import check_divisible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +94,7 @@ class Qwen3NextConfig:
                 f"model.rotary-share {self.rotary_share} of model.head-size {self.head_size} are {self.rotary_size} "
                 "channels; RoPE turns at least 2 and at most all: raise the share, or the head, up to a share of 1"
             )
-        if self.value_heads % self.key_heads:
-            fits = [n for n in range(1, self.value_heads + 1) if self.value_heads % n == 0]
-            raise ValueError(
-                f"model.value-heads {self.value_heads} is not divisible by model.key-heads {self.key_heads}; "
-                f"key heads that divide it: {fits}"
-            )
+        check_divisible("model.value-heads", self.value_heads, "model.key-heads", self.key_heads, "key heads")
         if self.experts:
             check_positive(self, "experts", "experts_per_token", "expert_ffn", "shared_ffn")
             check_experts(self.experts, self.experts_per_token)
@@ -171,9 +167,7 @@ class GatedAttention(GroupedQueryAttention):
         turned = encoding.cos.shape[-1]
         return torch.cat([rotate(k_BSGD[..., :turned], encoding), k_BSGD[..., turned:]], dim=-1)
 
-    def mix(
-        self, x: Tensor, mask: AttentionMask | Lowered, encoding: Rotation, cache: KeyValueCache | None = None
-    ) -> Tensor:
+    def mix(self, x: Tensor, mask: Lowered, encoding: Rotation, cache: KeyValueCache | None = None) -> Tensor:
         return super().mix(x, mask, encoding, cache) * self.gate(x).sigmoid()
 
 
@@ -212,7 +206,7 @@ class Block(Layer):
         """h [B, S, W] -> [B, S, W]."""
         h = h + self.mixer(self.mixer_norm(h), mask, rotation, cache)
         x = self.mlp_norm(h)
-        return h + (self.mlp(x, mask.mask.seeing()) if isinstance(self.mlp, MoE) else self.mlp(x))
+        return h + (self.mlp(x, mask.visible) if isinstance(self.mlp, MoE) else self.mlp(x))
 
     def new_cache(self) -> LayerCache:
         return KeyValueCache() if isinstance(self.mixer, GatedAttention) else RecurrentCache()

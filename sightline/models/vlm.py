@@ -23,7 +23,7 @@ from torch import Tensor
 from sightline.batch import Batch
 from sightline.layers import LayerCache
 from sightline.layers.vision import Projector, VisionEncoder, place_patches
-from sightline.masks import AttentionMask, bidirectional, causal, document
+from sightline.masks import AttentionMask, bidirectional, causal, document, named_masks
 from sightline.models import llama3
 from sightline.models.checks import check_positive
 from sightline.models.decoder import Masks
@@ -241,21 +241,21 @@ class VLM(Llama3):
         image_index  int64 [B, S], from `number_image_tokens`; without it, `tokens` are whole rows
         With a cache they belong to the call that brings their image tokens, and to no later one.
         """
-        assert isinstance(attention_masks, dict), "the masks of a VLM go by name"
+        masks = named_masks(attention_masks)
         h = tokens if self.embedding is None else self.embedding(tokens)
         if self.embedding is not None and patches is not None and patch_grid is not None:
-            seen = self.see(patches, patch_grid, attention_masks["encoder"])
+            seen = self.see(patches, patch_grid, masks["encoder"])
             if image_index is None:
                 image_index = number_image_tokens(tokens == self.config.image_token)
             h = put_images(h, seen, image_index)
-        masks = {"decoder": attention_masks["decoder"]}
+        masks = {"decoder": masks["decoder"]}
         return self.decode(h, attention_masks=masks, positions=positions, labels=labels, cache=cache)
 
     def see(self, patches: Tensor, patch_grid: Tensor, mask: AttentionMask) -> Tensor:
         """Patches [B, P, ...] -> what stands for the image tokens of each row, in order: [B, P / merge^2, W]."""
         assert self.vision is not None and self.projector is not None, "a stage with the embedding sees images"
         places = place_patches(patch_grid, patches.shape[1])
-        lowered = self.lower_masks(mask, self.vision.positions)["attention"]
+        lowered = self.lower_masks({"encoder": mask}, self.vision.positions)["encoder"]
         return self.projector(self.vision(patches, places, lowered), places)
 
     def attention_flops_per_pair(self) -> dict[str, float]:  # type: ignore[override]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from copy import deepcopy
 
+import torch
+
 from sightline import config
 from sightline.config import Run
 from sightline.models import build_skeleton, draw_weights
 from sightline.models.decoder import Decoder
+from sightline.numbers import divisors
 from sightline.parallel.compile import apply_compile
+from sightline.parallel.context.apply import apply_context
 from sightline.parallel.context.split import check_context
-from sightline.parallel.expert import apply_expert, share_counts
-from sightline.parallel.mesh import Mesh, divisors
+from sightline.parallel.expert import apply_expert
+from sightline.parallel.mesh import Mesh
 from sightline.parallel.parallel_model import ParallelModel
 from sightline.parallel.pipeline import Pipelined
 from sightline.parallel.pipeline_stages import count_microbatches, take_stages
@@ -27,6 +31,7 @@ def build_parallel(run: Run, mesh: Mesh) -> ParallelModel:
     """
     check_offload(mesh)
     whole: Decoder = build_skeleton(run.model, attention_backend=run.attention.backend)
+    whole.check_backend(mesh.device, getattr(torch, run.training.dtype), training=True)
     check_context(whole, mesh, run.training.sequence_length)
     if mesh.world == 1:
         stages = [whole]
@@ -52,7 +57,7 @@ def parallelize(model: Decoder, mesh: Mesh, training: config.Training) -> None:
     """
     apply_tensor(model, mesh)
     apply_expert(model, mesh)
-    share_counts(model, mesh)  # context parallelism is in the masks; only routers look beyond their own tokens
+    apply_context(model, mesh)
     apply_recompute(model, training)
     if training.compile:
         apply_compile(model)

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Shard
 
-from sightline.layers import Experts, routers_of
+from sightline.layers import Experts
 from sightline.models.decoder import Decoder
-from sightline.parallel.mesh import Mesh, divisors, nearest
-from sightline.parallel.patch import as_it_is, replace_attribute, replace_forward, replace_parameter, show_local
+from sightline.numbers import divisors, nearest
+from sightline.parallel.mesh import Mesh
+from sightline.parallel.patch import as_it_is, replace_forward, replace_parameter, show_local
 from sightline.parallel.torch_private import all_to_all_single_autograd
 
 
@@ -119,14 +120,3 @@ class _Reorder(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         (back,) = ctx.saved_tensors
         return grad.index_select(0, back), None, None
-
-
-def share_counts(model: nn.Module, mesh: Mesh) -> None:
-    """Routers' auxiliary losses where the tokens of a row lie on the processes of `context`.
-
-    They weigh the scores of this process's tokens by the choices of the whole rows, so that their gradients add up to
-    what one process would compute.
-    """
-    if mesh.size("context") > 1:
-        for router in routers_of(model).values():
-            replace_attribute(router, "choices_of_rows", lambda counts: mesh.sum(counts.clone(), "context"))

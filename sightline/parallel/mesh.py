@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sightline.config import Parallel
+from sightline.numbers import divisors
 from sightline.parallel.torch_private import flatten
 
 T = TypeVar("T")
@@ -72,17 +73,6 @@ def fits(degrees: dict[str, int], world: int) -> str:
             if free:
                 choices.append(f"{axis} {' or '.join(map(str, divisors(free)))}")
     return "these would fit: " + "; ".join(choices) if choices else "lower several of them"
-
-
-def divisors(n: int) -> list[int]:
-    """1 to n."""
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def nearest(wanted: int, choices: list[int]) -> str:
-    """The closest of `choices` below and above, in words."""
-    below, above = (c for c in choices if c < wanted), (c for c in choices if c > wanted)
-    return " or ".join(str(c) for c in (max(below, default=None), min(above, default=None)) if c is not None)
 
 
 class Mesh:

@@ -11,7 +11,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from sightline.config import Parallel
 from sightline.layers import routers_of
-from sightline.masks import AttentionMask
 from sightline.models.decoder import Decoder, Masks
 from sightline.parallel.context.split import split_context
 from sightline.parallel.mesh import Mesh
@@ -33,6 +32,11 @@ class ParallelModel:
     def __init__(self, mesh: Mesh, whole: Decoder, stages: list[Decoder], *, dtype: str = "float32") -> None:
         self.mesh, self.whole, self.stages, self.dtype = mesh, whole, stages, dtype
 
+    @property
+    def kernels(self) -> dict[str, str]:
+        """By mask, the attention kernel that this process's last forward used and why."""
+        return {name: kernel for stage in self.stages for name, kernel in stage.kernels.items()}
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Those of this process, a tied weight once."""
         for stage in self.stages:
@@ -52,7 +56,7 @@ class ParallelModel:
 
     def own_tokens(self, inputs: Inputs) -> Inputs:
         """From whole rows on the CPU to what this process computes of them, on its device."""
-        return place(split_context(inputs, self.whole, self.mesh), self.mesh.device)
+        return to_device(split_context(inputs, self.whole, self.mesh), self.mesh.device)
 
     def forward_backward(self, inputs: Inputs, scale: float, *, last: bool = True) -> Tensor:
         """Add the gradients of scale * the sum of the token losses; returns that number, of this process's tokens.
@@ -120,10 +124,7 @@ def on_one_process(model: Decoder, *, dtype: str = "float32") -> ParallelModel:
     return ParallelModel(Mesh(Parallel(), next(model.parameters()).device), model, [model], dtype=dtype)
 
 
-def place(inputs: Inputs, device: torch.device | str) -> Inputs:
-    """The same on a device."""
-    moved = {name: value.to(device, non_blocking=True) for name, value in inputs.items() if isinstance(value, Tensor)}
-    masks = inputs["attention_masks"]
-    if isinstance(masks, AttentionMask):
-        return {**moved, "attention_masks": masks.to(device)}
-    return {**moved, "attention_masks": {name: mask.to(device) for name, mask in masks.items()}}
+def to_device(inputs: Inputs, device: torch.device | str) -> Inputs:
+    """The same on a device, but for what is read on the CPU: masks, which each stage lowers, and labels."""
+    moved = {name for name, value in inputs.items() if isinstance(value, Tensor) and not name.endswith("labels")}
+    return {name: value.to(device, non_blocking=True) if name in moved else value for name, value in inputs.items()}

@@ -12,7 +12,8 @@ from torch import nn
 from sightline.config import Parallel, Training
 from sightline.layers.moe import MoE
 from sightline.models.decoder import Decoder
-from sightline.parallel.mesh import Mesh, nearest
+from sightline.numbers import divisors, nearest
+from sightline.parallel.mesh import Mesh
 
 ONE_STAGE = ("GPipe", "1F1B")
 """Schedules under which each process has one stage; under the others it has two."""
@@ -143,7 +144,7 @@ def count_microbatches(parallel: Parallel, training: Training, rows: int) -> int
     check_split_backward(parallel, training)
     if rows % size == 0 and fits(parallel, rows // size):
         return rows // size
-    sizes = [n for n in range(1, rows + 1) if rows % n == 0 and fits(parallel, rows // n)]
+    sizes = [n for n in divisors(rows) if fits(parallel, rows // n)]
     enough = next(n for n in range(1, 2 * processes + 1) if fits(parallel, n)) * size
     remedy = f"--training.micro-batch-size {nearest(size, sizes)}"
     if not sizes:

@@ -30,8 +30,9 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distr
 
 from sightline.layers import Divisible, routers_of
 from sightline.models.decoder import Decoder
+from sightline.numbers import divisors, nearest
 from sightline.parallel import vocabulary
-from sightline.parallel.mesh import Mesh, divisors, nearest
+from sightline.parallel.mesh import Mesh
 from sightline.parallel.patch import (
     View,
     after_forward,

@@ -7,7 +7,7 @@ cannot drift from what training does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sightline.attention import Lowered
-from sightline.attention.sdpa import Slice, Tiles
+from sightline.attention.exchange import Arrived
+from sightline.attention.tiled import Slice, Tiled, Tiles
 from sightline.layers import Experts
 from sightline.masks import AttentionMask
 from sightline.models.decoder import Decoder
@@ -111,8 +112,10 @@ def _kind(layer: nn.Module) -> Hashable:
 def _run(stage: Decoder, layer: nn.Module, x: Tensor, shape: tuple[int, int], dtype: str) -> ActivationMemory:
     """One forward and backward of a layer, from the hidden states that come into it."""
     rows, length = shape
-    mask = TracedMask(torch.zeros(*shape, 1, dtype=torch.int32), torch.ones(*shape, 1, dtype=torch.int32), length)
+    mask = AttentionMask(torch.zeros(*shape, 1, dtype=torch.int32), torch.ones(*shape, 1, dtype=torch.int32), length)
+    exchange = CountingExchange(mask)
     tiles = Tiles([(row, 0, length, [Slice(0, length, True, None)]) for row in range(rows)], False)
+    lowered = Lowered(mask, Tiled(), "", tiles, exchange, mask.seeing(), torch.zeros(shape, dtype=torch.int64))
     encoding = stage.encode_positions(torch.zeros(shape, dtype=torch.int64))
     routed: list[float] = []
 
@@ -127,7 +130,7 @@ def _run(stage: Decoder, layer: nn.Module, x: Tensor, shape: tuple[int, int], dt
     given = [x, *layer.parameters(), *(leaf for leaf in tree_leaves(encoding) if isinstance(leaf, Tensor))]
     with MemoryTracker(given) as tracker:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            y = layer(x, Lowered(mask, "sdpa", "", tiles), encoding, None)
+            y = layer(x, lowered, encoding, None)
         kept = tracker.alive()
         y.backward(torch.empty_like(y))
     for hook in hooks:
@@ -138,27 +141,31 @@ def _run(stage: Decoder, layer: nn.Module, x: Tensor, shape: tuple[int, int], dt
         kept=kept,
         working=tracker.peak - kept,
         tensor=tracker.received,
-        keys=mask.bytes,
+        keys=exchange.bytes,
         routed=routed[0] if routed else 0.0,  # a recompute routes once more
     )
 
 
-class TracedMask(AttentionMask):
-    """A mask that notes what other processes of `context` would be sent."""
+class CountingExchange:
+    """Sends nothing, and counts the bytes that other processes of `context` would be sent."""
 
-    bytes = 0.0
+    def __init__(self, whole_mask: AttentionMask) -> None:
+        self.whole_mask, self.bytes = whole_mask, 0.0
 
-    def gather(self, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-        return super().gather(*self._note(tensors))
+    def start(self, *tensors: Tensor) -> Arrived:
+        return Arrived(self._count(*tensors))
 
     def to_whole_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return super().to_whole_rows(*self._note(tensors))
+        return self._count(*tensors)
 
-    def to_own_tokens(self, x: Tensor) -> Tensor:
-        return super().to_own_tokens(*self._note((x,)))
+    def to_local_tokens(self, x: Tensor) -> Tensor:
+        return self._count(x)[0]
 
-    def _note(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        object.__setattr__(self, "bytes", self.bytes + sum(map(bytes_of, tensors)))  # the mask itself is frozen
+    def local_channels(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def _count(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        self.bytes += sum(map(bytes_of, tensors))
         return tensors
 
 

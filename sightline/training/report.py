@@ -7,18 +7,18 @@ from pathlib import Path
 
 import torch
 
-from sightline.attention import choose_backend
 from sightline.config import Run
 from sightline.data import Documents
 from sightline.masks import AttentionMask
+from sightline.numbers import count, duration
 from sightline.parallel.parallel_model import ParallelModel
+from sightline.plots.loss_png import plot_loss
+from sightline.plots.mask_png import plot_masks
 from sightline.training.checkpoint import find_latest
 from sightline.training.flops import Peak
-from sightline.training.loss_plot import draw_loss
 from sightline.training.metrics import read_metrics
-from sightline.training.plots import draw_masks
 from sightline.training.run_directory import RunDirectory
-from sightline.training.terminal import Terminal, count, duration
+from sightline.training.terminal import Terminal
 
 
 def announce_data(terminal: Terminal, run: Run, documents: Documents, held_out: Documents, start: Path | None) -> None:
@@ -60,19 +60,16 @@ def announce_model(terminal: Terminal, run: Run, model: ParallelModel, peak: Pea
         )
 
 
-def introduce_masks(
-    terminal: Terminal, run: Run, directory: RunDirectory, masks: dict[str, AttentionMask], device: torch.device
-) -> None:
-    """Say which kernel honours the first batch's masks and why; draw masks.png where there is none."""
-    dtype = getattr(torch, run.training.dtype)
-    for name, mask in masks.items():
-        asked: str = run.attention.backend
-        backend, reason = (asked, "it was asked for")
-        if asked == "auto":
-            backend, reason = choose_backend(mask, device, dtype, training=True)
-        terminal.table({"attention": f"{name} by {backend}: {reason}" if len(masks) > 1 else f"{backend}: {reason}"})
+def announce_kernels(terminal: Terminal, kernels: dict[str, str]) -> None:
+    """Log the kernel that honors each mask, and why it was chosen."""
+    for name, kernel in kernels.items():
+        terminal.table({"attention": f"{name} by {kernel}" if len(kernels) > 1 else kernel})
+
+
+def draw_first_masks(terminal: Terminal, directory: RunDirectory, masks: dict[str, AttentionMask]) -> None:
+    """masks.png of the first batch, where there is none."""
     if not directory.mask_plot.exists():
-        draw(terminal, directory.mask_plot, lambda path: draw_masks(masks, path))
+        draw(terminal, directory.mask_plot, lambda path: plot_masks(masks, path))
 
 
 def draw_losses(terminal: Terminal, run: Run, directory: RunDirectory) -> None:
@@ -80,7 +77,7 @@ def draw_losses(terminal: Terminal, run: Run, directory: RunDirectory) -> None:
     rows = read_metrics(directory.metrics)
     if rows:
         title = f"{run.output_dir.name} · {run.data.source}"
-        draw(terminal, directory.loss_plot, lambda path: draw_loss(rows, path, title))
+        draw(terminal, directory.loss_plot, lambda path: plot_loss(rows, path, title))
 
 
 def draw(terminal: Terminal, path: Path, draw_to: Callable[[Path], None]) -> None:

@@ -11,14 +11,13 @@ from torch.optim import AdamW
 
 from sightline.batch import PADDING, Batch
 from sightline.data import Tokenizer
-from sightline.masks import AttentionMask
+from sightline.masks import named_masks
 from sightline.parallel.gradients import clip_gradients
-from sightline.parallel.parallel_model import ParallelModel, place
+from sightline.parallel.parallel_model import ParallelModel, to_device
 
 Model = Any
 """A model of sightline.models, or a ParallelModel. It has no type of its own: every family is just an nn.Module with
 the same few methods, and nn.Module declares whatever it does not know a Tensor."""
-Masks = AttentionMask | dict[str, AttentionMask]
 
 
 def prepare_batch(
@@ -27,21 +26,16 @@ def prepare_batch(
     """What the model's forward takes, by name: tokens, labels, attention_masks, positions and the batch's extra.
 
     Training, validation and every tool come through here, so none of them can have another mask than the others.
-    The masks are made from the batch on the CPU, where their few integers cost next to nothing, and then moved.
+    The masks are made on the CPU, where their few integers cost next to nothing, and stay there until they are lowered.
     """
     inputs = {
         "tokens": batch.tokens,
         "labels": batch.labels,
         "positions": batch.positions,
-        "attention_masks": model.get_attention_masks(batch, tokenizer),
+        "attention_masks": named_masks(model.get_attention_masks(batch, tokenizer)),
         **batch.extra,
     }
-    return place(inputs, device)
-
-
-def named_masks(masks: Masks) -> dict[str, AttentionMask]:
-    """The masks by name; a single one is called `attention`."""
-    return masks if isinstance(masks, dict) else {"attention": masks}
+    return to_device(inputs, device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +87,7 @@ def train_step(
     rows = model.rows_at_once(batch.shape[0], micro_batch_size)
     for first in range(0, batch.shape[0], rows):
         inputs = prepare_batch(model, batch[first : first + rows], tokenizer, "cpu")
-        for name, mask in named_masks(inputs["attention_masks"]).items():
+        for name, mask in inputs["attention_masks"].items():
             visible = int(mask.visible_pairs().sum())
             pairs += visible
             flops += visible * model.flops_per_pair(name)

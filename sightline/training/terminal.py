@@ -12,6 +12,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sightline.numbers import duration
+
 EVERY = 10  # steps between lines where output is no terminal
 
 
@@ -89,18 +91,3 @@ class Terminal:
                 self.say(f"{what:<12} {where}")
         if self.console.is_terminal:
             self.console.print(table)
-
-
-def duration(seconds: float) -> str:
-    """`0:42`, `12:05`, `3:12:05`."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-def count(number: float) -> str:
-    """`640`, `9.4 K`, `7.9 M`, `8.0 B`."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= size:
-            return f"{number / size:.1f} {letter}"
-    return f"{number:.0f}"

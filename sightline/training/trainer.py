@@ -15,6 +15,7 @@ from rich.console import Console
 
 from sightline.config import Run
 from sightline.data import load_documents, split_documents
+from sightline.masks import named_masks
 from sightline.models.generation import generate
 from sightline.models.pretrained import read_pretrained
 from sightline.models.weights import holds_weights
@@ -34,13 +35,20 @@ from sightline.training.export import export_checkpoint
 from sightline.training.flops import find_peak
 from sightline.training.metrics import Metrics
 from sightline.training.optimizer import build_optimizer, learning_rate
-from sightline.training.report import announce_data, announce_model, draw_losses, introduce_masks, tell_end
+from sightline.training.report import (
+    announce_data,
+    announce_kernels,
+    announce_model,
+    draw_first_masks,
+    draw_losses,
+    tell_end,
+)
 from sightline.training.resume import check_continues, find_start
 from sightline.training.run_directory import RunDirectory, settings
 from sightline.training.saver import Saver
 from sightline.training.setup import choose_device, get_tokenizer, make_reproducible, open_loader, open_validation
 from sightline.training.signals import StopRequest
-from sightline.training.step import StepResult, named_masks, train_step
+from sightline.training.step import StepResult, train_step
 from sightline.training.terminal import Terminal
 from sightline.training.validation import validate
 
@@ -160,7 +168,7 @@ class Trainer:
         batch = next(self.loader)
         if self.step == self.first_step and self.mesh.rank == 0:
             masks = named_masks(self.model.get_attention_masks(batch, self.tokenizer))
-            introduce_masks(self.terminal, self.run, self.directory, masks, self.device)
+            draw_first_masks(self.terminal, self.directory, masks)
             started = time.perf_counter()
         self.step += 1
         rate = learning_rate(self.step, self.run.optimizer, self.run.training.steps)
@@ -174,6 +182,8 @@ class Trainer:
             micro_batch_size=self.run.training.micro_batch_size,
             max_grad_norm=self.run.optimizer.max_grad_norm,
         )
+        if self.step == self.first_step + 1:
+            announce_kernels(self.terminal, self.model.kernels)
         return Taken(self.step, started, rate, result)
 
     def read(self, taken: Taken) -> dict[str, Any]:

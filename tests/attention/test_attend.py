@@ -1,12 +1,15 @@
 """Every backend against `reference`, in outputs and gradients, and `reference` against a softmax written per query."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sightline.attention import attend, lower
+from sightline.attention import BACKENDS, CHOICES, Needs, attend, check_backend, lower
+from sightline.attention.sdpa import Sdpa
 from sightline.masks import (
     AttentionMask,
     causal,
@@ -43,13 +46,13 @@ def assert_close(
 ) -> None:
     leaves = inputs(mask, heads, kv_heads)
     truth = results("reference", mask, leaves, sinks)
-    for one, other in zip(results("sdpa", mask, leaves, sinks), truth, strict=True):
+    for one, other in zip(results("tiled", mask, leaves, sinks), truth, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 @settings(max_examples=80, deadline=None)
 @given(expressions(max_length=50), st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]), st.booleans())
-def test_sdpa_is_exact_under_any_mask(pair, heads, with_sinks) -> None:
+def test_tiled_is_exact_under_any_mask(pair, heads, with_sinks) -> None:
     mask, _ = pair
     sinks = torch.linspace(-2, 2, heads[0], dtype=torch.float64).requires_grad_() if with_sinks else None
     assert_close(mask, *heads, sinks)
@@ -57,7 +60,7 @@ def test_sdpa_is_exact_under_any_mask(pair, heads, with_sinks) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 2), st.integers(1, 9), st.integers(1, 20), st.integers(0, 2**31))
-def test_sdpa_is_exact_for_other_lengths_of_queries_and_keys(rows, queries, keys, seed) -> None:
+def test_tiled_is_exact_for_other_lengths_of_queries_and_keys(rows, queries, keys, seed) -> None:
     dense = torch.rand(rows, queries, keys, generator=torch.Generator().manual_seed(seed)) < 0.4
     assert_close(AttentionMask.from_dense(dense), 2, 1, None)
 
@@ -87,7 +90,7 @@ def long_masks() -> dict[str, AttentionMask]:
 
 
 @pytest.mark.parametrize("name", long_masks())
-def test_sdpa_is_exact_where_tiles_are_joined(name: str) -> None:
+def test_tiled_is_exact_where_tiles_are_joined(name: str) -> None:
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).requires_grad_()
     assert_close(long_masks()[name], 4, 2, None)
     assert_close(long_masks()[name], 4, 2, sinks)
@@ -98,7 +101,7 @@ def test_float32_and_bfloat16_stay_near_the_truth() -> None:
         for mask in long_masks().values():
             leaves = inputs(mask, 4, 2, dtype=dtype)
             for one, other in zip(
-                results("sdpa", mask, leaves, None), results("reference", mask, leaves, None), strict=True
+                results("tiled", mask, leaves, None), results("reference", mask, leaves, None), strict=True
             ):
                 torch.testing.assert_close(one.float(), other.float(), rtol=tolerance, atol=tolerance)
 
@@ -130,13 +133,13 @@ def test_gradients_by_finite_differences(with_sinks: bool) -> None:
     leaves = inputs(mask, 2, 1, size=4)
     sinks = torch.tensor([0.5, -0.5], dtype=torch.float64, requires_grad=True) if with_sinks else None
     wanted = leaves if sinks is None else (*leaves, sinks)
-    for backend in ("reference", "sdpa"):
+    for backend in ("reference", "tiled"):
         assert torch.autograd.gradcheck(
             lambda *x, b=backend: attend(*x[:3], mask, backend=b, sinks=x[3] if with_sinks else None), wanted
         )
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
 def test_padding_gives_exact_zeros_and_zero_gradients(backend: str) -> None:
     ids = torch.tensor([[0] * 5 + [-1] * 3, [-1] * 8])
     mask = causal(2, 8) & document(ids)
@@ -150,7 +153,7 @@ def test_padding_gives_exact_zeros_and_zero_gradients(backend: str) -> None:
     assert d_sinks.isfinite().all() and d_sinks.abs().sum() > 0
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
 def test_needle(backend: str) -> None:
     """Change one token of a document: not one bit of another document's output or gradient changes."""
     ids = torch.repeat_interleave(torch.arange(9), torch.tensor([3, 1, 200, 5, 1, 40, 2, 17, 31]))[None]
@@ -177,32 +180,66 @@ def test_a_lowered_mask_serves_many_layers() -> None:
     mask = causal(2, 16)
     leaves = inputs(mask, 2, 2)
     lowered = lower(mask, device="cpu", dtype=torch.float64, training=True)
-    assert lowered.backend == "sdpa" and "CPU" in lowered.reason
+    assert lowered.backend.name == "tiled" and "CPU" in lowered.reason
     assert torch.equal(attend(*leaves, lowered), attend(*leaves, mask))
 
 
 def test_scale_is_honoured() -> None:
     mask = causal(1, 12)
     leaves = inputs(mask, 2, 2)
-    one, other = (attend(*leaves, mask, backend=b, scale=0.7) for b in ("sdpa", "reference"))
+    one, other = (attend(*leaves, mask, backend=b, scale=0.7) for b in ("tiled", "reference"))
     torch.testing.assert_close(one, other)
     assert not torch.allclose(one, attend(*leaves, mask))
 
 
-def test_sdpa_as_one_call_is_what_other_devices_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sdpa_as_one_call_is_what_other_devices_run() -> None:
     """The path of GPUs, run here on the CPU's unfused kernel."""
-    from_tiles = {}
     masks = {**long_masks(), "plain causal": causal(2, 20), "one token": causal(1, 1)}
-    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).requires_grad_()
-    for name, mask in masks.items():
-        leaves = inputs(mask, 4, 2)
-        from_tiles[name] = results("sdpa", mask, leaves, None), results("sdpa", mask, leaves, sinks)
-    monkeypatch.setattr("sightline.attention.sdpa.CPU", "no such device")
-    for name, mask in masks.items():
-        leaves = inputs(mask, 4, 2)
-        for expected, sink in zip(from_tiles[name], (None, sinks), strict=True):
-            for one, other in zip(results("sdpa", mask, leaves, sink), expected, strict=True):
+    some = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).requires_grad_()
+    needs = Needs(device=torch.device("cpu"), dtype=torch.float64, training=True)
+    for mask in masks.values():
+        dense = replace(
+            lower(mask, device="cpu", dtype=torch.float64, training=True),
+            backend=Sdpa(),
+            inputs=Sdpa().lower(mask, needs),
+        )
+        for sinks in (None, some):
+            leaves = inputs(mask, 4, 2)
+            for one, other in zip(
+                results("auto", dense, leaves, sinks), results("tiled", mask, leaves, sinks), strict=True
+            ):
                 torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_sdpa_on_a_cpu_means_the_tiled_kernel() -> None:
+    assert lower(causal(1, 4), device="cpu", dtype=torch.float32, training=True, backend="sdpa").backend.name == "tiled"
+
+
+def test_choices_are_the_backends() -> None:
+    assert ("auto", *(backend.name for backend in BACKENDS)) == CHOICES
+    assert set(CHOICES) == {"auto", "flex", "sdpa", "varlen", "tiled", "reference"}
+
+
+@pytest.mark.parametrize(
+    ("backend", "needs", "text"),
+    [
+        ("flex", {"training": True}, "flex cannot train on a CPU.*backends that can: sdpa, tiled, reference"),
+        ("flex", {"sinks": True}, "flex cannot honor sinks on a CPU"),
+        ("varlen", {}, "varlen runs on CUDA only, and this is cpu"),
+        ("tiled", {"device": torch.device("cuda")}, "tiled runs on a CPU, and this is cuda.*backends that can: flex"),
+        ("varlen", {"device": torch.device("cuda")}, "bfloat16 or float16, got torch.float32"),
+        (
+            "varlen",
+            {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 512},
+            "heads of at most 256 channels, got 512",
+        ),
+        ("magic", {}, "unknown attention backend 'magic'"),
+    ],
+)
+def test_what_layers_need_is_refused_before_there_is_a_mask(backend: str, needs: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        check_backend(backend, Needs(**{"device": torch.device("cpu"), "dtype": torch.float32, **needs}))
+    check_backend("auto", Needs(device=torch.device("cuda"), dtype=torch.float32, sinks=True, head_dim=512))
 
 
 @pytest.mark.parametrize(
@@ -213,9 +250,9 @@ def test_sdpa_as_one_call_is_what_other_devices_run(monkeypatch: pytest.MonkeyPa
         ({"q": (2, 4, 8, 4)}, "agree in B and D"),
         ({"q": (1, 4, 7, 4)}, r"the mask is for \(B, Q, T\) = \(1, 8, 8\)"),
         ({"sinks": (3,)}, r"sinks must be \[H\] = \[4\]"),
-        ({"backend": "magic"}, "unknown attention backend 'magic'"),
-        ({"backend": "flex"}, "flex cannot train on a CPU"),
-        ({"backend": "varlen"}, "varlen runs on CUDA only"),
+        ({"backend": "magic"}, "unknown attention backend 'magic'; expected one of: auto, flex, sdpa, varlen"),
+        ({"backend": "flex"}, r"flex cannot train on a CPU.*backends that can: sdpa, tiled, reference"),
+        ({"backend": "varlen"}, r"varlen runs on CUDA only.*backends that can: sdpa, tiled, reference"),
     ],
 )
 def test_refusals(change: dict, text: str) -> None:

@@ -1,11 +1,13 @@
 """varlen runs on CUDA only. What Sightline adds around its two kernels is tested here with both kernels written out."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
-from sightline.attention import choose_backend, varlen
-from sightline.masks import causal, document, prefix_lm, sliding_window
+from sightline.attention import Needs, lower, varlen
+from sightline.masks import AttentionMask, causal, document, prefix_lm, sliding_window
 from tests.attention.test_attend import inputs, results
 
 
@@ -49,7 +51,7 @@ class Kernels:
 @pytest.fixture
 def kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "torch_attn", Kernels)
-    monkeypatch.setattr(varlen, "refusal", lambda *_: None)
+    monkeypatch.setattr(varlen.Varlen, "supports", lambda self, needs: None)
 
     def varlen_attn(q, k, v, offsets, _, longest, __, *, scale, window_size, enable_gqa):
         return forward_kernel(q, k, v, offsets, _, longest, __, False, scale, list(window_size), enable_gqa)[0]
@@ -68,15 +70,28 @@ def test_rows_padding_and_sinks_around_the_kernels(kernels_on_a_cpu: None, with_
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-def test_auto_on_cuda_takes_varlen_where_it_can_and_says_why_not() -> None:
-    cuda = torch.device("cuda")
+def test_auto_on_cuda_takes_varlen_where_it_can_and_says_why_not(
+    kernels_on_a_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["sightline.attention.attend"]
+    monkeypatch.setitem(module.AUTO, "cpu", module.AUTO["cuda"])  # no CUDA here: the CPU stands in for it
     positions = torch.arange(8)[None]
     packed = causal(1, 8) & document(torch.zeros(1, 8, dtype=torch.int32))
-    assert choose_backend(packed, cuda, torch.bfloat16, True)[0] == "varlen"
-    backend, reason = choose_backend(packed, cuda, torch.float32, True)
-    assert backend == "flex" and "float32" in reason
     prefix = prefix_lm(positions, torch.full_like(positions, 3)) | causal(1, 8)
-    backend, reason = choose_backend(prefix, cuda, torch.bfloat16, True)
-    assert backend == "flex" and "none of these" in reason
-    assert choose_backend(packed, torch.device("mps"), torch.float32, True)[0] == "sdpa"
-    assert choose_backend(packed, torch.device("cpu"), torch.float32, False)[0] == "sdpa"
+    taken = [lower(mask, device="cpu", dtype=torch.bfloat16, training=False) for mask in (packed, prefix)]
+    assert [one.backend.name for one in taken] == ["varlen", "flex"]
+    assert "at most one window" in taken[0].reason and "none of these" in taken[1].reason
+
+
+def test_the_layout_is_made_once_a_lowering(kernels_on_a_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    original = AttentionMask.to_varlen
+    monkeypatch.setattr(AttentionMask, "to_varlen", lambda mask: made.append(mask) or original(mask))
+    lower(causal(1, 8), device="cpu", dtype=torch.bfloat16, training=True, backend="varlen")
+    assert len(made) == 1
+
+
+def test_half_precision_on_cuda_is_what_it_serves() -> None:
+    cuda = torch.device("cuda")
+    assert varlen.Varlen().supports(Needs(device=cuda, dtype=torch.bfloat16, training=True)) is None
+    assert "float32" in str(varlen.Varlen().supports(Needs(device=cuda, dtype=torch.float32)))

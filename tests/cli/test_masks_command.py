@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sightline.cli.masks import find_subject, flops, main
+from sightline.cli.masks import find_subject, main
 from sightline.config import Data, Run
 from sightline.data import load_documents, split_documents, train_tokenizer
 from sightline.masks import causal, document
+from sightline.numbers import flops
 from sightline.recipes import RECIPES, get_recipe
 from sightline.training.run_directory import RunDirectory
 from sightline.training.setup import open_loader
@@ -166,9 +167,3 @@ def test_refusals_say_what_came_and_what_to_do(argv: list[str], message: str) ->
 def test_a_directory_that_holds_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no directory of a run: it has no config"):
         main([str(tmp_path)])
-
-
-def test_sizes_of_numbers() -> None:
-    assert [flops(number) for number in (640, 9.4e6, 1.234e9, 2e13, 5.5e17, 3e18)] == [
-        "640 FLOP", "9.4 MFLOP", "1.23 GFLOP", "20 TFLOP", "550 PFLOP", "3 EFLOP",
-    ]  # fmt: skip

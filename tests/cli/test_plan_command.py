@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sightline.cli.main import run as command
-from sightline.cli.plan import busiest, main, received, size
+from sightline.cli.plan import busiest, main, received
 from sightline.config import Data
 from sightline.masks import causal, document
 from sightline.parallel import plan_context
@@ -116,9 +116,3 @@ def test_before_they_meet_one_process_of_a_machine_speaks(
     assert command(["train", "nonsense"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(heard) and bool(said) == bool(heard)
-
-
-def test_sizes() -> None:
-    assert [size(n) for n in (0, 1023, 1024, 1536 * 1024, 3 * 2**40)] == [
-        "0 B", "1,023 B", "1 KiB", "1.5 MiB", "3 TiB",
-    ]  # fmt: skip

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sightline.layers import GroupedQueryAttention, KeyValueCache, Rotation, build_rotation, rope_frequencies, rotate
 from sightline.masks import AttentionMask, causal
+from tests.support.lowering import lowered
 
 WIDTH, HEADS, KV_HEADS, HEAD_SIZE, S, EPS = 24, 6, 2, 8, 7, 1e-6
 PLAIN: dict[str, Any] = {}
@@ -60,12 +61,12 @@ def test_equals_attention_head_by_head(options: dict[str, Any], rotated: bool) -
     layer, x, mask = make_layer(**options), torch.randn(2, S, WIDTH), causal(2, S)
     rotation = turn(torch.arange(S).expand(2, S)) if rotated else None
     expected = head_by_head(layer, x, mask.to_dense(), rotation)
-    torch.testing.assert_close(layer(x, mask, rotation), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer(x, lowered(mask), rotation), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_every_parameter_of_every_option_learns() -> None:
     layer, x = make_layer(**BIAS, **SINKS, **QK_NORM), torch.randn(2, S, WIDTH)
-    layer(x, causal(2, S), turn(torch.arange(S).expand(2, S))).square().sum().backward()
+    layer(x, lowered(causal(2, S)), turn(torch.arange(S).expand(2, S))).square().sum().backward()
     names = ["sinks", *(f"{n}.{kind}" for n in ("query", "key", "value", "output") for kind in ("weight", "bias"))]
     grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
     assert sorted(grads) == sorted([*names, "query_norm.weight", "key_norm.weight"])
@@ -86,18 +87,18 @@ def test_fresh_biases_and_sinks_are_0_and_norms_1() -> None:
 def test_with_a_cache_the_new_tokens_see_the_old_ones(options: dict[str, Any]) -> None:
     layer, x = make_layer(**options), torch.randn(1, S, WIDTH)
     cache = KeyValueCache()
-    whole = layer(x, causal(1, S), turn(torch.arange(S)[None]))
+    whole = layer(x, lowered(causal(1, S)), turn(torch.arange(S)[None]))
     pieces = []
     for first, last in ((0, 4), (4, 5), (5, 7)):
         new = torch.arange(first, last)
         part = causal(1, last).take_queries(new)
         with torch.no_grad():
-            pieces.append(layer(x[:, first:last], part, turn(new[None]), cache))
+            pieces.append(layer(x[:, first:last], lowered(part), turn(new[None]), cache))
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
 
 
 def test_a_query_that_sees_nothing_leaves_only_the_bias() -> None:
     layer, x = make_layer(**BIAS, **SINKS), torch.randn(1, S, WIDTH)
     nothing = torch.zeros(1, S, 1, dtype=torch.int32)
-    out = layer(x, AttentionMask(nothing, nothing, S), None)
+    out = layer(x, lowered(AttentionMask(nothing, nothing, S)), None)
     assert torch.equal(out, layer.output.bias.expand(1, S, WIDTH))

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from sightline.attention import Lowered
 from sightline.layers import KeyValueCache, MultiHeadLatentAttention, Rotation, build_rotation, rope_frequencies
 from sightline.masks import AttentionMask, causal, document
+from tests.support.lowering import lowered
 
 SIZES: dict[str, Any] = {"query_rank": 10, "kv_rank": 9, "plain_size": 6, "rope_size": 4, "value_size": 8}
 CASES = {
@@ -30,8 +32,9 @@ def make(case: str = "value smaller") -> MultiHeadLatentAttention:
     return layer.double()
 
 
-def mask_and_rotation() -> tuple[AttentionMask, Rotation]:
-    return causal(2, 12) & document(IDS), build_rotation(POSITIONS, rope_frequencies(4, 100.0))
+def mask_and_rotation() -> tuple[Lowered, Rotation]:
+    mask = lowered(causal(2, 12) & document(IDS), torch.float64)
+    return mask, build_rotation(POSITIONS, rope_frequencies(4, 100.0))
 
 
 def by_hand(layer: MultiHeadLatentAttention, x: Tensor, positions: Tensor) -> Tensor:
@@ -81,12 +84,12 @@ def test_gradients_are_those_of_the_formulas() -> None:
 def test_the_cache_holds_the_latent_and_the_shared_key_alone() -> None:
     layer, x = make(), torch.randn(1, 12, W, dtype=torch.float64)
     frequencies, mask = rope_frequencies(4, 100.0), causal(1, 12)
-    whole = layer(x, mask, build_rotation(torch.arange(12)[None], frequencies))
+    whole = layer(x, lowered(mask, torch.float64), build_rotation(torch.arange(12)[None], frequencies))
     cache, begin = KeyValueCache(), 0
     for end in (5, 6, 12):
         new = torch.arange(begin, end)
         part = AttentionMask(mask.start[:, new], mask.stop[:, new], end)
-        out = layer(x[:, new], part, build_rotation(new[None], frequencies), cache)
+        out = layer(x[:, new], lowered(part, torch.float64), build_rotation(new[None], frequencies), cache)
         assert_close(out, whole[:, new])
         begin = end
     latents, keys = cache.append(torch.zeros(1, 1, 1, 9), torch.zeros(1, 1, 1, 4))

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from sightline import Batch
 from sightline.layers import GatedDeltaNet, RecurrentCache
-from sightline.layers.recurrence import causal_convolution, document_begins, gated_delta_rule, number_segments
+from sightline.layers.recurrence import causal_convolution, gated_delta_rule
 from sightline.masks import AttentionMask, causal, document
+from sightline.masks.segments import number_segments
+from tests.support.lowering import lowered
 
 C = 64  # tokens of a chunk
 
@@ -25,7 +27,8 @@ def ids_of(*rows: list[tuple[int, int]]) -> Tensor:
 def test_document_begins_literal() -> None:
     ids = torch.tensor([[0, 0, 0, 1, 2, 2, -1, -1], [0, 1, 1, 1, 1, 1, 1, 1], [-1, -1, -1, -1, -1, -1, -1, -1]])
     mask = mask_of(ids.to(torch.int32))
-    assert document_begins(mask).int().tolist() == [
+    begins = number_segments(mask).diff(dim=1, prepend=torch.zeros(3, 1, dtype=torch.int64))
+    assert begins.tolist() == [
         [1, 0, 0, 1, 1, 0, 1, 0],
         [1, 1, 0, 0, 0, 0, 0, 0],
         [1, 0, 0, 0, 0, 0, 0, 0],
@@ -39,14 +42,15 @@ def test_document_begins_literal() -> None:
 @settings(max_examples=50, deadline=None)
 def test_document_begins_agree_with_the_offsets_of_the_batch(lengths: list[int], length: int) -> None:
     batch = Batch.from_documents([[1] * n for n in lengths], length=length)
-    begins = document_begins(mask_of(batch.document_ids)).flatten().nonzero()[:, 0]
+    segments = number_segments(mask_of(batch.document_ids))
+    begins = segments.diff(dim=1, prepend=torch.zeros(len(segments), 1)).flatten().nonzero()[:, 0]
     assert begins.tolist() == batch.document_offsets()[:-1].tolist()
 
 
 def test_documents_in_pieces_are_refused() -> None:
     ids = torch.tensor([[0, 0, 1, 1, 0, 0]], dtype=torch.int32)
     with pytest.raises(ValueError, match="one run of tokens each, got a mask of 2 intervals"):
-        document_begins(mask_of(ids))
+        number_segments(mask_of(ids))
 
 
 def slow_convolution(x: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
@@ -182,11 +186,13 @@ def make_layer() -> GatedDeltaNet:
 def test_a_layer_gives_each_document_what_it_gives_it_alone() -> None:
     layer, ids = make_layer(), LAYOUTS["across chunks"]
     x = torch.randn(2, 150, 24)
-    y = layer(x, mask_of(ids))
+    y = layer(x, lowered(mask_of(ids), segments=True))
     for row in range(2):
         for number in ids[row].unique():
             index = (ids[row] == number).nonzero()[:, 0]
-            alone = layer(x[row, index][None], mask_of(torch.zeros(1, len(index), dtype=torch.int32)))
+            alone = layer(
+                x[row, index][None], lowered(mask_of(torch.zeros(1, len(index), dtype=torch.int32)), segments=True)
+            )
             torch.testing.assert_close(y[row, index], alone[0], atol=1e-5, rtol=1e-4)
 
 
@@ -198,22 +204,22 @@ def test_a_layer_continues_what_its_cache_remembers(cuts: list[int]) -> None:
     cache, parts = RecurrentCache(), []
     for begin, end in zip([0, *cuts], [*cuts, 150], strict=True):
         seen = mask_of(ids_of([(0, 70), (1, 80)])[:, :end]).take_queries(torch.arange(begin, end))
-        parts.append(layer(x[:, begin:end], seen, None, cache))
-    torch.testing.assert_close(torch.cat(parts, dim=1), layer(x, mask), atol=1e-5, rtol=1e-4)
+        parts.append(layer(x[:, begin:end], lowered(seen, segments=True), None, cache))
+    torch.testing.assert_close(torch.cat(parts, dim=1), layer(x, lowered(mask, segments=True)), atol=1e-5, rtol=1e-4)
     assert cache.state is not None and cache.state.shape == (1, 4, 8, 6)
 
 
 def test_a_part_of_a_row_without_a_cache_is_refused() -> None:
     mask = causal(1, 8).take_queries(torch.arange(4, 8))
     with pytest.raises(ValueError, match="walks over all tokens of a row, got a mask of 4 queries and 8 keys"):
-        make_layer()(torch.randn(1, 4, 24), mask)
+        make_layer()(torch.randn(1, 4, 24), lowered(mask, segments=True))
 
 
 def test_under_autocast_the_memory_stays_in_float32() -> None:
     layer, mask = make_layer(), mask_of(LAYOUTS["across chunks"])
     x = torch.randn(2, 150, 24)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x, mask)
+        y = layer(x, lowered(mask, segments=True))
     assert y.dtype == torch.bfloat16
-    expected = layer(x, mask)
+    expected = layer(x, lowered(mask, segments=True))
     assert (y - expected).abs().mean() < 0.02 * expected.abs().mean()  # 0.008; single numbers are up to 0.17 off

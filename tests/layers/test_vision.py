@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
-from sightline.attention import lower
 from sightline.layers.vision import Projector, VisionEncoder, interpolation_weights, merge_order, place_patches
 from sightline.masks import document
 from sightline.models.vlm import VisionConfig, vision_weights
+from tests.support.lowering import lowered
 
 SIZES = {"width": 32, "layers": 2, "heads": 4, "ffn": 48, "norm_eps": 1e-6}
 NUMBERS = 12  # of a patch
@@ -63,7 +63,7 @@ def names() -> list[tuple[str, str]]:
 
 def run(encoder: VisionEncoder, patches: Tensor, grid: Tensor = GRID) -> Tensor:
     places = place_patches(grid, patches.shape[1])
-    return encoder(patches, places, document(places.image))
+    return encoder(patches, places, lowered(document(places.image)))
 
 
 def make_patches() -> Tensor:
@@ -110,7 +110,7 @@ def test_needle_a_patch_is_seen_by_its_image_alone(backend: str, row: int, patch
     needle = patches.clone()
     needle[row, patch] += 1.0
     places = place_patches(GRID, LENGTH)
-    mask = lower(document(places.image), device="cpu", dtype=torch.float32, training=True, backend=backend)
+    mask = lowered(document(places.image), backend=backend)
     changed = (ours(patches, places, mask) != ours(needle, places, mask)).any(dim=2)
     own = places.image == places.image[row, patch]
     own[torch.arange(3) != row] = False

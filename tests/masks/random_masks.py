@@ -127,3 +127,24 @@ def assert_canonical(mask: AttentionMask) -> None:
     assert (start[..., 1:] > stop[..., :-1])[seen[..., 1:]].all(), "intervals touch or are out of order"
     assert (start >= 0).all() and (stop <= mask.key_length).all()
     assert mask.intervals == 1 or seen[..., -1].any(), "K is larger than any query needs"
+
+
+@st.composite
+def scattered_masks(draw: st.DrawFn, longest: int = 40, square: bool = False) -> AttentionMask:
+    """Any mask of up to 3 intervals a query, with empty queries, rows of different content, Q and T apart."""
+    rows, queries, width = (draw(st.integers(1, most)) for most in (2, longest, 3))
+    keys = queries if square else draw(st.integers(1, longest))
+    numbers = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    start = torch.randint(0, keys + 1, (rows, queries, width), generator=numbers)
+    length = torch.randint(0, draw(st.integers(1, keys)) + 1, start.shape, generator=numbers)
+    seen = torch.rand(start.shape, generator=numbers) < draw(st.sampled_from([0.3, 0.9]))
+    return AttentionMask.from_intervals(start, start + length * seen, keys)
+
+
+def documents(*lengths: int, padding: int = 0) -> torch.Tensor:
+    ids = [number for number, length in enumerate(lengths) for _ in range(length)]
+    return torch.tensor([ids + [-1] * padding])
+
+
+def packed(*lengths: int, padding: int = 0) -> AttentionMask:
+    return causal(1, sum(lengths) + padding) & document(documents(*lengths, padding=padding))

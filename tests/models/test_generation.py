@@ -1,4 +1,6 @@
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -50,6 +52,7 @@ class Scripted(torch.nn.Module):
     """Says the bytes of a text, whatever it is asked; the prompt has one token."""
 
     unspoken = ()
+    layers: ClassVar = {"0": SimpleNamespace(mask_name="attention")}
 
     def __init__(self, text: bytes) -> None:
         super().__init__()

@@ -16,7 +16,8 @@ from sightline.config import Parallel, Training
 from sightline.layers import Router, routers_of
 from sightline.models import build_skeleton, config_of, draw_weights
 from sightline.models.drawing import draw
-from sightline.parallel.expert import apply_expert, share_counts, sort_by_expert
+from sightline.parallel.context.apply import apply_context
+from sightline.parallel.expert import apply_expert, sort_by_expert
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.recompute import apply_recompute
 from sightline.parallel.shard import apply_shard
@@ -215,7 +216,7 @@ def auxiliary_gradient_of_half(rank: int, shared: bool) -> Tensor:
     mesh = Mesh(Parallel(context=2), CPU)
     router, x, seeing = router_and_tokens()
     if shared:
-        share_counts(router, mesh)
+        apply_context(router, mesh)
     half = slice(12 * rank, 12 * rank + 12)
     return mesh.sum(auxiliary_gradient(router, x[half], seeing[half]), "context")
 

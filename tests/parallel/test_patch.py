@@ -14,7 +14,8 @@ from sightline.config import Parallel, Training
 from sightline.models import build_skeleton, config_of
 from sightline.models.decoder import Decoder
 from sightline.parallel.compile import apply_compile
-from sightline.parallel.expert import apply_expert, share_counts
+from sightline.parallel.context.apply import apply_context
+from sightline.parallel.expert import apply_expert
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.patch import replace_attribute, undo
 from sightline.parallel.recompute import apply_recompute
@@ -25,7 +26,7 @@ from sightline.planning.torch_private import fake_process_group
 CHANGES: dict[str, Callable[[Decoder, Mesh], None]] = {
     "tensor": apply_tensor,
     "expert": apply_expert,
-    "counts of routers": share_counts,
+    "context": apply_context,
     "recompute": lambda model, mesh: apply_recompute(model, Training(recompute="selective")),
     "compile": lambda model, mesh: apply_compile(model, backend="eager"),
 }

@@ -1,7 +1,7 @@
-"""Checkpoints that 0.2.0 wrote: their weights and optimizer state load, and the next step is the one 0.2.0 would take.
+"""Checkpoints of 0.2.0: their weights and optimizer state load, and the next step is the one 0.2.0 would take.
 
-Each archive holds one small model's `step-2` and, in expected.json, what 0.2.0 computed on the batch below: the loss, the
-gradient norm, and the sum of all weights' magnitudes after one more step.
+Each archive holds one small model's `step-2` and, in expected.json, what 0.2.0 computed on the batch below: the loss,
+the gradient norm, and the sum of all weights' magnitudes after one more step.
 """
 
 import json

@@ -61,7 +61,7 @@ def test_prepare_batch_states_everything_the_forward_takes() -> None:
     batch.extra["reward"] = torch.arange(4)
     inputs = prepare_batch(model, batch, None, CPU)
     assert set(inputs) == {"tokens", "labels", "positions", "attention_masks", "reward"}
-    assert torch.equal(inputs["attention_masks"].to_dense(), model.get_attention_masks(batch).to_dense())
+    assert torch.equal(inputs["attention_masks"]["attention"].to_dense(), model.get_attention_masks(batch).to_dense())
     assert torch.equal(inputs["labels"], batch.labels)
 
 

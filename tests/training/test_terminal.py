@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from sightline.training.terminal import Terminal, count, duration
+from sightline.training.terminal import Terminal
 
 ROW = {"loss": 2.34567, "tokens_per_second": 1534.2, "mfu": 0.4321, "seconds": 2.0}
 
@@ -59,13 +59,3 @@ def test_the_progress_line_goes_when_the_run_fails() -> None:
         raise RuntimeError
     with terminal.progress(0, 10):  # two at a time would be an error of rich
         pass
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (42, "0:42"), (725, "12:05"), (11525, "3:12:05")])
-def test_duration(seconds, text) -> None:
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(("number", "text"), [(640, "640"), (9_400, "9.4 K"), (7_940_000, "7.9 M"), (8.03e9, "8.0 B")])
-def test_count(number, text) -> None:
-    assert count(number) == text

@@ -68,7 +68,7 @@ def test_the_log_says_what_is_trained_and_where_it_lies(run, said) -> None:
         "20 documents",
         "2 held out",
         "2 rows of 48 tokens in 2 forwards",
-        "attention    sdpa: on a CPU",
+        "attention    tiled: on a CPU",
         "MFU",
         "a sample:\ndef ",
         "step 8 reached, loss",
@@ -184,8 +184,8 @@ def test_a_picture_that_cannot_be_written_ends_nothing(source, tmp_path, monkeyp
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sightline.training.report.draw_masks", full)
-    monkeypatch.setattr("sightline.training.report.draw_loss", full)
+    monkeypatch.setattr("sightline.training.report.plot_masks", full)
+    monkeypatch.setattr("sightline.training.report.plot_loss", full)
     said = train_quietly(small_run(tmp_path / "run", source, training__steps=1))
     assert said.count("could not be written: [Errno 28] No space left on device") == 2
     assert len(rows_of(tmp_path / "run")) == 1

@@ -10,6 +10,96 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sightline.attention import LocalExchanges
+from sightline.attention.exchange import Exchange
+from sightline.masks import AttentionMask
+from sightline.parallel.context.shard import ContextShard
+from sightline.parallel.context.torch_private import all_to_all, wait
+
+
+class ContextExchange:
+    """The exchanges of a model whose rows are shared by the processes of `group`; they work without a model too.
+
+    shard = plan_context(mask, group.size()).shard(group.rank())
+    mask, exchange = ContextExchange(group).bind(shard, device)
+    pending = exchange.start(k, v)      # [B, heads, S / degree, D] each: keys and values of the own tokens
+    k, v = pending.wait()               # [B, heads, T, D] each: those that the own queries see
+    out = attend(q, k, v, mask)
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def bind(self, mask: ContextShard | AttentionMask, device: torch.device) -> tuple[AttentionMask, Exchange]:
+        """The mask of the local queries, and the exchange that brings its keys; a whole mask needs none."""
+        if not isinstance(mask, ContextShard):
+            return LocalExchanges().bind(mask, device)
+        return mask.mask, ShardExchange(mask, self.group, device)
+
+
+class ShardExchange:
+    """How the keys, and the whole rows, of one shard reach this process: see `sightline.attention.Exchange`.
+
+    Index tensors are copied to the device when it is made; the host never waits for the device.
+    """
+
+    def __init__(self, shard: ContextShard, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.shard, self.group = shard, group
+        _, tokens, keys = shard.mask.shape
+        self._keys = build_route(shard.send, tokens, shard.receive, keys, group, device)
+        self._rows: Route | None = None
+        if shard.whole is not None:  # from [B, degree, S / degree], the own tokens with each rank's channels, to [B, S]
+            owned = shard.whole.owned
+            length = owned.shape[1] * owned.shape[2]
+            send = torch.arange(length).view(1, *owned.shape[1:]).expand_as(owned)
+            self._rows = build_route(send, length, owned, length, group, device)
+
+    @property
+    def whole_mask(self) -> AttentionMask:
+        assert self.shard.whole is not None, "a model whose layers walk along whole rows says so in `row_heads`"
+        return self.shard.whole.mask
+
+    @torch.compiler.disable  # how much is sent is known to the host and new in every batch: no graph for a compiler
+    def start(self, *tensors: Tensor) -> PendingKeys:
+        """All tensors go in one message; they may differ in heads and D."""
+        rows = torch.cat([t.transpose(1, 2).flatten(2) for t in tensors], dim=-1).flatten(0, 1)
+        shapes = [(t.shape[0], self.shard.mask.key_length, t.shape[1], t.shape[3]) for t in tensors]
+        return PendingKeys(travel(rows, self._keys), shapes)
+
+    @torch.compiler.disable
+    def to_whole_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        assert self._rows is not None
+        degree = self.group.size()
+        dealt = torch.cat([t.unflatten(-1, (degree, -1)) for t in tensors], dim=-1)  # [B, S / degree, degree, C]
+        whole = travel(dealt.transpose(1, 2).flatten(0, 2), self._rows)()
+        whole = whole.unflatten(0, (len(dealt), -1))
+        return whole.split([t.shape[-1] // degree for t in tensors], dim=-1)
+
+    @torch.compiler.disable
+    def to_local_tokens(self, x: Tensor) -> Tensor:
+        assert self._rows is not None
+        degree = self.group.size()
+        dealt = travel(x.flatten(0, 1), self._rows.back())()
+        return dealt.view(len(x), degree, -1, x.shape[-1]).transpose(1, 2).flatten(2)
+
+    def local_channels(self, weight: Tensor) -> Tensor:
+        return weight.chunk(self.group.size())[self.group.rank()]
+
+
+class PendingKeys:
+    """Keys on their way: several tensors side by side in rows, and the shapes [B, T, heads, D] they will have."""
+
+    def __init__(self, arrive: Callable[[], Tensor], shapes: list[tuple[int, int, int, int]]) -> None:
+        self.arrive, self.shapes = arrive, shapes
+
+    @torch.compiler.disable
+    def wait(self) -> tuple[Tensor, ...]:
+        parts = self.arrive().split([heads * size for _, _, heads, size in self.shapes], dim=-1)
+        return tuple(
+            part.unflatten(0, shape[:2]).unflatten(2, shape[2:]).transpose(1, 2)
+            for part, shape in zip(parts, self.shapes, strict=True)
+        )
+
 
 class Route(NamedTuple):
     """How rows [n, C] travel between the processes of a group, as one of them sees it.
@@ -82,29 +172,20 @@ def travel(rows: Tensor, route: Route) -> Callable[[], Tensor]:
     return lambda: _Place.apply(rows, came, route, way_back)
 
 
-def _exchange(rows: Tensor, sizes: list[int], received_sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    """What comes for `rows`; it is not there before `wait_tensor`."""
-    return torch.ops._c10d_functional.all_to_all_single(rows, received_sizes, sizes, group.group_name)
-
-
-def _arrived(rows: Tensor) -> Tensor:
-    return torch.ops._c10d_functional.wait_tensor(rows)
-
-
 class _Send(torch.autograd.Function):
     """Rows set out; their gradients are waited for."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, route: Route, way_back: list[Tensor]) -> Tensor:
         ctx.route, ctx.way_back, ctx.length = route, way_back, len(rows)
-        return _exchange(rows.index_select(0, route.sent), route.sent_sizes, route.received_sizes, route.group)
+        return all_to_all(rows.index_select(0, route.sent), route.sent_sizes, route.received_sizes, route.group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_came: Tensor) -> tuple[Tensor | None, ...]:
         # The gradient of what came has set out in _Place.backward, and comes back as that of what was sent.
         d_rows = d_came.new_zeros(ctx.length, *d_came.shape[1:])
-        return d_rows.index_add_(0, ctx.route.sent, _arrived(ctx.way_back.pop())), None, None
+        return d_rows.index_add_(0, ctx.route.sent, wait(ctx.way_back.pop())), None, None
 
 
 class _Place(torch.autograd.Function):
@@ -115,14 +196,14 @@ class _Place(torch.autograd.Function):
         ctx.route, ctx.way_back, ctx.length = route, way_back, len(rows)
         out = rows.new_zeros(route.slots, *rows.shape[1:])
         out.index_copy_(0, route.kept_places, rows.index_select(0, route.kept))
-        return out.index_copy_(0, route.places, _arrived(came))
+        return out.index_copy_(0, route.places, wait(came))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         route = ctx.route
         d_came = d_out.index_select(0, route.places)
-        ctx.way_back.append(_exchange(d_came, route.received_sizes, route.sent_sizes, route.group))
+        ctx.way_back.append(all_to_all(d_came, route.received_sizes, route.sent_sizes, route.group))
         d_rows = d_out.new_zeros(ctx.length, *d_out.shape[1:])
         d_rows.index_copy_(0, route.kept, d_out.index_select(0, route.kept_places))
         return d_rows, d_came, None, None

@@ -11,10 +11,11 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from sightline.attention.tiles import TILE
+
 Span = tuple[int, int]
 Piece = tuple[int, int, int]
 
-TILE = 128  # queries of a kernel's tile
 LOOKS = 4  # at a window's work while it moves by its own length; more find no better cuts
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sightline.masks import AttentionMask
+from sightline.attention.tiles import TILE
+from sightline.masks import AttentionMask, named_masks
+from sightline.numbers import divisors, nearest
 from sightline.parallel.context.needs import (
     Integers,
     Needs,
@@ -22,7 +23,8 @@ from sightline.parallel.context.needs import (
     find_transfers,
     place_in_group,
 )
-from sightline.parallel.context.orders import TILE, Costs, Piece, balanced, contiguous, headtail, roundrobin
+from sightline.parallel.context.orders import Costs, Piece, balanced, contiguous, headtail, roundrobin
+from sightline.parallel.context.shard import ContextShard, WholeRows
 
 TOLERANCE = 0.02  # of the mean work, by which the balanced order lets a rank pass it; 0.04 saves no keys
 FIXED_ORDERS: dict[str, Callable[[int, int], list[Piece]]] = {
@@ -31,23 +33,6 @@ FIXED_ORDERS: dict[str, Callable[[int, int], list[Piece]]] = {
     "roundrobin": roundrobin,
 }
 ORDERS = ("balanced", *FIXED_ORDERS)
-
-
-class RankView(NamedTuple):
-    """One rank's part of one mask. Everything has B first, so a pipeline cuts it along B.
-
-    mask     AttentionMask [B, S / degree, T] of the rank's own queries over the keys it receives, which lie in the
-             order of the row. T is what the neediest row needs, rounded up (see `received_length`); no query sees the
-             keys past those that its row needs.
-    send     int64 [B, degree, M]: which of my own tokens (places in `queries(rank)`) go to each peer, ascending, -1
-             beyond. The entry of my own rank are my own keys that my own queries need.
-    receive  int64 [B, degree, N]: the place, of the T, of each key that comes from each peer, in the order it is sent,
-             -1 beyond
-    """
-
-    mask: AttentionMask
-    send: Tensor
-    receive: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,18 +77,29 @@ class ContextPlan:
         """int64 [degree]: keys that come from other ranks, summed over rows and masks (a layer of each)."""
         return self.sent_keys().sum(dim=0)
 
-    def view(self, rank: int, name: str = "attention") -> RankView:
-        """What `rank` attends, sends and receives in a layer of mask `name`."""
+    def shard(self, rank: int, name: str = "attention", *, whole_rows: bool = False) -> ContextShard:
+        """What `rank` attends, sends and receives in a layer of mask `name`.
+
+        whole_rows  also what recurrent layers need, which walk along whole rows
+
+        Raises:
+            ValueError: no such mask was planned.
+        """
         if name not in self.masks:
             raise ValueError(f"no mask named {name!r} was planned; there are {sorted(self.masks)}")
         needs = Needs(*(side[self.needs[name].rank == rank] for side in self.needs[name]))
         transfers = self.transfers[name]
         out = Transfers(*(side[transfers.source == rank] for side in transfers))
         into = Transfers(*(side[transfers.rank == rank] for side in transfers))
-        return RankView(
+        whole = None
+        if whole_rows:
+            owned = torch.stack([self.queries(peer) for peer in range(self.degree)], dim=1)
+            whole = WholeRows(self.masks[name], owned)
+        return ContextShard(
             mask=_renumbered(self.masks[name].take_queries(self.queries(rank)), needs),
             send=self._by_peer(out.row, out.rank, out.own, out.length),
             receive=self._by_peer(into.row, into.source, into.place, into.length),
+            whole=whole,
         )
 
     def _by_peer(self, row: Integers, peer: Integers, begin: Integers, length: Integers) -> Tensor:
@@ -130,10 +126,9 @@ def plan_context(
     layers  how many layers use each mask: the balanced order weighs their pairs with it
     Errors: ValueError for rows that do not divide by the degree, masks that differ in shape, an unknown order.
     """
-    named = {"attention": masks} if isinstance(masks, AttentionMask) else dict(masks)
+    named = named_masks(masks)
     _check(named, degree, order, layers)
-    # Not mask.to("cpu"), which does not wait for a device to have sent the numbers.
-    named = {name: AttentionMask(mask.start.cpu(), mask.stop.cpu(), mask.key_length) for name, mask in named.items()}
+    named = {name: mask.cpu() for name, mask in named.items()}
     weights = {name: layers if isinstance(layers, int) else layers[name] for name in named}
     rows, length, _ = next(iter(named.values())).shape
     if order == "balanced":
@@ -162,11 +157,9 @@ def _check(masks: Mapping[str, AttentionMask], degree: int, order: str, layers: 
     if length % degree:
         below, above = length // degree * degree, -(-length // degree) * degree
         lengths = f"{below} or {above}" if below else f"{above}"
-        smaller = max(d for d in range(1, degree) if length % d == 0)
-        larger = next((f" or {d}" for d in range(degree + 1, length + 1) if length % d == 0), "")
         raise ValueError(
             f"rows of {length} tokens do not divide among {degree} context ranks; nearest lengths: {lengths}; "
-            f"nearest degrees: {smaller}{larger}"
+            f"nearest degrees: {nearest(degree, divisors(length))}"
         )
     if not isinstance(layers, int) and set(layers) != set(masks):
         raise ValueError(f"layers names {sorted(layers)}, the masks are {sorted(masks)}")

@@ -4,47 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from sightline.parallel.context.mask import ContextMask, WholeRows
+from sightline.masks import named_masks
+from sightline.numbers import divisors, nearest
 from sightline.parallel.context.plan import plan_context
-from sightline.parallel.mesh import Mesh, divisors, nearest
+from sightline.parallel.mesh import Mesh
 
 
 def split_context(inputs: dict[str, Any], model: Any, mesh: Mesh) -> dict[str, Any]:
     """From what the model's forward takes of whole rows, on the CPU, to what it takes of this process's tokens.
 
     Tokens, labels, positions and what else the model says of each token become [B, S / degree], its masks of tokens
-    become ContextMasks. All else, as the images of the rows, stays whole: every process computes it, for its own tokens
-    only, so its gradients add up over the processes like all others.
+    become ContextShards. All else, as the images of the rows, stays whole: every process computes it, for its own
+    tokens only, so its gradients add up over the processes like all others.
 
     Errors: ValueError for rows that so many processes cannot share.
     """
     degree, rank = mesh.size("context"), mesh.index("context")
+    facts = model.token_facts(inputs)
     if degree == 1:
-        return inputs
-    masks = inputs["attention_masks"]
-    named = masks if isinstance(masks, dict) else {"attention": masks}
+        return {**inputs, **facts}
+    masks = named_masks(inputs["attention_masks"])
     of_tokens = {str(layer.mask_name) for layer in model.layers.values()}
-    planned = {name: mask for name, mask in named.items() if name in of_tokens}
+    planned = {name: mask for name, mask in masks.items() if name in of_tokens}
     layers = {name: model.attention_shape(name)[0] for name in planned}
     plan = plan_context(planned, degree, mesh.parallel.context_order, layers=layers)
-    owned = None
-    if model.row_heads is not None:
-        owned = torch.stack([plan.queries(peer) for peer in range(degree)], dim=1)
-
-    def cut(name: str) -> ContextMask:
-        mask, send, receive = plan.view(rank, name)
-        rows = None if owned is None else WholeRows(planned[name], owned)
-        return ContextMask(mask.start, mask.stop, mask.key_length, send, receive, mesh.group("context"), rows)
-
-    cut_masks = {name: cut(name) if name in planned else mask for name, mask in named.items()}
+    whole_rows = model.row_heads is not None
+    shards = {name: plan.shard(rank, name, whole_rows=whole_rows) for name in planned}
+    owned = plan.queries(rank)
     of_token = {name: inputs[name] for name in ("tokens", "labels", "positions") if name in inputs}
-    own = plan.queries(rank)
     return {
         **inputs,
-        **{name: value.gather(1, own) for name, value in (of_token | model.token_facts(inputs)).items()},
-        "attention_masks": cut_masks if isinstance(masks, dict) else cut_masks["attention"],
+        **{name: value.gather(1, owned) for name, value in (of_token | facts).items()},
+        "attention_masks": {**masks, **shards},
     }
 
 

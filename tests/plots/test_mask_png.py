@@ -7,15 +7,11 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from sightline.masks import AttentionMask, causal, document, sliding_window
-from sightline.training.plots import draw_masks
+from sightline.masks import causal, document, sliding_window
+from sightline.plots.mask_png import plot_masks
+from tests.masks.random_masks import packed
 
 INK = np.array([0x2F, 0x5B, 0xD3]) / 255
-
-
-def packed(*lengths: int) -> AttentionMask:
-    ids = torch.tensor([[number for number, length in enumerate(lengths) for _ in range(length)]])
-    return causal(1, ids.shape[1]) & document(ids)
 
 
 def ink_share(path: Path) -> float:
@@ -26,8 +22,8 @@ def ink_share(path: Path) -> float:
 
 def test_a_panel_for_each_mask(tmp_path: Path) -> None:
     one, four = tmp_path / "one.png", tmp_path / "four.png"
-    draw_masks({"attention": causal(1, 64)}, one)
-    draw_masks({name: causal(1, 64) for name in "abcd"}, four)
+    plot_masks({"attention": causal(1, 64)}, one)
+    plot_masks({name: causal(1, 64) for name in "abcd"}, four)
     (height, width, _), (tall, wide, _) = imread(one).shape, imread(four).shape
     assert wide > 2.5 * width and tall > 1.8 * height  # three beside each other, the fourth below
 
@@ -38,7 +34,7 @@ def test_the_area_of_ink_is_the_share_of_visible_pairs(tmp_path: Path, length: i
     shares = []
     everything = document(torch.zeros(1, length, dtype=torch.int32))
     for mask in (everything, causal(1, length), packed(length // 2, length // 2)):
-        draw_masks({"attention": mask}, tmp_path / "masks.png")
+        plot_masks({"attention": mask}, tmp_path / "masks.png")
         shares.append(ink_share(tmp_path / "masks.png"))
     assert shares[0] > 0.6
     assert shares[1] / shares[0] == pytest.approx(0.5, abs=0.02)
@@ -53,14 +49,14 @@ def test_any_shape_can_be_drawn(tmp_path: Path) -> None:
         "padding only": document(torch.full((1, 8), -1)),
         "1,200 documents of one token": packed(*[1] * 1200),
     }
-    draw_masks(masks, tmp_path / "masks.png")
+    plot_masks(masks, tmp_path / "masks.png")
     assert (tmp_path / "masks.png").stat().st_size > 10_000
 
 
 def test_the_row_that_was_asked_for(tmp_path: Path) -> None:
     ids = torch.tensor([[0] * 8, [-1] * 8])  # row 1 is padding: nothing to see
     for row in (0, 1):
-        draw_masks({"attention": document(ids)}, tmp_path / f"{row}.png", row=row)
+        plot_masks({"attention": document(ids)}, tmp_path / f"{row}.png", row=row)
     assert ink_share(tmp_path / "0.png") > 0.5 > 0.01 > ink_share(tmp_path / "1.png")
     with pytest.raises(ValueError, match="row 2 is not in this mask of 2 rows"):
-        draw_masks({"attention": sliding_window(2, 8, 2)}, tmp_path / "2.png", row=2)
+        plot_masks({"attention": sliding_window(2, 8, 2)}, tmp_path / "2.png", row=2)

@@ -10,17 +10,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from sightline.masks import AttentionMask, causal, document, global_tokens, sliding_window
-from sightline.masks.page import to_html
-from sightline.masks.pictures import get_statistics, separations, visible_in_cells
+from sightline.masks import AttentionMask, causal, global_tokens, sliding_window
+from sightline.masks.statistics import get_statistics, separations, visible_in_cells
+from sightline.plots.mask_page import to_html
+from tests.masks.random_masks import packed
 
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(NODE is None, reason="node runs the page's functions")
-
-
-def packed(*lengths: int, padding: int = 0) -> AttentionMask:
-    ids = [number for number, length in enumerate(lengths) for _ in range(length)] + [-1] * padding
-    return causal(1, len(ids)) & document(torch.tensor([ids]))
 
 
 def scattered(queries: int, keys: int, width: int, seed: int = 0) -> AttentionMask:
@@ -112,7 +108,7 @@ def test_the_page_refuses_what_it_cannot_show() -> None:
 
 def run_in_node(call: str, data: dict) -> list:
     """What `call`, a JavaScript expression over `mask`, gives for each mask of the page's data."""
-    functions = resources.files("sightline.masks.page").joinpath("data.js").read_text()
+    functions = resources.files("sightline.plots.mask_page").joinpath("data.js").read_text()
     script = f"""{functions}
     const data = JSON.parse(require("fs").readFileSync(0, "utf8"));
     const plain = (key, value) => ArrayBuffer.isView(value) ? Array.from(value) : value;
@@ -128,7 +124,7 @@ def run_in_node(call: str, data: dict) -> list:
 @pytest.mark.parametrize("script", ["data.js", "view.js"])
 def test_the_scripts_are_javascript(script: str) -> None:
     assert NODE
-    with resources.as_file(resources.files("sightline.masks.page").joinpath(script)) as path:
+    with resources.as_file(resources.files("sightline.plots.mask_page").joinpath(script)) as path:
         done = subprocess.run([NODE, "--check", path], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 

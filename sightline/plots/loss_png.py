@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-TRAIN, VALIDATION, RATE = "#2b6cb0", "#c05621", "#718096"
+from sightline.plots.palette import GRID, RATE, TRAIN, VALIDATION
 
 
-def draw_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
+def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
     """Draw the rows of a metrics.jsonl (`step`, `loss`, `learning_rate`, here and there `validation_loss`)."""
     steps = [row["step"] for row in rows]
     losses = [row["loss"] for row in rows]
@@ -37,7 +37,7 @@ def draw_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") ->
     below.set_xlabel("step")
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e2e8f0", linewidth=0.7)
+        axes.grid(axis="y", color=GRID, linewidth=0.7)
         axes.margins(x=0.02)
     figure.savefig(path)
 

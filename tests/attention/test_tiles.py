@@ -1,9 +1,13 @@
 import torch
 from hypothesis import given, settings
 
+from sightline.attention.tiles import Tile, build_tiles
 from sightline.masks import AttentionMask, causal, document, global_tokens, shared_prefix, sliding_window
-from sightline.masks.tiles import Tile
 from tests.masks.random_masks import expressions
+
+
+def tiles_of(mask: AttentionMask) -> list[Tile]:
+    return build_tiles(mask.start, mask.stop)
 
 
 def dense_of(tiles: list[Tile], shape: tuple[int, int, int]) -> torch.Tensor:
@@ -25,7 +29,7 @@ def dense_of(tiles: list[Tile], shape: tuple[int, int, int]) -> torch.Tensor:
 @given(expressions(max_length=60))
 def test_tiles_attend_each_visible_pair_once_and_no_other(pair) -> None:
     mask, dense = pair
-    tiles = mask.to_tiles()
+    tiles = tiles_of(mask)
     assert torch.equal(dense_of(tiles, mask.shape), dense.int())
     for tile in tiles:
         assert dense[tile.row, tile.first : tile.last].any(dim=1).all(), "a query that sees nothing lies in a tile"
@@ -48,11 +52,11 @@ def test_long_rows_too() -> None:
         order.take_queries(torch.arange(0, length, 3)),
         AttentionMask.from_dense(torch.rand(1, 300, length) < 0.002, max_intervals=100),
     ):
-        assert torch.equal(dense_of(mask.to_tiles(), mask.shape), mask.to_dense().int())
+        assert torch.equal(dense_of(tiles_of(mask), mask.shape), mask.to_dense().int())
 
 
 def test_a_causal_document_is_one_call() -> None:
-    tiles = (causal(1, 2000) & document(torch.arange(2000)[None] // 1000)).to_tiles()
+    tiles = tiles_of(causal(1, 2000) & document(torch.arange(2000)[None] // 1000))
     assert tiles == [(0, 0, 1000, [(0, 1000, True, None)]), (0, 1000, 2000, [(1000, 2000, True, None)])]
 
 
@@ -63,7 +67,7 @@ def test_nothing_between_far_intervals_is_computed() -> None:
     mask = (global_tokens(first) | sliding_window(1, length, 64)) & causal(1, length)
     computed = sum(
         (tile.last - tile.first) * (segment.last - segment.first)
-        for tile in mask.to_tiles()
+        for tile in tiles_of(mask)
         for segment in tile.segments
     )
     assert computed < 4 * int(mask.visible_pairs().sum())
@@ -71,11 +75,11 @@ def test_nothing_between_far_intervals_is_computed() -> None:
 
 def test_tiles_of_a_window_share_their_pattern() -> None:
     """So that memory stays O(S) however many tiles there are."""
-    patterns = [s.pattern for tile in sliding_window(1, 16384, 256).to_tiles() for s in tile.segments]
+    patterns = [s.pattern for tile in tiles_of(sliding_window(1, 16384, 256)) for s in tile.segments]
     assert len(patterns) > 100
     assert len({id(p) for p in patterns if p is not None}) < 6
 
 
 def test_many_tiny_documents_share_tiles() -> None:
     ids = torch.arange(4096)[None] // 5
-    assert len((causal(1, 4096) & document(ids)).to_tiles()) < 50
+    assert len(tiles_of(causal(1, 4096) & document(ids))) < 50

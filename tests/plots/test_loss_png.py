@@ -3,7 +3,7 @@
 import matplotlib.image
 import pytest
 
-from sightline.training.loss_plot import draw_loss, smooth
+from sightline.plots.loss_png import plot_loss, smooth
 
 
 def test_smooth() -> None:
@@ -18,6 +18,6 @@ def test_smooth() -> None:
 def test_a_picture_for_any_number_of_steps(steps, tmp_path) -> None:
     rows = [{"step": step, "loss": 9 / step, "learning_rate": 1e-3} for step in range(1, steps + 1)]
     rows[-1]["validation_loss"] = 3.0
-    draw_loss(rows, tmp_path / "loss.png", "a run")
+    plot_loss(rows, tmp_path / "loss.png", "a run")
     height, width, _ = matplotlib.image.imread(tmp_path / "loss.png").shape
     assert width > 1000 and height > 600

@@ -12,21 +12,21 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MultipleLocator, StrMethodFormatter
+from matplotlib.ticker import MultipleLocator
 
 from sightline.masks import AttentionMask
-from sightline.masks.pictures import check_row, get_statistics, occupancy, separations
+from sightline.masks.statistics import check_row, get_statistics, occupancy, separations
+from sightline.plots.palette import BLUE, EDGE, GRID, PALE_BLUE, TEXT, THOUSANDS, finish, tick_step
 
-LEAST, ALL = "#d3dcf5", "#2f5bd3"
-GRID, PART, TEXT = "#e2e6ee", "#8a94a6", "#1b2130"
 PANEL = 5.2  # inches
 CELLS = 700  # a side of a panel at most, about one for each of its pixels
 MOST_GRID_LINES = 128
+MOST_TICKS = 8
 MOST_PARTS = 100  # that are framed; more would only blur the picture
-SHADES = LinearSegmentedColormap.from_list("visible", [LEAST, ALL])  # a little visible is plainly not nothing
+SHADES = LinearSegmentedColormap.from_list("visible", [PALE_BLUE, BLUE])
 
 
-def draw_masks(masks: Mapping[str, AttentionMask], path: Path, row: int = 0) -> None:
+def plot_masks(masks: Mapping[str, AttentionMask], path: Path, row: int = 0) -> None:
     """One panel for each named mask: the share of every cell of queries x keys that is visible in row `row`.
 
     Up to 700 tokens a cell is a pair; longer rows are averaged over cells of several tokens, so nothing disappears.
@@ -38,13 +38,13 @@ def draw_masks(masks: Mapping[str, AttentionMask], path: Path, row: int = 0) -> 
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, (name, mask) in zip(panels, masks.items(), strict=False):
         check_row(mask, row)
-        _draw_mask(axes, name, mask[row])
+        _plot_mask(axes, name, mask[row])
     for axes in panels[len(masks) :]:
         axes.set_axis_off()
     figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
 
 
-def _draw_mask(axes: Axes, name: str, mask: AttentionMask) -> None:
+def _plot_mask(axes: Axes, name: str, mask: AttentionMask) -> None:
     """mask: of one row. A token's centre has its number as its coordinate."""
     _, queries, keys = mask.shape
     tall, wide = -(-queries // CELLS), -(-keys // CELLS)
@@ -54,9 +54,7 @@ def _draw_mask(axes: Axes, name: str, mask: AttentionMask) -> None:
     axes.imshow(
         np.ma.masked_equal(share, 0), cmap=SHADES, vmin=0, vmax=1, extent=extent, interpolation="nearest", aspect="auto"
     )
-    axes.set(xlim=(-0.5, keys - 0.5), ylim=(queries - 0.5, -0.5))
-    axes.set_xlabel("key", fontsize=9, color=TEXT)
-    axes.set_ylabel("query", fontsize=9, color=TEXT)
+    axes.set(xlim=(-0.5, keys - 0.5), ylim=(queries - 0.5, -0.5), xlabel="key", ylabel="query")
     if max(queries, keys) / min(queries, keys) < 5:
         axes.set_aspect("equal")
     if max(queries, keys) <= MOST_GRID_LINES:
@@ -67,23 +65,12 @@ def _draw_mask(axes: Axes, name: str, mask: AttentionMask) -> None:
         for first, end in pairwise([0, *parts, keys]):
             corner, size = (first - 0.5, first - 0.5), end - first
             axes.add_patch(
-                Rectangle(corner, size, size, fill=False, edgecolor=PART, linewidth=0.8, linestyle=(0, (4, 3)))
+                Rectangle(corner, size, size, fill=False, edgecolor=EDGE, linewidth=0.8, linestyle=(0, (4, 3)))
             )
     for axis, length in ((axes.xaxis, keys), (axes.yaxis, queries)):
-        axis.set_major_locator(MultipleLocator(_tick_step(length)))
-        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.tick_params(labelsize=8, colors=TEXT, length=3, width=0.6)
-    axes.spines[:].set(color=PART, linewidth=0.6)
+        axis.set_major_locator(MultipleLocator(tick_step(length / MOST_TICKS)))
+        axis.set_major_formatter(THOUSANDS)
     count = f", {len(parts) + 1:,} parts" if parts else ""
     facts = textwrap.wrap(get_statistics(mask).describe() + count, 76)
     axes.text(0, 1.015, "\n".join(facts), transform=axes.transAxes, fontsize=8, color=TEXT, va="bottom")
-    above_facts = 9 + 10 * len(facts)  # points
-    axes.set_title(name, loc="left", pad=above_facts, fontsize=11, fontweight="bold", color=TEXT)
-
-
-def _tick_step(length: int) -> int:
-    """The smallest power of two that makes at most 8 ticks."""
-    step = 1
-    while length > 8 * step:
-        step *= 2
-    return step
+    finish(axes, name, fontsize=11, pad=9 + 10 * len(facts))  # above the facts

@@ -9,10 +9,11 @@ from importlib import resources
 import torch
 from torch import Tensor
 
-from sightline.masks.mask import AttentionMask
-from sightline.masks.pictures import check_row, separations
+from sightline.masks import AttentionMask
+from sightline.masks.statistics import check_row, separations
+from sightline.plots.palette import BLUE, TEXT
 
-_PAGE = resources.files("sightline.masks.page")
+_PAGE = resources.files("sightline.plots.mask_page")
 
 Facts = Mapping[str, str]
 """Label -> value, as the page shows them beside the picture."""
@@ -49,9 +50,10 @@ def to_html(
     # Inside a script element only "</" and "<!" could end or confuse it; as an escape "<" is the same JSON.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     page = _PAGE.joinpath("page.html").read_text(encoding="utf-8")
-    for script in ("data.js", "view.js"):
-        page = page.replace("{{" + script + "}}", _PAGE.joinpath(script).read_text(encoding="utf-8"))
-    return page.replace("{{data}}", text)
+    scripts = {script: _PAGE.joinpath(script).read_text(encoding="utf-8") for script in ("data.js", "view.js")}
+    for name, value in {"TEXT": TEXT, "BLUE": BLUE, **scripts, "data": text}.items():
+        page = page.replace("{{" + name + "}}", value)
+    return page
 
 
 def _encode(mask: AttentionMask, row: int) -> dict[str, object]:

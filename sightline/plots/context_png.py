@@ -2,37 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
-from sightline.parallel.context.plan import ContextPlan
+from sightline.plots.palette import BLUE, PALE_BLUE, TEXT, THOUSANDS, finish
 
-EDGE, TEXT = "#8a94a6", "#1b2130"
-KEYS = LinearSegmentedColormap.from_list("keys", ["#d3dcf5", "#2f5bd3", "#1b2130"])  # a few are plainly not none
+KEYS = LinearSegmentedColormap.from_list("keys", [PALE_BLUE, BLUE, TEXT])
 COLUMNS = 1600  # of the drawing of a row, more than it has pixels
 MOST_NUMBERS = 8  # ranks up to which the number of keys stands in each cell
 
 
-def draw_plan(plan: ContextPlan, path: Path) -> None:
-    """Rows above, coloured by the rank that owns each token; below, keys from rank to rank, and the work of each."""
+class Pieces(Protocol):
+    """Tokens [first, last) of one row belong to `rank`; sorted by row and token, covering all rows."""
+
+    @property
+    def first(self) -> np.ndarray: ...
+    @property
+    def last(self) -> np.ndarray: ...
+    @property
+    def rank(self) -> np.ndarray: ...
+
+
+class Plan(Protocol):
+    """The part of `sightline.parallel.context.plan.ContextPlan` that the picture shows; documented there."""
+
+    @property
+    def masks(self) -> Sized: ...
+    @property
+    def degree(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def pieces(self) -> Pieces: ...
+    def work(self) -> Tensor: ...
+    def sent_keys(self) -> Tensor: ...
+
+
+def plot_context_plan(plan: Plan, path: Path) -> None:
+    """Rows above, colored by the rank that owns each token; below, keys from rank to rank, and the work of each."""
     rows, degree = plan.shape[0], plan.degree
-    colours = colormaps["tab10" if degree <= 10 else "turbo"].resampled(10 if degree <= 10 else degree)
+    colors = colormaps["tab10" if degree <= 10 else "turbo"].resampled(10 if degree <= 10 else degree)
     height = 0.9 + 0.3 * rows
     figure = Figure(figsize=(11, height + 5), dpi=150, layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=[height, 5], width_ratios=[1, 1.1])
-    _draw_owners(figure.add_subplot(grid[0, :]), plan, colours)
-    _draw_sent(figure.add_subplot(grid[1, 0]), plan)
-    _draw_work(figure.add_subplot(grid[1, 1]), plan, colours)
+    _plot_owners(figure.add_subplot(grid[0, :]), plan, colors)
+    _plot_sent(figure.add_subplot(grid[1, 0]), plan)
+    _plot_work(figure.add_subplot(grid[1, 1]), plan, colors)
     figure.savefig(path)
 
 
-def _draw_owners(axes: Axes, plan: ContextPlan, colours: Colormap) -> None:
+def _plot_owners(axes: Axes, plan: Plan, colors: Colormap) -> None:
     """A row of longer than `COLUMNS` is sampled: pieces that are narrower than a pixel may not be seen."""
     rows, length = plan.shape
     pieces = plan.pieces
@@ -41,14 +69,14 @@ def _draw_owners(axes: Axes, plan: ContextPlan, colours: Colormap) -> None:
     seen = owner[:, (np.arange(columns) * 2 + 1) * length // (2 * columns)]
     extent = (0.0, float(length), rows - 0.5, -0.5)
     axes.imshow(
-        seen, cmap=colours, vmin=-0.5, vmax=colours.N - 0.5, extent=extent, aspect="auto", interpolation="nearest"
+        seen, cmap=colors, vmin=-0.5, vmax=colors.N - 0.5, extent=extent, aspect="auto", interpolation="nearest"
     )
     axes.set(xlabel="token", ylabel="row", yticks=range(rows))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    _finish(axes, f"Owners: {plan.degree} ranks, {len(pieces.rank) / (rows * plan.degree):.1f} pieces of a row each")
+    axes.xaxis.set_major_formatter(THOUSANDS)
+    finish(axes, f"Owners: {plan.degree} ranks, {len(pieces.rank) / (rows * plan.degree):.1f} pieces of a row each")
 
 
-def _draw_sent(axes: Axes, plan: ContextPlan) -> None:
+def _plot_sent(axes: Axes, plan: Plan) -> None:
     sent = plan.sent_keys().numpy()
     rows, length = plan.shape
     everything = (plan.degree - 1) * length * rows * len(plan.masks)
@@ -60,29 +88,21 @@ def _draw_sent(axes: Axes, plan: ContextPlan) -> None:
                 rank, source, f"{sent[source, rank]:,}", ha="center", va="center", fontsize=7,
                 color="white" if dark else TEXT,
             )  # fmt: skip
-    bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, format=StrMethodFormatter("{x:,.0f}"))
+    bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, format=THOUSANDS)
     bar.ax.tick_params(labelsize=8, colors=TEXT)
     axes.set(xlabel="to rank", ylabel="from rank")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     share = f", {sent.sum() / everything:.1%} of all-gather" if everything else ""
-    _finish(axes, f"Keys sent in a layer of each mask{share}")
+    finish(axes, f"Keys sent in a layer of each mask{share}")
 
 
-def _draw_work(axes: Axes, plan: ContextPlan, colours: Colormap) -> None:
+def _plot_work(axes: Axes, plan: Plan, colors: Colormap) -> None:
     work = plan.work().numpy()
     mean = work.mean()
-    axes.bar(range(plan.degree), work, color=colours(np.arange(plan.degree)), width=0.85)
+    axes.bar(range(plan.degree), work, color=colors(np.arange(plan.degree)), width=0.85)
     axes.axhline(mean, color=TEXT, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set(xlabel="rank", ylabel="visible pairs")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    _finish(axes, f"Work: most / mean {work.max() / mean:.3f}" if mean else "Work: none, all is padding")
-
-
-def _finish(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=TEXT)
-    axes.xaxis.label.set(size=9, color=TEXT)
-    axes.yaxis.label.set(size=9, color=TEXT)
-    axes.tick_params(labelsize=8, colors=TEXT, length=3, width=0.6)
-    axes.spines[:].set(color=EDGE, linewidth=0.6)
+    axes.yaxis.set_major_formatter(THOUSANDS)
+    finish(axes, f"Work: most / mean {work.max() / mean:.3f}" if mean else "Work: none, all is padding")

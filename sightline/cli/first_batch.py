@@ -1,0 +1,44 @@
+"""The first batch of a recipe or a run and its masks, for the commands that show or count them."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from sightline.batch import Batch
+from sightline.config import Run
+from sightline.data import load_documents, split_documents
+from sightline.masks import AttentionMask
+from sightline.models import build_model
+from sightline.training import prepare_batch
+from sightline.training.setup import get_tokenizer, open_loader
+from sightline.training.step import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What there is to draw: named masks, and for a recipe or a run the model and the batch they are of."""
+
+    title: str
+    masks: dict[str, AttentionMask]
+    model: Model | None = None
+    batch: Batch | None = None
+
+
+def first_batch(title: str, run: Run, directory: Path | None, sequence_length: int | None) -> Subject:
+    """The masks that training would see first, on its data, with its tokenizer: that of the run, else a new one."""
+    if sequence_length is not None:
+        run = replace(run, training=replace(run.training, sequence_length=sequence_length))
+    with Console(stderr=True).status(f"reading {run.data.source} and packing the first batch"):
+        documents, _ = split_documents(load_documents(run.data), run.data.validation_share)
+        tokenizer = get_tokenizer(run, documents, directory)
+        with torch.device("meta"):  # masks and FLOPs need no weights
+            model = build_model(run.model)
+        with closing(open_loader(run, documents, tokenizer)) as loader:
+            batch = next(loader)
+        masks = prepare_batch(model, batch, tokenizer, "cpu")["attention_masks"]
+    return Subject(title=f"{title}, first batch", masks=masks, model=model, batch=batch)

@@ -1,0 +1,35 @@
+"""Tables and files that commands write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+
+def tabulate(columns: dict[str, dict[str, str]]) -> Table:
+    """Columns of labelled values, side by side."""
+    table = Table.grid(padding=(0, 3))
+    labels = list(dict.fromkeys(label for column in columns.values() for label in column))
+    table.add_row("", *(Text(name, "bold") for name in columns))
+    for label in labels:
+        table.add_row(Text(label, "dim"), *(column.get(label, "") for column in columns.values()))
+    table.add_row()
+    return table
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make room for a file and say where it is.
+
+    Errors: ValueError where it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}; choose another path") from error
+    print(f"wrote {path}")
