@@ -66,6 +66,9 @@ class Training:
     """Only deterministic algorithms: slower on a GPU, the same bits on every run."""
     compile: bool = False
     """Compile every layer by torch.compile: faster on a GPU after a first step of minutes; no gain on a CPU."""
+    loss: Literal["token_mean", "document_mean"] = "token_mean"
+    """`token_mean` is cross-entropy, the mean over all tokens with a label.
+    `document_mean` is the mean over documents of the mean over their tokens: each counts the same, however long."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward computes again instead of keeping it from the forward.
     `selective` keeps the results of matrix products and attention alone, `full` only what comes into a layer."""

@@ -4,6 +4,7 @@ from sightline.layers.attention import GroupedQueryAttention
 from sightline.layers.cache import KeyValueCache, LayerCache, RecurrentCache
 from sightline.layers.divisible import Divisible
 from sightline.layers.loss import linear_cross_entropy, with_gradient_of
+from sightline.layers.losses import LOSSES, Loss, compute_loss, get_loss
 from sightline.layers.mla import MultiHeadLatentAttention
 from sightline.layers.mlp import SwiGLU
 from sightline.layers.moe import Experts, MoE, Router, routers_of
@@ -19,6 +20,7 @@ from sightline.layers.rope import (
 )
 
 __all__ = [
+    "LOSSES",
     "Divisible",
     "Experts",
     "GatedDeltaNet",
@@ -26,6 +28,7 @@ __all__ = [
     "KeyValueCache",
     "LayerCache",
     "Llama3RopeScaling",
+    "Loss",
     "MoE",
     "MultiHeadLatentAttention",
     "RMSNorm",
@@ -36,6 +39,8 @@ __all__ = [
     "YarnScaling",
     "ZeroCentredRMSNorm",
     "build_rotation",
+    "compute_loss",
+    "get_loss",
     "linear_cross_entropy",
     "rope_frequencies",
     "rotate",

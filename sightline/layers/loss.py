@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import repeat
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,15 +37,20 @@ def linear_cross_entropy(
     labels: Tensor,
     chunk_size: int = CHUNK_SIZE,
     *,
+    token_weights: Tensor | None = None,
+    reduction: Literal["sum", "none"] = "sum",
     vocab_size: int | None = None,
     losses_to_grads: Callable[[Tensor, Tensor], Tensor] = losses_to_grads,
 ) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight.T)[label], as a float32 scalar (float64 for float64 inputs).
 
-    hidden      [N, W]
-    weight      [V, W]
-    labels      int64 [N]; tokens with -100 are not computed: no loss, zero gradient
-    chunk_size  tokens whose logits exist at a time, in float32 also where hidden is bfloat16
+    hidden         [N, W]
+    weight         [V, W]
+    labels         int64 [N]; tokens with -100 have no loss and zero gradient. They are not computed where the labels
+                   lie on the CPU, and masked where they lie on a device, whose values are never read here
+    chunk_size     tokens whose logits exist at a time, in float32 also where hidden is bfloat16
+    token_weights  float [N], factor of each token's loss; no gradient flows into it
+    reduction      "none" returns the loss of each token [N], 0 without a label, and computes no gradients
 
     Where `weight` [V / n, W] is one process's part of the vocabulary, vocab_size is all of V and losses_to_grads stands
     for the function of that name, one that knows of the other parts. The gradient of `hidden` is then what this part
@@ -51,16 +58,25 @@ def linear_cross_entropy(
 
     The forward computes the gradients too, chunk by chunk, and the backward only scales them: three matrix products
     and not the four of recomputing the logits. Under `no_grad` it computes the loss alone.
-    Errors: ValueError for a label outside the vocabulary.
+
+    Raises:
+        ValueError: for a label outside the vocabulary. Labels on a device are not read: there its loss is nan.
     """
-    tokens = _labelled_tokens(hidden, weight, labels, vocab_size or len(weight))
-    kind = hidden.device.type
+    if hidden.dim() != 2 or weight.dim() != 2 or labels.dim() != 1:
+        shapes = [tuple(t.shape) for t in (hidden, weight, labels)]
+        raise ValueError(f"expected hidden [N, W], weight [V, W] and labels [N], got {shapes}; flatten rows first")
+    select = select_tokens if labels.device.type == "cpu" else mask_tokens
+    chosen = select(labels, token_weights, hidden.device, vocab_size or len(weight))
+    # Meta tensors have no autocast of their own.
+    kind = hidden.device.type if torch.amp.is_autocast_available(hidden.device.type) else "cpu"
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    with_grads = torch.is_grad_enabled()
     with torch.autocast(kind, enabled=False):  # it would round the logits to its own precision
-        return _LinearCrossEntropy.apply(hidden, weight, labels, tokens, chunk_size, with_grads, losses_to_grads)
+        if reduction == "none":
+            return _each_loss(hidden.detach(), weight.detach(), chosen, chunk_size, losses_to_grads)
+        with_grads = torch.is_grad_enabled()
+        return _LinearCrossEntropy.apply(hidden, weight, chosen, chunk_size, with_grads, losses_to_grads)
 
 
 def with_gradient_of(loss: Tensor, auxiliary: Tensor) -> Tensor:
@@ -68,20 +84,56 @@ def with_gradient_of(loss: Tensor, auxiliary: Tensor) -> Tensor:
     return loss + (auxiliary - auxiliary.detach())
 
 
-def _labelled_tokens(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
-    """Check the arguments; returns the indices of the tokens that have a label, int64 [M]."""
-    if hidden.dim() != 2 or weight.dim() != 2 or labels.dim() != 1:
-        shapes = [tuple(t.shape) for t in (hidden, weight, labels)]
-        raise ValueError(f"expected hidden [N, W], weight [V, W] and labels [N], got {shapes}; flatten rows first")
+class Chosen(NamedTuple):
+    """The tokens to compute, on the device that computes them: which of the N they are, their labels and weights."""
+
+    tokens: Tensor
+    labels: Tensor
+    weights: Tensor | None
+
+    def split(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        weights = repeat(None) if self.weights is None else self.weights.split(size)
+        return zip(self.tokens.split(size), self.labels.split(size), weights, strict=False)
+
+
+def select_tokens(labels: Tensor, weights: Tensor | None, device: torch.device, vocab_size: int) -> Chosen:
+    """The tokens that have a label, from labels on the CPU: the device is not waited for."""
     tokens = (labels != IGNORE).nonzero().squeeze(1)
+    labels = labels[tokens]
     if len(tokens):
-        low, high = torch.stack(labels[tokens].aminmax()).tolist()
+        low, high = torch.stack(labels.aminmax()).tolist()
         if low < 0 or high >= vocab_size:
             raise ValueError(
                 f"label {high if high >= vocab_size else low} is outside the vocabulary of {vocab_size} tokens; "
                 f"a label is 0 to {vocab_size - 1}, or {IGNORE} for no loss: give the model the tokenizer's vocabulary"
             )
-    return tokens
+    tokens, labels = tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    return Chosen(tokens, labels, None if weights is None else weights.to(device, non_blocking=True)[tokens])
+
+
+def mask_tokens(labels: Tensor, weights: Tensor | None, device: torch.device, vocab_size: int) -> Chosen:
+    """All tokens, those without a label at a weight of 0 and those with an impossible one at nan: nothing is read."""
+    labels = labels.to(device, non_blocking=True)
+    ones = labels.new_ones(labels.shape, dtype=torch.float32)
+    weights = ones if weights is None else weights.to(device, non_blocking=True)
+    weights = weights.masked_fill((labels < 0) | (labels >= vocab_size), float("nan")).masked_fill(labels == IGNORE, 0)
+    return Chosen(torch.arange(len(labels), device=device), labels.clamp(0, vocab_size - 1), weights)
+
+
+def _each_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    chosen: Chosen,
+    chunk_size: int,
+    losses_to_grads: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    losses = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for tokens, labels, weights in chosen.split(chunk_size):
+        logits = losses.new_empty(len(tokens), len(weight))
+        _matmul_into(logits, hidden[tokens], weight.t())
+        loss = losses_to_grads(logits, labels)
+        losses[tokens] = loss if weights is None else loss * weights
+    return losses
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -90,8 +142,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx,
         hidden: Tensor,
         weight: Tensor,
-        labels: Tensor,
-        tokens: Tensor,
+        chosen: Chosen,
         chunk_size: int,
         with_grads: bool,
         losses_to_grads: Callable[[Tensor, Tensor], Tensor],
@@ -101,17 +152,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=wide)
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        buffer = hidden.new_empty(min(chunk_size, len(tokens)), len(weight), dtype=wide)
-        for chunk in tokens.split(chunk_size):
-            x, label = hidden[chunk], labels[chunk]
-            logits = buffer[: len(chunk)]
+        buffer = hidden.new_empty(min(chunk_size, len(chosen.tokens)), len(weight), dtype=wide)
+        for tokens, labels, weights in chosen.split(chunk_size):
+            x, logits = hidden[tokens], buffer[: len(tokens)]
             _matmul_into(logits, x, weight.t())
-            loss += losses_to_grads(logits, label).sum()
+            losses = losses_to_grads(logits, labels)
+            if weights is not None:
+                losses *= weights
+                logits *= weights[:, None]
+            loss += losses.sum()
             grad_logits = logits.to(hidden.dtype)
             if grad_hidden is not None:
                 grad = torch.empty_like(x, dtype=wide)
                 _matmul_into(grad, grad_logits, weight)
-                grad_hidden[chunk] = grad.to(hidden.dtype)
+                grad_hidden[tokens] = grad.to(hidden.dtype)
             if grad_weight is not None:
                 _matmul_into(grad_weight, grad_logits.t(), x, add=True)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -126,7 +180,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * scale
         if grad_weight is not None:
             grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _matmul_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:

@@ -9,16 +9,20 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from sightline.attention import Exchanges, LocalExchanges, Lowered, Needs, check_backend, lower
 from sightline.batch import Batch
 from sightline.layers import (
+    LOSSES,
     Experts,
     GroupedQueryAttention,
     KeyValueCache,
     LayerCache,
+    Loss,
     MultiHeadLatentAttention,
     RMSNorm,
+    compute_loss,
     linear_cross_entropy,
     routers_of,
     with_gradient_of,
@@ -81,7 +85,12 @@ class Decoder(nn.Module):
         self.experts = max((len(part.gate) for part in self.layers.modules() if isinstance(part, Experts)), default=0)
         # Called with the projection's weight. Where processes share the vocabulary, others take the place of these.
         self.logits: Callable[[Tensor, Tensor], Tensor] = F.linear
-        self.token_losses: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy
+        self.token_losses: Callable[..., Tensor] = linear_cross_entropy
+        self.loss: Loss = LOSSES[0]
+        self.row_group: ProcessGroup | None = None  # the processes that share the rows, where there are several
+        # Factor of the auxiliary losses, which are sums over tokens as the default loss is: where a step divides by
+        # another weight than its valid tokens, the weight of one token. A training step sets it.
+        self.auxiliary_scale = 1.0
 
     def init_weights(self) -> None:
         """Draw fresh weights, all of them normal around 0, in the order of the layers.
@@ -131,18 +140,27 @@ class Decoder(nn.Module):
         positions: Tensor,
         labels: Tensor | None = None,
         cache: dict[str, LayerCache] | None = None,
+        loss_facts: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """Logits [B, S, V], or with labels the float32 sum of the token losses, for which no logits are kept.
+        """Logits [B, S, V], or with labels the float32 sum of the loss, for which no logits are kept.
 
         tokens           int64 [B, S]; hidden states [B, S, W] where `embedding` is removed
         attention_masks  what each of the S tokens sees of the T keys: of these tokens, or with a cache of all so far
         positions        int [B, S], position inside the document
         labels           int64 [B, S], -100 where no loss is wanted
         cache            by layer name, from `new_cache`, for generation; this call's tokens are appended
+        loss_facts       [B, S] by name, from `loss.token_facts`, where the loss needs any
         Where `norm` is removed, the hidden states [B, S, W] after the last layer.
         """
         h = tokens if self.embedding is None else self.embedding(tokens)
-        return self.decode(h, attention_masks=attention_masks, positions=positions, labels=labels, cache=cache)
+        return self.decode(
+            h,
+            attention_masks=attention_masks,
+            positions=positions,
+            labels=labels,
+            cache=cache,
+            loss_facts=loss_facts,
+        )
 
     def decode(
         self,
@@ -152,13 +170,14 @@ class Decoder(nn.Module):
         positions: Tensor,
         labels: Tensor | None,
         cache: dict[str, LayerCache] | None,
+        loss_facts: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """`forward` from the embedded tokens h [B, S, W] on, for families that embed in a way of their own."""
         lowered = self.lower_masks(named_masks(attention_masks), h)
         h = self.layers(h, lowered, self.encode_positions(positions), cache)
         if self.norm is None:
             return h
-        return self.head(self.norm(h), labels)
+        return self.head(self.norm(h), labels, loss_facts)
 
     def stacks(self) -> list[nn.Module]:
         """The modules that hold all there is between the embedding and the last norm: here the layers, as one.
@@ -178,16 +197,16 @@ class Decoder(nn.Module):
             )
         return None
 
-    def head(self, h: Tensor, labels: Tensor | None) -> Tensor:
-        """From the normed hidden states [B, S, W] to logits, or with labels to the sum of the token losses."""
+    def head(self, h: Tensor, labels: Tensor | None, loss_facts: dict[str, Tensor] | None = None) -> Tensor:
+        """From the normed hidden states [B, S, W] to logits, or with labels to the loss's sum."""
         output = self.output if self.output is not None else self.embedding
         assert output is not None, "a stage that keeps the norm also keeps the output projection"
         if labels is None:
             return self.logits(h, output.weight)
-        loss = self.token_losses(h.flatten(0, 1), output.weight, labels.flatten())
+        loss = compute_loss(self.loss, self.token_losses, h, output.weight, labels, loss_facts or {}, self.row_group)
         for router in routers_of(self).values():
             if router.auxiliary_loss is not None:
-                loss = with_gradient_of(loss, router.auxiliary_loss)
+                loss = with_gradient_of(loss, self.auxiliary_scale * router.auxiliary_loss)
         return loss
 
     @cached_property
@@ -211,7 +230,7 @@ class Decoder(nn.Module):
 
     def lower_masks(self, masks: Mapping[str, Any], h: Tensor) -> dict[str, Lowered]:
         """Each mask as the layers take it, made once for all the layers that use it."""
-        kind = h.device.type
+        kind = h.device.type if torch.amp.is_autocast_available(h.device.type) else "cpu"  # meta tensors have none
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
         training = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         sinks = any(own["sinks"] for own in self.attention_needs)

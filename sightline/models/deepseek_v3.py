@@ -307,6 +307,7 @@ class DeepseekV3(Decoder):
         positions: Tensor,
         labels: Tensor | None = None,
         cache: dict[str, LayerCache] | None = None,
+        loss_facts: dict[str, Tensor] | None = None,
         next_tokens: Tensor | None = None,
         next_labels: Tensor | None = None,
     ) -> Tensor:
@@ -317,7 +318,12 @@ class DeepseekV3(Decoder):
         """
         if self.prediction is None or labels is None or not self.training:
             return super().forward(
-                tokens, attention_masks=attention_masks, positions=positions, labels=labels, cache=cache
+                tokens,
+                attention_masks=attention_masks,
+                positions=positions,
+                labels=labels,
+                cache=cache,
+                loss_facts=loss_facts,
             )
         assert self.embedding is not None and self.norm is not None, "prediction needs both ends of the model"
         h = self.embedding(tokens)
@@ -328,9 +334,10 @@ class DeepseekV3(Decoder):
         further = self.prediction(h, self.embedding(next_tokens), lowered["attention"], rotation)
         output = self.embedding if self.output is None else self.output
         loss = self.token_losses(further.flatten(0, 1), output.weight, next_labels.flatten())
-        tokens_predicted = (next_labels != IGNORE).sum().to(loss.device, non_blocking=True)
-        self.predicted.append(torch.stack([loss.detach(), tokens_predicted]))
-        return with_gradient_of(self.head(h, labels), self.config.prediction_weight * loss)
+        predicted = (next_labels != IGNORE).sum().to(loss.device, non_blocking=True)
+        self.predicted.append(torch.stack([loss.detach(), predicted]))
+        weight = self.config.prediction_weight * self.auxiliary_scale
+        return with_gradient_of(self.head(h, labels, loss_facts), weight * loss)
 
     def finish_step(self, add: Callable[[Tensor], Tensor] = lambda total: total) -> dict[str, Tensor]:
         """As in every decoder, and `prediction_loss`: the mean loss of the token after the next."""
@@ -385,8 +392,8 @@ def look_further(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     there is none the next token of the row stands in: in a document, it is the right one; at its end, it is another's,
     but there is nothing to predict, and no other token sees what comes of it.
     """
-    has_next = labels != IGNORE
-    next_tokens = torch.where(has_next, labels, tokens.roll(-1, dims=1))
+    known = labels.to(tokens.device, non_blocking=True)  # labels may lie on the CPU
+    next_tokens = torch.where(known != IGNORE, known, tokens.roll(-1, dims=1))
     next_labels = labels.roll(-1, dims=1)
     next_labels[:, -1] = IGNORE
-    return next_tokens, next_labels.masked_fill(~has_next, IGNORE)
+    return next_tokens, next_labels.masked_fill(labels == IGNORE, IGNORE)

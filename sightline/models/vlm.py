@@ -230,6 +230,7 @@ class VLM(Llama3):
         positions: Tensor,
         labels: Tensor | None = None,
         cache: dict[str, LayerCache] | None = None,
+        loss_facts: dict[str, Tensor] | None = None,
         patches: Tensor | None = None,
         patch_grid: Tensor | None = None,
         image_index: Tensor | None = None,
@@ -249,7 +250,9 @@ class VLM(Llama3):
                 image_index = number_image_tokens(tokens == self.config.image_token)
             h = put_images(h, seen, image_index)
         masks = {"decoder": masks["decoder"]}
-        return self.decode(h, attention_masks=masks, positions=positions, labels=labels, cache=cache)
+        return self.decode(
+            h, attention_masks=masks, positions=positions, labels=labels, cache=cache, loss_facts=loss_facts
+        )
 
     def see(self, patches: Tensor, patch_grid: Tensor, mask: AttentionMask) -> Tensor:
         """Patches [B, P, ...] -> what stands for the image tokens of each row, in order: [B, P / merge^2, W]."""

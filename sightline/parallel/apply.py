@@ -8,6 +8,7 @@ import torch
 
 from sightline import config
 from sightline.config import Run
+from sightline.layers import get_loss
 from sightline.models import build_skeleton, draw_weights
 from sightline.models.decoder import Decoder
 from sightline.numbers import divisors
@@ -31,6 +32,7 @@ def build_parallel(run: Run, mesh: Mesh) -> ParallelModel:
     """
     check_offload(mesh)
     whole: Decoder = build_skeleton(run.model, attention_backend=run.attention.backend)
+    whole.loss = get_loss(run.training.loss)
     whole.check_backend(mesh.device, getattr(torch, run.training.dtype), training=True)
     check_context(whole, mesh, run.training.sequence_length)
     if mesh.world == 1:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from sightline.config import Parallel
-from sightline.layers import routers_of
+from sightline.layers import Loss, routers_of
 from sightline.models.decoder import Decoder, Masks
 from sightline.parallel.context.split import split_context
 from sightline.parallel.mesh import Mesh
@@ -102,6 +102,10 @@ class ParallelModel:
         loads = torch.stack([told.get(name, nothing) for name in names])
         return dict(zip(names, mesh.sum(loads, "pipeline"), strict=True))
 
+    @property
+    def loss(self) -> Loss:
+        return self.whole.loss
+
     def get_attention_masks(self, batch: Any, tokenizer: object = None) -> Masks:
         return self.whole.get_attention_masks(batch, tokenizer)
 
@@ -126,5 +130,10 @@ def on_one_process(model: Decoder, *, dtype: str = "float32") -> ParallelModel:
 
 def to_device(inputs: Inputs, device: torch.device | str) -> Inputs:
     """The same on a device, but for what is read on the CPU: masks, which each stage lowers, and labels."""
-    moved = {name for name, value in inputs.items() if isinstance(value, Tensor) and not name.endswith("labels")}
-    return {name: value.to(device, non_blocking=True) if name in moved else value for name, value in inputs.items()}
+
+    def move(name: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value if name.endswith("labels") else value.to(device, non_blocking=True)
+        return to_device(value, device) if name == "loss_facts" else value
+
+    return {name: move(name, value) for name, value in inputs.items()}

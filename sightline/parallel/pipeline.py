@@ -145,13 +145,13 @@ class Stage(PipelineStage):
         return with_losses(out.to(self.model.hidden_dtype), self.submod, self.model.scale)
 
 
-def with_losses(h: Tensor, stage: nn.Module, scale: float) -> Tensor:
+def with_losses(h: Tensor, stage: Any, scale: float) -> Tensor:
     """The hidden states that leave a stage without a head, and with them the gradients of its routers' own losses.
 
     The decoder's head joins these losses with that of the tokens; here no loss is at hand, but a gradient comes by.
     """
     losses = [router.auxiliary_loss for router in routers_of(stage).values() if router.auxiliary_loss is not None]
-    return _WithLosses.apply(h, scale, *losses) if losses and torch.is_grad_enabled() else h
+    return _WithLosses.apply(h, scale * stage.auxiliary_scale, *losses) if losses and torch.is_grad_enabled() else h
 
 
 class _WithLosses(torch.autograd.Function):

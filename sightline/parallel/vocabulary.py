@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 from sightline.layers import linear_cross_entropy
+from sightline.layers.loss import CHUNK_SIZE
 from sightline.parallel.redistribute import redistribute
 
 
@@ -32,16 +34,20 @@ def logits(mesh: DeviceMesh, h: Tensor, weight: Tensor) -> Tensor:
     return redistribute(F.linear(h, weight), mesh, Shard(h.dim() - 1), Replicate())
 
 
-def token_losses(mesh: DeviceMesh, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int = 512) -> Tensor:
-    """`linear_cross_entropy` with this process's part of the vocabulary: the same sum of losses on every process.
+def token_losses(
+    mesh: DeviceMesh, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int = CHUNK_SIZE, **options: Any
+) -> Tensor:
+    """`linear_cross_entropy` with this process's part of the vocabulary: the same losses on every process.
 
     hidden [N, W] and labels [N] are whole, weight [V / n, W] is its part. Logits exist for a chunk of tokens and a part
     of the vocabulary at a time; of each token, three numbers travel in the forward and its gradient in the backward.
+
+    options  token_weights and reduction, as in `linear_cross_entropy`
     """
     vocab_size = mesh.size() * weight.shape[0]
     hidden = redistribute(hidden, mesh, Replicate(), Replicate(), gradient=Partial())
-    parts = functools.partial(losses_to_grads, mesh)
-    return linear_cross_entropy(hidden, weight, labels, chunk_size, vocab_size=vocab_size, losses_to_grads=parts)
+    options |= {"vocab_size": vocab_size, "losses_to_grads": functools.partial(losses_to_grads, mesh)}
+    return linear_cross_entropy(hidden, weight, labels, chunk_size, **options)
 
 
 def losses_to_grads(mesh: DeviceMesh, logits: Tensor, label: Tensor) -> Tensor:

@@ -23,17 +23,20 @@ the same few methods, and nn.Module declares whatever it does not know a Tensor.
 def prepare_batch(
     model: Model, batch: Batch, tokenizer: Tokenizer | None, device: torch.device | str
 ) -> dict[str, Any]:
-    """What the model's forward takes, by name: tokens, labels, attention_masks, positions and the batch's extra.
+    """What the model's forward takes, by name: tokens, labels, attention_masks, positions and the batch's extra, and
+    loss_facts where its loss needs any.
 
     Training, validation and every tool come through here, so none of them can have another mask than the others.
     The masks are made on the CPU, where their few integers cost next to nothing, and stay there until they are lowered.
     """
+    loss_facts = model.loss.token_facts(batch)
     inputs = {
         "tokens": batch.tokens,
         "labels": batch.labels,
         "positions": batch.positions,
         "attention_masks": named_masks(model.get_attention_masks(batch, tokenizer)),
-        **batch.extra,
+        **{name: value for name, value in batch.extra.items() if name not in loss_facts},
+        **({"loss_facts": loss_facts} if loss_facts else {}),
     }
     return to_device(inputs, device)
 
@@ -51,7 +54,7 @@ class StepResult:
 
     @property
     def loss(self) -> Tensor:
-        """Mean over the step's valid tokens."""
+        """The run's loss of the step's rows: by default the mean over their valid tokens."""
         return self.sums[0]
 
     def read(self) -> dict[str, float]:
@@ -60,8 +63,8 @@ class StepResult:
 
 
 SUMS = ("loss", "visible_pairs", "attention_flops", "tokens", "places")
-"""What a step adds up over all processes: the mean loss of its valid tokens; (query, key) pairs all masks show; forward
-and backward FLOPs of those pairs over all layers; tokens that are no padding; places of the rows, filled or not."""
+"""What a step adds up over all processes: the loss; (query, key) pairs all masks show; forward and backward FLOPs of
+those pairs over all layers; tokens that are no padding; places of the rows, filled or not."""
 
 
 def train_step(
@@ -75,13 +78,16 @@ def train_step(
 ) -> StepResult:
     """Take one step on all rows of `batch`, those of this process. The optimizer has its learning rate.
 
-    The loss divides by the valid tokens of all processes' rows, counted before the first forward, so the gradient does
-    not depend on how the rows are cut into micro-batches or dealt out to processes. A step whose loss or gradient norm
-    is not finite leaves weights and moments untouched.
+    The loss divides by the weight of all processes' rows (by default their valid tokens), counted before the first
+    forward, so the gradient does not depend on how the rows are cut into micro-batches or dealt out to processes. A
+    step whose loss or gradient norm is not finite leaves weights and moments untouched.
     """
     mesh = model.mesh
     optimizer.zero_grad(set_to_none=True)
-    valid_tokens = max(1, int(mesh.sum(torch.tensor(batch.valid_tokens()), "data")))
+    own = torch.tensor([model.loss.weight(batch), batch.valid_tokens()], dtype=torch.float64)
+    weight, valid_tokens = (number or 1.0 for number in mesh.sum(own, "data").tolist())
+    for stage in model.stages:
+        stage.auxiliary_scale = weight / valid_tokens
     loss = torch.zeros((), device=mesh.device)
     pairs, flops = 0, 0.0
     rows = model.rows_at_once(batch.shape[0], micro_batch_size)
@@ -91,7 +97,7 @@ def train_step(
             visible = int(mask.visible_pairs().sum())
             pairs += visible
             flops += visible * model.flops_per_pair(name)
-        loss += model.forward_backward(model.own_tokens(inputs), 1 / valid_tokens, last=first + rows >= batch.shape[0])
+        loss += model.forward_backward(model.own_tokens(inputs), 1 / weight, last=first + rows >= batch.shape[0])
     grad_norm = clip_gradients((p for _, p in model.named_parameters()), max_grad_norm, mesh)
     tokens = int((batch.document_ids != PADDING).sum())
     # The rows are counted once among the processes that share them, the losses of their tokens add up.

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sightline.layers import linear_cross_entropy
+from sightline.layers import linear_cross_entropy, loss
 
 N, W, V = 23, 16, 41
 
@@ -152,3 +152,59 @@ def test_a_label_outside_the_vocabulary_is_named(label: int) -> None:
 def test_rows_that_are_not_flattened_are_refused() -> None:
     with pytest.raises(ValueError, match=r"got \[\(1, 23, 16\), \(41, 16\), \(1, 23\)\]; flatten rows first"):
         linear_cross_entropy(torch.randn(1, N, W), torch.randn(V, W), torch.zeros(1, N, dtype=torch.int64))
+
+
+def weights_of_tokens() -> Tensor:
+    return torch.rand(N, generator=torch.Generator().manual_seed(4)) * 2 - 0.5
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 18, 512])
+def test_weights_are_factors_of_each_tokens_loss(chunk_size: int) -> None:
+    hidden, weight, labels = make_inputs()
+    weights = weights_of_tokens()
+    loss = linear_cross_entropy(hidden, weight, labels, chunk_size, token_weights=weights)
+    each = F.cross_entropy(hidden @ weight.t(), labels, ignore_index=-100, reduction="none")
+    expected = (each * weights).sum()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-6)
+    for grad, expected_grad in zip(
+        torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(grad, expected_grad, atol=1e-5, rtol=1e-5)
+
+
+def test_the_loss_of_each_token_has_no_gradients() -> None:
+    hidden, weight, labels = make_inputs()
+    with Largest() as seen:
+        each = linear_cross_entropy(hidden, weight, labels, 4, reduction="none")
+    assert not each.requires_grad and seen.elements == 4 * V
+    expected = F.cross_entropy(hidden @ weight.t(), labels, ignore_index=-100, reduction="none")
+    torch.testing.assert_close(each, expected, atol=1e-6, rtol=1e-6)
+    assert not each[labels == -100].any()
+
+
+@pytest.mark.parametrize("weights", [None, weights_of_tokens()], ids=["plain", "weighted"])
+def test_labels_on_a_device_are_masked_to_the_same_numbers(weights: Tensor | None, monkeypatch) -> None:
+    def measure() -> list[Tensor]:
+        hidden, weight, labels = make_inputs()
+        each = linear_cross_entropy(hidden, weight, labels, 5, token_weights=weights, reduction="none")
+        value = linear_cross_entropy(hidden, weight, labels, 5, token_weights=weights)
+        return [each, value.detach(), *torch.autograd.grad(value, (hidden, weight))]
+
+    expected = measure()
+    monkeypatch.setattr(loss, "select_tokens", loss.mask_tokens)
+    for found, truth in zip(measure(), expected, strict=True):
+        torch.testing.assert_close(found, truth, atol=1e-6 * float(truth.abs().max()), rtol=0)
+    hidden, weight, labels = make_inputs()
+    for label in (V, -1):
+        labels[3] = label
+        assert linear_cross_entropy(hidden, weight, labels).isnan(), "it cannot be named, and must not pass"
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_no_device_is_read(device: str) -> None:
+    """Reading a meta tensor raises. Labels may lie on the CPU, where reading them waits for nothing."""
+    hidden, weight = (x.detach().to("meta").requires_grad_() for x in make_inputs()[:2])
+    labels = make_inputs()[2].to(device)
+    linear_cross_entropy(hidden, weight, labels, 5, token_weights=weights_of_tokens().to(device)).backward()
+    assert hidden.grad.shape == (N, W) and weight.grad.shape == (V, W)
+    assert linear_cross_entropy(hidden, weight, labels, 5, reduction="none").shape == (N,)

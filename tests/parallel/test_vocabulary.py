@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from sightline.layers import linear_cross_entropy
+from sightline.layers import linear_cross_entropy, loss
 from sightline.parallel import vocabulary
 from tests.layers.test_loss import Largest
 from tests.parallel.processes import on_processes
@@ -53,6 +53,25 @@ def check_loss_and_gradients(mesh: DeviceMesh, dtype: torch.dtype, chunk_size: i
     torch.testing.assert_close(loss, expected, atol=0, rtol=tolerance)
     torch.testing.assert_close(grads[0], grad_hidden, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(grads[1], grad_weight.chunk(2)[mesh.get_local_rank()], atol=tolerance, rtol=tolerance)
+
+
+def check_weights_and_each_loss(mesh: DeviceMesh) -> None:
+    """By labels on the CPU, and as where labels lie on a device: all tokens are computed, and no label is read."""
+    weights = torch.rand(N, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    for select in (loss.select_tokens, loss.mask_tokens):
+        hidden, weight, labels = make_inputs(torch.float64)
+        part = part_of(weight, mesh)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loss, "select_tokens", select)
+            each = vocabulary.token_losses(mesh, hidden, part, labels, 7, reduction="none")
+            value = vocabulary.token_losses(mesh, hidden, part, labels, 7, token_weights=weights)
+        expected = F.cross_entropy(F.linear(hidden, weight), labels, ignore_index=-100, reduction="none")
+        torch.testing.assert_close(each, expected.detach(), atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(value, (expected * weights).sum(), atol=0, rtol=1e-12)
+        grads = torch.autograd.grad(value, (hidden, part))
+        grad_hidden, grad_weight = torch.autograd.grad((expected * weights).sum(), (hidden, weight))
+        torch.testing.assert_close(grads[0], grad_hidden, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(grads[1], grad_weight.chunk(2)[mesh.get_local_rank()], atol=1e-12, rtol=1e-12)
 
 
 def check_tokens_without_a_label(mesh: DeviceMesh) -> None:
@@ -138,6 +157,7 @@ def check_a_label_outside_is_named(mesh: DeviceMesh) -> None:
 
 
 CHECKS = [
+    check_weights_and_each_loss,
     check_tokens_without_a_label,
     check_extreme_logits,
     check_frozen_sides,

@@ -1,5 +1,6 @@
 """prepare_batch and the train step, against plain PyTorch."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,7 +9,9 @@ import torch.nn.functional as F
 
 from sightline import Batch
 from sightline.config import Optimizer
-from sightline.models import build_model
+from sightline.layers import get_loss
+from sightline.layers.losses import WeightedLoss
+from sightline.models import build_model, config_of
 from sightline.parallel.parallel_model import on_one_process
 from sightline.training.optimizer import build_optimizer
 from sightline.training.step import prepare_batch, train_step
@@ -141,6 +144,47 @@ def test_work_is_counted_from_the_mask() -> None:
     assert (numbers["tokens"], numbers["places"]) == (7, 8)
     assert numbers["visible_pairs"] == 6 + 10  # 1 + 2 + 3, 1 + 2 + 3 + 4, and nothing for the padding
     assert numbers["attention_flops"] == 16 * model.attention_flops_per_pair()
+
+
+@pytest.mark.parametrize(
+    ("family", "option", "off", "on"),
+    [("qwen3-debug-moe", "auxiliary_loss", 0.0, 0.1), ("deepseek_v3-debug", "prediction_weight", None, 0.3)],
+)
+def test_auxiliary_losses_are_means_over_tokens_whatever_the_loss_divides_by(family, option, off, on) -> None:
+    def gradients(loss: str, value: float | None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = build_model(dataclasses.replace(config_of(family), **{option: value}))
+        model.loss = get_loss(loss)
+        step(model, uneven_batch(), micro_batch_size=1)
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    added = []
+    for loss in ("token_mean", "document_mean"):
+        without, both = gradients(loss, off), gradients(loss, on)
+        added.append({name: both[name] - gradient for name, gradient in without.items()})
+    assert max(float(gradient.abs().max()) for gradient in added[0].values()) > 1e-3
+    for name, gradient in added[0].items():
+        torch.testing.assert_close(added[1][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_an_extra_that_the_loss_takes_does_not_reach_the_model() -> None:
+    class Masked(WeightedLoss):
+        name = "masked"
+
+        def weight(self, batch: Batch) -> float:
+            return float(batch.extra["wanted"].sum())
+
+        def token_facts(self, batch: Batch) -> dict[str, torch.Tensor]:
+            return {"wanted": batch.extra["wanted"]}
+
+        def token_weights(self, facts: dict[str, torch.Tensor]) -> torch.Tensor:
+            return facts["wanted"]
+
+    model, batch = build(), uneven_batch()
+    expected = step(build(), batch[1:3], micro_batch_size=1)[1].loss.item()
+    model.loss = Masked()
+    batch.extra["wanted"] = torch.tensor([0.0, 1.0, 1.0, 0.0])[:, None] * (batch.labels != -100)
+    assert step(model, batch, micro_batch_size=2)[1].loss.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_batch_without_any_label_is_no_division_by_zero() -> None:

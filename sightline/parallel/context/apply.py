@@ -12,7 +12,7 @@ from sightline.parallel.patch import replace_attribute
 
 
 def apply_context(model: Decoder, mesh: Mesh) -> None:
-    """Let the layers fetch the keys that their tokens see from the processes of `context`.
+    """Let the layers fetch the keys that their tokens see from the processes of `context`, and the loss sum over them.
 
     Routers' auxiliary losses weigh the scores of this process's tokens by the choices of the whole rows, so that their
     gradients add up to what one process would compute.
@@ -20,6 +20,7 @@ def apply_context(model: Decoder, mesh: Mesh) -> None:
     if mesh.size("context") == 1:
         return
     replace_attribute(model, "exchanges", ContextExchange(mesh.group("context")))
+    replace_attribute(model, "row_group", mesh.group("context"))
 
     def choices_of_rows(counts: Tensor) -> Tensor:
         return mesh.sum(counts.clone(), "context")

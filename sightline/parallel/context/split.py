@@ -32,9 +32,11 @@ def split_context(inputs: dict[str, Any], model: Any, mesh: Mesh) -> dict[str, A
     shards = {name: plan.shard(rank, name, whole_rows=whole_rows) for name in planned}
     owned = plan.queries(rank)
     of_token = {name: inputs[name] for name in ("tokens", "labels", "positions") if name in inputs}
+    loss_facts = {name: value.gather(1, owned) for name, value in inputs.get("loss_facts", {}).items()}
     return {
         **inputs,
         **{name: value.gather(1, owned) for name, value in (of_token | facts).items()},
+        **({"loss_facts": loss_facts} if loss_facts else {}),
         "attention_masks": {**masks, **shards},
     }
 
