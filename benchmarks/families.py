@@ -37,7 +37,7 @@ from sightline.batch import IGNORE, PADDING, Batch
 from sightline.config import Optimizer
 from sightline.data import Tokenizer, load_documents
 from sightline.models import VLM, VLMConfig, build_model, config_of, load_pretrained, save_pretrained
-from sightline.models.pretrained import read_config
+from sightline.models.hf.directory import read_config
 from sightline.parallel.parallel_model import on_one_process
 from sightline.recipes import get_recipe
 from sightline.training.optimizer import build_optimizer

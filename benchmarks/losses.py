@@ -20,9 +20,9 @@ from typing import Any
 from sightline.config import Parallel, Run
 from sightline.recipes import RECIPES
 from sightline.training.metrics import read_metrics
-from tests.parallel.processes import on_processes
 from tests.parallel.test_meshes import FAST, small_run, train_on
-from tests.training.small_runs import write_corpus
+from tests.support.processes import on_processes
+from tests.support.small_runs import write_corpus
 
 STEPS = 10
 KEPT = ("step", "loss", "grad_norm", "learning_rate", "tokens", "visible_pairs", "validation_loss")

@@ -10,36 +10,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from sightline.attention import Lowered
 from sightline.batch import Batch
-from sightline.layers import (
-    GroupedQueryAttention,
-    KeyValueCache,
-    RMSNorm,
-    Rotation,
-    SwiGLU,
-    build_rotation,
-    rope_frequencies,
-)
-from sightline.masks import AttentionMask, causal, document, prefix_lm, sliding_window
-from sightline.models import llama3
+from sightline.config.recipes import debug
+from sightline.layers import GroupedQueryAttention, SwiGLU
+from sightline.masks import AttentionMask, prefix_lm, sliding_window
 from sightline.models.checks import check_heads, check_positive
-from sightline.models.decoder import Decoder, Layer
-from sightline.models.weights import HuggingFace, expect, read_rope, write_rope
+from sightline.models.decoder import Block, Decoder, DecoderConfig
+from sightline.models.family import Family
+from sightline.models.hf.format import DECODER, HEADS, HuggingFace, expect, read_fields, write_fields
+from sightline.models.hf.llama3 import weights
+from sightline.models.hf.rope import read_rope, write_rope
 
 
 @dataclass(frozen=True, kw_only=True)
-class MinistralConfig:
-    """The sizes of a Ministral."""
+class MinistralConfig(DecoderConfig):
+    """The sizes of a Ministral. The first, third, ... layers attend within the window, the others fully."""
 
-    vocab_size: int = 8192
-    """Tokens of the vocabulary (V)."""
-    width: int = 256
-    """Size of a token's hidden state."""
-    layers: int = 6
-    """Blocks of attention and feed-forward; the first, third, ... attend within the window, the others fully."""
     heads: int = 8
     """Query heads (H)."""
     kv_heads: int = 4
@@ -52,69 +39,31 @@ class MinistralConfig:
     """First tokens of a document that windowed layers see from everywhere in it."""
     ffn: int = 688
     """Inner width of the feed-forward layer."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary frequencies."""
-    norm_eps: float = 1e-5
-    """Added to the mean square in the norms."""
-    tied_embeddings: bool = False
-    """Use the embedding as the output projection too."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "window", "ffn")
-        check_heads(self.heads, self.kv_heads, self.head_size)
+        super().__post_init__()
+        check_positive(self, "heads", "kv_heads", "head_size", "window", "ffn")
+        check_heads(self, self.head_size)
         if self.anchors < 0:
             raise ValueError(f"model.anchors must be at least 0, got {self.anchors}")
-
-
-MINISTRAL_SIZES = {
-    "debug": MinistralConfig(
-        vocab_size=512, width=64, layers=2, heads=4, kv_heads=2, head_size=16, window=16, anchors=2, ffn=128
-    ),
-    "tiny": MinistralConfig(anchors=4),
-}
-
-
-class Block(Layer):
-    """One layer: h + attention(norm(h)), then h + mlp(norm(h))."""
-
-    def __init__(self, config: MinistralConfig, index: int) -> None:
-        super().__init__()
-        self.mask_name = "full" if index % 2 else "window"
-        self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = GroupedQueryAttention(config.width, config.heads, config.kv_heads, config.head_size)
-        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
-        self.mlp = SwiGLU(config.width, config.ffn)
-
-    def init_weights(self, std: float, output_std: float) -> None:
-        self.attention_norm.init_weights()
-        self.attention.init_weights(std, output_std)
-        self.mlp_norm.init_weights()
-        self.mlp.init_weights(std, output_std)
-
-    def forward(self, h: Tensor, mask: Lowered, rotation: Rotation, cache: KeyValueCache | None = None) -> Tensor:
-        """h [B, S, W] -> [B, S, W]."""
-        h = h + self.attention(self.attention_norm(h), mask, rotation, cache)
-        return h + self.mlp(self.mlp_norm(h))
 
 
 class Ministral(Decoder):
     """The whole model."""
 
-    def __init__(self, config: MinistralConfig, *, attention_backend: str = "auto") -> None:
-        super().__init__(config, (Block(config, i) for i in range(config.layers)), attention_backend=attention_backend)
+    def build_block(self, index: int) -> Block:
+        config = self.config
+        attention = GroupedQueryAttention(config.width, config.heads, config.kv_heads, config.head_size)
+        mlp = SwiGLU(config.width, config.ffn)
+        return Block(attention, mlp, self.build_norm, mask_name="full" if index % 2 else "window")
 
     def get_attention_masks(self, batch: Batch, tokenizer: object = None) -> dict[str, AttentionMask]:
         """In its own document a token sees itself and what comes before it: all of that, or of it the window that ends
         with the token and the anchors."""
-        rows, length = batch.shape
-        past = causal(rows, length, device=batch.tokens.device) & document(batch.document_ids)
-        window = sliding_window(rows, length, self.config.window, device=batch.tokens.device)
+        past = super().get_attention_masks(batch)
+        window = sliding_window(*batch.shape, self.config.window, device=batch.tokens.device)
         anchors = prefix_lm(batch.positions, torch.full_like(batch.positions, self.config.anchors))
         return {"window": (window | anchors) & past, "full": past}
-
-    def encode_positions(self, positions: Tensor) -> Rotation:
-        frequencies = rope_frequencies(self.config.head_size, self.config.rope_theta, device=positions.device)
-        return build_rotation(positions, frequencies)
 
     def flops_per_token(self) -> float:
         """Forward and backward FLOPs of one token in matrix products: 6 a parameter of a matrix."""
@@ -131,44 +80,26 @@ class Ministral(Decoder):
         return {"window": layer * ((config.layers + 1) // 2), "full": layer * (config.layers // 2)}
 
 
-def config_from_hf(hf: dict[str, Any]) -> MinistralConfig:
-    """From the fields of a config.json."""
-    layers = hf["num_hidden_layers"]
-    expect(hf, hidden_act="silu", layer_types=layer_types(layers))
-    return MinistralConfig(
-        vocab_size=hf["vocab_size"],
-        width=hf["hidden_size"],
-        layers=layers,
-        heads=hf["num_attention_heads"],
-        kv_heads=hf["num_key_value_heads"],
-        head_size=hf["head_dim"],
-        window=hf["sliding_window"],
-        ffn=hf["intermediate_size"],
-        rope_theta=read_rope(hf)["rope_theta"],
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        tied_embeddings=hf.get("tie_word_embeddings", False),
-    )
+FIELDS = {**DECODER, **HEADS, "window": "sliding_window", "ffn": "intermediate_size"}
+
+
+def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    """The fields of our config from those of a config.json."""
+    fields = read_fields(hf, FIELDS, norm_eps=1e-6, tied_embeddings=False)
+    expect(hf, hidden_act="silu", layer_types=layer_types(fields["layers"]))
+    return {**fields, "rope_theta": read_rope(hf)["rope_theta"]}
 
 
 def config_to_hf(config: MinistralConfig) -> dict[str, Any]:
-    """And back. Errors: ValueError for anchors, which theirs does not have."""
+    """The fields of a config.json. Raises ValueError for anchors, which theirs does not have."""
     if config.anchors:
         raise ValueError(f"a MinistralForCausalLM has no anchors; expected model.anchors 0, got {config.anchors}")
     return {
         "architectures": ["MinistralForCausalLM"],
         "model_type": "ministral",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
+        **write_fields(config, FIELDS),
         "layer_types": layer_types(config.layers),
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_size,
-        "sliding_window": config.window,
-        "intermediate_size": config.ffn,
         **write_rope(config.rope_theta, None),
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied_embeddings,
     }
 
 
@@ -177,10 +108,21 @@ def layer_types(layers: int) -> list[str]:
     return ["full_attention" if index % 2 else "sliding_attention" for index in range(layers)]
 
 
-MINISTRAL_HF = HuggingFace(
+MINISTRAL = Family(
+    name="ministral",
     model=Ministral,
-    architectures=("MinistralForCausalLM",),
-    config_from_hf=config_from_hf,
-    config_to_hf=config_to_hf,
-    weights=llama3.hf_weights,  # theirs calls its tensors what Llama does, and so do we
+    config=MinistralConfig,
+    presets={
+        "debug": MinistralConfig(
+            vocab_size=512, width=64, layers=2, heads=4, kv_heads=2, head_size=16, window=16, anchors=2, ffn=128
+        ),
+        "tiny": MinistralConfig(anchors=4),
+    },
+    hf=HuggingFace(
+        architectures=("MinistralForCausalLM",),
+        config_from_hf=config_from_hf,
+        config_to_hf=config_to_hf,
+        weights=weights,  # theirs calls its tensors what Llama does, and so do we
+    ),
 )
+RUN = debug("ministral-debug", MINISTRAL.presets["debug"])

@@ -1,6 +1,10 @@
 """docs/adding_a_model.md: its code is examples/ministral.py, and that is a whole model."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +15,13 @@ import torch
 from transformers import MinistralConfig as TheirConfig
 from transformers import MinistralForCausalLM
 
-from examples.ministral import MINISTRAL_HF, MINISTRAL_SIZES, Ministral, MinistralConfig, config_to_hf
+from examples.ministral import MINISTRAL, Ministral, MinistralConfig, config_to_hf
 from sightline import Batch
-from sightline import models as families
-from sightline.cli import convert, generate, train
+from sightline.cli.main import run as command
 from sightline.config import Parallel, Run
-from sightline.models import build_model, load_pretrained, pretrained
-from sightline.recipes import RECIPES
-from sightline.recipes.laptop import debug
+from sightline.models import build_model, load_pretrained
 from sightline.training.metrics import read_metrics
-from tests.models.against_transformers import (
-    as_ours,
+from tests.support.against_transformers import (
     assert_cached_logits,
     assert_greedy_text,
     assert_needle,
@@ -31,27 +31,13 @@ from tests.models.against_transformers import (
     random_theirs,
     run,
 )
-from tests.parallel.processes import on_processes
-from tests.training.small_runs import small_run, train_quietly, write_corpus
+from tests.support.processes import on_processes
+from tests.support.small_runs import small_run, train_quietly, write_corpus
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = (ROOT / "examples" / "ministral.py").read_text()
 PAGE = (ROOT / "docs" / "adding_a_model.md").read_text()
 V = 96
-
-
-def make_known(patch: pytest.MonkeyPatch) -> None:
-    """The lines that the page adds to models/__init__.py, models/pretrained.py and recipes/__init__.py."""
-    for size, config in MINISTRAL_SIZES.items():
-        patch.setitem(families.MODELS, f"ministral-{size}", config)
-    patch.setitem(families.MODEL_CLASSES, MinistralConfig, Ministral)
-    patch.setattr(pretrained, "FORMATS", (*pretrained.FORMATS, MINISTRAL_HF))
-    patch.setitem(RECIPES, "ministral-debug", debug("ministral-debug"))
-
-
-@pytest.fixture(autouse=True)
-def _known(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_known(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +57,21 @@ def theirs() -> Any:
     return random_theirs(MinistralForCausalLM, TheirConfig(**sizes))
 
 
+def as_ours(theirs: Any, directory: Path) -> Ministral:
+    """Their model, written by them and read by us."""
+    theirs.save_pretrained(directory)
+    return load_pretrained(directory, family=MINISTRAL)
+
+
 @pytest.fixture
 def anchored() -> Ministral:
     """Two layers, so that what the window hides and the anchors show also arrives through the full layer."""
     torch.manual_seed(0)
-    return build_model(replace(MINISTRAL_SIZES["debug"], vocab_size=V, window=4, anchors=2))
+    return build_model(replace(MINISTRAL.presets["debug"], vocab_size=V, window=4, anchors=2))
 
 
-def test_the_example_has_under_200_lines() -> None:
-    assert EXAMPLE.count("\n") < 200
+def test_the_example_has_under_150_lines() -> None:
+    assert EXAMPLE.count("\n") < 150
 
 
 def test_the_code_of_the_page_is_the_file() -> None:
@@ -87,8 +79,7 @@ def test_the_code_of_the_page_is_the_file() -> None:
         return (line for line in code.splitlines() if line.strip())
 
     shown = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    whole = "\n".join(block for block in shown if "# sightline/" not in block)
-    assert list(lines(whole)) == list(lines(EXAMPLE))
+    assert list(lines("\n".join(shown))) == list(lines(EXAMPLE))
 
 
 def test_masks_are_the_window_the_anchors_and_the_past(anchored: Ministral) -> None:
@@ -107,7 +98,7 @@ def test_masks_are_the_window_the_anchors_and_the_past(anchored: Ministral) -> N
 def test_logits_and_gradients_are_those_of_transformers(
     theirs: Any, tmp_path: Path, lengths: list[int], length: int
 ) -> None:
-    assert_same_model(as_ours(theirs, tmp_path), theirs, MINISTRAL_HF, random_documents(lengths, V), length)
+    assert_same_model(as_ours(theirs, tmp_path), theirs, random_documents(lengths, V), length)
 
 
 def test_transformers_reads_what_we_write(theirs: Any, tmp_path: Path) -> None:
@@ -134,28 +125,83 @@ def test_generation_keeps_to_the_masks(anchored: Ministral) -> None:
     assert_greedy_text(anchored, tokens, count=5)
 
 
-def test_the_command_line_trains_continues_and_converts_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    source, directory = write_corpus(tmp_path / "texts"), tmp_path / "run"
-    options = [
-        "--output-dir", str(directory), "--data.source", str(source), "--model.anchors", "0", "--training.steps", "30",
-        "--training.sequence-length", "64", "--training.device", "cpu", "--logging.no-tensorboard",
-    ]  # fmt: skip
-    train.main(["ministral-debug", *options])
-    losses = [row["loss"] for row in read_metrics(directory / "metrics.jsonl")]
-    assert len(losses) == 30 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    capsys.readouterr()
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of somebody's own with the example in it, a corpus, and a run of 30 steps: 20, and 10 continued."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "mine").mkdir()
+    shutil.copyfile(ROOT / "examples" / "ministral.py", home / "mine" / "ministral.py")
+    write_corpus(home / "texts")
+    for steps in ("20", "30"):
+        said = sightline(home, "train", "mine.ministral:RUN", *OPTIONS, "--training.steps", steps)
+        assert ("continued from step-20" in said) == (steps == "30"), said
+    return home
 
-    generate.main([str(directory), "--prompt", "A run", "--max-new-tokens", "5"])
-    assert capsys.readouterr().out.startswith("A run")
-    convert.main([str(directory), str(tmp_path / "exported")])
-    ours, theirs = load_pretrained(tmp_path / "exported"), MinistralForCausalLM.from_pretrained(tmp_path / "exported")
+
+OPTIONS = (
+    *("--data.source", "texts", "--model.anchors", "0", "--training.sequence-length", "64", "--training.device", "cpu"),
+    *("--validation.every", "0", "--logging.no-tensorboard", "--logging.sample-tokens", "3"),
+)
+
+
+def sightline(home: Path, *arguments: str, code: int = 0) -> str:
+    """What the command says, run in `home` by a process that has seen nothing of this one."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    found = subprocess.run(
+        [sys.executable, "-m", "sightline", *arguments], cwd=home, env=environment, capture_output=True, text=True
+    )
+    assert found.returncode == code, found.stdout + found.stderr
+    return found.stdout + found.stderr
+
+
+def test_the_command_line_trains_continues_and_converts_it(
+    outside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    losses = [row["loss"] for row in read_metrics(outside / "runs" / "ministral-debug" / "metrics.jsonl")]
+    assert len(losses) == 30 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert sightline(outside, "convert", "mine.ministral:RUN", "exported").startswith("wrote the model of runs/")
+    ours = load_pretrained(outside / "exported", family=MINISTRAL)
+    theirs = MinistralForCausalLM.from_pretrained(outside / "exported")
     batch = Batch.from_documents(random_documents([40], 300), length=40)
     with torch.no_grad():
         torch.testing.assert_close(run(ours, batch), theirs(input_ids=batch.tokens).logits, atol=1e-4, rtol=0)
 
+    monkeypatch.chdir(outside)
+    start = ("--model-from", "exported", "--output-dir", "runs/begun", *OPTIONS, "--training.steps", "1")
+    assert command(["train", "examples.ministral:RUN", *start]) == 0
+    assert command(["generate", "exported", "--prompt", "A run", "--family", "examples.ministral:RUN"]) == 0
+    assert "A run" in capsys.readouterr().out
+
+
+def test_other_commands_take_the_recipe_too(outside: Path) -> None:
+    said = sightline(outside, "generate", "mine.ministral:RUN", "--prompt", "A run", "--max-new-tokens", "5")
+    assert said.startswith("A run")
+    said = sightline(outside, "masks", "mine.ministral:RUN", "--sequence-length", "64", "--stats")
+    assert "window, row 0 of 4: S 64, K " in said and "full, row 0 of 4: S 64, K 1" in said
+    said = sightline(outside, "plan", "mine.ministral:RUN", "--processes", "2", "--parallel.tensor", "2")
+    assert said.startswith("mine.ministral:RUN, ") and "tensor 2" in said
+
+
+def test_a_directory_imports_nothing(
+    outside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """What a file names is not imported, though it could be: the user names it, or it is refused."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "ministral.py").write_text("raise SystemExit('imported')")
+    shutil.copytree(outside / "runs" / "ministral-debug", tmp_path / "run")
+    shutil.copytree(outside / "texts", tmp_path / "texts")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for arguments in (("generate", "run"), ("convert", "run", "out"), ("masks", "run")):
+        assert command([*arguments]) == 2
+        said = capsys.readouterr().err
+        assert "names the model family 'mine.ministral:MINISTRAL'; it comes from outside the package" in said
+        assert "--family mine.ministral:MINISTRAL" in said
+        named = "examples.ministral:MINISTRAL"  # the same, where this process finds it
+        assert command([*arguments, "--family", named]) == 0
+
 
 def train_on(rank: int, run: Run) -> None:
-    make_known(pytest.MonkeyPatch())
     train_quietly(run)
 
 
@@ -169,7 +215,7 @@ def train_on(rank: int, run: Run) -> None:
 )
 def test_two_processes_train_as_one(degrees: dict[str, int], tmp_path: Path) -> None:
     # With the usual eps Adam moves a weight whose gradient is nothing but rounding as far as any other.
-    changes = {"model": MINISTRAL_SIZES["debug"], "optimizer__eps": 1e-5}
+    changes = {"model": MINISTRAL.presets["debug"], "optimizer__eps": 1e-5}
     alone = small_run(tmp_path / "alone", write_corpus(tmp_path / "texts"), **changes)
     train_quietly(alone)
     on_processes(2, train_on, replace(alone, output_dir=tmp_path / "two", parallel=Parallel(**degrees)), join=False)
@@ -180,6 +226,6 @@ def test_two_processes_train_as_one(degrees: dict[str, int], tmp_path: Path) -> 
 
 def test_anchors_cannot_be_told_to_transformers() -> None:
     with pytest.raises(ValueError, match=r"no anchors; expected model.anchors 0, got 2"):
-        config_to_hf(MINISTRAL_SIZES["debug"])
+        config_to_hf(MINISTRAL.presets["debug"])
     with pytest.raises(ValueError, match=r"model.anchors must be at least 0, got -1"):
         MinistralConfig(anchors=-1)

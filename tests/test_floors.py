@@ -12,7 +12,7 @@ FLOORS = {
     "attention": 2, "plots": 2,
     "layers": 3,
     "models": 4,
-    "data": 5, "parallel": 5,
+    "data": 5, "parallel": 5, "generation": 5,
     "planning": 6, "training": 6, "verify": 6,
     "cli": 7, "recipes": 7,
 }  # fmt: skip

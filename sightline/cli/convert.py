@@ -9,9 +9,11 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from sightline.cli.source import SourceArgument, find_source
 from sightline.models import load_pretrained, save_pretrained
-from sightline.models.pretrained import MAX_SHARD_BYTES
-from sightline.models.weights import holds_weights
+from sightline.models.hf.directory import MAX_SHARD_BYTES
+from sightline.models.hf.files import holds_weights
+from sightline.models.hf.vision_pair import load_vision_pair
 from sightline.training import RunFailed
 from sightline.training.export import export_checkpoint
 from sightline.training.run_directory import find_checkpoint
@@ -24,14 +26,22 @@ class Convert:
     examples:
       sightline convert runs/llama3-tiny exported
       sightline convert ~/Qwen3-0.6B smaller --dtype bfloat16
+      sightline convert ~/Llama-3.2-1B seeing --vision ~/siglip2-so400m-patch16-naflex
+      sightline convert package.module:RUN exported
 
     The way in needs no conversion: sightline train qwen3-0.6b --model-from ~/Qwen3-0.6B
     """
 
-    source: Annotated[Path, tyro.conf.Positional]
-    """Directory of a run, whose newest checkpoint is taken; a checkpoint; or a Hugging Face directory."""
+    source: SourceArgument
+    """Directory of a run, whose newest checkpoint is taken; a checkpoint; or a Hugging Face directory.
+    A Run of your own, package.module:NAME, stands for the directory it writes to."""
     output: Annotated[Path, tyro.conf.Positional]
     """Directory to write. It must not hold weights yet."""
+    family: str | None = None
+    """The family of a directory's model where it is one of your own: package.module:NAME, a Family or a Run."""
+    vision: Path | None = None
+    """Hugging Face directory of a SigLIP 2 that becomes the encoder of a VLM, whose decoder is the source, a Llama 3.
+    The projector between them is fresh: sightline train vlm-1.7b --model-from OUTPUT trains it."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of the weights written; without it, that of the source."""
     max_shard_bytes: int = MAX_SHARD_BYTES
@@ -40,14 +50,18 @@ class Convert:
 
 def main(argv: list[str]) -> None:
     options = tyro.cli(Convert, args=argv, prog="sightline convert")
-    source, output, shard = options.source, options.output, options.max_shard_bytes
+    source, family = find_source(options.source, options.family)
+    output, shard = options.output, options.max_shard_bytes
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     try:
-        if holds_weights(source):
-            save_pretrained(load_pretrained(source), output, dtype=dtype, source=source, max_shard_bytes=shard)
+        if options.vision or holds_weights(source):
+            model = (
+                load_vision_pair(options.vision, source) if options.vision else load_pretrained(source, family=family)
+            )
+            save_pretrained(model, output, dtype=dtype, source=source, max_shard_bytes=shard)
         else:
             source = find_checkpoint(source)
-            export_checkpoint(source, output, dtype=dtype, max_shard_bytes=shard)
+            export_checkpoint(source, output, dtype=dtype, max_shard_bytes=shard, family=family)
     except OSError as error:
         raise RunFailed(str(error)) from error
     print(f"wrote the model of {source} to {output}")

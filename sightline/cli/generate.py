@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import tyro
 from torch import Tensor
 
 from sightline import config
+from sightline.cli.source import SourceArgument, find_source
 from sightline.data import Tokenizer, load_tokenizer, pack_patches
 from sightline.data.image_files import read_image
-from sightline.models import VLMConfig, load_pretrained
-from sightline.models.generation import stream
-from sightline.models.weights import holds_weights
+from sightline.generation import SamplingConfig, stream
+from sightline.models import Family, VLMConfig, load_pretrained
+from sightline.models.hf.files import holds_weights
 from sightline.training.setup import choose_device
 from sightline.training.step import Model
 from sightline.training.trained import load_trained
@@ -26,31 +27,27 @@ PLACE = "<image>"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate:
+class Generate(SamplingConfig):
     """Continue a text with a trained model, token by token.
 
     examples:
       sightline generate runs/llama3-tiny --prompt "def " --temperature 0.5
       sightline generate ~/Qwen3-0.6B --prompt "The capital of France is"
       sightline generate runs/vlm-tiny --image circle.png --prompt "<image>a"
+      sightline generate package.module:RUN --prompt "def "
     """
 
-    directory: Annotated[Path, tyro.conf.Positional]
-    """Directory of a run, whose newest checkpoint is taken; a checkpoint; or a Hugging Face directory."""
+    source: SourceArgument
+    """Directory of a run, whose newest checkpoint is taken; a checkpoint; or a Hugging Face directory.
+    A Run of your own, package.module:NAME, stands for the directory it writes to."""
+    family: str | None = None
+    """The family of a directory's model where it is one of your own: package.module:NAME, a Family or a Run."""
     prompt: str = "def "
     """The beginning of the text; `<image>` in it is where an image stands."""
     image: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """File of an image, for a model that sees; give the option again for each further one, in the prompt's order."""
     max_new_tokens: int = 200
     """Tokens to add at most; it ends before that where the model ends the document."""
-    temperature: float = 0.8
-    """Under 1 likely tokens become likelier; 0 always takes the likeliest."""
-    top_k: int | None = None
-    """Draw from the k likeliest tokens only."""
-    top_p: float = 1.0
-    """Draw from the fewest likeliest tokens whose probabilities reach p."""
-    seed: int = 0
-    """The same seed draws the same text."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
 
@@ -58,37 +55,29 @@ class Generate:
 def main(argv: list[str]) -> None:
     options = tyro.cli(Generate, args=argv, prog="sightline generate")
     device = choose_device(config.Training(device=options.device))
-    model, tokenizer = open_model(options.directory, device)
+    model, tokenizer = open_model(*find_source(options.source, options.family), device)
     prompt, extra = read_prompt(options.prompt, options.image, model.config, tokenizer)
-    pieces = stream(
-        model,
-        tokenizer,
-        prompt,
-        extra=extra,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
+    pieces = stream(model, tokenizer, prompt, options, extra=extra)
     print(options.prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
 
 
-def open_model(directory: Path, device: torch.device) -> tuple[Model, Tokenizer]:
+def open_model(directory: Path, family: Family | None, device: torch.device) -> tuple[Model, Tokenizer]:
     """The model of a run, a checkpoint or a Hugging Face directory, and its tokenizer.
+
+    family  of the model, for a directory that names one from outside the package
 
     Errors: ValueError for a directory that is none of them, or has no tokenizer.
     """
     if not holds_weights(directory):
-        trained = load_trained(directory, device)
+        trained = load_trained(directory, device, family)
         return trained.model, trained.tokenizer
     tokenizer = load_tokenizer(directory)
     dtype = torch.float32 if device.type == "cpu" else None  # most CPUs compute bfloat16 several times slower
     with device:
-        return load_pretrained(directory, dtype=dtype).eval(), tokenizer
+        return load_pretrained(directory, dtype=dtype, family=family).eval(), tokenizer
 
 
 def read_prompt(

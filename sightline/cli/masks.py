@@ -17,18 +17,19 @@ from sightline.cli.first_batch import Subject, first_batch
 from sightline.cli.output import tabulate, writing
 from sightline.masks import AttentionMask
 from sightline.masks.statistics import Statistics, check_row, get_statistics
+from sightline.models import Family
 from sightline.numbers import flops
 from sightline.plots.mask_page import to_html
 from sightline.plots.mask_png import plot_masks
 from sightline.plots.mask_text import to_text
-from sightline.recipes import RECIPES
+from sightline.recipes import RECIPES, get_family, get_recipe
 from sightline.training.run_directory import RunDirectory, load_config
 
 WIDEST = 100  # columns a picture takes by itself; a wider one would not fit a screen in height
 DESCRIPTION = """Draw what each token may see.
 
-WHAT is a recipe or the directory of a run (the masks of its model on the first batch of its data), or an expression
-of rules over one row.
+WHAT is a recipe (of your own: package.module:RUN) or the directory of a run (the masks of its model on the first batch
+of its data), or an expression of rules over one row.
 
 examples:
   sightline masks llama3-tiny --stats
@@ -61,12 +62,15 @@ class Masks:
     """Count: visible pairs, blocks, and for a recipe or a run the FLOPs of a training step."""
     sequence_length: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
     """Tokens of a row, in place of those of the recipe or the run."""
+    family: str | None = None
+    """The family of a run's model where it is one of your own: package.module:NAME, a Family or a Run."""
 
 
 def main(argv: list[str]) -> None:
     options = tyro.cli(Masks, args=argv, prog="sightline masks", description=DESCRIPTION)
     console = Console(highlight=False)
-    subject = find_subject(options.what, options.sequence_length)
+    family = None if options.family is None else get_family(options.family)
+    subject = find_subject(options.what, options.sequence_length, family)
     for mask in subject.masks.values():
         check_row(mask, options.row)
     counted = {name: get_statistics(mask, options.block_size) for name, mask in subject.masks.items()}
@@ -89,8 +93,10 @@ def main(argv: list[str]) -> None:
             options.html.write_text(page, encoding="utf-8")
 
 
-def find_subject(what: str, sequence_length: int | None) -> Subject:
+def find_subject(what: str, sequence_length: int | None, family: Family | None = None) -> Subject:
     """The masks of a recipe, of the directory of a run, or of an expression.
+
+    family  of the model of a run that names one from outside the package
 
     Errors: ValueError where `what` is none of them, or cannot be read as what it is.
     """
@@ -102,11 +108,13 @@ def find_subject(what: str, sequence_length: int | None) -> Subject:
             raise ValueError(
                 f"{what} is no directory of a run: it has no {config.name}, which `sightline train` writes"
             )
-        return first_batch(what, load_config(config), Path(what), sequence_length)
+        return first_batch(what, load_config(config, family), Path(what), sequence_length)
     if "(" in what:
         if sequence_length is not None:
             raise ValueError("--sequence-length is for recipes and runs; an expression of rules states its own lengths")
         return Subject(title=what, masks={"attention": evaluate(what)})
+    if ":" in what:
+        return first_batch(what, get_recipe(what), None, sequence_length)
     raise ValueError(
         f"{what!r} is no recipe ({', '.join(RECIPES)}), no directory, and no expression of rules such as "
         f'"causal(1, 64) & sliding_window(1, 64, 8)"'

@@ -28,6 +28,8 @@ from sightline.training.flops import GPU_PEAKS
 
 HELP = """usage: sightline plan RECIPE [--processes N] [options of sightline train]
 
+RECIPE is one of `sightline train`, or package.module:RUN, one of your own.
+
 Say what a run needs on a mesh: memory and communication of each process, waiting, arithmetic. Needs no GPU and no
 torchrun, for any number of processes. What training would refuse, this refuses with the same words.
 

@@ -10,7 +10,8 @@ from typing import Any
 import tyro
 
 from sightline.config import Run
-from sightline.models.pretrained import read_model_config
+from sightline.models import FAMILIES, family_of
+from sightline.models.hf.directory import read_model_config
 from sightline.numbers import count
 from sightline.recipes import RECIPES, get_recipe
 from sightline.training import train
@@ -21,7 +22,8 @@ EXAMPLES = """examples:
   sightline train llama3-tiny --training.sequence-length 4096 --training.global-batch-size 1 \\
       --training.micro-batch-size 1
   sightline train llama3-debug --model.layers 4 --optimizer.schedule wsd
-  sightline train qwen3-0.6b --model-from ~/Qwen3-0.6B --data.source ~/texts"""
+  sightline train qwen3-0.6b --model-from ~/Qwen3-0.6B --data.source ~/texts
+  sightline train package.module:RUN        a recipe of your own, of any model: docs/adding_a_model.md"""
 
 
 def main(argv: list[str]) -> None:
@@ -38,7 +40,8 @@ def parse(argv: list[str]) -> Run:
     recipe = get_recipe(argv[0])
     directory = _model_from(argv[1:])
     if directory is not None:
-        recipe = dataclasses.replace(recipe, model=read_model_config(directory), model_from=directory)
+        families = (family_of(recipe.model), *FAMILIES)
+        recipe = dataclasses.replace(recipe, model=read_model_config(directory, families), model_from=directory)
     kind: Any = Run[type(recipe.model)]  # type: ignore[misc]  # so that the model's own fields are options too
     return tyro.cli(
         kind,

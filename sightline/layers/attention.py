@@ -66,6 +66,10 @@ class GroupedQueryAttention(Divisible):
         """What the attention kernel must offer: fields of `sightline.attention.Needs`."""
         return {"sinks": self.sinks is not None, "head_dim": self.head_size}
 
+    def new_cache(self) -> KeyValueCache:
+        """What this layer remembers of a text while it is generated."""
+        return KeyValueCache()
+
     def parts(self) -> dict[str, int]:
         return {"key/value heads": self.key.out_features // self.head_size}
 

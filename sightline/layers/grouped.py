@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sightline.layers.precision import autocast_dtype
+
 Layer = tuple[Tensor, Tensor | None]
 """weight [E, F, W], bias [E, F]"""
 
@@ -27,9 +29,8 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | Non
 def grouped_linears(x: Tensor, counts: Tensor, *layers: Layer) -> tuple[Tensor, ...]:
     """`grouped_linear` of the same rows by each of the layers. Together, because their gradients of x are one sum, and
     rows that are read once are still in the cache the second time."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x = x.to(dtype)
         layers = tuple((weight.to(dtype), None if bias is None else bias.to(dtype)) for weight, bias in layers)
     if all(_kernel_fits(x, weight) for weight, _ in layers):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sightline.batch import IGNORE
+from sightline.layers.precision import autocast_dtype, no_autocast
 
 CHUNK_SIZE = 512
 """Tokens whose logits exist at a time. 512 x 8192 floats stay in a CPU's cache while the matrix products are still
@@ -67,12 +68,10 @@ def linear_cross_entropy(
         raise ValueError(f"expected hidden [N, W], weight [V, W] and labels [N], got {shapes}; flatten rows first")
     select = select_tokens if labels.device.type == "cpu" else mask_tokens
     chosen = select(labels, token_weights, hidden.device, vocab_size or len(weight))
-    # Meta tensors have no autocast of their own.
-    kind = hidden.device.type if torch.amp.is_autocast_available(hidden.device.type) else "cpu"
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(hidden)
+    if dtype is not None:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    with torch.autocast(kind, enabled=False):  # it would round the logits to its own precision
+    with no_autocast(hidden):  # it would round the logits to its own precision
         if reduction == "none":
             return _each_loss(hidden.detach(), weight.detach(), chosen, chunk_size, losses_to_grads)
         with_grads = torch.is_grad_enabled()

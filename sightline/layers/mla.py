@@ -68,6 +68,10 @@ class MultiHeadLatentAttention(Divisible):
         """What the attention kernel must offer: fields of `sightline.attention.Needs`."""
         return {"sinks": False, "head_dim": max(self.plain_size + self.rope_size, self.value_size)}
 
+    def new_cache(self) -> KeyValueCache:
+        """What this layer remembers of a text while it is generated."""
+        return KeyValueCache()
+
     def parts(self) -> dict[str, int]:
         return {"heads": self.query.out_features // (self.plain_size + self.rope_size)}
 

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from sightline.layers.divisible import Divisible
 from sightline.layers.grouped import grouped_linear, grouped_linears
+from sightline.layers.precision import no_autocast
 
 
 class Routing(NamedTuple):
@@ -105,7 +106,7 @@ class Router(nn.Module):
     def _scores(self, x: Tensor) -> Tensor:
         """[N, E] in float32, or in float64 for such x."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             bias = None if self.bias is None else self.bias.to(wide)
             logits = F.linear(x.to(wide), self.weight.to(wide), bias)
         return logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()

@@ -17,6 +17,7 @@ from sightline.attention import Lowered
 from sightline.layers.cache import RecurrentCache
 from sightline.layers.divisible import Divisible
 from sightline.layers.norm import RMSNorm
+from sightline.layers.precision import no_autocast
 from sightline.masks import AttentionMask
 
 
@@ -74,7 +75,7 @@ def gated_delta_rule(
     Between documents P is 0, and a after the first begin: the system falls apart into one for each document.
     """
     dtype, length = v.dtype, v.shape[1]
-    with torch.autocast(v.device.type, enabled=False):
+    with no_autocast(v):
         chunk_size = min(chunk_size, length)
         stays, of_past = _what_stays(_cut(_wide(decay), chunk_size), _cut(segments, chunk_size))
         q, k, v, beta = (_cut(_wide(t), chunk_size).transpose(2, 3) for t in (q, k, v, beta[..., None]))
@@ -193,6 +194,10 @@ class GatedDeltaNet(Divisible):
         nn.init.ones_(self.dt_bias)
         self.norm.init_weights()
         nn.init.normal_(self.output.weight, std=output_std)
+
+    def new_cache(self) -> RecurrentCache:
+        """What this layer remembers of a text while it is generated."""
+        return RecurrentCache()
 
     def parts(self) -> dict[str, int]:
         return {"key heads of a memory": self.qkv.out_features // sum(self.sizes)}

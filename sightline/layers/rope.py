@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ class Llama3RopeScaling:
     """Channels that turn more often than this over the original context stay; in between it is a straight line."""
     original_context: int = 8192
     """Tokens of the context before the stretch."""
+
+    rotation_factor: ClassVar[float] = 1.0
+    """What cosine and sine are multiplied by."""
 
     def __post_init__(self) -> None:
         if self.factor < 1:

@@ -10,6 +10,7 @@ Shape letters here: P patches of a row, N images of a row, C channels of a patch
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,44 @@ from torch import Tensor, nn
 
 from sightline.attention import Lowered
 from sightline.layers.attention import GroupedQueryAttention
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The sizes of a SigLIP 2 encoder."""
+
+    width: int = 128
+    """Size of a patch's hidden state."""
+    layers: int = 3
+    """Blocks of attention and feed-forward."""
+    heads: int = 4
+    """Heads of its attention."""
+    ffn: int = 512
+    """Inner width of its feed-forward layer."""
+    patch_size: int = 8
+    """Pixels a side of a patch."""
+    channels: int = 3
+    """Colours of a pixel."""
+    side: int = 8
+    """Learned positions a side; they are stretched or shrunk to the size of each image."""
+    norm_eps: float = 1e-6
+    """Added to the variance in its norms."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "layers", "heads", "ffn", "patch_size", "channels", "side", "norm_eps"):
+            if getattr(self, name) <= 0:
+                option = name.replace("_", "-")
+                raise ValueError(f"model.vision.{option} must be greater than 0, got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(
+                f"model.vision.width {self.width} is not divisible by model.vision.heads {self.heads}; change one of "
+                "them"
+            )
+
+    @property
+    def patch_channels(self) -> int:
+        """Numbers of a patch."""
+        return self.patch_size**2 * self.channels
 
 
 class Places(NamedTuple):
@@ -96,15 +135,13 @@ class VisionBlock(nn.Module):
 class VisionEncoder(nn.Module):
     """Patches to features: a linear embedding, positions fitted to each image's size, layers, a norm."""
 
-    def __init__(
-        self, *, patch_channels: int, width: int, layers: int, heads: int, ffn: int, side: int, norm_eps: float
-    ) -> None:
-        """patch_channels: numbers of a patch, its pixels times their colours; side: of the grid of learned positions"""
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.side = side
-        self.embedding = nn.Linear(patch_channels, width)
-        self.positions = nn.Parameter(torch.empty(side * side, width))
-        self.layers = nn.ModuleDict({str(i): VisionBlock(width, heads, ffn, norm_eps) for i in range(layers)})
+        width, heads, ffn, norm_eps = config.width, config.heads, config.ffn, config.norm_eps
+        self.side = config.side
+        self.embedding = nn.Linear(config.patch_channels, width)
+        self.positions = nn.Parameter(torch.empty(config.side**2, width))
+        self.layers = nn.ModuleDict({str(i): VisionBlock(width, heads, ffn, norm_eps) for i in range(config.layers)})
         self.norm = nn.LayerNorm(width, norm_eps)
 
     def init_weights(self) -> None:

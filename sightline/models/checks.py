@@ -4,27 +4,42 @@ from __future__ import annotations
 
 from typing import Any
 
-from sightline.numbers import check_divisible
+from sightline import numbers
+
+
+def option(field: str) -> str:
+    """A field of a model's config as the command line calls it: `model.kv-heads`."""
+    return f"model.{field.replace('_', '-')}"
 
 
 def check_positive(config: Any, *fields: str) -> None:
     """ValueError for a field that is not greater than 0."""
     for name in fields:
         if getattr(config, name) <= 0:
-            raise ValueError(f"model.{name.replace('_', '-')} must be greater than 0, got {getattr(config, name)}")
+            raise ValueError(f"{option(name)} must be greater than 0, got {getattr(config, name)}")
 
 
-def check_heads(heads: int, kv_heads: int, head_size: int) -> None:
+def check_divisible(config: Any, whole: str, part: str, noun: str) -> None:
+    """ValueError where the field `part` does not divide the field `whole`; `noun` is what the user may change."""
+    numbers.check_divisible(option(whole), getattr(config, whole), option(part), getattr(config, part), noun)
+
+
+def check_heads(config: Any, head_size: int) -> None:
     """ValueError for key/value heads that query heads cannot share, and for a head that RoPE cannot turn."""
-    check_divisible("model.heads", heads, "model.kv-heads", kv_heads, "key/value heads")
-    if head_size % 2:
-        raise ValueError(f"model.head-size must be even, because RoPE turns pairs of channels, got {head_size}")
+    check_divisible(config, "heads", "kv_heads", "key/value heads")
+    check_rotary("head_size", head_size)
 
 
-def check_experts(experts: int, experts_per_token: int) -> None:
+def check_rotary(field: str, channels: int) -> None:
+    """ValueError for a number of channels that RoPE cannot turn."""
+    if channels < 2 or channels % 2:
+        raise ValueError(f"{option(field)} must be even, because RoPE turns pairs of channels, got {channels}")
+
+
+def check_experts(config: Any) -> None:
     """ValueError for a token that needs more experts than there are."""
-    if experts_per_token > experts:
+    if config.experts_per_token > config.experts:
         raise ValueError(
-            f"model.experts-per-token is {experts_per_token}, but there are only {experts} experts; "
+            f"model.experts-per-token is {config.experts_per_token}, but there are only {config.experts} experts; "
             "lower it or raise model.experts"
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,41 +21,52 @@ from sightline.layers import (
     KeyValueCache,
     LayerCache,
     Loss,
+    MoE,
     MultiHeadLatentAttention,
     RMSNorm,
+    build_rotation,
     compute_loss,
     linear_cross_entropy,
+    rope_frequencies,
     routers_of,
     with_gradient_of,
 )
-from sightline.masks import AttentionMask, named_masks
+from sightline.layers.precision import autocast_dtype
+from sightline.masks import AttentionMask, causal, document, named_masks
+from sightline.models.checks import check_positive
 
 Masks = AttentionMask | Mapping[str, AttentionMask]
 """One mask for all layers, or several by the name that each layer knows its own by. What users may pass; the package
 passes masks by name."""
 
 
-class DecoderConfig(Protocol):
-    """What a decoder needs to know of its config; a family's has more."""
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The sizes that every decoder has. A family's config adds its own, and states anew what differs."""
 
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def layers(self) -> int: ...
-    @property
-    def norm_eps(self) -> float: ...
-    @property
-    def tied_embeddings(self) -> bool: ...
+    vocab_size: int = 8192
+    """Tokens of the vocabulary (V)."""
+    width: int = 256
+    """Size of a token's hidden state."""
+    layers: int = 6
+    """Blocks of attention and feed-forward."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies: the slowest channel turns about once in 2 pi theta tokens."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in the norms."""
+    tied_embeddings: bool = False
+    """Use the embedding as the output projection too."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "vocab_size", "width", "layers", "rope_theta", "norm_eps")
 
 
 class Decoder(nn.Module):
     """Embedding, layers, norm, output, and the loop over the layers.
 
-    A family builds its layers, each an `nn.Module` called as `layer(h, mask, encoding, cache)`, and gives
-    `get_attention_masks`, `encode_positions` and the two counts of FLOPs. A layer that uses a mask of
-    its own says which in `mask_name`.
+    A family gives `build_block`, whose layers are called as `layer(h, mask, encoding, cache)` and say in `mask_name`
+    which mask they use, and the two counts of FLOPs. It overrides `get_attention_masks`, `encode_positions` and
+    `build_norm` where it differs.
 
     The weights are undefined until `init_weights` or a checkpoint fills them: see `build_model`.
 
@@ -69,15 +81,15 @@ class Decoder(nn.Module):
     """Heads of the layers that walk along whole rows, as a recurrence does: processes that share rows deal them out.
     None where there are no such layers."""
 
-    def __init__(self, config: DecoderConfig, layers: Iterable[nn.Module], *, attention_backend: str = "auto") -> None:
+    def __init__(self, config: Any, *, attention_backend: str = "auto") -> None:
         super().__init__()
-        self.config: Any = config
+        self.config = config
         self.attention_backend = attention_backend
         self.exchanges: Exchanges = LocalExchanges()  # context parallelism sets its own
         self.kernels: dict[str, str] = {}  # by mask, the kernel that the last forward used and why, for the log
         self.embedding: nn.Embedding | None = nn.Embedding(config.vocab_size, config.width)
-        self.layers = Layers({str(i): layer for i, layer in enumerate(layers)})
-        self.norm: RMSNorm | None = RMSNorm(config.width, config.norm_eps)
+        self.layers = Layers({str(index): self.build_block(index) for index in range(config.layers)})
+        self.norm: RMSNorm | None = self.build_norm()
         self.output: nn.Linear | None = None
         if not config.tied_embeddings:
             self.output = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -91,6 +103,14 @@ class Decoder(nn.Module):
         # Factor of the auxiliary losses, which are sums over tokens as the default loss is: where a step divides by
         # another weight than its valid tokens, the weight of one token. A training step sets it.
         self.auxiliary_scale = 1.0
+
+    def build_block(self, index: int) -> nn.Module:
+        """Layer number `index`, counted from 0."""
+        raise NotImplementedError
+
+    def build_norm(self) -> RMSNorm:
+        """A norm of hidden states [..., W]."""
+        return RMSNorm(self.config.width, self.config.norm_eps)
 
     def init_weights(self) -> None:
         """Draw fresh weights, all of them normal around 0, in the order of the layers.
@@ -117,8 +137,10 @@ class Decoder(nn.Module):
             nn.init.normal_(self.output.weight, std=std)
 
     def get_attention_masks(self, batch: Batch, tokenizer: object = None) -> Masks:
-        """What each token of the batch may see, from the facts the packer states."""
-        raise NotImplementedError
+        """What each token of the batch may see, from the facts the packer states: here itself and what comes before it
+        in its own document."""
+        rows, length = batch.shape
+        return causal(rows, length, device=batch.tokens.device) & document(batch.document_ids)
 
     def token_facts(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """What `forward` has to know of each token and can tell from whole rows only: [B, S] each, by name.
@@ -129,8 +151,17 @@ class Decoder(nn.Module):
         return {}
 
     def encode_positions(self, positions: Tensor) -> Any:
-        """What the layers need to know of positions int [B, S], made once per forward: a Rotation, or several."""
-        raise NotImplementedError
+        """What the layers need to know of positions int [B, S], made once per forward: here a Rotation of the first
+        `rotary_size` channels of a head."""
+        config = self.config
+        scaling = getattr(config, "rope_scaling", None)  # not every family can be stretched
+        frequencies = rope_frequencies(self.rotary_size, config.rope_theta, scaling, device=positions.device)
+        return build_rotation(positions, frequencies, 1.0 if scaling is None else scaling.rotation_factor)
+
+    @property
+    def rotary_size(self) -> int:
+        """Channels of a head that RoPE turns."""
+        return self.config.head_size
 
     def forward(
         self,
@@ -230,8 +261,7 @@ class Decoder(nn.Module):
 
     def lower_masks(self, masks: Mapping[str, Any], h: Tensor) -> dict[str, Lowered]:
         """Each mask as the layers take it, made once for all the layers that use it."""
-        kind = h.device.type if torch.amp.is_autocast_available(h.device.type) else "cpu"  # meta tensors have none
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+        dtype = autocast_dtype(h) or h.dtype
         training = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         sinks = any(own["sinks"] for own in self.attention_needs)
         lowered = {}
@@ -310,3 +340,49 @@ class Layer(nn.Module):
     def new_cache(self) -> LayerCache:
         """What this layer remembers of a text while it is generated."""
         return KeyValueCache()
+
+
+class Block(Layer):
+    """A pre-norm layer: h + mixer(norm(h)), then h + mlp(norm(h)).
+
+    mixer        where tokens meet, called as mixer(x, mask, encoding, cache): attention, or a memory
+    mlp          where each token is by itself: a feed-forward layer, or experts
+    build_norm   of the two norms
+    mask_name    which of the model's masks the mixer uses
+    names        what mixer and mlp are called in the names of the weights; their norms are NAME_norm
+    """
+
+    def __init__(
+        self,
+        mixer: nn.Module,
+        mlp: nn.Module,
+        build_norm: Callable[[], nn.Module],
+        *,
+        mask_name: str = "attention",
+        names: tuple[str, str] = ("attention", "mlp"),
+    ) -> None:
+        super().__init__()
+        self.mask_name = mask_name
+        self.names = names
+        for name, part in zip(names, (mixer, mlp), strict=True):
+            self.add_module(f"{name}_norm", build_norm())
+            self.add_module(name, part)
+
+    def halves(self) -> Any:
+        """(norm, mixer) and (norm, mlp)."""
+        return [(getattr(self, f"{name}_norm"), getattr(self, name)) for name in self.names]
+
+    def init_weights(self, std: float, output_std: float) -> None:
+        for norm, part in self.halves():
+            norm.init_weights()
+            part.init_weights(std, output_std)
+
+    def forward(self, h: Tensor, mask: Lowered, encoding: Any, cache: LayerCache | None = None) -> Tensor:
+        """h [B, S, W] -> [B, S, W]."""
+        (mixer_norm, mixer), (mlp_norm, mlp) = self.halves()
+        h = h + mixer(mixer_norm(h), mask, encoding, cache)
+        x = mlp_norm(h)
+        return h + (mlp(x, mask.visible) if isinstance(mlp, MoE) else mlp(x))
+
+    def new_cache(self) -> LayerCache:
+        return getattr(self, self.names[0]).new_cache()

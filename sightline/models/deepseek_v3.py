@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sightline.attention import Lowered
-from sightline.batch import IGNORE, Batch
+from sightline.batch import IGNORE
+from sightline.config.recipes import debug, on_gpus, tiny
 from sightline.layers import (
     Experts,
-    KeyValueCache,
     LayerCache,
     MoE,
     MultiHeadLatentAttention,
@@ -22,26 +22,19 @@ from sightline.layers import (
     Router,
     SwiGLU,
     YarnScaling,
-    build_rotation,
-    rope_frequencies,
     with_gradient_of,
 )
-from sightline.masks import AttentionMask, causal, document, named_masks
-from sightline.models.checks import check_experts, check_positive
-from sightline.models.decoder import Decoder, Layer, Masks
-from sightline.numbers import check_divisible
+from sightline.masks import named_masks
+from sightline.models.checks import check_divisible, check_experts, check_positive, check_rotary
+from sightline.models.decoder import Block, Decoder, DecoderConfig, Masks
+from sightline.models.family import Family
+from sightline.models.hf.deepseek_v3 import DEEPSEEK_V3_HF
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepseekV3Config:
+class DeepseekV3Config(DecoderConfig):
     """The sizes of a DeepSeek V3."""
 
-    vocab_size: int = 8192
-    """Tokens of the vocabulary (V)."""
-    width: int = 256
-    """Size of a token's hidden state."""
-    layers: int = 6
-    """Blocks of attention and feed-forward."""
     dense_layers: int = 1
     """The first so many have one feed-forward layer for all tokens, the others have experts."""
     heads: int = 8
@@ -79,27 +72,22 @@ class DeepseekV3Config:
     prediction_weight: float | None = None
     """With it, an extra layer learns to predict the token after the next, its loss weighted by this (0.3 at first, then
     0.1 in the paper); the loss that is told stays that of the next token."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary frequencies: the slowest channel turns about once in 2 pi theta tokens."""
     rope_scaling: YarnScaling | None = None
     """YaRN's stretch of RoPE to longer contexts."""
     norm_eps: float = 1e-6
     """Added to the mean square in the norms."""
-    tied_embeddings: bool = False
-    """Use the embedding as the output projection too."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "vocab_size", "width", "layers", "heads", "kv_rank", "plain_size", "rope_size")
-        check_positive(self, "value_size", "ffn", "expert_ffn", "experts", "experts_per_token", "shared_experts")
-        check_positive(self, "expert_groups", "groups_per_token", "rope_theta", "norm_eps")
-        check_experts(self.experts, self.experts_per_token)
+        super().__post_init__()
+        check_positive(self, "heads", "kv_rank", "plain_size", "rope_size", "value_size", "ffn", "expert_ffn")
+        check_positive(self, "experts", "experts_per_token", "shared_experts", "expert_groups", "groups_per_token")
+        check_experts(self)
         if self.query_rank is not None:
             check_positive(self, "query_rank")
-        if self.rope_size % 2:
-            raise ValueError(f"model.rope-size must be even: RoPE turns pairs of channels, got {self.rope_size}")
+        check_rotary("rope_size", self.rope_size)
         if not 0 <= self.dense_layers <= self.layers:
             raise ValueError(f"model.dense-layers must be 0 to {self.layers}, all layers, got {self.dense_layers}")
-        check_divisible("model.experts", self.experts, "model.expert-groups", self.expert_groups, "groups")
+        check_divisible(self, "experts", "expert_groups", "groups")
         self._check_groups()
 
     def _check_groups(self) -> None:
@@ -118,98 +106,6 @@ class DeepseekV3Config:
                 f"model.groups-per-token {self.groups_per_token} opens {self.groups_per_token * size} experts to a "
                 f"token, but it is sent to {self.experts_per_token}; raise it or lower model.experts-per-token"
             )
-
-
-DEEPSEEK_V3_SIZES = {
-    "debug": DeepseekV3Config(
-        vocab_size=512,
-        width=64,
-        layers=2,
-        heads=4,
-        query_rank=32,
-        kv_rank=16,
-        plain_size=8,
-        rope_size=8,
-        value_size=16,
-        ffn=128,
-        expert_ffn=32,
-        experts=8,
-        experts_per_token=2,
-        expert_groups=4,
-        groups_per_token=2,
-    ),
-    "tiny": DeepseekV3Config(expert_groups=4, groups_per_token=2),
-    "16b": DeepseekV3Config(  # the sizes of DeepSeek V2 Lite (arXiv 2405.04434)
-        vocab_size=102_400,
-        width=2048,
-        layers=27,
-        dense_layers=1,
-        heads=16,
-        query_rank=None,
-        kv_rank=512,
-        plain_size=128,
-        rope_size=64,
-        value_size=128,
-        ffn=10_944,
-        expert_ffn=1408,
-        experts=64,
-        experts_per_token=6,
-        shared_experts=2,
-        expert_scale=1.0,
-    ),
-    "671b": DeepseekV3Config(
-        vocab_size=129_280,
-        width=7168,
-        layers=61,
-        dense_layers=3,
-        heads=128,
-        query_rank=1536,
-        kv_rank=512,
-        plain_size=128,
-        rope_size=64,
-        value_size=128,
-        ffn=18_432,
-        expert_ffn=2048,
-        experts=256,
-        experts_per_token=8,
-        shared_experts=1,
-        expert_groups=8,
-        groups_per_token=4,
-        rope_scaling=YarnScaling(factor=40.0, original_context=4096, mscale=1.0, mscale_all_dim=1.0),
-    ),
-}
-
-
-class Block(Layer):
-    """One layer: h + attention(norm(h)), then h + mlp(norm(h)), where the mlp is one for all tokens or experts."""
-
-    def __init__(self, config: DeepseekV3Config, *, dense: bool) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = MultiHeadLatentAttention(
-            config.width,
-            config.heads,
-            query_rank=config.query_rank,
-            kv_rank=config.kv_rank,
-            plain_size=config.plain_size,
-            rope_size=config.rope_size,
-            value_size=config.value_size,
-            score_factor=1.0 if config.rope_scaling is None else config.rope_scaling.score_factor,
-        )
-        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
-        self.mlp = SwiGLU(config.width, config.ffn) if dense else build_moe(config)
-
-    def init_weights(self, std: float, output_std: float) -> None:
-        for norm in (self.attention_norm, self.mlp_norm):
-            norm.init_weights()
-        for part in (self.attention, self.mlp):
-            part.init_weights(std, output_std)
-
-    def forward(self, h: Tensor, mask: Lowered, rotation: Rotation, cache: KeyValueCache | None = None) -> Tensor:
-        """h [B, S, W] -> [B, S, W]."""
-        h = h + self.attention(self.attention_norm(h), mask, rotation, cache)
-        x = self.mlp_norm(h)
-        return h + (self.mlp(x, mask.visible) if isinstance(self.mlp, MoE) else self.mlp(x))
 
 
 def build_moe(config: DeepseekV3Config) -> MoE:
@@ -234,12 +130,12 @@ class Prediction(nn.Module):
     """The layer that looks one token further (section 2.2): from what the model knows at a token, and the next token,
     it predicts the one after that. Embedding and output projection are the model's own."""
 
-    def __init__(self, config: DeepseekV3Config) -> None:
+    def __init__(self, config: DeepseekV3Config, block: Block) -> None:
         super().__init__()
         self.embedding_norm = RMSNorm(config.width, config.norm_eps)
         self.hidden_norm = RMSNorm(config.width, config.norm_eps)
         self.join = nn.Linear(2 * config.width, config.width, bias=False)
-        self.block = Block(config, dense=config.dense_layers == config.layers)
+        self.block = block
         self.norm = RMSNorm(config.width, config.norm_eps)
 
     def init_weights(self, std: float, output_std: float) -> None:
@@ -258,10 +154,30 @@ class DeepseekV3(Decoder):
     """The whole model."""
 
     def __init__(self, config: DeepseekV3Config, *, attention_backend: str = "auto") -> None:
-        layers = (Block(config, dense=i < config.dense_layers) for i in range(config.layers))
-        super().__init__(config, layers, attention_backend=attention_backend)
-        self.prediction = None if config.prediction_weight is None else Prediction(config)
+        super().__init__(config, attention_backend=attention_backend)
+        self.prediction: Prediction | None = None
+        if config.prediction_weight is not None:
+            self.prediction = Prediction(config, self.build_block(config.layers - 1))
         self.predicted: list[Tensor] = []  # (sum of losses, tokens) of each forward of a step
+
+    def build_block(self, index: int) -> Block:
+        config = self.config
+        attention = MultiHeadLatentAttention(
+            config.width,
+            config.heads,
+            query_rank=config.query_rank,
+            kv_rank=config.kv_rank,
+            plain_size=config.plain_size,
+            rope_size=config.rope_size,
+            value_size=config.value_size,
+            score_factor=1.0 if config.rope_scaling is None else config.rope_scaling.score_factor,
+        )
+        mlp = SwiGLU(config.width, config.ffn) if index < config.dense_layers else build_moe(config)
+        return Block(attention, mlp, self.build_norm)
+
+    @property
+    def rotary_size(self) -> int:
+        return self.config.rope_size
 
     def init_weights(self) -> None:
         """As in every decoder; the router as what reads the hidden state, what reads a latent or two hidden states by
@@ -270,11 +186,6 @@ class DeepseekV3(Decoder):
         if self.prediction is not None:
             std = self.config.width**-0.5
             self.prediction.init_weights(std, std / 2**0.5)
-
-    def get_attention_masks(self, batch: Batch, tokenizer: object = None) -> AttentionMask:
-        """Every token sees itself and what comes before it in its own document."""
-        rows, length = batch.shape
-        return causal(rows, length, device=batch.tokens.device) & document(batch.document_ids)
 
     def token_facts(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         if self.prediction is None or inputs.get("labels") is None:
@@ -292,12 +203,6 @@ class DeepseekV3(Decoder):
             f"model.prediction-weight is {self.config.prediction_weight}, and predicting a token further takes the "
             "embedding and the head together; expected None: use --model.prediction-weight None"
         )
-
-    def encode_positions(self, positions: Tensor) -> Rotation:
-        config = self.config
-        scaling = config.rope_scaling
-        frequencies = rope_frequencies(config.rope_size, config.rope_theta, scaling, device=positions.device)
-        return build_rotation(positions, frequencies, 1.0 if scaling is None else scaling.rotation_factor)
 
     def forward(
         self,
@@ -397,3 +302,71 @@ def look_further(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     next_labels = labels.roll(-1, dims=1)
     next_labels[:, -1] = IGNORE
     return next_tokens, next_labels.masked_fill(labels == IGNORE, IGNORE)
+
+
+DEEPSEEK_V3 = Family(
+    name="deepseek_v3",
+    model=DeepseekV3,
+    config=DeepseekV3Config,
+    presets={
+        "debug": DeepseekV3Config(
+            vocab_size=512,
+            width=64,
+            layers=2,
+            heads=4,
+            query_rank=32,
+            kv_rank=16,
+            plain_size=8,
+            rope_size=8,
+            value_size=16,
+            ffn=128,
+            expert_ffn=32,
+            experts=8,
+            experts_per_token=2,
+            expert_groups=4,
+            groups_per_token=2,
+        ),
+        "tiny": DeepseekV3Config(expert_groups=4, groups_per_token=2),
+        "16b": DeepseekV3Config(  # the sizes of DeepSeek V2 Lite (arXiv 2405.04434)
+            vocab_size=102_400,
+            width=2048,
+            layers=27,
+            dense_layers=1,
+            heads=16,
+            query_rank=None,
+            kv_rank=512,
+            plain_size=128,
+            rope_size=64,
+            value_size=128,
+            ffn=10_944,
+            expert_ffn=1408,
+            experts=64,
+            experts_per_token=6,
+            shared_experts=2,
+            expert_scale=1.0,
+        ),
+        "671b": DeepseekV3Config(
+            vocab_size=129_280,
+            width=7168,
+            layers=61,
+            dense_layers=3,
+            heads=128,
+            query_rank=1536,
+            kv_rank=512,
+            plain_size=128,
+            rope_size=64,
+            value_size=128,
+            ffn=18_432,
+            expert_ffn=2048,
+            experts=256,
+            experts_per_token=8,
+            shared_experts=1,
+            expert_groups=8,
+            groups_per_token=4,
+            rope_scaling=YarnScaling(factor=40.0, original_context=4096, mscale=1.0, mscale_all_dim=1.0),
+        ),
+    },
+    hf=DEEPSEEK_V3_HF,
+    # On GPUs with the peak learning rates of V2 Lite (arXiv 2405.04434) and V3.
+    recipes={"debug": debug, "tiny": tiny, "16b": on_gpus(4.2e-4), "671b": on_gpus(2.2e-4)},
+)

@@ -1,5 +1,5 @@
 """Qwen3-Next (Qwen, 2025): three layers of four have a memory, the gated delta rule (arXiv 2412.06464), the fourth has
-gated attention, and a mixture of experts follows each. Read top to bottom, small to large.
+gated attention, and a mixture of experts follows each.
 
 One mask serves both kinds of layers: attention obeys it, and the memory is empty where it shows that a document begins.
 """
@@ -13,37 +13,29 @@ import torch
 from torch import Tensor, nn
 
 from sightline.attention import Lowered
-from sightline.batch import Batch
+from sightline.config.recipes import debug, on_gpus, tiny
 from sightline.layers import (
     Experts,
     GatedDeltaNet,
     GroupedQueryAttention,
     KeyValueCache,
-    LayerCache,
     MoE,
-    RecurrentCache,
     Rotation,
     Router,
     SwiGLU,
     ZeroCentredRMSNorm,
-    build_rotation,
-    rope_frequencies,
     rotate,
 )
-from sightline.masks import AttentionMask, causal, document
-from sightline.models.checks import check_experts, check_heads, check_positive
-from sightline.models.decoder import Decoder, Layer
-from sightline.numbers import check_divisible
+from sightline.models.checks import check_divisible, check_experts, check_heads, check_positive
+from sightline.models.decoder import Block, Decoder, DecoderConfig
+from sightline.models.family import Family
+from sightline.models.hf.qwen3_next import QWEN3_NEXT_HF
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qwen3NextConfig:
+class Qwen3NextConfig(DecoderConfig):
     """The sizes of a Qwen3-Next."""
 
-    vocab_size: int = 8192
-    """Tokens of the vocabulary (V)."""
-    width: int = 256
-    """Size of a token's hidden state."""
     layers: int = 4
     """Blocks of memory or attention, and feed-forward."""
     attention_every: int = 4
@@ -56,8 +48,6 @@ class Qwen3NextConfig:
     """Channels of an attention head (D)."""
     rotary_share: float = 0.25
     """Share of a head's channels that RoPE turns: the first ones, an even number."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary frequencies: the slowest channel turns about once in 2 pi theta tokens."""
     key_heads: int = 4
     """Query and key heads of a memory."""
     value_heads: int = 8
@@ -82,22 +72,21 @@ class Qwen3NextConfig:
     """Coefficient of the loss that balances the load of the experts; 0 is none."""
     norm_eps: float = 1e-6
     """Added to the mean square in the norms."""
-    tied_embeddings: bool = False
-    """Use the embedding as the output projection too."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "vocab_size", "width", "layers", "attention_every", "heads", "kv_heads", "head_size")
-        check_positive(self, "rope_theta", "key_heads", "value_heads", "key_size", "value_size", "taps", "norm_eps")
-        check_heads(self.heads, self.kv_heads, self.rotary_size)
+        super().__post_init__()
+        check_positive(self, "attention_every", "heads", "kv_heads", "head_size")
+        check_positive(self, "key_heads", "value_heads", "key_size", "value_size", "taps")
         if not 2 <= self.rotary_size <= self.head_size:
             raise ValueError(
                 f"model.rotary-share {self.rotary_share} of model.head-size {self.head_size} are {self.rotary_size} "
                 "channels; RoPE turns at least 2 and at most all: raise the share, or the head, up to a share of 1"
             )
-        check_divisible("model.value-heads", self.value_heads, "model.key-heads", self.key_heads, "key heads")
+        check_heads(self, self.rotary_size)
+        check_divisible(self, "value_heads", "key_heads", "key heads")
         if self.experts:
             check_positive(self, "experts", "experts_per_token", "expert_ffn", "shared_ffn")
-            check_experts(self.experts, self.experts_per_token)
+            check_experts(self)
         else:
             check_positive(self, "ffn")
 
@@ -109,40 +98,6 @@ class Qwen3NextConfig:
     def has_attention(self, layer: int) -> bool:
         """Whether layer number `layer`, counted from 0, has attention and not a memory."""
         return (layer + 1) % self.attention_every == 0
-
-
-QWEN3_NEXT_SIZES = {
-    "debug": Qwen3NextConfig(
-        vocab_size=512,
-        width=64,
-        head_size=16,
-        key_heads=2,
-        value_heads=4,
-        key_size=16,
-        value_size=16,
-        experts=4,
-        expert_ffn=32,
-        shared_ffn=32,
-    ),
-    "tiny": Qwen3NextConfig(),
-    "80b-a3b": Qwen3NextConfig(
-        vocab_size=151_936,
-        width=2048,
-        layers=48,
-        heads=16,
-        kv_heads=2,
-        head_size=256,
-        rope_theta=10_000_000.0,
-        key_heads=16,
-        value_heads=32,
-        key_size=128,
-        value_size=128,
-        experts=512,
-        experts_per_token=10,
-        expert_ffn=512,
-        shared_ffn=512,
-    ),
-}
 
 
 class GatedAttention(GroupedQueryAttention):
@@ -186,32 +141,6 @@ class SharedExpert(SwiGLU):
         return super().forward(x) * self.share(x).sigmoid()
 
 
-class Block(Layer):
-    """One layer: h + memory or attention(norm(h)), then h + experts(norm(h))."""
-
-    def __init__(self, config: Qwen3NextConfig, *, attention: bool) -> None:
-        super().__init__()
-        self.mixer_norm = ZeroCentredRMSNorm(config.width, config.norm_eps)
-        self.mixer = GatedAttention(config) if attention else build_memory(config)
-        self.mlp_norm = ZeroCentredRMSNorm(config.width, config.norm_eps)
-        self.mlp = build_experts(config) if config.experts else SwiGLU(config.width, config.ffn)
-
-    def init_weights(self, std: float, output_std: float) -> None:
-        self.mixer_norm.init_weights()
-        self.mixer.init_weights(std, output_std)
-        self.mlp_norm.init_weights()
-        self.mlp.init_weights(std, output_std)
-
-    def forward(self, h: Tensor, mask: Lowered, rotation: Rotation, cache: LayerCache | None = None) -> Tensor:
-        """h [B, S, W] -> [B, S, W]."""
-        h = h + self.mixer(self.mixer_norm(h), mask, rotation, cache)
-        x = self.mlp_norm(h)
-        return h + (self.mlp(x, mask.visible) if isinstance(self.mlp, MoE) else self.mlp(x))
-
-    def new_cache(self) -> LayerCache:
-        return KeyValueCache() if isinstance(self.mixer, GatedAttention) else RecurrentCache()
-
-
 def build_memory(config: Qwen3NextConfig) -> GatedDeltaNet:
     return GatedDeltaNet(
         config.width,
@@ -224,7 +153,7 @@ def build_memory(config: Qwen3NextConfig) -> GatedDeltaNet:
     )
 
 
-def build_experts(config: Qwen3NextConfig) -> MoE:
+def build_moe(config: Qwen3NextConfig) -> MoE:
     router = Router(
         config.width, config.experts, config.experts_per_token, renormalize=True, auxiliary=config.auxiliary_loss
     )
@@ -241,21 +170,22 @@ class Qwen3Next(Decoder):
     """
 
     def __init__(self, config: Qwen3NextConfig, *, attention_backend: str = "auto") -> None:
-        layers = (Block(config, attention=config.has_attention(i)) for i in range(config.layers))
-        super().__init__(config, layers, attention_backend=attention_backend)
-        self.norm = ZeroCentredRMSNorm(config.width, config.norm_eps)
+        super().__init__(config, attention_backend=attention_backend)
         if not all(config.has_attention(i) for i in range(config.layers)):
             self.row_heads = config.key_heads  # each with the value heads that it serves
 
-    def get_attention_masks(self, batch: Batch, tokenizer: object = None) -> AttentionMask:
-        """Every token sees itself and what comes before it in its own document; a memory reads its documents off it."""
-        rows, length = batch.shape
-        return causal(rows, length, device=batch.tokens.device) & document(batch.document_ids)
-
-    def encode_positions(self, positions: Tensor) -> Rotation:
+    def build_block(self, index: int) -> Block:
         config = self.config
-        frequencies = rope_frequencies(config.rotary_size, config.rope_theta, device=positions.device)
-        return build_rotation(positions, frequencies)
+        mixer = GatedAttention(config) if config.has_attention(index) else build_memory(config)
+        mlp = build_moe(config) if config.experts else SwiGLU(config.width, config.ffn)
+        return Block(mixer, mlp, self.build_norm, names=("mixer", "mlp"))
+
+    def build_norm(self) -> ZeroCentredRMSNorm:
+        return ZeroCentredRMSNorm(self.config.width, self.config.norm_eps)
+
+    @property
+    def rotary_size(self) -> int:
+        return self.config.rotary_size
 
     def flops_per_token(self) -> float:
         """Forward and backward FLOPs of one token in matrix products, attention scores left out.
@@ -282,3 +212,44 @@ class Qwen3Next(Decoder):
 
     def attention_shape(self, mask_name: str) -> tuple[int, int]:
         return self.config.layers // self.config.attention_every, self.config.kv_heads
+
+
+QWEN3_NEXT = Family(
+    name="qwen3_next",
+    model=Qwen3Next,
+    config=Qwen3NextConfig,
+    presets={
+        "debug": Qwen3NextConfig(
+            vocab_size=512,
+            width=64,
+            head_size=16,
+            key_heads=2,
+            value_heads=4,
+            key_size=16,
+            value_size=16,
+            experts=4,
+            expert_ffn=32,
+            shared_ffn=32,
+        ),
+        "tiny": Qwen3NextConfig(),
+        "80b-a3b": Qwen3NextConfig(
+            vocab_size=151_936,
+            width=2048,
+            layers=48,
+            heads=16,
+            kv_heads=2,
+            head_size=256,
+            rope_theta=10_000_000.0,
+            key_heads=16,
+            value_heads=32,
+            key_size=128,
+            value_size=128,
+            experts=512,
+            experts_per_token=10,
+            expert_ffn=512,
+            shared_ffn=512,
+        ),
+    },
+    hf=QWEN3_NEXT_HF,
+    recipes={"debug": debug, "tiny": tiny, "80b-a3b": on_gpus(2e-4)},
+)

@@ -13,7 +13,6 @@ image token all of its image. Where an image begins and ends is what `patch_grid
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,52 +20,16 @@ import torch
 from torch import Tensor
 
 from sightline.batch import Batch
+from sightline.config import Checkpoint, Optimizer, Training, Validation
+from sightline.config.recipes import DRAWINGS, on_gpus, template
 from sightline.layers import LayerCache
-from sightline.layers.vision import Projector, VisionEncoder, place_patches
+from sightline.layers.vision import Projector, VisionConfig, VisionEncoder, place_patches
 from sightline.masks import AttentionMask, bidirectional, causal, document, named_masks
-from sightline.models import llama3
 from sightline.models.checks import check_positive
-from sightline.models.decoder import Masks
-from sightline.models.llama3 import LLAMA3_SIZES, Llama3, Llama3Config
-from sightline.models.weights import HuggingFace, Weight, expect
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionConfig:
-    """The sizes of a SigLIP 2 encoder."""
-
-    width: int = 128
-    """Size of a patch's hidden state."""
-    layers: int = 3
-    """Blocks of attention and feed-forward."""
-    heads: int = 4
-    """Heads of its attention."""
-    ffn: int = 512
-    """Inner width of its feed-forward layer."""
-    patch_size: int = 8
-    """Pixels a side of a patch."""
-    channels: int = 3
-    """Colours of a pixel."""
-    side: int = 8
-    """Learned positions a side; they are stretched or shrunk to the size of each image."""
-    norm_eps: float = 1e-6
-    """Added to the variance in its norms."""
-
-    def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "ffn", "patch_size", "channels", "side", "norm_eps"):
-            if getattr(self, name) <= 0:
-                option = name.replace("_", "-")
-                raise ValueError(f"model.vision.{option} must be greater than 0, got {getattr(self, name)}")
-        if self.width % self.heads:
-            raise ValueError(
-                f"model.vision.width {self.width} is not divisible by model.vision.heads {self.heads}; change one of "
-                "them"
-            )
-
-    @property
-    def patch_channels(self) -> int:
-        """Numbers of a patch."""
-        return self.patch_size**2 * self.channels
+from sightline.models.decoder import Block, Masks
+from sightline.models.family import Family
+from sightline.models.hf.vlm import VLM_HF
+from sightline.models.llama3 import LLAMA3, Llama3, Llama3Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,21 +60,6 @@ def add_vision(text: Llama3Config, **fields: Any) -> VLMConfig:
     return VLMConfig(**{**vars(text), "image_token": text.vocab_size - 1, **fields})
 
 
-VLM_SIZES = {
-    "debug": add_vision(
-        LLAMA3_SIZES["debug"],
-        vision=VisionConfig(width=48, layers=2, heads=4, ffn=96, patch_size=4, side=4),
-        projector=96,
-    ),
-    "tiny": add_vision(LLAMA3_SIZES["tiny"]),
-    "1.7b": add_vision(  # siglip2-so400m-patch16-naflex and Llama 3.2 1B
-        LLAMA3_SIZES["1b"],
-        vision=VisionConfig(width=1152, layers=27, heads=16, ffn=4304, patch_size=16, side=16),
-        projector=2560,
-    ),
-}
-
-
 class VLM(Llama3):
     """The whole model. A pipeline stage without `embedding` also does without `vision` and `projector`.
 
@@ -124,21 +72,15 @@ class VLM(Llama3):
     def __init__(self, config: VLMConfig, *, attention_backend: str = "auto") -> None:
         super().__init__(config, attention_backend=attention_backend)
         self.unspoken = (config.image_token,)
-        for layer in self.layers.values():
-            layer.mask_name = "decoder"  # type: ignore[assignment]
-        vision = config.vision
-        self.vision: VisionEncoder | None = VisionEncoder(
-            patch_channels=vision.patch_channels,
-            width=vision.width,
-            layers=vision.layers,
-            heads=vision.heads,
-            ffn=vision.ffn,
-            side=vision.side,
-            norm_eps=vision.norm_eps,
-        )
+        self.vision: VisionEncoder | None = VisionEncoder(config.vision)
         self.projector: Projector | None = Projector(
-            channels=vision.width, hidden=config.projector, width=config.width, merge=config.merge
+            channels=config.vision.width, hidden=config.projector, width=config.width, merge=config.merge
         )
+
+    def build_block(self, index: int) -> Block:
+        block = super().build_block(index)
+        block.mask_name = "decoder"
+        return block
 
     def init_weights(self) -> None:
         """The decoder as a Llama 3, then the encoder and the projector as sightline.layers.vision says."""
@@ -284,103 +226,39 @@ def put_images(h: Tensor, seen: Tensor, image_index: Tensor) -> Tensor:
     return torch.where(image_index[..., None] >= 0, there.to(h.dtype), h)
 
 
-def config_from_hf(hf: dict[str, Any]) -> VLMConfig:
-    """From the fields of a config.json."""
-    expect(hf, projector_hidden_act="gelu", projector_bias=True, projector_use_layernorm=True)
-    architectures, tied = hf["architectures"], hf.get("tie_word_embeddings", True)
-    text = {**hf["text_config"], "architectures": architectures, "tie_word_embeddings": tied}
-    expect(text, model_type="llama")
-    return add_vision(
-        llama3.config_from_hf(text),
-        vision=vision_from_hf({**hf["vision_config"], "architectures": architectures}),
-        merge=hf.get("downsample_factor", 2),
-        projector=hf.get("projector_hidden_size", 2560),
-        image_token=hf.get("image_token_id", 396),
-    )
-
-
-def vision_from_hf(hf: dict[str, Any]) -> VisionConfig:
-    """From the fields of a Siglip2VisionModel's config.json."""
-    expect(hf, model_type="siglip2_vision_model", hidden_act="gelu_pytorch_tanh")
-    return VisionConfig(
-        width=hf.get("hidden_size", 768),
-        layers=hf.get("num_hidden_layers", 12),
-        heads=hf.get("num_attention_heads", 12),
-        ffn=hf.get("intermediate_size", 3072),
-        patch_size=hf.get("patch_size", 16),
-        channels=hf.get("num_channels", 3),
-        side=round(hf.get("num_patches", 256) ** 0.5),
-        norm_eps=hf.get("layer_norm_eps", 1e-6),
-    )
-
-
-def config_to_hf(config: VLMConfig) -> dict[str, Any]:
-    """And back. Theirs is the class of LFM2-VL, whose text model may be any: here a Llama."""
-    return {
-        "architectures": ["Lfm2VlForConditionalGeneration"],
-        "model_type": "lfm2_vl",
-        "text_config": llama3.config_to_hf(config),
-        "vision_config": vision_to_hf(config.vision),
-        "downsample_factor": config.merge,
-        "projector_hidden_size": config.projector,
-        "image_token_id": config.image_token,
-        "tie_word_embeddings": config.tied_embeddings,
-    }
-
-
-def vision_to_hf(config: VisionConfig) -> dict[str, Any]:
-    """And back."""
-    return {
-        "architectures": ["Siglip2VisionModel"],
-        "model_type": "siglip2_vision_model",
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.ffn,
-        "patch_size": config.patch_size,
-        "num_channels": config.channels,
-        "num_patches": config.side**2,
-        "layer_norm_eps": config.norm_eps,
-        "vision_use_head": False,
-    }
-
-
-def hf_weights(config: VLMConfig) -> Iterator[Weight]:
-    """Which tensor of theirs is which of ours."""
-    for weight in llama3.hf_weights(config):
-        yield Weight(weight.theirs.replace("model.", "model.language_model.", 1), weight.ours)
-    yield from vision_weights(config.vision, "model.vision_tower.")
-    for theirs, ours in (("layer_norm", "norm"), ("linear_1", "up"), ("linear_2", "down")):
-        for kind in ("weight", "bias"):
-            yield Weight(f"model.multi_modal_projector.{theirs}.{kind}", f"projector.{ours}.{kind}")
-
-
-def vision_weights(config: VisionConfig, prefix: str) -> Iterator[Weight]:
-    """The tensors of a Siglip2VisionModel whose names begin with `prefix`."""
-    yield Weight(f"{prefix}embeddings.position_embedding.weight", "vision.positions")
-    modules = [("embeddings.patch_embedding", "embedding"), ("post_layernorm", "norm")]
-    for i in range(config.layers):
-        for theirs, ours in (
-            ("layer_norm1", "attention_norm"),
-            ("self_attn.q_proj", "attention.query"),
-            ("self_attn.k_proj", "attention.key"),
-            ("self_attn.v_proj", "attention.value"),
-            ("self_attn.out_proj", "attention.output"),
-            ("layer_norm2", "mlp_norm"),
-            ("mlp.fc1", "up"),
-            ("mlp.fc2", "down"),
-        ):
-            modules.append((f"encoder.layers.{i}.{theirs}", f"layers.{i}.{ours}"))
-    for theirs, ours in modules:
-        for kind in ("weight", "bias"):
-            yield Weight(f"{prefix}{theirs}.{kind}", f"vision.{ours}.{kind}")
-
-
-VLM_HF = HuggingFace(
+VLM_FAMILY = Family(
+    name="vlm",
     model=VLM,
-    architectures=("Lfm2VlForConditionalGeneration",),
-    config_from_hf=config_from_hf,
-    config_to_hf=config_to_hf,
-    weights=hf_weights,
-    ignored=r"lm_head\.weight|.*\.rotary_emb\.inv_freq|model\.vision_tower\.head\..*",
+    config=VLMConfig,
+    presets={
+        "debug": add_vision(
+            LLAMA3.presets["debug"],
+            vision=VisionConfig(width=48, layers=2, heads=4, ffn=96, patch_size=4, side=4),
+            projector=96,
+        ),
+        "tiny": add_vision(LLAMA3.presets["tiny"]),
+        "1.7b": add_vision(  # siglip2-so400m-patch16-naflex and Llama 3.2 1B
+            LLAMA3.presets["1b"],
+            vision=VisionConfig(width=1152, layers=27, heads=16, ffn=4304, patch_size=16, side=16),
+            projector=2560,
+        ),
+    },
+    hf=VLM_HF,
+    recipes={
+        "debug": template(
+            training=Training(steps=50, sequence_length=128, global_batch_size=4, micro_batch_size=4),
+            optimizer=Optimizer(learning_rate=3e-3, warmup_steps=5),
+            validation=Validation(every=25, rows=4),
+            checkpoint=Checkpoint(every=25),
+            **DRAWINGS,
+        ),
+        "tiny": template(
+            training=Training(steps=80, sequence_length=512, global_batch_size=2, micro_batch_size=2),
+            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=10),
+            validation=Validation(every=20, rows=8),
+            checkpoint=Checkpoint(every=40),
+            **DRAWINGS,
+        ),
+        "1.7b": on_gpus(1e-4, **DRAWINGS),
+    },
 )

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Shard
 
 from sightline.layers import Experts
+from sightline.layers.precision import autocast_dtype
 from sightline.models.decoder import Decoder
 from sightline.numbers import divisors, nearest
 from sightline.parallel.mesh import Mesh
@@ -79,9 +80,9 @@ def dispatch(run: Callable[[Tensor, Tensor], Tensor], group: dist.ProcessGroup, 
     Rows come back to where they were, so nothing else in the model knows of the journey. No expert has a capacity: all
     rows travel, whatever the load. A process that gets none computes with none, since all take part in every exchange.
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))  # what the experts would make of it: half as much travels
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x = x.to(dtype)  # what the experts would make of it: half as much travels
     degree = group.size()
     coming = torch.empty_like(counts)
     dist.all_to_all_single(coming, counts, group=group)

@@ -56,7 +56,8 @@ class ParallelModel:
 
     def own_tokens(self, inputs: Inputs) -> Inputs:
         """From whole rows on the CPU to what this process computes of them, on its device."""
-        return to_device(split_context(inputs, self.whole, self.mesh), self.mesh.device)
+        sharded = isinstance(self.stages[0], FSDPModule)
+        return to_device(split_context(inputs, self.whole, self.mesh), self.mesh.device, labels=sharded)
 
     def forward_backward(self, inputs: Inputs, scale: float, *, last: bool = True) -> Tensor:
         """Add the gradients of scale * the sum of the token losses; returns that number, of this process's tokens.
@@ -128,12 +129,15 @@ def on_one_process(model: Decoder, *, dtype: str = "float32") -> ParallelModel:
     return ParallelModel(Mesh(Parallel(), next(model.parameters()).device), model, [model], dtype=dtype)
 
 
-def to_device(inputs: Inputs, device: torch.device | str) -> Inputs:
-    """The same on a device, but for what is read on the CPU: masks, which each stage lowers, and labels."""
+def to_device(inputs: Inputs, device: torch.device | str, *, labels: bool = False) -> Inputs:
+    """The same on a device, but for what is read on the CPU: masks, which each stage lowers, and labels.
+
+    labels  whether these move too. FSDP moves every tensor that a model is given, and would wait for the device
+    """
 
     def move(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value if name.endswith("labels") else value.to(device, non_blocking=True)
+            return value if name.endswith("labels") and not labels else value.to(device, non_blocking=True)
         return to_device(value, device) if name == "loss_facts" else value
 
     return {name: move(name, value) for name, value in inputs.items()}

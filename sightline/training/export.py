@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sightline.config import Run
 from sightline.data import load_tokenizer
-from sightline.models import build_skeleton
-from sightline.models.pretrained import MAX_SHARD_BYTES, PretrainedWriter
+from sightline.models import Family, build_skeleton
+from sightline.models.hf.directory import MAX_SHARD_BYTES, PretrainedWriter
 from sightline.training.checkpoint import (
     CONFIG,
     TOKENIZER,
@@ -32,17 +32,19 @@ def export_checkpoint(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     group: dist.ProcessGroup | None = None,
+    family: Family | None = None,
 ) -> None:
     """Write the model of a checkpoint into `output` as `save_pretrained` would.
 
     group  processes that share the work, each of which calls this; None where there is one. Each writes some of the
            files, and reads from the checkpoint what is in them, whichever processes wrote it there.
+    family  of the model, as in `load_config`
 
     Errors: ValueError for a checkpoint that is not whole, or a directory that has weights already; CannotSave on every
     process.
     """
     check_checkpoint(checkpoint)
-    run = load_config(checkpoint / CONFIG)
+    run = load_config(checkpoint / CONFIG, family)
     model = build_skeleton(run.model)
     state = model.state_dict()
     rank, world = (0, 1) if group is None else (group.rank(), group.size())

@@ -15,7 +15,8 @@ from typing import Any
 
 from sightline.config import Run
 from sightline.data import Tokenizer
-from sightline.models import MODELS
+from sightline.models import FAMILIES, Family
+from sightline.models.families import named_family, reference_of
 from sightline.training.checkpoint import find_latest
 
 
@@ -79,32 +80,36 @@ def find_checkpoint(path: Path) -> Path:
 
 def settings(run: Run) -> dict[str, Any]:
     """Every field of a run as JSON values, and the family its model belongs to."""
-    return {"family": family_of(run.model), **encode(run)}
+    return {"family": reference_of(run.model), **encode(run)}
 
 
-def load_config(path: Path) -> Run:
+def load_config(path: Path, family: Family | None = None) -> Run:
     """The Run of a config.json.
 
-    Errors: ValueError for a file that is none, or one with fields that this version does not know.
+    family  of its model; without it, the one that the file names. The file's name imports nothing: a family from
+            outside the package has to be imported already.
+
+    Errors: ValueError for a file that is none, one with fields that this version does not know, and an unknown family.
     """
     try:
         written = json.loads(path.read_text())
-        family = written.pop("family")
+        named = str(written.pop("family"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not the config of a run ({type(error).__name__}: {error}); expected a config.json that "
             "`sightline train` wrote"
         ) from error
-    classes = {family_of(model): type(model) for model in MODELS.values()}
-    if family not in classes:
-        raise ValueError(f"{path} names the model family {family!r}; this version knows {', '.join(classes)}")
-    model = decode(classes[family], written.pop("model", {}), f"{path}: model")
+    family = family or named_family(named)
+    if family is None:
+        remedy = f"this version knows {', '.join(known.name for known in FAMILIES)}"
+        if ":" in named:
+            remedy = (
+                "it comes from outside the package, and a file never decides what is imported. Where you trust it, "
+                f"name it yourself: --family {named}, or in `sightline train` a Run of that module"
+            )
+        raise ValueError(f"{path} names the model family {named!r}; {remedy}")
+    model = decode(family.config, written.pop("model", {}), f"{path}: model")
     return decode(Run, {**written, "model": model}, str(path))
-
-
-def family_of(model: Any) -> str:
-    """`llama3` for the config of a llama3 of any size."""
-    return next(name.split("-")[0] for name, known in MODELS.items() if type(known) is type(model))
 
 
 def encode(value: Any) -> Any:

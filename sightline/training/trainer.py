@@ -15,10 +15,10 @@ from rich.console import Console
 
 from sightline.config import Run
 from sightline.data import load_documents, split_documents
+from sightline.generation import SamplingConfig, generate
 from sightline.masks import named_masks
-from sightline.models.generation import generate
-from sightline.models.pretrained import read_pretrained
-from sightline.models.weights import holds_weights
+from sightline.models.hf.directory import read_pretrained
+from sightline.models.hf.files import holds_weights
 from sightline.parallel.apply import build_parallel, check_rows
 from sightline.parallel.launch import joined, meet
 from sightline.parallel.mesh import Mesh
@@ -312,7 +312,6 @@ class Trainer:
                 self.model.speaker,
                 self.tokenizer,
                 logging.sample_prompt,
-                max_new_tokens=logging.sample_tokens,
-                seed=self.run.seed,
+                SamplingConfig(max_new_tokens=logging.sample_tokens, seed=self.run.seed),
             )
             self.terminal.sample(logging.sample_prompt, text)

@@ -19,7 +19,7 @@ from sightline.masks import (
     shared_prefix,
     sliding_window,
 )
-from tests.masks.random_masks import expressions
+from tests.support.random_masks import expressions
 
 
 def inputs(

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 
 from sightline.attention.tiles import Tile, build_tiles
 from sightline.masks import AttentionMask, causal, document, global_tokens, shared_prefix, sliding_window
-from tests.masks.random_masks import expressions
+from tests.support.random_masks import expressions
 
 
 def tiles_of(mask: AttentionMask) -> list[Tile]:

@@ -4,14 +4,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+)
 
 from sightline import Batch
 from sightline.cli.main import run
-from sightline.models import load_pretrained
+from sightline.models import VLM, load_pretrained
 from sightline.training import trainer
 from sightline.training.trained import load_trained
-from tests.training.small_runs import write_corpus
+from tests.support.small_runs import write_corpus
 
 SHORT = (
     "--training.steps=2",
@@ -128,6 +135,25 @@ def test_a_hugging_face_directory_in_another_precision(trained, tmp_path) -> Non
     assert half.output.weight.dtype == torch.bfloat16
     assert torch.equal(half.output.weight, wide.output.weight.bfloat16())
     assert (tmp_path / "half" / "tokenizer.json").is_file()
+
+
+def test_an_encoder_and_a_decoder_become_one_model(trained, tmp_path) -> None:
+    assert run(["convert", str(trained[1]), str(tmp_path / "text")]) == 0
+    vision = Siglip2VisionConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, patch_size=4, num_patches=16
+    )
+    theirs = Siglip2VisionModel(vision)
+    theirs.save_pretrained(tmp_path / "vision")
+    options = ["--vision", str(tmp_path / "vision")]
+    assert run(["convert", str(tmp_path / "text"), str(tmp_path / "seeing"), *options]) == 0
+    seeing, text = load_pretrained(tmp_path / "seeing"), load_pretrained(tmp_path / "text")
+    assert type(seeing) is VLM and seeing.config.image_token == 319
+    assert torch.equal(seeing.vision.positions, theirs.embeddings.position_embedding.weight)
+    torch.testing.assert_close(logits_of(seeing), logits_of(text), atol=0, rtol=0)
+    assert (tmp_path / "seeing" / "tokenizer.json").is_file()
+    assert run(["convert", str(trained[1]), str(tmp_path / "other"), *options]) == 2, (
+        "a run is no Hugging Face directory"
+    )
 
 
 @pytest.mark.parametrize(

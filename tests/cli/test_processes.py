@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sightline.cli import generate
-from tests.training.small_runs import rows_of, write_corpus
+from tests.support.small_runs import rows_of, write_corpus
 
 STEPS = 40
 

@@ -6,12 +6,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
-from sightline.layers.vision import Projector, VisionEncoder, interpolation_weights, merge_order, place_patches
+from sightline.layers.vision import (
+    Projector,
+    VisionConfig,
+    VisionEncoder,
+    interpolation_weights,
+    merge_order,
+    place_patches,
+)
 from sightline.masks import document
-from sightline.models.vlm import VisionConfig, vision_weights
+from sightline.models.hf.vlm import vision_weights
 from tests.support.lowering import lowered
 
-SIZES = {"width": 32, "layers": 2, "heads": 4, "ffn": 48, "norm_eps": 1e-6}
+CONFIG = VisionConfig(width=32, layers=2, heads=4, ffn=48, patch_size=2, side=4)
 NUMBERS = 12  # of a patch
 GRID = torch.tensor([[[3, 5], [1, 1], [2, 9]], [[6, 2], [0, 0], [0, 0]], [[0, 0], [0, 0], [0, 0]]])
 LENGTH = 40  # the rows hold 34, 12 and 0 patches
@@ -49,7 +56,7 @@ def make_theirs() -> nn.Module:
 
 
 def make_ours(theirs: nn.Module) -> VisionEncoder:
-    ours = VisionEncoder(patch_channels=NUMBERS, side=4, **SIZES)
+    ours = VisionEncoder(CONFIG)
     state = theirs.state_dict()
     ours.load_state_dict({ours_: state[theirs_] for theirs_, ours_ in names()})
     return ours
@@ -57,7 +64,7 @@ def make_ours(theirs: nn.Module) -> VisionEncoder:
 
 def names() -> list[tuple[str, str]]:
     """Theirs and ours."""
-    weights = vision_weights(VisionConfig(**SIZES), "")
+    weights = vision_weights(CONFIG, "")
     return [(weight.theirs, weight.ours.removeprefix("vision.")) for weight in weights]
 
 
@@ -167,7 +174,7 @@ def test_a_projected_token_is_made_of_its_own_patches() -> None:
 
 def test_fresh_weights_have_the_stated_spread() -> None:
     torch.manual_seed(0)
-    encoder = VisionEncoder(patch_channels=192, width=128, layers=2, heads=4, ffn=512, side=16, norm_eps=1e-6)
+    encoder = VisionEncoder(VisionConfig(layers=2, side=16))
     for parameter in encoder.parameters():
         nn.init.constant_(parameter, torch.nan)
     encoder.init_weights()

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
 from sightline.masks import AttentionMask, causal, document
-from tests.masks.random_masks import expressions
+from tests.support.random_masks import expressions
 
 SIDES = [
     "kv_num_blocks",

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 from sightline.masks import AttentionMask, causal, document, sliding_window
-from tests.masks.random_masks import assert_canonical, expressions
+from tests.support.random_masks import assert_canonical, expressions
 
 
 @settings(max_examples=200, deadline=None)

@@ -17,7 +17,7 @@ from sightline.masks import (
     shared_prefix,
     sliding_window,
 )
-from tests.masks.random_masks import assert_canonical, dense_rules, packed_rows
+from tests.support.random_masks import assert_canonical, dense_rules, packed_rows
 
 
 def ids(*rows: list[int]) -> torch.Tensor:

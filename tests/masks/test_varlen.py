@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from sightline.masks import causal, chunked, document, global_tokens, prefix_lm, sliding_window
 from sightline.masks.varlen import VarlenLayout
-from tests.masks.random_masks import expressions, packed_rows
+from tests.support.random_masks import expressions, packed_rows
 
 
 def dense_of(layout: VarlenLayout, rows: int, length: int) -> torch.Tensor:

@@ -14,9 +14,8 @@ from transformers.modeling_layers import MtpLayer
 
 from sightline import Batch
 from sightline.models import DeepseekV3Config, build_model, config_of, load_pretrained, save_pretrained
-from sightline.models.deepseek_v3 import look_further
-from sightline.models.deepseek_v3_hf import DEEPSEEK_V3_HF, config_from_hf, config_to_hf
-from tests.models.against_transformers import (
+from sightline.models.deepseek_v3 import DEEPSEEK_V3, look_further
+from tests.support.against_transformers import (
     as_ours,
     assert_cached_logits,
     assert_needle,
@@ -28,7 +27,7 @@ from tests.models.against_transformers import (
     random_theirs,
     run,
 )
-from tests.training.small_runs import rows_of, small_run, train_quietly, weights_of, write_corpus
+from tests.support.small_runs import rows_of, small_run, train_quietly, weights_of, write_corpus
 
 V = 96
 YARN = {
@@ -123,7 +122,7 @@ def predicting(config: DeepseekV3Config = WITH_PREDICTION) -> Any:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients_are_those_of_transformers(theirs: Any, ours: Any, case: str) -> None:
     lengths, length = CASES[case]
-    assert_same_model(ours, theirs, DEEPSEEK_V3_HF, random_documents(lengths, V), length)
+    assert_same_model(ours, theirs, random_documents(lengths, V), length)
 
 
 def test_transformers_reads_what_we_write(theirs: Any, ours: Any, tmp_path: Path) -> None:
@@ -314,7 +313,7 @@ PUBLISHED = {
 
 
 def test_the_published_config_is_our_size() -> None:
-    assert config_from_hf(PUBLISHED) == config_of("deepseek_v3-671b")
+    assert DEEPSEEK_V3.config_from_hf(PUBLISHED) == config_of("deepseek_v3-671b")
 
 
 @pytest.mark.parametrize(
@@ -323,12 +322,12 @@ def test_the_published_config_is_our_size() -> None:
 )
 def test_parameters_are_counted_as_by_transformers(size: str, count: int) -> None:
     config = config_of(f"deepseek_v3-{size}")
-    fields = config_to_hf(config)
+    fields = DEEPSEEK_V3.hf.config_to_hf(config)
     their_config = TheirConfig(**{n: value for n, value in fields.items() if n not in ("architectures", "model_type")})
     with torch.device("meta"):
         ours, theirs = build_model(config), DeepseekV3ForCausalLM(their_config)
     assert count_parameters(ours) == count_parameters(theirs) == count
-    assert config_from_hf({**their_config.to_dict(), "architectures": fields["architectures"]}) == config
+    assert DEEPSEEK_V3.config_from_hf({**their_config.to_dict(), "architectures": fields["architectures"]}) == config
 
 
 @pytest.mark.parametrize(
@@ -341,7 +340,7 @@ def test_parameters_are_counted_as_by_transformers(size: str, count: int) -> Non
 )
 def test_configs_of_other_models_are_refused(fields: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        config_from_hf({**PUBLISHED, **fields})
+        DEEPSEEK_V3.config_from_hf({**PUBLISHED, **fields})
 
 
 @pytest.mark.parametrize(

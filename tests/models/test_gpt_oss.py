@@ -9,8 +9,8 @@ from transformers import GptOssForCausalLM
 
 from sightline import Batch
 from sightline.models import GptOssConfig, build_model, config_of
-from sightline.models.gpt_oss import GPT_OSS_HF, clamped_swiglu, config_from_hf, config_to_hf
-from tests.models.against_transformers import (
+from sightline.models.gpt_oss import GPT_OSS, clamped_swiglu
+from tests.support.against_transformers import (
     as_ours,
     assert_cached_logits,
     assert_greedy_text,
@@ -21,7 +21,7 @@ from tests.models.against_transformers import (
     random_documents,
     random_theirs,
 )
-from tests.training.small_runs import rows_of, small_run, train_quietly, write_corpus
+from tests.support.small_runs import rows_of, small_run, train_quietly, write_corpus
 
 V, WINDOW = 96, 8
 YARN = {
@@ -72,7 +72,7 @@ def ours(theirs: Any, directory: Path) -> Any:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients_are_those_of_transformers(theirs: Any, ours: Any, case: str) -> None:
     lengths, length = CASES[case]
-    assert_same_model(ours, theirs, GPT_OSS_HF, random_documents(lengths, V), length)
+    assert_same_model(ours, theirs, random_documents(lengths, V), length)
 
 
 def test_transformers_reads_what_we_write(theirs: Any, ours: Any, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ PUBLISHED = {"20b": {"num_hidden_layers": 24, "num_local_experts": 32}, "120b": 
 def test_published_sizes_are_theirs(size: str, count: int) -> None:
     their_config = TheirConfig(**PUBLISHED[size])
     hf = {**their_config.to_dict(), "architectures": ["GptOssForCausalLM"]}
-    assert config_from_hf(hf) == config_of(f"gpt_oss-{size}")
+    assert GPT_OSS.config_from_hf(hf) == config_of(f"gpt_oss-{size}")
     with torch.device("meta"):
         ours, theirs = build_model(f"gpt_oss-{size}"), GptOssForCausalLM(their_config)
     assert count_parameters(ours) == count_parameters(theirs) == count
@@ -127,9 +127,9 @@ def test_published_sizes_are_theirs(size: str, count: int) -> None:
 def test_their_config_of_ours_is_ours(size: str) -> None:
     """With RoPE that is not scaled too, where their default is the scaling of the published sizes."""
     config = config_of(f"gpt_oss-{size}")
-    fields = config_to_hf(config)
+    fields = GPT_OSS.hf.config_to_hf(config)
     again = TheirConfig(**{n: value for n, value in fields.items() if n not in ("architectures", "model_type")})
-    assert config_from_hf({**again.to_dict(), "architectures": fields["architectures"]}) == config
+    assert GPT_OSS.config_from_hf({**again.to_dict(), "architectures": fields["architectures"]}) == config
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_their_config_of_ours_is_ours(size: str) -> None:
 def test_configs_of_other_models_are_refused(fields: dict[str, Any], text: str) -> None:
     hf = {**TheirConfig().to_dict(), "architectures": ["GptOssForCausalLM"], **fields}
     with pytest.raises(ValueError, match=text):
-        config_from_hf(hf)
+        GPT_OSS.config_from_hf(hf)
 
 
 @pytest.mark.parametrize(

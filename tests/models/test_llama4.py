@@ -8,8 +8,8 @@ from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from sightline import Batch
 from sightline.models import Llama4Config, build_model, config_of
-from sightline.models.llama4 import LLAMA4_HF, config_from_hf, config_to_hf
-from tests.models.against_transformers import (
+from sightline.models.llama4 import LLAMA4
+from tests.support.against_transformers import (
     as_ours,
     assert_cached_logits,
     assert_greedy_text,
@@ -21,7 +21,7 @@ from tests.models.against_transformers import (
     random_theirs,
     run,
 )
-from tests.training.small_runs import rows_of, small_run, train_quietly, write_corpus
+from tests.support.small_runs import rows_of, small_run, train_quietly, write_corpus
 
 V, CHUNK = 96, 8
 LLAMA3_ROPE = {
@@ -75,7 +75,7 @@ def ours(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients_are_those_of_transformers(theirs: Any, ours: Any, case: str) -> None:
     lengths, length = CASES[case]
-    assert_same_model(ours, theirs, LLAMA4_HF, random_documents(lengths, V), length)
+    assert_same_model(ours, theirs, random_documents(lengths, V), length)
 
 
 def test_transformers_reads_what_we_write(theirs: Any, ours: Any, tmp_path: Path) -> None:
@@ -132,8 +132,8 @@ def test_a_carried_over_document_keeps_its_positions() -> None:
 def test_published_sizes_are_theirs(size: str, count: int) -> None:
     their_config = Llama4TextConfig(**PUBLISHED[size])
     hf = {**their_config.to_dict(), "architectures": ["Llama4ForCausalLM"]}
-    assert config_from_hf(hf) == config_of(f"llama4-{size}")
-    assert config_from_hf({**hf, "no_rope_layers": []}) == config_of(f"llama4-{size}")
+    assert LLAMA4.config_from_hf(hf) == config_of(f"llama4-{size}")
+    assert LLAMA4.config_from_hf({**hf, "no_rope_layers": []}) == config_of(f"llama4-{size}")
     with torch.device("meta"):
         ours, theirs = build_model(f"llama4-{size}"), Llama4ForCausalLM(their_config)
     assert count_parameters(ours) == count_parameters(theirs) == count
@@ -142,15 +142,15 @@ def test_published_sizes_are_theirs(size: str, count: int) -> None:
 @pytest.mark.parametrize("size", ["debug", "tiny", "scout", "maverick"])
 def test_their_config_of_ours_is_ours(size: str) -> None:
     config = config_of(f"llama4-{size}")
-    fields = config_to_hf(config)
+    fields = LLAMA4.hf.config_to_hf(config)
     again = Llama4TextConfig(**{n: value for n, value in fields.items() if n not in ("architectures", "model_type")})
-    assert config_from_hf({**again.to_dict(), "architectures": fields["architectures"]}) == config
+    assert LLAMA4.config_from_hf({**again.to_dict(), "architectures": fields["architectures"]}) == config
 
 
 def test_without_temperature_tuning_queries_stay() -> None:
     hf = {**Llama4TextConfig(attn_temperature_tuning=False).to_dict(), "architectures": ["Llama4ForCausalLM"]}
-    config = config_from_hf(hf)
-    assert config.temperature_scale == 0 and config_to_hf(config)["attn_temperature_tuning"] is False
+    config = LLAMA4.config_from_hf(hf)
+    assert config.temperature_scale == 0 and LLAMA4.hf.config_to_hf(config)["attn_temperature_tuning"] is False
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_without_temperature_tuning_queries_stay() -> None:
 def test_configs_of_other_models_are_refused(fields: dict[str, Any], text: str) -> None:
     hf = {**Llama4TextConfig().to_dict(), "architectures": ["Llama4ForCausalLM"], **fields}
     with pytest.raises(ValueError, match=text):
-        config_from_hf(hf)
+        LLAMA4.config_from_hf(hf)
 
 
 @pytest.mark.parametrize(

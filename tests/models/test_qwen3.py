@@ -11,8 +11,8 @@ from transformers import Qwen3MoeConfig as TheirMoeConfig
 from sightline import Batch
 from sightline.layers import MoE
 from sightline.models import Qwen3Config, build_model, config_of
-from sightline.models.qwen3 import QWEN3_HF, QWEN3_SIZES, config_from_hf, config_to_hf
-from tests.models.against_transformers import (
+from sightline.models.qwen3 import QWEN3
+from tests.support.against_transformers import (
     as_ours,
     assert_cached_logits,
     assert_needle,
@@ -66,7 +66,7 @@ def ours(theirs: Any, tmp_path: Path) -> Any:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients_are_those_of_transformers(theirs: Any, ours: Any, case: str) -> None:
     lengths, length = CASES[case]
-    assert_same_model(ours, theirs, QWEN3_HF, random_documents(lengths, V), length)
+    assert_same_model(ours, theirs, random_documents(lengths, V), length)
 
 
 def test_transformers_reads_what_we_write(theirs: Any, ours: Any, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_thirty_steps_lower_the_loss(size: str) -> None:
 
 def test_parameter_counts_are_the_published_ones() -> None:
     counts = {}
-    for size in QWEN3_SIZES:
+    for size in QWEN3.presets:
         with torch.device("meta"):
             counts[size] = sum(p.numel() for p in build_model(f"qwen3-{size}").parameters())
     assert counts == {
@@ -149,13 +149,13 @@ def test_flops_count_the_experts_a_token_is_sent_to() -> None:
 
 
 def test_the_config_goes_there_and_back() -> None:
-    for size in QWEN3_SIZES:
+    for size in QWEN3.presets:
         config = config_of(f"qwen3-{size}")
-        assert config_from_hf(config_to_hf(config)) == config
+        assert QWEN3.config_from_hf(QWEN3.hf.config_to_hf(config)) == config
 
 
 def test_a_config_of_what_we_do_not_do_is_refused() -> None:
-    hf = config_to_hf(QWEN3_SIZES["debug-moe"])
+    hf = QWEN3.hf.config_to_hf(QWEN3.presets["debug-moe"])
     for field, value, told in (
         ("use_sliding_window", True, "use_sliding_window = True, which Qwen3MoeForCausalLM does not support"),
         ("norm_topk_prob", False, "norm_topk_prob = False"),
@@ -163,7 +163,7 @@ def test_a_config_of_what_we_do_not_do_is_refused() -> None:
         ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "RoPE type 'dynamic'.*expected default or yarn"),
     ):
         with pytest.raises(ValueError, match=told):
-            config_from_hf({**hf, field: value})
+            QWEN3.config_from_hf({**hf, field: value})
 
 
 def test_sizes_that_cannot_be_are_refused() -> None:

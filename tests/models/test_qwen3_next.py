@@ -9,12 +9,11 @@ from transformers import Qwen3NextConfig as TheirConfig
 from transformers import Qwen3NextForCausalLM
 
 from sightline import Batch
+from sightline.generation import SamplingConfig, generate
 from sightline.layers import GatedDeltaNet, MoE, RecurrentCache
 from sightline.models import Qwen3NextConfig, build_model, config_of
-from sightline.models.generation import generate
-from sightline.models.qwen3_next import QWEN3_NEXT_SIZES
-from sightline.models.qwen3_next_hf import QWEN3_NEXT_HF, config_from_hf, config_to_hf
-from tests.models.against_transformers import (
+from sightline.models.qwen3_next import QWEN3_NEXT
+from tests.support.against_transformers import (
     as_ours,
     assert_cached_logits,
     assert_needle,
@@ -63,7 +62,7 @@ def ours(theirs: Any, tmp_path: Path) -> Any:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients_are_those_of_transformers(theirs: Any, ours: Any, case: str) -> None:
     lengths, length = CASES[case]
-    assert_same_model(ours, theirs, QWEN3_NEXT_HF, random_documents(lengths, V), length)
+    assert_same_model(ours, theirs, random_documents(lengths, V), length)
 
 
 def test_transformers_reads_what_we_write(theirs: Any, ours: Any, tmp_path: Path) -> None:
@@ -90,7 +89,7 @@ def make_batch() -> Batch:
 def test_needle_no_other_document_changes_by_one_bit(changed: int) -> None:
     """In float32, through convolution, memory and attention, with one dense layer in place of the experts."""
     torch.manual_seed(0)
-    model, batch = build_model(replace(QWEN3_NEXT_SIZES["debug"], experts=0, ffn=96)), make_batch()
+    model, batch = build_model(replace(QWEN3_NEXT.presets["debug"], experts=0, ffn=96)), make_batch()
     tokens = batch.tokens.clone()
     tokens[0, changed] = 511 if tokens[0, changed] != 511 else 510
     needle = replace(batch, tokens=tokens)
@@ -116,7 +115,7 @@ def test_needle_no_other_document_changes_by_one_bit(changed: int) -> None:
 def test_packed_rows_equal_their_documents_run_one_by_one() -> None:
     torch.manual_seed(0)
     # Without the loss that balances the experts, which is of whole rows and not of documents.
-    model, batch = build_model(replace(QWEN3_NEXT_SIZES["debug"], auxiliary_loss=0.0)).double(), make_batch()
+    model, batch = build_model(replace(QWEN3_NEXT.presets["debug"], auxiliary_loss=0.0)).double(), make_batch()
     logits, loss = run(model, batch), run(model, batch, labels=True)
     grads = torch.autograd.grad(loss, list(model.parameters()))
     single_loss = torch.zeros((), dtype=torch.float64)
@@ -157,7 +156,7 @@ def test_generation_continues_as_the_whole_text_would() -> None:
     with torch.no_grad():
         for _ in range(8):
             text.append(int(run(model, Batch.from_documents([text], length=len(text)))[0, -1].argmax()))
-    generated = generate(model, Letters(), "documents", max_new_tokens=8, temperature=0)
+    generated = generate(model, Letters(), "documents", SamplingConfig(max_new_tokens=8, temperature=0))
     assert [ord(letter) for letter in generated] == text[9:]
 
 
@@ -180,7 +179,7 @@ def test_thirty_steps_lower_the_loss() -> None:
 def test_parameter_counts() -> None:
     """The published size as transformers builds it; its multi-token prediction is not among them."""
     counts = {}
-    for size in QWEN3_NEXT_SIZES:
+    for size in QWEN3_NEXT.presets:
         with torch.device("meta"):
             counts[size] = sum(p.numel() for p in build_model(f"qwen3_next-{size}").parameters())
     assert counts == {"debug": 258_984, "tiny": 12_350_992, "80b-a3b": 79_674_391_296}
@@ -202,10 +201,10 @@ def test_flops_count_what_a_token_meets() -> None:
     assert model.attention_flops_per_pair() == 12 * 12 * 16 * 256
 
 
-@pytest.mark.parametrize("name", QWEN3_NEXT_SIZES)
+@pytest.mark.parametrize("name", QWEN3_NEXT.presets)
 def test_config_survives_the_way_to_hugging_face_and_back(name: str) -> None:
     config = config_of(f"qwen3_next-{name}")
-    assert config_from_hf(config_to_hf(config)) == config
+    assert QWEN3_NEXT.config_from_hf(QWEN3_NEXT.hf.config_to_hf(config)) == config
 
 
 def test_the_published_config_is_the_published_size() -> None:
@@ -241,7 +240,7 @@ def test_the_published_config_is_the_published_size() -> None:
         "tie_word_embeddings": False,
         "vocab_size": 151936,
     }
-    assert replace(config_from_hf(published), ffn=688) == config_of("qwen3_next-80b-a3b")
+    assert replace(QWEN3_NEXT.config_from_hf(published), ffn=688) == config_of("qwen3_next-80b-a3b")
 
 
 @pytest.mark.parametrize(
@@ -254,9 +253,14 @@ def test_the_published_config_is_the_published_size() -> None:
     ],
 )
 def test_what_is_not_built_is_refused(fields: dict[str, Any], text: str) -> None:
-    hf = {**config_to_hf(config_of("qwen3_next-debug")), "num_hidden_layers": 5, "layer_types": None, **fields}
+    hf = {
+        **QWEN3_NEXT.hf.config_to_hf(config_of("qwen3_next-debug")),
+        "num_hidden_layers": 5,
+        "layer_types": None,
+        **fields,
+    }
     with pytest.raises(ValueError, match=text):
-        config_from_hf(hf)
+        QWEN3_NEXT.config_from_hf(hf)
 
 
 @pytest.mark.parametrize(

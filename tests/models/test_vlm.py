@@ -13,14 +13,14 @@ from transformers import Lfm2VlConfig, Lfm2VlForConditionalGeneration
 
 from sightline import Batch
 from sightline.config import Logging, Validation
+from sightline.generation import SamplingConfig, generate
 from sightline.models import VLM, VisionConfig, VLMConfig, build_model, load_pretrained, save_pretrained
-from sightline.models.generation import generate
-from sightline.models.llama3 import LLAMA3_SIZES
-from sightline.models.vlm import VLM_HF, VLM_SIZES
+from sightline.models.llama3 import LLAMA3
+from sightline.models.vlm import VLM_FAMILY
 from sightline.recipes import RECIPES
 from sightline.training.metrics import read_metrics
-from tests.models.against_transformers import as_ours, count_parameters, random_theirs
-from tests.training.small_runs import train_quietly
+from tests.support.against_transformers import as_ours, count_parameters, random_theirs
+from tests.support.small_runs import train_quietly
 
 IMAGE = 95  # the image token
 NUMBERS = 12  # of a patch: 2 x 2 pixels of 3 colours
@@ -152,7 +152,7 @@ def assert_same_model(ours: VLM, theirs: nn.Module, rows: Sequence[Sequence[Docu
     loss.backward()
     their_loss.backward()
     grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    weights = list(VLM_HF.weights(ours.config))
+    weights = list(VLM_FAMILY.hf.weights(ours.config))
     assert {weight.theirs for weight in weights} == set(grads)
     assert {weight.ours for weight in weights} == {name for name, _ in ours.named_parameters()}
     for weight in weights:
@@ -200,7 +200,7 @@ def test_the_way_back(tmp_path: Path) -> None:
 def ours() -> VLM:
     torch.manual_seed(0)
     vision = VisionConfig(width=24, layers=2, heads=4, ffn=40, patch_size=2, side=3)
-    text = replace(LLAMA3_SIZES["debug"], vocab_size=96, width=32, ffn=48)
+    text = replace(LLAMA3.presets["debug"], vocab_size=96, width=32, ffn=48)
     model = build_model(VLMConfig(**{**vars(text), "image_token": IMAGE, "vision": vision, "projector": 40}))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -339,8 +339,8 @@ class Letters:
 def test_generation_sees_the_images_of_the_prompt_and_says_none(ours: VLM) -> None:
     document: Document = [1, (2, 4), 3, (4, 2)]
     batch, ids = make_batch([[document]]), ids_of(document, 2)
-    options = {"max_new_tokens": 8, "temperature": 0.0, "extra": batch.extra}
-    text = Letters().encode_prompt(generate(ours, Letters(), ids, **options))
+    greedy = SamplingConfig(max_new_tokens=8, temperature=0.0)
+    text = Letters().encode_prompt(generate(ours, Letters(), ids, greedy, extra=batch.extra))
     expected = list(ids)
     with torch.no_grad():
         for _ in range(8):
@@ -354,7 +354,9 @@ def test_generation_sees_the_images_of_the_prompt_and_says_none(ours: VLM) -> No
 
     with torch.no_grad():
         ours.output.weight[IMAGE] *= 100.0  # the likeliest token, wherever its logit is above 0
-    drawn = Letters().encode_prompt(generate(ours, Letters(), ids, max_new_tokens=20, extra=batch.extra))
+    drawn = Letters().encode_prompt(
+        generate(ours, Letters(), ids, SamplingConfig(max_new_tokens=20), extra=batch.extra)
+    )
     with torch.no_grad():
         ours.output.weight[IMAGE] /= 100.0
     assert drawn and IMAGE not in drawn
@@ -412,22 +414,22 @@ def test_vision_config_refuses() -> None:
 
 
 def test_a_config_of_another_model_is_refused() -> None:
-    hf = VLM_HF.config_to_hf(VLM_SIZES["debug"])
-    assert VLM_HF.config_from_hf(hf) == replace(VLM_SIZES["debug"], head_size=16)
+    hf = VLM_FAMILY.hf.config_to_hf(VLM_FAMILY.presets["debug"])
+    assert VLM_FAMILY.config_from_hf(hf) == replace(VLM_FAMILY.presets["debug"], head_size=16)
     for changed, text in [
         ({"text_config": {**hf["text_config"], "model_type": "lfm2"}}, "model_type = 'lfm2'.*expected 'llama'"),
         ({"vision_config": {**hf["vision_config"], "hidden_act": "gelu"}}, "hidden_act = 'gelu'"),
         ({"projector_use_layernorm": False}, "projector_use_layernorm = False"),
     ]:
         with pytest.raises(ValueError, match=text):
-            VLM_HF.config_from_hf({**hf, **changed})
+            VLM_FAMILY.config_from_hf({**hf, **changed})
 
 
-@pytest.mark.parametrize("size", list(VLM_SIZES))
+@pytest.mark.parametrize("size", list(VLM_FAMILY.presets))
 def test_as_many_parameters_as_their_model(size: str) -> None:
     with torch.device("meta"):
         ours = build_model(f"vlm-{size}")
-        hf = VLM_HF.config_to_hf(VLM_SIZES[size])
+        hf = VLM_FAMILY.hf.config_to_hf(VLM_FAMILY.presets[size])
         theirs = Lfm2VlForConditionalGeneration(Lfm2VlConfig(**hf))
     theirs.tie_weights()
     assert count_parameters(ours) == count_parameters(theirs)
@@ -435,7 +437,7 @@ def test_as_many_parameters_as_their_model(size: str) -> None:
 
 def test_flops(ours: VLM) -> None:
     assert ours.attention_flops_per_pair() == {"encoder": 12.0 * 24 * 2, "decoder": 12.0 * 32 * 2}
-    text = build_model(replace(LLAMA3_SIZES["debug"], vocab_size=96, width=32, ffn=48))
+    text = build_model(replace(LLAMA3.presets["debug"], vocab_size=96, width=32, ffn=48))
     assert ours.flops_per_token() == text.flops_per_token()
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sightline.config import Checkpoint, Parallel, Run
-from sightline.models import build_model, load_pretrained, save_pretrained, weights
-from sightline.models.pretrained import read_pretrained
+from sightline.models import build_model, load_pretrained, save_pretrained
+from sightline.models.hf import files
+from sightline.models.hf.directory import read_pretrained
 from sightline.parallel.apply import build_parallel
 from sightline.parallel.mesh import Mesh
 from sightline.training.checkpoint import CannotSave, Progress, list_checkpoints, load_checkpoint, tensors
@@ -23,9 +24,9 @@ from sightline.training.export import export_checkpoint
 from sightline.training.metrics import read_metrics
 from sightline.training.optimizer import build_optimizer
 from sightline.training.saver import Saver
-from tests.parallel.processes import on_processes
 from tests.parallel.test_meshes import small_run, train_on
-from tests.training.small_runs import weights_of, write_corpus
+from tests.support.processes import on_processes
+from tests.support.small_runs import weights_of, write_corpus
 
 CPU = torch.device("cpu")
 COMPARED = ("loss", "grad_norm", "visible_pairs", "tokens")
@@ -131,7 +132,7 @@ def export_a_share(rank: int, checkpoint: Path, output: Path) -> list[str]:
         written.append(path.name)
         safetensors.torch.save_file(tensors, path, metadata)
 
-    weights.save_file = save_file
+    files.save_file = save_file
     export_checkpoint(checkpoint, output, max_shard_bytes=60_000, group=torch.distributed.new_group(backend="gloo"))
     return written
 

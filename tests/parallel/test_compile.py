@@ -11,15 +11,15 @@ from torch.distributed.tensor import DTensor
 
 from sightline import Batch
 from sightline.config import Parallel, Training
+from sightline.generation import SamplingConfig, generate
 from sightline.models import build_model, build_skeleton, draw_weights
-from sightline.models.generation import generate
 from sightline.parallel.compile import apply_compile
 from sightline.parallel.expert import apply_expert
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.recompute import apply_recompute
 from sightline.parallel.shard import apply_shard
-from tests.models.against_transformers import Numbers
-from tests.parallel.processes import on_processes
+from tests.support.against_transformers import Numbers
+from tests.support.processes import on_processes
 
 
 def rows(seed: int) -> Batch:
@@ -76,7 +76,7 @@ def test_one_compilation_serves_all_documents(name: str) -> None:
 
 
 def text(model: Any) -> str:
-    return generate(model, Numbers(), "1 2 3 4", max_new_tokens=8, temperature=0.0)
+    return generate(model, Numbers(), "1 2 3 4", SamplingConfig(max_new_tokens=8, temperature=0.0))
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 
 from sightline.training import Trainer
 from sightline.training.signals import StopRequest
-from tests.training.small_runs import rows_of, write_corpus
+from tests.support.small_runs import rows_of, write_corpus
 
 STEPS = 40
 

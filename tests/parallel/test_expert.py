@@ -22,7 +22,7 @@ from sightline.parallel.mesh import Mesh
 from sightline.parallel.recompute import apply_recompute
 from sightline.parallel.shard import apply_shard
 from sightline.parallel.tensor import apply_tensor
-from tests.parallel.processes import on_processes
+from tests.support.processes import on_processes
 
 CPU = torch.device("cpu")
 FAMILIES = ["qwen3-debug-moe", "deepseek_v3-debug", "gpt_oss-debug", "llama4-debug", "qwen3_next-debug"]

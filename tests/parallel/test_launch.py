@@ -16,7 +16,7 @@ import torch.distributed as dist
 from sightline.config import Parallel
 from sightline.parallel.launch import AnotherRankEnded, LostRank, exit_code_of, joined, meet, place
 from sightline.parallel.mesh import Mesh
-from tests.parallel.processes import CONTEXT
+from tests.support.processes import CONTEXT
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ import torch
 
 from sightline.config import Parallel
 from sightline.parallel.mesh import Mesh, resolve
-from tests.parallel.processes import on_processes
+from tests.support.processes import on_processes
 
 
 def test_shard_takes_what_the_others_leave() -> None:

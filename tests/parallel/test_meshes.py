@@ -17,8 +17,8 @@ from sightline.parallel.mesh import AXES
 from sightline.training import train
 from sightline.training.metrics import TIMES, read_metrics
 from sightline.training.terminal import Terminal
-from tests.parallel.processes import on_processes
-from tests.training.small_runs import write_corpus
+from tests.support.processes import on_processes
+from tests.support.small_runs import write_corpus
 
 STEPS = 10
 MODELS = {

@@ -15,16 +15,16 @@ from torch.distributed.tensor import DTensor
 
 from sightline import Batch
 from sightline.config import Parallel, Training
+from sightline.generation import SamplingConfig, generate
 from sightline.layers import routers_of
 from sightline.masks import AttentionMask
 from sightline.models import MODELS, build_model, build_skeleton, draw_weights
-from sightline.models.generation import generate
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.pipeline import Pipelined
 from sightline.parallel.pipeline_stages import take_stages
 from sightline.parallel.recompute import apply_recompute
 from sightline.parallel.shard import apply_shard
-from tests.parallel.processes import on_processes
+from tests.support.processes import on_processes
 
 ROWS, LENGTH, MICRO = 8, 32, 1
 SCALE = 1 / 200
@@ -95,7 +95,9 @@ class Letters:
 
 
 def say(model: Any) -> str:
-    return generate(model, Letters(), "a cat and a dog in one long row", max_new_tokens=10, temperature=0)
+    return generate(
+        model, Letters(), "a cat and a dog in one long row", SamplingConfig(max_new_tokens=10, temperature=0)
+    )
 
 
 def state(stages: list[Any], loss: Tensor) -> dict[str, Any]:

@@ -12,16 +12,16 @@ from torch.distributed.tensor import DTensor
 
 from sightline import Batch
 from sightline.config import Parallel
+from sightline.generation import SamplingConfig, generate
 from sightline.layers import Divisible, GatedDeltaNet, GroupedQueryAttention, MoE, MultiHeadLatentAttention, SwiGLU
 from sightline.models import VLMConfig, build_skeleton, config_of, draw_weights
 from sightline.models.drawing import draw
-from sightline.models.generation import generate
 from sightline.models.qwen3_next import GatedAttention
 from sightline.parallel.compile import apply_compile
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.shard import apply_shard
 from sightline.parallel.tensor import apply_tensor, check_degree
-from tests.parallel.processes import on_processes
+from tests.support.processes import on_processes
 
 CPU = torch.device("cpu")
 MODELS: dict[str, dict[str, Any]] = {
@@ -189,7 +189,7 @@ def speak(rank: int, names: list[str]) -> list[str]:
     """What each model says, on several processes or alone."""
     mesh = Mesh(Parallel(tensor=2), CPU) if torch.distributed.is_initialized() else None
     models = [build(replace(config_of(name), **MODELS[name]), mesh) for name in names]
-    return [generate(model, Numbers(), "3 1 4 1 5", max_new_tokens=9, seed=1) for model in models]
+    return [generate(model, Numbers(), "3 1 4 1 5", SamplingConfig(max_new_tokens=9, seed=1)) for model in models]
 
 
 def test_processes_say_together_what_one_says() -> None:

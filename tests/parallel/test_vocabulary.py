@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from sightline.layers import linear_cross_entropy, loss
 from sightline.parallel import vocabulary
 from tests.layers.test_loss import Largest
-from tests.parallel.processes import on_processes
+from tests.support.processes import on_processes
 
 N, W, V = 23, 16, 42
 

@@ -20,7 +20,7 @@ from sightline.planning.activation_memory import MemoryTracker
 from sightline.planning.estimate import ProcessEstimate, estimate
 from sightline.planning.timeline import tasks, timeline
 from sightline.training.step import prepare_batch
-from tests.parallel.processes import on_processes
+from tests.support.processes import on_processes
 
 CPU = torch.device("cpu")
 FAMILIES = [

@@ -2,6 +2,8 @@
 
 import asyncio
 import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +12,10 @@ import pytest
 from sightline.config import Checkpoint, Logging, Run, Validation
 from sightline.data import SYNTHETIC_IMAGES
 from sightline.models import MODELS
-from sightline.recipes import RECIPES
+from sightline.models.llama3 import LLAMA3
+from sightline.recipes import RECIPES, get_family, get_recipe
 from sightline.training.metrics import read_metrics
-from tests.training.small_runs import train_quietly
+from tests.support.small_runs import train_quietly
 
 TINY = [name for name in RECIPES if "-tiny" in name]
 STEPS = 30
@@ -41,6 +44,43 @@ def test_every_model_has_a_recipe_and_every_family_a_tiny_one() -> None:
     assert RECIPES.keys() == MODELS.keys()
     assert {name.split("-")[0] for name in TINY} == {name.split("-")[0] for name in MODELS}
     assert all(recipe.model == MODELS[name] for name, recipe in RECIPES.items())
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of somebody's own in the current directory."""
+    package = tmp_path / "mine_of_recipes"
+    package.mkdir()
+    (package / "runs.py").write_text(
+        "from sightline.recipes import RECIPES\nfrom sightline.models.llama3 import LLAMA3\n"
+        "SHORT = RECIPES['llama3-debug']\nLONG = RECIPES['llama3-tiny']\nother = 3\n"
+    )
+    (package / "broken.py").write_text("import no_such_library")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+
+
+def test_a_recipe_of_somebodys_own(mine: None) -> None:
+    assert get_recipe("mine_of_recipes.runs:SHORT") is RECIPES["llama3-debug"]
+    assert get_family("mine_of_recipes.runs:SHORT") is get_family("mine_of_recipes.runs:LLAMA3") is LLAMA3
+
+
+@pytest.mark.parametrize(
+    ("get", "name", "told"),
+    [
+        (get_recipe, "llama3-9b", "unknown recipe 'llama3-9b'; the recipes are: llama3-debug, .* package.module:NAME"),
+        (get_recipe, "mine_of_recipes.runs:NONE", "is not there, expected a Run; in .* there is SHORT, LONG"),
+        (get_recipe, "mine_of_recipes.runs:other", "is a int, expected a Run; in .* there is SHORT, LONG"),
+        (get_family, "mine_of_recipes.runs:other", "expected a Family or Run; .* there is LLAMA3, SHORT, LONG"),
+        (get_recipe, "mine_of_recipes.nothing:RUN", "cannot import mine_of_recipes.nothing .*No module named"),
+        (get_recipe, "mine_of_recipes.broken:RUN", "cannot import mine_of_recipes.broken .*no_such_library"),
+        (get_recipe, "mine_of_recipes/runs.py:SHORT", "is not of the form package.module:NAME"),
+        (get_recipe, "mine_of_recipes.runs:", "is not of the form package.module:NAME"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(mine: None, get: Callable, name: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        get(name)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -25,7 +25,7 @@ from sightline.training.checkpoint import (
 )
 from sightline.training.optimizer import build_optimizer, optimizer_state
 from sightline.training.step import train_step
-from tests.training.small_runs import MODEL
+from tests.support.small_runs import MODEL
 
 CPU = torch.device("cpu")
 LOADER = {"identity": {"seed": 0}, "step": 2, "lanes": {"0": {"epoch": 1, "place": 7, "waiting": [[3, 40]]}}}

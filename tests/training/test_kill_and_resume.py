@@ -11,7 +11,7 @@ import torch
 
 from sightline.training import Stopped, trainer
 from sightline.training.checkpoint import find_latest, list_checkpoints
-from tests.training.small_runs import (
+from tests.support.small_runs import (
     STEPS,
     open_trainer,
     rows_of,

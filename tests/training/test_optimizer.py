@@ -8,7 +8,7 @@ import torch
 from sightline.config import Optimizer
 from sightline.models import build_model
 from sightline.training.optimizer import build_optimizer, learning_rate, optimizer_state
-from tests.training.small_runs import MODEL
+from tests.support.small_runs import MODEL
 
 
 def rates(schedule: str, steps: int, **changes: float) -> list[float]:

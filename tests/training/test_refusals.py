@@ -14,7 +14,7 @@ from sightline.training import NonFiniteLoss, SaveFailed, saver
 from sightline.training.checkpoint import list_checkpoints
 from sightline.training.resume import check_continues
 from sightline.training.trained import load_trained
-from tests.training.small_runs import MODEL, STEPS, rows_of, small_run, train_quietly, write_corpus
+from tests.support.small_runs import MODEL, STEPS, rows_of, small_run, train_quietly, write_corpus
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from sightline.config import Data, Logging, Run
+from sightline.models.llama3 import LLAMA3
 from sightline.recipes import RECIPES
 from sightline.training.run_directory import RunDirectory, decode, encode, find_checkpoint, load_config, settings
-from tests.training.small_runs import MODEL, small_run
+from tests.support.small_runs import MODEL, small_run
 
 
 def through_json(run: Run, path: Path) -> Run:
@@ -61,6 +62,16 @@ def test_an_unknown_family_is_named(tmp_path) -> None:
     (tmp_path / "config.json").write_text('{"family": "llama9", "model": {}}')
     with pytest.raises(ValueError, match=r"model family 'llama9'; this version knows llama3"):
         load_config(tmp_path / "config.json")
+
+
+def test_a_family_that_is_not_imported_is_refused_unless_it_is_given(tmp_path) -> None:
+    """What becomes of files that name a family from outside: tests/test_adding_a_model.py."""
+    path = tmp_path / "config.json"
+    written = {**settings(small_run(tmp_path, tmp_path)), "family": "no.such:FAMILY"}
+    path.write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=r"'no.such:FAMILY'; it comes from outside .* --family no.such:FAMILY"):
+        load_config(path)
+    assert load_config(path, LLAMA3) == small_run(tmp_path, tmp_path)
 
 
 def test_a_directory_without_checkpoints_is_said(tmp_path) -> None:

@@ -16,7 +16,7 @@ from sightline.parallel.parallel_model import on_one_process
 from sightline.training.optimizer import build_optimizer
 from sightline.training.step import prepare_batch, train_step
 from sightline.training.validation import validate
-from tests.training.small_runs import MODEL
+from tests.support.small_runs import MODEL
 
 CPU = torch.device("cpu")
 ROWS = [[[7, 3, 9, 200, 4, 31, 8, 2]], [[5, 6], [11, 12, 13, 14]], [[1], [2, 3, 4, 5, 6]], [[9, 9]]]

@@ -16,7 +16,7 @@ from sightline.training.metrics import read_metrics
 from sightline.training.optimizer import learning_rate
 from sightline.training.run_directory import load_config
 from sightline.training.trained import load_trained
-from tests.training.small_runs import STEPS, open_trainer, rows_of, small_run, train_quietly, write_corpus
+from tests.support.small_runs import STEPS, open_trainer, rows_of, small_run, train_quietly, write_corpus
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,8 @@ from sightline.parallel.context.split import check_context, split_context
 from sightline.parallel.mesh import Mesh
 from tests.masks.test_block_mask import assert_same_blocks
 from tests.parallel.context.rows import LENGTH, LENGTHS, pack
-from tests.parallel.processes import on_processes
 from tests.support.lowering import lowered
+from tests.support.processes import on_processes
 
 ROWS = len(LENGTHS)
 CPU = torch.device("cpu")

@@ -29,7 +29,7 @@ from sightline.parallel.context.split import split_context
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.recompute import apply_recompute
 from tests.parallel.context.rows import LENGTHS, pack, pack_images, random_lengths
-from tests.parallel.processes import on_processes
+from tests.support.processes import on_processes
 
 CONFIGS: dict[str, Any] = {
     "llama3": MODELS["llama3-debug"],

@@ -17,7 +17,7 @@ from sightline.masks import AttentionMask, causal, chunked, document, global_tok
 from sightline.parallel import plan_context
 from sightline.parallel.context.orders import Costs, balanced, contiguous, headtail, roundrobin
 from sightline.parallel.context.plan import ORDERS, ContextPlan, received_length
-from tests.masks.random_masks import assert_canonical, dense_rules, expressions, packed_rows
+from tests.support.random_masks import assert_canonical, dense_rules, expressions, packed_rows
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1]], dtype=torch.int32)
 

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch.distributed.fsdp import fully_shard
 
-from sightline.models import MODELS, build_model, load_pretrained, pretrained, save_pretrained
-from sightline.models.pretrained import FORMATS, find_family, read_model_config
-from sightline.models.weights import HuggingFace, Weight, group_weights, read_rope, read_scaling, write_rope
+from sightline.models import FAMILIES, MODELS, Family, build_model, load_pretrained, save_pretrained
+from sightline.models.hf.directory import find_family, read_model_config, read_pretrained
+from sightline.models.hf.format import HuggingFace, Weight, group_weights
+from sightline.models.llama3 import LLAMA3
 
 DEBUG = [name for name in MODELS if "-debug" in name]
 
@@ -56,7 +57,7 @@ def test_every_family_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
 
 def test_every_family_has_a_debug_size_and_a_format() -> None:
     built = {type(build_model(name)) for name in DEBUG}
-    assert built == {family.model for family in FORMATS} and len(built) >= 2
+    assert built == {family.model for family in FAMILIES if family.hf} and len(built) == len(FAMILIES)
 
 
 def test_files_are_as_large_as_asked_and_the_index_knows_them(model: Any, directory: Path) -> None:
@@ -157,7 +158,7 @@ def test_nothing_is_filled_before_all_fits(model: Any, directory: Path) -> None:
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     change_tensors(directory, lambda t: t.update({"lm_head.weight": torch.ones(1, 1)}))
     with pytest.raises(ValueError, match=r"lm_head.weight in .* has the shape \(1, 1\); expected \(512, 64\)"):
-        pretrained.read_pretrained(other, directory)
+        read_pretrained(other, directory)
     assert same(other.state_dict(), before)
 
 
@@ -204,7 +205,7 @@ def test_a_file_cut_short_is_refused(directory: Path) -> None:
 
 def test_unknown_architectures_list_the_known(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the architectures are: LlamaForCausalLM, .*Qwen3ForCausalLM"):
-        find_family({"architectures": ["Other"]}, tmp_path)
+        find_family({"architectures": ["Other"]}, tmp_path, FAMILIES)
 
 
 def test_weights_are_not_written_over(model: Any, directory: Path) -> None:
@@ -237,7 +238,7 @@ def test_a_full_disk_leaves_nothing(model: Any, tmp_path: Path, monkeypatch: pyt
         written.append(path)
         safetensors.torch.save_file(tensors, path, metadata)
 
-    monkeypatch.setattr("sightline.models.weights.save_file", save_file)
+    monkeypatch.setattr("sightline.models.hf.files.save_file", save_file)
     (tmp_path / "notes.txt").write_text("kept")
     with pytest.raises(OSError, match=r"could not be written to .*No space left on device; nothing of it was left"):
         save_pretrained(model, tmp_path, max_shard_bytes=200_000)
@@ -282,29 +283,34 @@ def test_memory_stays_near_one_file_above_the_model(way: str, tmp_path: Path) ->
 
 
 def test_what_is_not_covered_is_our_bug(model: Any) -> None:
-    family = next(known for known in FORMATS if known.model is type(model))
-    weights = [weight for weight in family.weights(model.config) if weight.ours != "norm.weight"]
+    weights = [weight for weight in LLAMA3.hf.weights(model.config) if weight.ours != "norm.weight"]
     with pytest.raises(AssertionError, match=r"do not cover \['norm.weight'\]"):
         group_weights(model, weights)
 
 
-def test_views_join_and_part_tensors_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The three examples of the module's docstring, by literals."""
+@dataclasses.dataclass(frozen=True)
+class ToyConfig:
+    size: int
 
-    class Toy(torch.nn.Module):
-        def __init__(self, config: str, attention_backend: str = "auto") -> None:
-            super().__init__()
-            self.config = config
-            self.gate = torch.nn.Parameter(torch.empty(2, 1, 3))  # two experts of [1, 3]
-            self.even = torch.nn.Parameter(torch.empty(2))
-            self.odd = torch.nn.Parameter(torch.empty(2))
-            self.register_buffer("turned", torch.empty(4))
 
-    family = HuggingFace(
-        model=Toy,
+class Toy(torch.nn.Module):
+    def __init__(self, config: ToyConfig, attention_backend: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.gate = torch.nn.Parameter(torch.empty(2, 1, config.size))  # two experts of [1, 3]
+        self.even = torch.nn.Parameter(torch.empty(2))
+        self.odd = torch.nn.Parameter(torch.empty(2))
+        self.register_buffer("turned", torch.empty(4))
+
+
+TOY = Family(
+    name="toy",
+    model=Toy,  # type: ignore[arg-type]
+    config=ToyConfig,
+    hf=HuggingFace(
         architectures=("Toy",),
-        config_from_hf=lambda hf: "toy",
-        config_to_hf=lambda config: {"architectures": ["Toy"]},
+        config_from_hf=lambda hf: {"size": hf["hidden_size"]},
+        config_to_hf=lambda config: {"architectures": ["Toy"], "hidden_size": config.size},
         weights=lambda config: [
             *(Weight(f"experts.{e}", "gate", of_ours=lambda t, e=e: t[e].T) for e in range(2)),
             Weight("mixed", "even", of_theirs=lambda t: t[::2], shape=(4,)),
@@ -317,9 +323,13 @@ def test_views_join_and_part_tensors_both_ways(tmp_path: Path, monkeypatch: pyte
                 shape=(4,),
             ),
         ],
-    )
-    monkeypatch.setattr(pretrained, "FORMATS", (family,))
-    toy = Toy("toy")
+    ),
+)
+
+
+def test_views_join_and_part_tensors_both_ways(tmp_path: Path) -> None:
+    """The three examples of format.py's docstring, by literals, and a family from outside the package."""
+    toy = Toy(ToyConfig(3))
     with torch.no_grad():
         toy.gate.copy_(torch.arange(6.0).view(2, 1, 3))
         toy.even.copy_(torch.tensor([10.0, 12.0]))
@@ -334,37 +344,12 @@ def test_views_join_and_part_tensors_both_ways(tmp_path: Path, monkeypatch: pyte
         "pairs": [0, 1, 2, 3],
     }
     assert theirs["mixed"].dtype == torch.bfloat16 and theirs["pairs"].dtype == torch.float32  # a buffer keeps its own
-    back = load_pretrained(tmp_path, dtype=torch.float32)
+    back = load_pretrained(tmp_path, dtype=torch.float32, family=TOY)
     assert same(toy.state_dict(), back.state_dict())
-
-
-OLDER = {"rope_theta": 50.0, "rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 64}
-NEWER = {"rope_parameters": {"rope_theta": 50.0, "rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 64}
-
-
-@pytest.mark.parametrize("hf", [OLDER, NEWER])
-def test_rope_in_its_older_and_newer_form(hf: dict[str, Any]) -> None:
-    rope = read_rope({**hf, "architectures": ["Any"]}, "yarn")
-    scaling = read_scaling(rope)
-    assert (rope["rope_theta"], scaling.factor, scaling.original_context, scaling.truncate) == (50.0, 4.0, 64, True)
-    assert (scaling.mscale, scaling.mscale_all_dim) == (1.0, 0.0)
-    written = {**write_rope(50.0, scaling), "architectures": ["Any"]}
-    assert read_scaling(read_rope(written, "yarn")) == scaling
-    with pytest.raises(
-        ValueError, match="RoPE type 'yarn', which Any does not support here; expected default or llama3"
-    ):
-        read_rope({**hf, "architectures": ["Any"]}, "llama3")
-
-
-def test_yarn_with_a_factor_of_its_own_is_refused() -> None:
-    rope = read_rope({**NEWER, "architectures": ["Any"]}, "yarn")
-    with pytest.raises(ValueError, match=r"attention_factor 2.0; expected 1.13"):
-        read_scaling({**rope, "attention_factor": 2.0})
-
-
-def test_no_rope_is_the_default() -> None:
-    rope = read_rope({"architectures": ["Any"]})
-    assert (rope["rope_theta"], read_scaling(rope)) == (10_000.0, None)
+    with pytest.raises(ValueError, match="holds a Toy, which is not known here; the architectures are: LlamaForCausal"):
+        load_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a Toy, which is not known here; the architectures are: LlamaForCausal"):
+        read_pretrained(build_model("llama3-debug"), tmp_path)
 
 
 def test_read_model_config_takes_a_path(directory: Path) -> None:

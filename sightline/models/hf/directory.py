@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sightline.models.deepseek_v3_hf import DEEPSEEK_V3_HF
-from sightline.models.gpt_oss import GPT_OSS_HF
-from sightline.models.llama3 import LLAMA3_HF
-from sightline.models.llama4 import LLAMA4_HF
-from sightline.models.qwen3 import QWEN3_HF
-from sightline.models.qwen3_next_hf import QWEN3_NEXT_HF
-from sightline.models.vlm import VLM_HF
-from sightline.models.weights import HuggingFace, holds_weights, read_weights, write_weights
-
-FORMATS: tuple[HuggingFace, ...] = (
-    LLAMA3_HF,
-    DEEPSEEK_V3_HF,
-    GPT_OSS_HF,
-    LLAMA4_HF,
-    QWEN3_HF,
-    QWEN3_NEXT_HF,
-    VLM_HF,
-)
+from sightline.models.families import FAMILIES, family_of
+from sightline.models.family import Family
+from sightline.models.hf.files import holds_weights, read_weights, write_weights
+from sightline.models.hf.format import HuggingFace
 
 CONFIG = "config.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -55,26 +41,32 @@ KEPT_FILES = (
 """Files that travel along from one directory to the next."""
 
 
-def load_pretrained(directory: str | Path, *, dtype: torch.dtype | None = None, attention_backend: str = "auto") -> Any:
+def load_pretrained(
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    attention_backend: str = "auto",
+    family: Family | None = None,
+) -> Any:
     """The model of a Hugging Face directory, on the default device.
 
-    dtype  of its parameters; without it, the one that config.json names, else float32
+    dtype   of its parameters; without it, the one that config.json names, else float32
+    family  that the model is of; without it, the one of FAMILIES that knows its architecture
 
     Memory stays near one file of weights above the model.
     Errors: ValueError for what is no such directory, a model that no family here can be, and weights that do not fit.
     """
     directory = Path(directory)
     hf = read_config(directory)
-    family = find_family(hf, directory)
-    config = read_model_config(directory)
+    config = read_model_config(directory, FAMILIES if family is None else (family,))
     device = torch.get_default_device()
     with torch.device("meta"):
-        model = family.model(config, attention_backend=attention_backend)
+        model = family_of(config).model(config, attention_backend=attention_backend)
     for parameter in model.parameters():  # and no buffers: those are few, and some lose their meaning when rounded
         parameter.data = parameter.data.to(dtype or _dtype_of(hf))
     model.check_backend(device, dtype or _dtype_of(hf), training=False)
     model.to_empty(device=device)
-    read_weights(model, directory, family)
+    read_pretrained(model, directory)
     return model
 
 
@@ -86,7 +78,9 @@ def read_pretrained(model: Any, directory: Path, state: Mapping[str, Tensor] | N
 
     Errors: as `load_pretrained`.
     """
-    read_weights(model, directory, find_family(read_config(directory), directory), state)
+    known = find_family(read_config(directory), directory, (family_of(model.config),)).hf
+    assert known is not None, "a family that knows an architecture has a format"
+    read_weights(model, directory, known.weights(model.config), ignored=known.ignored, state=state)
 
 
 def save_pretrained(
@@ -134,7 +128,7 @@ class PretrainedWriter:
     """
 
     def __init__(self, model: Any, directory: Path, *, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
-        self.family = _family_of(model)
+        self.format = _format_of(model)
         if max_shard_bytes < 1:
             raise ValueError(f"max-shard-bytes must be at least 1, got {max_shard_bytes}")
         if holds_weights(directory):
@@ -145,7 +139,7 @@ class PretrainedWriter:
     def begin(self, source: Path | None, config_fields: Mapping[str, Any]) -> None:
         """All but the weights. Errors: OSError."""
         written = self.dtype or next(self.model.parameters()).dtype
-        hf = {**self.family.config_to_hf(self.model.config), "dtype": str(written).removeprefix("torch.")}
+        hf = {**self.format.config_to_hf(self.model.config), "dtype": str(written).removeprefix("torch.")}
         hf |= config_fields
         if source is not None:
             hf |= _kept_fields(source)
@@ -162,7 +156,7 @@ class PretrainedWriter:
             write_weights(
                 self.model,
                 self.partial,
-                self.family.weights(self.model.config),
+                self.format.weights(self.model.config),
                 dtype=self.dtype,
                 max_shard_bytes=self.max_shard_bytes,
                 read=read,
@@ -213,14 +207,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     return hf
 
 
-def find_family(hf: dict[str, Any], directory: Path) -> HuggingFace:
-    """The family that reads such a config.
+def find_family(hf: Mapping[str, Any], directory: Path, families: Iterable[Family]) -> Family:
+    """The family, among some, that reads such a config.
 
-    Errors: ValueError naming the architectures that are known.
+    Errors: ValueError naming the architectures that they know.
     """
-    name = hf["architectures"][0]
-    for family in FORMATS:
-        if name in family.architectures:
+    known: list[str] = []
+    for family in families:
+        architectures = family.hf.architectures if family.hf else ()
+        if hf["architectures"][0] in architectures:
             if hf.get("quantization_config"):
                 method = hf["quantization_config"].get("quant_method")
                 raise ValueError(
@@ -228,28 +223,36 @@ def find_family(hf: dict[str, Any], directory: Path) -> HuggingFace:
                     "get them unquantized, or dequantize and save them with transformers"
                 )
             return family
-    known = [architecture for family in FORMATS for architecture in family.architectures]
-    raise ValueError(f"{directory} holds a {name}, which is not known here; the architectures are: {', '.join(known)}")
+        known.extend(architectures)
+    raise ValueError(
+        f"{directory} holds a {hf['architectures'][0]}, which is not known here; the architectures are: "
+        f"{', '.join(dict.fromkeys(known)) or 'none'}"
+    )
 
 
-def read_model_config(directory: Path) -> Any:
+def read_model_config(directory: Path, families: Iterable[Family] = FAMILIES) -> Any:
     """The config of the model in a Hugging Face directory.
 
-    Errors: ValueError where a field is missing or asks for what our models do not do.
+    Errors: ValueError where a field is missing or asks for what our models do not do, or none of the families knows it.
     """
     hf = read_config(directory)
     try:
-        return find_family(hf, directory).config_from_hf(hf)
+        return find_family(hf, directory, families).config_from_hf(hf)
     except KeyError as error:
         raise ValueError(f"{directory / CONFIG} has no field {error}, which {hf['architectures'][0]} needs") from error
 
 
-def _family_of(model: Any) -> HuggingFace:
-    for family in FORMATS:
-        if type(model) is family.model:
-            return family
-    known = ", ".join(getattr(family.model, "__name__", "") for family in FORMATS)
-    raise ValueError(f"cannot save a {type(model).__name__} in Hugging Face's form; expected one of {known}")
+def _format_of(model: Any) -> HuggingFace:
+    if not hasattr(model, "config"):
+        known = ", ".join(family.model.__name__ for family in FAMILIES)
+        raise ValueError(f"cannot save a {type(model).__name__} in Hugging Face's form; expected one of {known}")
+    family = family_of(model.config)
+    if family.hf is None:
+        raise ValueError(
+            f"the family {family.name} has no Hugging Face format, so a {type(model).__name__} cannot be saved in it; "
+            "give its Family value a hf=HuggingFace(...)"
+        )
+    return family.hf
 
 
 def _dtype_of(hf: dict[str, Any]) -> torch.dtype:

@@ -17,8 +17,8 @@ from sightline import Batch
 from sightline.layers.vision import place_patches
 from sightline.masks import document
 from sightline.models import load_pretrained, save_pretrained
-from sightline.models.vision_pair import load_vision_pair
-from tests.models.against_transformers import random_theirs, run
+from sightline.models.hf.vision_pair import load_vision_pair
+from tests.support.against_transformers import random_theirs, run
 
 VISION = Siglip2VisionConfig(
     hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, patch_size=2, num_patches=9

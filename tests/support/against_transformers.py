@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sightline import Batch
-from sightline.models import load_pretrained, save_pretrained
-from sightline.models.generation import generate
-from sightline.models.weights import HuggingFace
+from sightline.generation import SamplingConfig, generate
+from sightline.models import family_of, load_pretrained, save_pretrained
 from sightline.training.step import named_masks
 
 LOGITS = 1e-4
@@ -63,7 +62,7 @@ def pieces(batch: Batch) -> Iterator[tuple[int, Tensor]]:
             yield row, (batch.document_ids[row] == number).nonzero()[:, 0]
 
 
-def assert_same_model(ours: Any, theirs: Any, family: HuggingFace, documents: list[list[int]], length: int) -> None:
+def assert_same_model(ours: Any, theirs: Any, documents: list[list[int]], length: int) -> None:
     """Logits of every token and gradients of every parameter: ours from packed rows, theirs from each document."""
     batch = Batch.from_documents(documents, length=length)
     packed = [(row, index) for row, index in pieces(batch)]
@@ -82,14 +81,15 @@ def assert_same_model(ours: Any, theirs: Any, family: HuggingFace, documents: li
 
     loss.backward()
     their_loss.backward()
-    assert_same_gradients(ours, theirs, family)
+    assert_same_gradients(ours, theirs)
 
 
-def assert_same_gradients(ours: Any, theirs: Any, family: HuggingFace) -> None:
+def assert_same_gradients(ours: Any, theirs: Any) -> None:
     """Of all parameters, each by the views through which its weights travel."""
     our_grads = {name: parameter.grad for name, parameter in ours.named_parameters()}
-    their_grads = dict(_their_grads(theirs, {weight.theirs for weight in family.weights(ours.config)}))
-    weights = [weight for weight in family.weights(ours.config) if weight.ours in our_grads]
+    known = list(family_of(ours.config).hf.weights(ours.config))
+    their_grads = dict(_their_grads(theirs, {weight.theirs for weight in known}))
+    weights = [weight for weight in known if weight.ours in our_grads]
     assert {weight.ours for weight in weights} == set(our_grads)
     assert {weight.theirs for weight in weights} == set(their_grads)
     for weight in weights:
@@ -163,7 +163,7 @@ def assert_greedy_text(ours: Any, tokens: list[int], count: int) -> None:
     with torch.no_grad():
         for _ in range(count):
             text.append(int(run(ours, Batch.from_documents([text], length=len(text)))[0, -1].argmax()))
-    told = generate(ours, Numbers(), Numbers().decode(tokens), max_new_tokens=count, temperature=0)
+    told = generate(ours, Numbers(), Numbers().decode(tokens), SamplingConfig(max_new_tokens=count, temperature=0))
     assert told == Numbers().decode(text[len(tokens) :])
 
 

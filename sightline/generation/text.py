@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sightline.batch import IGNORE, Batch
+from sightline.generation.sampling import SamplingConfig, sample
 from sightline.masks import AttentionMask, named_masks
 from sightline.models.decoder import Decoder, Masks
 
@@ -29,86 +30,40 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
+DEFAULTS = SamplingConfig()
+
+
 def generate(
     model: Decoder,
     tokenizer: Tokenizer,
     prompt: str | Sequence[int],
+    sampling: SamplingConfig = DEFAULTS,
     *,
     extra: dict[str, Tensor] | None = None,
-    max_new_tokens: int = 128,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    seed: int = 0,
 ) -> str:
     """The text that `stream` yields, in one piece and without the prompt."""
-    return "".join(
-        stream(
-            model,
-            tokenizer,
-            prompt,
-            extra=extra,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        )
-    )
+    return "".join(stream(model, tokenizer, prompt, sampling, extra=extra))
 
 
 def stream(
     model: Decoder,
     tokenizer: Tokenizer,
     prompt: str | Sequence[int],
+    sampling: SamplingConfig = DEFAULTS,
     *,
     extra: dict[str, Tensor] | None = None,
-    max_new_tokens: int = 128,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    seed: int = 0,
 ) -> Iterator[str]:
     """Continue the prompt, piece by piece; a piece never ends inside a character.
 
-    prompt          a text, or the token ids of the beginning of a document
-    extra           what else of the prompt the model takes, as in a batch of one row: its images
-    max_new_tokens  stop after so many tokens, or at the end of the document before that
-    temperature     logits are divided by it; 0 always takes the likeliest token
-    top_k           draw from the k likeliest tokens; None is all
-    top_p           draw from the fewest likeliest tokens whose probabilities reach p; 1 is all
-    seed            the same seed draws the same text
+    prompt  a text, or the token ids of the beginning of a document
+    extra   what else of the prompt the model takes, as in a batch of one row: its images
 
-    Errors: ValueError for an option out of its range and for a prompt without a token, before anything is generated.
+    Errors: ValueError for a prompt without a token, before anything is generated.
     """
-    if max_new_tokens < 0:
-        raise ValueError(f"max-new-tokens must be at least 0, got {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 (always the likeliest token) or greater, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top-k must be at least 1 token, got {top_k}; leave it out to draw from all")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top-p must be greater than 0 and at most 1 (all tokens), got {top_p}")
     ids = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
     if not ids:
         raise ValueError(f"the prompt {prompt!r} has no tokens: give at least one character to continue")
-    generator = torch.Generator(_device_of(model)).manual_seed(seed)
-
-    def choose(logits: Tensor) -> int:
-        return sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-
-    return _pieces(tokenizer, _continue(model, tokenizer, ids, extra or {}, max_new_tokens, choose))
-
-
-def sample(logits: Tensor, *, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator) -> int:
-    """Draw a token from logits [V]; the options as in `stream`."""
-    if temperature == 0:
-        return int(logits.argmax())
-    logits, tokens = (logits.float() / temperature).sort(descending=True, stable=True)
-    probabilities = logits[:top_k].softmax(dim=0)
-    before = probabilities.cumsum(dim=0) - probabilities  # 0 for the likeliest token, so one always stays
-    probabilities[before >= top_p] = 0
-    return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
+    return _pieces(tokenizer, _continue(model, tokenizer, ids, extra or {}, sampling))
 
 
 @torch.no_grad()
@@ -117,14 +72,14 @@ def _continue(
     tokenizer: Tokenizer,
     ids: list[int],
     extra: dict[str, Tensor],
-    max_new_tokens: int,
-    choose: Callable[[Tensor], int],
+    sampling: SamplingConfig,
 ) -> Iterator[int]:
     """New tokens until the end of the document. Each is computed once: the cache holds what came before."""
-    device = _device_of(model)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(sampling.seed)
     cache = model.new_cache()
     text, seen = list(ids), 0
-    for _ in range(max_new_tokens):
+    for _ in range(sampling.max_new_tokens):
         batch = _one_document(text, extra)
         new = torch.arange(seen, len(text))
         # The model's own rule for the whole text, then the rows of the new tokens: windows and chunks stay exact.
@@ -133,7 +88,7 @@ def _continue(
         given = {} if seen else {name: value.to(device) for name, value in extra.items()}
         logits = model(tokens, attention_masks=masks, positions=positions, cache=cache, **given)[0, -1]
         logits[list(model.unspoken)] = -float("inf")
-        token = choose(logits)
+        token = sample(logits, sampling, generator)
         if token == tokenizer.eos_id:
             return
         yield token
@@ -175,7 +130,3 @@ def _pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
     rest = tokenizer.decode(ids)[len(told) :]
     if rest:
         yield rest
-
-
-def _device_of(model: Decoder) -> torch.device:
-    return next(model.parameters()).device

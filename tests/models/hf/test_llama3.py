@@ -7,8 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sightline import Batch
 from sightline.models import Llama3RopeScaling, config_of
-from sightline.models.llama3 import LLAMA3_HF, LLAMA3_SIZES, config_from_hf, config_to_hf
-from tests.models.against_transformers import (
+from sightline.models.llama3 import LLAMA3
+from tests.support.against_transformers import (
     as_ours,
     assert_cached_logits,
     assert_needle,
@@ -57,7 +57,7 @@ def ours(theirs: Any, tmp_path: Path) -> Any:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients_are_those_of_transformers(theirs: Any, ours: Any, case: str) -> None:
     lengths, length = CASES[case]
-    assert_same_model(ours, theirs, LLAMA3_HF, random_documents(lengths, V), length)
+    assert_same_model(ours, theirs, random_documents(lengths, V), length)
 
 
 def test_transformers_reads_what_we_write(theirs: Any, ours: Any, tmp_path: Path) -> None:
@@ -106,18 +106,20 @@ PUBLISHED = {
 
 
 def test_a_published_config_is_our_size() -> None:
-    config = config_from_hf(PUBLISHED)
-    assert config == LLAMA3_SIZES["1b"].__class__(**{**vars(LLAMA3_SIZES["1b"]), "head_size": 64})
-    assert all(PUBLISHED[name] == value for name, value in config_to_hf(config).items())
+    config = LLAMA3.config_from_hf(PUBLISHED)
+    assert config == LLAMA3.presets["1b"].__class__(**{**vars(LLAMA3.presets["1b"]), "head_size": 64})
+    assert all(PUBLISHED[name] == value for name, value in LLAMA3.hf.config_to_hf(config).items())
 
 
 def test_the_config_goes_there_and_back() -> None:
-    for size in LLAMA3_SIZES:
+    for size in LLAMA3.presets:
         config = config_of(f"llama3-{size}")
-        back = config_from_hf(config_to_hf(config))
+        back = LLAMA3.config_from_hf(LLAMA3.hf.config_to_hf(config))
         assert back.head_size == config.resolved_head_size
-        assert config_to_hf(back) == config_to_hf(config)
-    assert config_from_hf(config_to_hf(LLAMA3_SIZES["8b"])).rope_scaling == Llama3RopeScaling(factor=8)
+        assert LLAMA3.hf.config_to_hf(back) == LLAMA3.hf.config_to_hf(config)
+    assert LLAMA3.config_from_hf(LLAMA3.hf.config_to_hf(LLAMA3.presets["8b"])).rope_scaling == Llama3RopeScaling(
+        factor=8
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,4 +132,4 @@ def test_the_config_goes_there_and_back() -> None:
 )
 def test_a_config_of_what_we_do_not_do_is_refused(field: str, value: Any, told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        config_from_hf({**PUBLISHED, field: value})
+        LLAMA3.config_from_hf({**PUBLISHED, field: value})

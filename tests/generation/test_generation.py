@@ -1,16 +1,17 @@
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
 from sightline import Batch
+from sightline.generation import SamplingConfig, generate, stream
+from sightline.generation.sampling import sample
 from sightline.layers import KeyValueCache
 from sightline.masks import AttentionMask, document, sliding_window
 from sightline.models import Llama3, build_model
-from sightline.models.generation import generate, sample, stream
 
 
 class Letters:
@@ -96,7 +97,7 @@ def test_cached_text_is_the_uncached_text(kind: type[Llama3]) -> None:
     expected = []
     for _ in range(20):
         expected.append(int(uncached_logits(model, ids + expected)[-1].argmax()))
-    text = generate(model, Letters(), "hello world", max_new_tokens=20, temperature=0)
+    text = generate(model, Letters(), "hello world", SamplingConfig(max_new_tokens=20, temperature=0))
     assert text == Letters().decode(expected)
     assert len(set(text)) > 5, "a text of one letter proves little"
 
@@ -122,45 +123,48 @@ def test_the_window_matters() -> None:
 
 def test_stops_at_the_end_of_the_document_and_at_max_new_tokens() -> None:
     model = make_model()
-    text = generate(model, Letters(), "ab", max_new_tokens=12, temperature=0)
+    twelve = SamplingConfig(max_new_tokens=12, temperature=0)
+    text = generate(model, Letters(), "ab", twelve)
     assert len(text) == 12
     end = ord(text[5])
-    assert generate(model, Letters(end), "ab", max_new_tokens=12, temperature=0) == text[: text.index(chr(end))]
-    assert generate(model, Letters(), "ab", max_new_tokens=0) == ""
+    assert generate(model, Letters(end), "ab", twelve) == text[: text.index(chr(end))]
+    assert generate(model, Letters(), "ab", SamplingConfig(max_new_tokens=0)) == ""
 
 
 def test_the_seed_decides_the_text() -> None:
     model = make_model()
-    texts = [generate(model, Letters(), "ab", max_new_tokens=16, temperature=1.5, seed=s) for s in (0, 0, 1)]
+    texts = [
+        generate(model, Letters(), "ab", SamplingConfig(max_new_tokens=16, temperature=1.5, seed=s)) for s in (0, 0, 1)
+    ]
     assert texts[0] == texts[1] != texts[2]
     before = torch.random.get_rng_state()
-    generate(model, Letters(), "ab", max_new_tokens=3, seed=5)
+    generate(model, Letters(), "ab", SamplingConfig(max_new_tokens=3, seed=5))
     assert torch.equal(torch.random.get_rng_state(), before), "generation leaves training's random numbers alone"
 
 
 def test_pieces_join_to_the_text_and_gradients_stay_on_between_them() -> None:
     model = make_model()
-    pieces = stream(model, Letters(), "ab", max_new_tokens=9)
+    pieces = stream(model, Letters(), "ab", SamplingConfig(max_new_tokens=9))
     first = next(pieces)
     assert torch.is_grad_enabled()
-    assert first + "".join(pieces) == generate(model, Letters(), "ab", max_new_tokens=9)
+    assert first + "".join(pieces) == generate(model, Letters(), "ab", SamplingConfig(max_new_tokens=9))
 
 
 def test_a_piece_never_ends_inside_a_character() -> None:
     text = "aé€😀b"
     model = Scripted(text.encode())
-    assert list(stream(model, Bytes(), "x", max_new_tokens=11, temperature=0)) == ["a", "é", "€", "😀", "b"]
-    cut_short = list(stream(model, Bytes(), "x", max_new_tokens=8, temperature=0))
+    whole = list(stream(model, Bytes(), "x", SamplingConfig(max_new_tokens=11, temperature=0)))
+    assert whole == ["a", "é", "€", "😀", "b"]
+    cut_short = list(stream(model, Bytes(), "x", SamplingConfig(max_new_tokens=8, temperature=0)))
     assert cut_short == ["a", "é", "€", "\ufffd"], "what never became a character is told at the end"
     broken = Scripted(b"\xe2\x82a\xffb")
-    assert "".join(stream(broken, Bytes(), "x", max_new_tokens=5, temperature=0)) == "\ufffda\ufffdb"
+    assert "".join(stream(broken, Bytes(), "x", SamplingConfig(max_new_tokens=5, temperature=0))) == "\ufffda\ufffdb"
 
 
-def draws(probabilities: list[float], *, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> set:
+def draws(probabilities: list[float], **options: Any) -> set:
     generator = torch.Generator().manual_seed(0)
-    logits = torch.tensor(probabilities).log()
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-    return {sample(logits, **options) for _ in range(300)}
+    logits, sampling = torch.tensor(probabilities).log(), SamplingConfig(**{"temperature": 1.0, **options})
+    return {sample(logits, sampling, generator) for _ in range(300)}
 
 
 def test_top_k_and_top_p_keep_the_likeliest() -> None:
@@ -180,10 +184,9 @@ def test_top_k_and_top_p_keep_the_likeliest() -> None:
 
 def test_sampling_follows_the_probabilities() -> None:
     generator, logits = torch.Generator().manual_seed(0), torch.tensor([0.2, 0.8]).log()
-    options = {"top_k": None, "top_p": 1.0, "generator": generator}
-    share = sum(sample(logits, temperature=1.0, **options) for _ in range(2000)) / 2000
+    share = sum(sample(logits, SamplingConfig(temperature=1.0), generator) for _ in range(2000)) / 2000
     assert share == pytest.approx(0.8, abs=0.04)
-    share = sum(sample(logits, temperature=2.0, **options) for _ in range(2000)) / 2000
+    share = sum(sample(logits, SamplingConfig(temperature=2.0), generator) for _ in range(2000)) / 2000
     assert share == pytest.approx(2 / 3, abs=0.04)  # sqrt(0.8) / (sqrt(0.8) + sqrt(0.2))
 
 
@@ -196,9 +199,13 @@ def test_sampling_follows_the_probabilities() -> None:
         ({"top_p": 1.5}, "top-p .*got 1.5"),
         ({"top_k": 0}, "top-k must be at least 1 token, got 0"),
         ({"max_new_tokens": -1}, "max-new-tokens must be at least 0, got -1"),
-        ({"prompt": ""}, "the prompt '' has no tokens"),
     ],
 )
-def test_bad_options_are_refused_before_anything_runs(options: dict, text: str) -> None:
+def test_bad_options_are_refused(options: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        stream(make_model(), Letters(), **{"prompt": "a", **options})
+        SamplingConfig(**options)
+
+
+def test_a_prompt_without_tokens_is_refused_before_anything_runs() -> None:
+    with pytest.raises(ValueError, match="the prompt '' has no tokens"):
+        stream(make_model(), Letters(), "")

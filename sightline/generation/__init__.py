@@ -1,0 +1,6 @@
+"""Text from a model, token by token, with a cache of what came before."""
+
+from sightline.generation.sampling import SamplingConfig
+from sightline.generation.text import Tokenizer, generate, stream
+
+__all__ = ["SamplingConfig", "Tokenizer", "generate", "stream"]

@@ -1,0 +1,145 @@
+"""DeepSeek V3 in Hugging Face's form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from sightline.models.hf.format import (
+    DECODER,
+    MLP,
+    NORMS,
+    HuggingFace,
+    View,
+    Weight,
+    decoder_weights,
+    expect,
+    read_fields,
+    rename,
+    rename_experts,
+    write_fields,
+)
+from sightline.models.hf.rope import rope_fields, write_rope
+
+FIELDS = {
+    **DECODER,
+    "dense_layers": "first_k_dense_replace",
+    "heads": "num_attention_heads",
+    "query_rank": "q_lora_rank",
+    "kv_rank": "kv_lora_rank",
+    "plain_size": "qk_nope_head_dim",
+    "rope_size": "qk_rope_head_dim",
+    "value_size": "v_head_dim",
+    "ffn": "intermediate_size",
+    "expert_ffn": "moe_intermediate_size",
+    "experts": "n_routed_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "shared_experts": "n_shared_experts",
+    "expert_groups": "n_group",
+    "groups_per_token": "topk_group",
+    "expert_scale": "routed_scaling_factor",
+}
+
+
+def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    """From the fields of a config.json.
+
+    The layer that looks further is only read where our own `mtp_loss_weight` says that it is in the files:
+    transformers, which does without it, still writes num_nextn_predict_layers = 1.
+    """
+    expect(hf, hidden_act="silu", attention_bias=False, norm_topk_prob=True, rope_interleave=True)
+    expect(hf, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
+    fields = read_fields(hf, FIELDS, tied_embeddings=False)
+    return {**fields, "prediction_weight": hf.get("mtp_loss_weight"), **rope_fields(hf, "yarn")}
+
+
+def config_to_hf(config: Any) -> dict[str, Any]:
+    """The fields of a config.json."""
+    prediction: dict[str, Any] = {"num_nextn_predict_layers": 0}
+    if config.prediction_weight is not None:
+        prediction = {"num_nextn_predict_layers": 1, "mtp_loss_weight": config.prediction_weight}
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        **write_fields(config, FIELDS),
+        "num_key_value_heads": config.heads,
+        **prediction,
+        **write_rope(config.rope_theta, config.rope_scaling),
+    }
+
+
+def weights(config: Any) -> Iterator[Weight]:
+    """Which tensor of theirs is which of ours."""
+    yield from decoder_weights(config, _layer_weights)
+    if config.prediction_weight is not None:
+        theirs = f"model.layers.{config.layers}"
+        # The layer that looks further has experts where the model's last layer has.
+        yield from _layer_weights(config, config.layers - 1, theirs, "prediction.block")
+        further = {"enorm": "embedding_norm", "hnorm": "hidden_norm", "eh_proj": "join", "shared_head.norm": "norm"}
+        yield from rename(theirs, "prediction", further)
+
+
+def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[Weight]:
+    yield from rename(theirs, ours, NORMS)
+    yield from _attention_weights(config, f"{theirs}.self_attn", f"{ours}.attention")
+    theirs, ours = f"{theirs}.mlp", f"{ours}.mlp"
+    if index < config.dense_layers:
+        yield from rename(theirs, ours, MLP)
+        return
+    yield from rename(f"{theirs}.shared_experts", f"{ours}.shared", MLP)
+    yield from rename_experts(f"{theirs}.experts", f"{ours}.experts", config.experts)
+    yield Weight(f"{theirs}.gate.weight", f"{ours}.router.weight")
+    yield Weight(f"{theirs}.gate.e_score_correction_bias", f"{ours}.router.balance")
+
+
+def _attention_weights(config: Any, theirs: str, ours: str) -> Iterator[Weight]:
+    """Theirs turns channel 2i with 2i + 1, ours i with i + rope_size / 2: the rows of both halves change places."""
+    yield from rename(theirs, ours, {"kv_a_layernorm": "kv_norm", "kv_b_proj": "kv", "o_proj": "output"})
+    query = "q_proj"
+    if config.query_rank is not None:
+        query = "q_b_proj"
+        yield from rename(theirs, ours, {"q_a_proj": "query_down", "q_a_layernorm": "query_norm"})
+    heads, size = config.heads, config.plain_size + config.rope_size
+    yield from _turned_weights(
+        f"{theirs}.{query}.weight",
+        f"{ours}.query.weight",
+        lambda t: t.unflatten(0, (heads, size)),
+        config.plain_size,
+        (heads * size, config.query_rank or config.width),
+    )
+    yield from _turned_weights(
+        f"{theirs}.kv_a_proj_with_mqa.weight",
+        f"{ours}.kv_down.weight",
+        lambda t: t[None],
+        config.kv_rank,
+        (config.kv_rank + config.rope_size, config.width),
+    )
+
+
+def _turned_weights(theirs: str, ours: str, by_head: View, plain: int, shape: tuple[int, ...]) -> Iterator[Weight]:
+    """by_head gives [H, D, W], of whose D rows those behind the first `plain` are turned."""
+
+    def head(t: Tensor) -> Tensor:
+        return by_head(t)[:, :plain]
+
+    yield Weight(theirs, ours, of_theirs=head, of_ours=head, shape=shape)
+    yield Weight(
+        theirs,
+        ours,
+        of_theirs=lambda t: by_head(t)[:, plain:].unflatten(1, (-1, 2)).transpose(1, 2),
+        of_ours=lambda t: by_head(t)[:, plain:].unflatten(1, (2, -1)),
+        shape=shape,
+    )
+
+
+DEEPSEEK_V3_HF = HuggingFace(
+    architectures=("DeepseekV3ForCausalLM",),
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
+    weights=weights,
+    # In the published files layer 61 is the one that looks further; embedding and head are there once more.
+    ignored=r"lm_head\.weight|.*\.rotary_emb\.inv_freq|model\.layers\.61\..*|.*\.shared_head\.head\.weight"
+    r"|model\.layers\.\d+\.embed_tokens\.weight",
+)

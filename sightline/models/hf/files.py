@@ -1,0 +1,195 @@
+"""Safetensors files of a Hugging Face directory, in and out, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sightline.models.drawing import part_of
+from sightline.models.hf.format import Group, Weight, group_weights, whole
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def read_weights(
+    model: nn.Module,
+    directory: Path,
+    weights: Iterable[Weight],
+    *,
+    ignored: str,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Fill the model from the safetensors files of a directory, tensor by tensor; nothing is changed before all fit.
+
+    ignored  tensors that the files may hold beside the weights (a regular expression for the whole name)
+    state  the tensors to fill, by their names in the model: what one of many processes holds of it, whole or as
+           DTensors; without it, the model's own. The files are mapped, so of a tensor that is only renamed a process
+           reads no more than its part.
+
+    Errors: ValueError naming the first tensor that is missing, unexpected or of another shape, or the file that cannot
+    be read.
+    """
+    weights = list(weights)
+    groups = group_weights(model, weights)
+    files = _find_files(directory)
+    _check_names(groups, files, ignored, directory)
+    _check_shapes(groups, files)
+    of: dict[str, list[Weight]] = {}
+    for weight in weights:
+        of.setdefault(weight.ours, []).append(weight)
+    with torch.no_grad():
+        for name, tensor in (model.state_dict() if state is None else state).items():
+            _fill(tensor, of[name], files)
+
+
+def _fill(ours: Tensor, weights: list[Weight], files: dict[str, Path]) -> None:
+    """One of our tensors from all of theirs that hold it."""
+    if isinstance(ours, DTensor):
+        if [weight.of_ours for weight in weights] == [whole]:
+            source = _view(weights[0], files)
+        else:
+            source = torch.empty(ours.shape, dtype=ours.dtype, device="cpu")
+            _fill(source, weights, files)
+        ours.to_local().copy_(part_of(source, ours))
+        return
+    for weight in weights:
+        weight.of_ours(ours).copy_(_view(weight, files))
+
+
+def _view(weight: Weight, files: dict[str, Path]) -> Tensor:
+    file = files[weight.theirs]
+    with _open(file) as opened:  # anew for each: a file that stays open keeps in memory all that was read of it
+        return weight.of_theirs(opened.get_tensor(weight.theirs))
+
+
+def holds_weights(directory: Path) -> bool:
+    """Whether a directory has weights in Hugging Face's form."""
+    return any((directory / name).is_file() for name in (SINGLE, INDEX))
+
+
+def _find_files(directory: Path) -> dict[str, Path]:
+    """Where each tensor lies."""
+    index, single = directory / INDEX, directory / SINGLE
+    if index.is_file():
+        try:
+            named = {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is damaged ({type(error).__name__}: {error}); fetch it again") from error
+        absent = sorted({file for file in named.values() if not file.is_file()})
+        if absent:
+            raise ValueError(f"{directory} is not whole: {INDEX} names {absent[0].name}, which is not there")
+        return named
+    if not single.is_file():
+        raise ValueError(
+            f"{directory} holds no weights: expected {SINGLE}, or {INDEX} and the files it names. Weights in the older "
+            "pytorch_model.bin are not read, because such a file may run any code: save them anew as safetensors"
+        )
+    with _open(single) as opened:
+        return dict.fromkeys(opened.keys(), single)
+
+
+def _by_file(files: dict[str, Path]) -> dict[Path, list[str]]:
+    gathered: dict[Path, list[str]] = {}
+    for name, file in files.items():
+        gathered.setdefault(file, []).append(name)
+    return gathered
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read ({error}); it is cut short or no safetensors file") from error
+
+
+def _check_names(groups: dict[str, Group], files: dict[str, Path], ignored: str, directory: Path) -> None:
+    missing = [name for name in groups if name not in files]
+    unexpected = [name for name in files if name not in groups and not re.fullmatch(ignored, name)]
+    if missing or unexpected:
+        told = [
+            f"{what} {names[0]}" + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+            for what, names in (("without", missing), ("with the unexpected", unexpected))
+            if names
+        ]
+        raise ValueError(
+            f"the weights in {directory} come {' and '.join(told)}; expected those of the model that its config.json "
+            "describes"
+        )
+
+
+def _check_shapes(groups: dict[str, Group], files: dict[str, Path]) -> None:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file, names in _by_file(files).items():
+        with _open(file) as opened:
+            absent = sorted(set(names) - set(opened.keys()))
+            if absent:
+                raise ValueError(f"{file} has no tensor {absent[0]}, though {INDEX} says so; fetch both again")
+            shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in names}
+    for name, group in groups.items():
+        if shapes[name] != group.shape:
+            raise ValueError(
+                f"{name} in {files[name]} has the shape {shapes[name]}; expected {group.shape} from the config's sizes"
+            )
+
+
+def write_weights(
+    model: nn.Module,
+    directory: Path,
+    weights: Iterable[Weight],
+    *,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    read: Callable[[list[str]], Mapping[str, Tensor]],
+    rank: int,
+    world: int,
+) -> None:
+    """Write the model's tensors into `directory`, one file after another, every `world`-th of them; rank 0 the index.
+
+    model  says which tensors there are; it needs no memory for them
+    read   gives tensors of the model, whole, by their names
+    """
+    groups = group_weights(model, weights, dtype)
+    shards = list(_shards(groups, max_shard_bytes))
+    names = [SINGLE]
+    if len(shards) > 1:
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) > 1 and rank == 0:
+        index = {
+            "metadata": {"total_size": sum(group.bytes for group in groups.values())},
+            "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
+        }
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    for name, shard in list(zip(names, shards, strict=True))[rank::world]:
+        state = read(sorted({weight.ours for tensor in shard for weight in groups[tensor].weights}))
+        tensors = {tensor: _give(state, groups[tensor]) for tensor in shard}
+        save_file(tensors, directory / name, metadata={"format": "pt"})
+
+
+def _give(state: Mapping[str, Tensor], group: Group) -> Tensor:
+    tensor = torch.empty(group.shape, dtype=group.dtype, device="cpu")
+    for weight in group.weights:
+        weight.of_theirs(tensor).copy_(weight.of_ours(state[weight.ours]))
+    return tensor
+
+
+def _shards(groups: dict[str, Group], max_bytes: int) -> Iterator[list[str]]:
+    """Names of the tensors of each file: as many as fit, at least one."""
+    shard: list[str] = []
+    size = 0
+    for name, group in groups.items():
+        if shard and size + group.bytes > max_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append(name)
+        size += group.bytes
+    yield shard

@@ -1,0 +1,80 @@
+"""gpt-oss in Hugging Face's form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sightline.models.hf.format import (
+    ATTENTION,
+    DECODER,
+    HEADS,
+    HuggingFace,
+    View,
+    Weight,
+    decoder_weights,
+    expect,
+    read_fields,
+    rename,
+    rename_joined_experts,
+    write_fields,
+)
+from sightline.models.hf.rope import rope_fields, write_rope
+
+FIELDS = {
+    **DECODER,
+    **HEADS,
+    "window": "sliding_window",
+    "ffn": "intermediate_size",
+    "experts": "num_local_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "auxiliary_loss": "router_aux_loss_coef",
+}
+HALVES: dict[str, View] = {"gate": lambda t: t[..., 0::2], "up": lambda t: t[..., 1::2]}
+"""Theirs has gate and up in one, channel by channel."""
+
+
+def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    """From the fields of a config.json."""
+    expect(hf, hidden_act="silu", attention_bias=True, swiglu_alpha=1.702, swiglu_limit=7.0)
+    fields = read_fields(hf, FIELDS, auxiliary_loss=0.001, norm_eps=1e-5, tied_embeddings=False)
+    expect(hf, layer_types=["full_attention" if i % 2 else "sliding_attention" for i in range(fields["layers"])])
+    return {**fields, **rope_fields(hf, "yarn")}
+
+
+def config_to_hf(config: Any) -> dict[str, Any]:
+    """The fields of a config.json. Without a word about RoPE theirs would have the scaling of the published models."""
+    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        **write_fields(config, FIELDS),
+        **(plain if config.rope_scaling is None else write_rope(config.rope_theta, config.rope_scaling)),
+    }
+
+
+def weights(config: Any) -> Iterator[Weight]:
+    """Which tensor of theirs is which of ours."""
+    return decoder_weights(config, _layer_weights)
+
+
+def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[Weight]:
+    norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "moe_norm"}
+    yield from rename(theirs, ours, norms)
+    yield Weight(f"{theirs}.self_attn.sinks", f"{ours}.attention.sinks")
+    yield from rename(f"{theirs}.self_attn", f"{ours}.attention", ATTENTION, "weight", "bias")
+    yield from rename(f"{theirs}.mlp", f"{ours}.moe", {"router": "router"}, "weight", "bias")
+    theirs, ours = f"{theirs}.mlp.experts", f"{ours}.moe.experts"
+    yield from rename_joined_experts(config, theirs, ours, HALVES)
+    for name, half in HALVES.items():
+        shape = (config.experts, 2 * config.ffn)
+        yield Weight(f"{theirs}.gate_up_proj_bias", f"{ours}.{name}_bias", of_theirs=half, shape=shape)
+    yield Weight(f"{theirs}.down_proj_bias", f"{ours}.down_bias")
+
+
+GPT_OSS_HF = HuggingFace(
+    architectures=("GptOssForCausalLM",),
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
+    weights=weights,
+)

@@ -1,0 +1,120 @@
+"""Llama 4's text model in Hugging Face's form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sightline.models.hf.format import (
+    ATTENTION,
+    DECODER,
+    HEADS,
+    MLP,
+    NORMS,
+    HuggingFace,
+    View,
+    Weight,
+    decoder_weights,
+    expect,
+    read_fields,
+    rename,
+    rename_joined_experts,
+    write_fields,
+)
+from sightline.models.hf.rope import rope_fields, write_rope
+
+FIELDS = {
+    **DECODER,
+    **HEADS,
+    "full_every": "no_rope_layer_interval",
+    "chunk": "attention_chunk_size",
+    "qk_norm": "use_qk_norm",
+    "temperature_scale": "attn_scale",
+    "temperature_floor": "floor_scale",
+    "experts_every": "interleave_moe_layer_step",
+    "dense_ffn": "intermediate_size_mlp",
+    "ffn": "intermediate_size",
+    "experts": "num_local_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "auxiliary_loss": "router_aux_loss_coef",
+}
+MISSING = {
+    "full_every": 4,
+    "temperature_scale": 0.1,
+    "temperature_floor": 8192,
+    "auxiliary_loss": 0.001,
+    "tied_embeddings": False,
+}
+
+
+def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    """From the fields of a config.json of the text model."""
+    expect(hf, hidden_act="silu", attention_bias=False)
+    fields = {**read_fields(hf, FIELDS, **MISSING), **rope_fields(hf, "llama3")}
+    if not hf.get("attn_temperature_tuning", True):
+        fields["temperature_scale"] = 0.0
+    layers, full_every, experts_every = range(fields["layers"]), fields["full_every"], fields["experts_every"]
+    full = layers[full_every - 1 :: full_every]
+    if hf.get("no_rope_layers"):  # [] in published files, for what the interval says
+        expect(hf, no_rope_layers=[int(i not in full) for i in layers])
+    expect(
+        hf,
+        moe_layers=list(layers[experts_every - 1 :: experts_every]),
+        layer_types=["full_attention" if i in full else "chunked_attention" for i in layers],
+    )
+    return fields
+
+
+def config_to_hf(config: Any) -> dict[str, Any]:
+    """The fields of a config.json."""
+    return {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        **write_fields(config, FIELDS),
+        "attn_temperature_tuning": config.temperature_scale != 0,
+        **write_rope(config.rope_theta, config.rope_scaling),
+    }
+
+
+def weights(config: Any) -> Iterator[Weight]:
+    """Which tensor of theirs is which of ours."""
+    return decoder_weights(config, _layer_weights)
+
+
+def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[Weight]:
+    yield from rename(theirs, ours, NORMS)
+    for their_name, name in ATTENTION.items():
+        projection = f"{theirs}.self_attn.{their_name}.weight", f"{ours}.attention.{name}.weight"
+        if name in ("query", "key"):
+            yield _rotated(config, config.heads if name == "query" else config.kv_heads, *projection)
+        else:
+            yield Weight(*projection)
+    theirs, ours = f"{theirs}.feed_forward", f"{ours}.mlp"
+    if config.has_experts(index):
+        yield Weight(f"{theirs}.router.weight", f"{ours}.router.weight")
+        # Theirs has gate and up in one, first all channels of gate.
+        halves: dict[str, View] = {"gate": lambda t: t[..., : config.ffn], "up": lambda t: t[..., config.ffn :]}
+        yield from rename_joined_experts(config, f"{theirs}.experts", f"{ours}.experts", halves)
+        theirs, ours = f"{theirs}.shared_expert", f"{ours}.shared"
+    yield from rename(theirs, ours, MLP)
+
+
+def _rotated(config: Any, heads: int, theirs: str, ours: str) -> Weight:
+    """Theirs turns channel 2i of a head with 2i + 1, ours i with i + D/2. Scores, sums over all channels of a query and
+    a key, are the same; so in the full layers, where nothing turns, both are arranged like this too."""
+    pairs = config.head_size // 2
+    return Weight(
+        theirs,
+        ours,
+        of_theirs=lambda t: t.unflatten(0, (heads, pairs, 2)).transpose(1, 2),
+        of_ours=lambda t: t.unflatten(0, (heads, 2, pairs)),
+        shape=(heads * config.head_size, config.width),
+    )
+
+
+LLAMA4_HF = HuggingFace(
+    architectures=("Llama4ForCausalLM",),
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
+    weights=weights,
+)

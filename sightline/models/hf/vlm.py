@@ -1,0 +1,110 @@
+"""The vision-language model in Hugging Face's form: the class of LFM2-VL, whose text model may be any, here a Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sightline.layers.vision import VisionConfig
+from sightline.models.hf import llama3
+from sightline.models.hf.format import HuggingFace, Weight, expect, read_fields, rename, write_fields
+
+FIELDS = {"merge": "downsample_factor", "projector": "projector_hidden_size", "image_token": "image_token_id"}
+VISION_FIELDS = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "ffn": "intermediate_size",
+    "patch_size": "patch_size",
+    "channels": "num_channels",
+    "norm_eps": "layer_norm_eps",
+}
+VISION_MISSING = {
+    "width": 768,
+    "layers": 12,
+    "heads": 12,
+    "ffn": 3072,
+    "patch_size": 16,
+    "channels": 3,
+    "norm_eps": 1e-6,
+}
+VISION_LAYER = {
+    "layer_norm1": "attention_norm",
+    "self_attn.q_proj": "attention.query",
+    "self_attn.k_proj": "attention.key",
+    "self_attn.v_proj": "attention.value",
+    "self_attn.out_proj": "attention.output",
+    "layer_norm2": "mlp_norm",
+    "mlp.fc1": "up",
+    "mlp.fc2": "down",
+}
+
+
+def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    """From the fields of a config.json."""
+    expect(hf, projector_hidden_act="gelu", projector_bias=True, projector_use_layernorm=True)
+    architectures, tied = hf["architectures"], hf.get("tie_word_embeddings", True)
+    text = {**hf["text_config"], "architectures": architectures, "tie_word_embeddings": tied}
+    expect(text, model_type="llama")
+    return {
+        **llama3.config_from_hf(text),
+        "vision": vision_from_hf({**hf["vision_config"], "architectures": architectures}),
+        **read_fields(hf, FIELDS, merge=2, projector=2560, image_token=396),
+    }
+
+
+def vision_from_hf(hf: dict[str, Any]) -> VisionConfig:
+    """From the fields of a Siglip2VisionModel's config.json."""
+    expect(hf, model_type="siglip2_vision_model", hidden_act="gelu_pytorch_tanh")
+    side = round(hf.get("num_patches", 256) ** 0.5)
+    return VisionConfig(side=side, **read_fields(hf, VISION_FIELDS, **VISION_MISSING))
+
+
+def config_to_hf(config: Any) -> dict[str, Any]:
+    """The fields of a config.json."""
+    return {
+        "architectures": ["Lfm2VlForConditionalGeneration"],
+        "model_type": "lfm2_vl",
+        "text_config": llama3.config_to_hf(config),
+        "vision_config": {
+            "architectures": ["Siglip2VisionModel"],
+            "model_type": "siglip2_vision_model",
+            **write_fields(config.vision, VISION_FIELDS),
+            "num_patches": config.vision.side**2,
+            "vision_use_head": False,
+        },
+        **write_fields(config, FIELDS),
+        "tie_word_embeddings": config.tied_embeddings,
+    }
+
+
+def weights(config: Any) -> Iterator[Weight]:
+    """Which tensor of theirs is which of ours."""
+    for weight in llama3.weights(config):
+        yield Weight(weight.theirs.replace("model.", "model.language_model.", 1), weight.ours)
+    yield from vision_weights(config.vision, "model.vision_tower.")
+    names = {"layer_norm": "norm", "linear_1": "up", "linear_2": "down"}
+    yield from rename("model.multi_modal_projector", "projector", names, "weight", "bias")
+
+
+def vision_weights(config: VisionConfig, prefix: str) -> Iterator[Weight]:
+    """The tensors of a Siglip2VisionModel whose names begin with `prefix`."""
+    yield Weight(f"{prefix}embeddings.position_embedding.weight", "vision.positions")
+    ends = {"embeddings.patch_embedding": "embedding", "post_layernorm": "norm"}
+    layers = {
+        f"encoder.layers.{i}.{theirs}": f"layers.{i}.{ours}"
+        for i in range(config.layers)
+        for theirs, ours in VISION_LAYER.items()
+    }
+    for theirs, ours in {**ends, **layers}.items():
+        for kind in ("weight", "bias"):
+            yield Weight(f"{prefix}{theirs}.{kind}", f"vision.{ours}.{kind}")
+
+
+VLM_HF = HuggingFace(
+    architectures=("Lfm2VlForConditionalGeneration",),
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
+    weights=weights,
+    ignored=r"lm_head\.weight|.*\.rotary_emb\.inv_freq|model\.vision_tower\.head\..*",
+)
