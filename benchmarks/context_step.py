@@ -30,7 +30,7 @@ from torch.distributed._functional_collectives import all_gather_single_autograd
 
 from benchmarks.timing import lognormal_documents, machine, positions_of, processes_in_turn, save
 from sightline.batch import IGNORE, Batch
-from sightline.config import Optimizer, Parallel, Run, Training
+from sightline.config import Optimizer, Parallel, Training
 from sightline.masks import AttentionMask
 from sightline.models import build_skeleton, config_of
 from sightline.parallel import plan_context
@@ -95,9 +95,7 @@ def step_of(kind: str, length: int, documents: str, parallel: Parallel) -> Calla
     """A step as `sightline train` takes it, on this process's part of the mesh."""
     options = Training(sequence_length=length, global_batch_size=1, micro_batch_size=1, device="cpu")
     torch.manual_seed(0)
-    model = build_parallel(
-        Run(model=config_of("llama3-tiny"), training=options, parallel=parallel), Mesh(parallel, CPU)
-    )
+    model = build_parallel(config_of("llama3-tiny"), options, Mesh(parallel, CPU))
     if kind == "all keys":
         model = SendsAll(model.mesh, model.whole, model.stages)
     optimizer = build_optimizer(model, Optimizer(learning_rate=1e-5))
@@ -107,7 +105,7 @@ def step_of(kind: str, length: int, documents: str, parallel: Parallel) -> Calla
         nonlocal taken
         taken += 1
         result = train_step(model, optimizer, rows[taken % ROWS], None, micro_batch_size=1, max_grad_norm=1.0)
-        return result.read()["loss"]
+        return result.loss.item()
 
     return step
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.timing import machine, processes_in_turn, save
 from benchmarks.training_step import cycle, rows_of
-from sightline.config import Optimizer, Parallel, Run, Training
+from sightline.config import Optimizer, Parallel, Training
 from sightline.models import build_model, config_of
 from sightline.parallel.apply import build_parallel
 from sightline.parallel.launch import joined
@@ -83,13 +83,12 @@ def held_bytes(model: ParallelModel) -> dict[str, int]:
 
 
 def measure_memory(model: str) -> None:
-    run = Run(model=config_of(model), training=Training(device="cpu"))
     with joined(Parallel(), CPU) as device:
         mesh = Mesh(Parallel(), device)
-        here = sum(held_bytes(build_parallel(run, mesh)).values())
+        here = sum(held_bytes(build_parallel(config_of(model), Training(device="cpu"), mesh)).values())
         most = torch.tensor(here)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        alone = sum(held_bytes(on_one_process(build_model(run.model))).values())
+        alone = sum(held_bytes(on_one_process(build_model(model))).values())
         if mesh.rank == 0:
             print(f"{model}: one process holds {alone / 2**20:.1f} MiB of weights, gradients and moments")
             print(f"shard {mesh.size('shard')}: the fullest holds {int(most) / 2**20:.1f} MiB, {int(most) / alone:.1%}")

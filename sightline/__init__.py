@@ -1,6 +1,29 @@
 """Sightline: train language models on packed documents. What each token may see is data."""
 
-from sightline.batch import Batch
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sightline.batch import Batch
+    from sightline.training.trained import LoadedModel, load
+    from sightline.training.trainer import train
 
 __version__ = "0.2.0"
-__all__ = ["Batch", "__version__"]
+__all__ = ["Batch", "LoadedModel", "__version__", "load", "train"]
+
+MODULES = {
+    "Batch": "sightline.batch",
+    "LoadedModel": "sightline.training.trained",
+    "load": "sightline.training.trained",
+    "train": "sightline.training.trainer",
+}
+"""Where each public name is defined."""
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, whose module is imported when it is first used: `import sightline` loads not even torch."""
+    if name not in MODULES:
+        raise AttributeError(f"module 'sightline' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(MODULES[name]), name)

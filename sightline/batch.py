@@ -12,6 +12,18 @@ IGNORE = -100  # the label that carries no loss, as in torch.nn.functional.cross
 PADDING = -1  # the document id of a padding token
 
 
+@dataclass(frozen=True)
+class ImageSizes:
+    """How images stand in the rows of a model that sees them: what a loader has to know of the model."""
+
+    patch_size: int
+    """Pixels a side of a patch."""
+    merge: int
+    """An image token stands for merge x merge patches."""
+    image_token: int
+    """The token an image stands as in the text."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """B rows of S tokens, and where each document lies in them.

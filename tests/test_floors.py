@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "sightline"
 FLOORS = {
-    "numbers": 0, "batch": 0, "config": 0,
+    "numbers": 0, "batch": 0, "config": 0, "errors": 0, "torch_private": 0,
     "masks": 1,
     "attention": 2, "plots": 2,
     "layers": 3,

@@ -14,6 +14,7 @@ from sightline.attention.backend import Needs
 from sightline.attention.tiles import Segment, build_tiles
 from sightline.attention.torch_private import flash_backward, flash_forward
 from sightline.masks import AttentionMask
+from sightline.torch_private import disable_compiler
 
 
 class Slice(NamedTuple):
@@ -47,7 +48,7 @@ class Tiled:
         return _attend_tiles(q, k, v, inputs, scale, sinks)
 
 
-@torch.compiler.disable
+@disable_compiler
 def _attend_tiles(q: Tensor, k: Tensor, v: Tensor, inputs: Tiles, scale: float, sinks: Tensor | None) -> Tensor:
     return _TiledAttention.apply(q, k, v, sinks, inputs, scale)
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.varlen import varlen_attn
 
 from sightline.attention.backend import Needs, Unsupported
 from sightline.attention.torch_private import varlen_backward, varlen_forward
 from sightline.masks import AttentionMask
 from sightline.masks.varlen import VarlenLayout
+
+if TYPE_CHECKING:
+    import torch.nn.attention.varlen
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256  # of FlashAttention 2
@@ -34,6 +37,7 @@ class Varlen:
 
     def lower(self, mask: AttentionMask, needs: Needs) -> VarlenLayout | Unsupported:
         """Built once, on the CPU, where nothing waits for the device."""
+        importlib.import_module("torch.nn.attention.varlen")  # takes a second, which only a run on CUDA has to wait
         try:
             layout = mask.to_varlen()
         except ValueError as error:
@@ -49,7 +53,7 @@ class Varlen:
         if sinks is None:
             longest, offsets = inputs.max_length, inputs.cu_seqlens
             gqa = q.shape[1] != k.shape[1]
-            out = varlen_attn(
+            out = torch.nn.attention.varlen.varlen_attn(
                 query, key, value, offsets, offsets, longest, longest,
                 scale=scale, window_size=inputs.window, enable_gqa=gqa,
             )  # fmt: skip

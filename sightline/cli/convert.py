@@ -10,11 +10,11 @@ import torch
 import tyro
 
 from sightline.cli.source import SourceArgument, find_source
+from sightline.errors import RunFailed
 from sightline.models import load_pretrained, save_pretrained
 from sightline.models.hf.directory import MAX_SHARD_BYTES
 from sightline.models.hf.files import holds_weights
 from sightline.models.hf.vision_pair import load_vision_pair
-from sightline.training import RunFailed
 from sightline.training.export import export_checkpoint
 from sightline.training.run_directory import find_checkpoint
 

@@ -11,12 +11,12 @@ from rich.console import Console
 
 from sightline.batch import Batch
 from sightline.config import Run
-from sightline.data import load_documents, split_documents
+from sightline.data import load_documents, open_loader, split_documents
 from sightline.masks import AttentionMask
 from sightline.models import build_model
-from sightline.training import prepare_batch
-from sightline.training.setup import get_tokenizer, open_loader
-from sightline.training.step import Model
+from sightline.training.checkpoint import TOKENIZER
+from sightline.training.setup import get_tokenizer
+from sightline.training.step import Model, prepare_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +35,12 @@ def first_batch(title: str, run: Run, directory: Path | None, sequence_length: i
         run = replace(run, training=replace(run.training, sequence_length=sequence_length))
     with Console(stderr=True).status(f"reading {run.data.source} and packing the first batch"):
         documents, _ = split_documents(load_documents(run.data), run.data.validation_share)
-        tokenizer = get_tokenizer(run, documents, directory)
+        path = directory / TOKENIZER if directory else run.data.tokenizer or run.model_from
+        tokenizer = get_tokenizer(path, documents, run.model.vocab_size)
         with torch.device("meta"):  # masks and FLOPs need no weights
             model = build_model(run.model)
-        with closing(open_loader(run, documents, tokenizer)) as loader:
+        images = model.image_sizes
+        with closing(open_loader(run.data, run.training, documents, tokenizer, images=images, seed=run.seed)) as loader:
             batch = next(loader)
         masks = prepare_batch(model, batch, tokenizer, "cpu")["attention_masks"]
     return Subject(title=f"{title}, first batch", masks=masks, model=model, batch=batch)

@@ -7,20 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
 from torch import Tensor
 
+import sightline
 from sightline import config
 from sightline.cli.source import SourceArgument, find_source
-from sightline.data import Tokenizer, load_tokenizer, pack_patches
+from sightline.data import Tokenizer, pack_patches
 from sightline.data.image_files import read_image
 from sightline.generation import SamplingConfig, stream
-from sightline.models import Family, VLMConfig, load_pretrained
-from sightline.models.hf.files import holds_weights
+from sightline.models import VLMConfig
 from sightline.training.setup import choose_device
-from sightline.training.step import Model
-from sightline.training.trained import load_trained
 
 PLACE = "<image>"
 """Where an image stands in a prompt."""
@@ -55,29 +52,14 @@ class Generate(SamplingConfig):
 def main(argv: list[str]) -> None:
     options = tyro.cli(Generate, args=argv, prog="sightline generate")
     device = choose_device(config.Training(device=options.device))
-    model, tokenizer = open_model(*find_source(options.source, options.family), device)
+    directory, family = find_source(options.source, options.family)
+    model, tokenizer = sightline.load(directory, device=device, family=family)
     prompt, extra = read_prompt(options.prompt, options.image, model.config, tokenizer)
     pieces = stream(model, tokenizer, prompt, options, extra=extra)
     print(options.prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
-
-
-def open_model(directory: Path, family: Family | None, device: torch.device) -> tuple[Model, Tokenizer]:
-    """The model of a run, a checkpoint or a Hugging Face directory, and its tokenizer.
-
-    family  of the model, for a directory that names one from outside the package
-
-    Errors: ValueError for a directory that is none of them, or has no tokenizer.
-    """
-    if not holds_weights(directory):
-        trained = load_trained(directory, device, family)
-        return trained.model, trained.tokenizer
-    tokenizer = load_tokenizer(directory)
-    dtype = torch.float32 if device.type == "cpu" else None  # most CPUs compute bfloat16 several times slower
-    with device:
-        return load_pretrained(directory, dtype=dtype, family=family).eval(), tokenizer
 
 
 def read_prompt(

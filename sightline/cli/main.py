@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
 
 from sightline import __version__
-from sightline.cli import convert, generate, masks, plan, train
-from sightline.parallel.launch import AnotherRankEnded, LostRank, exit_code_of
-from sightline.training import RunEnded, Stopped
+from sightline.errors import AnotherRankEnded, LostRank, RunEnded, Stopped, exit_code_of
 
 
 class Command(NamedTuple):
-    main: Callable[[list[str]], None]
+    module: str
+    """Its `main` takes the arguments. It is imported when the command is chosen, so that help needs none of them."""
     line: str
 
 
 COMMANDS = {
-    "train": Command(train.main, "train a model by a recipe, or continue where it stopped"),
-    "generate": Command(generate.main, "continue a text with a trained model"),
-    "convert": Command(convert.main, "write a trained model as a Hugging Face directory"),
-    "masks": Command(masks.main, "draw what each token may see"),
-    "plan": Command(plan.main, "say what a run needs on a mesh: memory, communication, waiting"),
+    "train": Command("sightline.cli.train", "train a model by a recipe, or continue where it stopped"),
+    "generate": Command("sightline.cli.generate", "continue a text with a trained model"),
+    "convert": Command("sightline.cli.convert", "write a trained model as a Hugging Face directory"),
+    "masks": Command("sightline.cli.masks", "draw what each token may see"),
+    "plan": Command("sightline.cli.plan", "say what a run needs on a mesh: memory, communication, waiting"),
 }
 
 EXAMPLES = """examples:
@@ -56,7 +55,7 @@ def run(argv: list[str]) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise ValueError(f"unknown command {argv[0]!r}; the commands are: {', '.join(COMMANDS)}")
-        COMMANDS[argv[0]].main(argv[1:])
+        importlib.import_module(COMMANDS[argv[0]].module).main(argv[1:])
     except AnotherRankEnded as ended:
         return ended.exit_code
     except Stopped as stopped:

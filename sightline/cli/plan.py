@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from sightline import config
 from sightline.cli.first_batch import first_batch
 from sightline.cli.output import tabulate, writing
 from sightline.cli.train import parse
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
     console = Console(highlight=False)
     with Console(stderr=True).status("counting"):
         found = estimate(run, world)
-    show(console, others[0], run, found, options.gpu)
+    show(console, others[0], run.training, found, options.gpu)
     if run.parallel.context > 1:
         show_context(console, others[0], run, found, options.rows, options.picture)
 
@@ -95,9 +96,9 @@ def _own_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, others
 
 
-def show(console: Console, title: str, run: Run, found: Estimate, gpu: str) -> None:
+def show(console: Console, title: str, training: config.Training, found: Estimate, gpu: str) -> None:
     """The tables, in the order in which they decide."""
-    training, mesh, largest = run.training, found.mesh, found.largest
+    mesh, largest = found.mesh, found.largest
     named = [f"{axis} {mesh.size(axis)}" for axis in (*AXES, "expert") if mesh.size(axis) > 1]
     rows = training.global_batch_size // mesh.size("data")
     console.print(
@@ -113,10 +114,10 @@ def show(console: Console, title: str, run: Run, found: Estimate, gpu: str) -> N
     if mesh.size("pipeline") > 1:
         console.print(stages_table(found))
         console.print(
-            f"bubble: {found.timeline.bubble:.1%} of the time is waiting, {run.parallel.pipeline_schedule} with "
+            f"bubble: {found.timeline.bubble:.1%} of the time is waiting, {mesh.parallel.pipeline_schedule} with "
             f"{found.microbatches} microbatches\n"
         )
-    console.print(tabulate({"a step's arithmetic, forward and backward": describe_flops(run, found, gpu)}))
+    console.print(tabulate({"a step's arithmetic, forward and backward": describe_flops(found, training.dtype, gpu)}))
 
 
 def describe_memory(process: ProcessEstimate) -> dict[str, str]:
@@ -150,9 +151,9 @@ def stages_table(found: Estimate) -> Table:
     return table
 
 
-def describe_flops(run: Run, found: Estimate, gpu: str) -> dict[str, str]:
+def describe_flops(found: Estimate, dtype: str, gpu: str) -> dict[str, str]:
     step = found.matmul_flops + found.causal_flops
-    peak = GPU_PEAKS[gpu][run.training.dtype == "bfloat16"] * found.mesh.world
+    peak = GPU_PEAKS[gpu][dtype == "bfloat16"] * found.mesh.world
     seconds = step / peak / (1 - found.timeline.bubble)
     return {
         "matrix products": flops(found.matmul_flops),

@@ -9,12 +9,12 @@ from typing import Any
 
 import tyro
 
+import sightline
 from sightline.config import Run
 from sightline.models import FAMILIES, family_of
 from sightline.models.hf.directory import read_model_config
 from sightline.numbers import count
 from sightline.recipes import RECIPES, get_recipe
-from sightline.training import train
 
 EXAMPLES = """examples:
   sightline train llama3-tiny
@@ -30,7 +30,8 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return
-    train(parse(argv))
+    run = parse(argv)
+    sightline.train(run)  # imports the trainer, which a wrong option has not to wait for
 
 
 def parse(argv: list[str]) -> Run:

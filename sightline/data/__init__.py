@@ -1,17 +1,22 @@
-"""Text in, packed batches out: sources, tokenizer, packers and the loader. Knows no models."""
+"""Text in, packed batches out: sources, tokenizer, packers and the loaders. Knows no models."""
 
+from sightline.data.data_loader import Batches, DataLoader, IterableLoader, open_loader, open_validation
 from sightline.data.documents import Documents, split_documents
-from sightline.data.images import SYNTHETIC_IMAGES, ImageLoader, pack_patches, to_patches
 from sightline.data.loader import Loader, join_states, validation_batches
 from sightline.data.packing import BestFit, Piece, Stream
+from sightline.data.patches import pack_patches, to_patches
 from sightline.data.sources import load_documents
+from sightline.data.synthetic_images import SYNTHETIC_IMAGES, ImageLoader
 from sightline.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
     "SYNTHETIC_IMAGES",
+    "Batches",
     "BestFit",
+    "DataLoader",
     "Documents",
     "ImageLoader",
+    "IterableLoader",
     "Loader",
     "Piece",
     "Stream",
@@ -19,6 +24,8 @@ __all__ = [
     "join_states",
     "load_documents",
     "load_tokenizer",
+    "open_loader",
+    "open_validation",
     "pack_patches",
     "split_documents",
     "to_patches",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -42,8 +43,40 @@ NAMES = {
     "sequence_length": "--training.sequence-length",
     "rows": "--training.global-batch-size",
     "seed": "--seed",
+    "ranks": "number of data-parallel ranks",
 }
-"""What must be equal for a state to mean the same place, in words."""
+"""The fields of a loader's config, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """What decides the rows of a `Loader`: a state means the same place only where all of it is equal."""
+
+    documents: int
+    """How many there are."""
+    lengths: str
+    """Digest of their lengths."""
+    tokenizer: str
+    """Its fingerprint."""
+    packing: str
+    sequence_length: int
+    rows: int
+    """Of a step, on all ranks."""
+    seed: int
+
+
+def check_state(config: Any, state: State) -> None:
+    """Refuse a state that was saved with another config, a dataclass, than the loader has that loads it.
+
+    Raises: ValueError naming the first field that differs.
+    """
+    for name, here in asdict(config).items():
+        came = state["identity"].get(name)
+        if came != here:
+            raise ValueError(
+                f"the loader's state was saved with another {NAMES[name]}: {came!r} there, {here!r} here; continue "
+                "with what it was saved with, or start a new run in another output directory"
+            )
 
 
 class Loader:
@@ -81,15 +114,15 @@ class Loader:
             raise ValueError(f"{documents.source} holds no training documents; expected at least one")
         self._mine = rows_of_rank(rows, rank, world)
         self._documents, self._tokenizer = documents, tokenizer
-        self._identity: State = {
-            "documents": len(documents),
-            "lengths": hashlib.sha256(documents.lengths.astype("<i8").tobytes()).hexdigest()[:16],
-            "tokenizer": tokenizer.fingerprint,
-            "packing": packing,
-            "sequence_length": sequence_length,
-            "rows": rows,
-            "seed": seed,
-        }
+        self._config = LoaderConfig(
+            documents=len(documents),
+            lengths=hashlib.sha256(documents.lengths.astype("<i8").tobytes()).hexdigest()[:16],
+            tokenizer=tokenizer.fingerprint,
+            packing=packing,
+            sequence_length=sequence_length,
+            rows=rows,
+            seed=seed,
+        )
         self._count = rows * -(-LANES // rows)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sightline-loader")
         self._state: State
@@ -115,7 +148,7 @@ class Loader:
 
     def _next_batch(self, lanes: dict[int, _Lane], before: State) -> tuple[Batch, State]:
         """A batch, and the state after it. In the background thread: it may outlive the loader's own lanes."""
-        first = before["step"] * self._identity["rows"]
+        first = before["step"] * self._config.rows
         turn = [(first + row) % self._count for row in self._mine]
         batch = Batch.from_rows([lanes[lane].next_row() for lane in turn])
         places = before["lanes"] | {str(lane): lanes[lane].place() for lane in turn}
@@ -123,7 +156,7 @@ class Loader:
 
     def state_dict(self) -> State:
         """Where the batch after the one handed out last begins, in the lanes of this rank: see `join_states`."""
-        return {"identity": dict(self._identity), **self._state}
+        return {"identity": asdict(self._config), **self._state}
 
     def load_state_dict(self, state: State) -> None:
         """Go on from the joined state of all ranks, however many there were.
@@ -131,14 +164,7 @@ class Loader:
         Errors: ValueError naming the field, where the state was made with other documents, another tokenizer, packing,
         length, seed or number of rows.
         """
-        came = state["identity"]
-        for name, words in NAMES.items():
-            if came.get(name) != self._identity[name]:
-                raise ValueError(
-                    f"the loader's state was saved with another {words}: {came.get(name)!r} there, "
-                    f"{self._identity[name]!r} here; continue with what it was saved with, or start a new run in "
-                    "another output directory"
-                )
+        check_state(self._config, state)
         places = {str(lane): state["lanes"][str(lane)] for lane in self._own_lanes()}
         self._start({"step": state["step"], "lanes": places})
 
@@ -147,13 +173,12 @@ class Loader:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _own_lanes(self) -> list[int]:
-        rows = self._identity["rows"]
-        return [lane for lane in range(self._count) if lane % rows in self._mine]
+        return [lane for lane in range(self._count) if lane % self._config.rows in self._mine]
 
     def _start(self, state: State) -> None:
         self._state = state
         self._lanes = {
-            lane: _Lane(self._documents, self._tokenizer, self._identity, lane, self._count, state["lanes"][str(lane)])
+            lane: _Lane(self._documents, self._tokenizer, self._config, lane, self._count, state["lanes"][str(lane)])
             for lane in self._own_lanes()
         }
         self._prepared = None
@@ -187,9 +212,9 @@ class _Lane:
     """The rows of one lane from some place on."""
 
     def __init__(
-        self, documents: Documents, tokenizer: Tokenizer, identity: State, lane: int, lanes: int, place: State
+        self, documents: Documents, tokenizer: Tokenizer, config: LoaderConfig, lane: int, lanes: int, place: State
     ) -> None:
-        self.documents, self.tokenizer, self.seed = documents, tokenizer, identity["seed"]
+        self.documents, self.tokenizer, self.seed = documents, tokenizer, config.seed
         # Of N documents a lane takes every `lanes`-th. Where there are fewer than lanes, lane, lane + N, ... would read
         # the same ones: each then reads its part of them.
         self.section = slice(lane % len(documents), None, lanes)
@@ -197,7 +222,7 @@ class _Lane:
         self.epoch, self.next_document = place["epoch"], place["place"]
         whole = {document: self._piece(document) for document in {document for document, _ in place["waiting"]}}
         waiting = [whole[document]._replace(at=at) for document, at in place["waiting"]]
-        self.packer = PACKERS[identity["packing"]](identity["sequence_length"], tokenizer.eos_id, waiting)
+        self.packer = PACKERS[config.packing](config.sequence_length, tokenizer.eos_id, waiting)
         self.pieces = self._endless()
 
     def next_row(self) -> Row:

@@ -13,7 +13,7 @@ import numpy as np
 
 from sightline.config import Data
 from sightline.data.documents import Documents, describe_skipped
-from sightline.data.images import SYNTHETIC_IMAGES, caption_documents
+from sightline.data.synthetic_images import SYNTHETIC_IMAGES, caption_documents
 
 try:
     import datasets

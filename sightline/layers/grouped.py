@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sightline.layers.precision import autocast_dtype
+from sightline.torch_private import disable_compiler
 
 Layer = tuple[Tensor, Tensor | None]
 """weight [E, F, W], bias [E, F]"""
@@ -60,7 +61,7 @@ def _by_kernel(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None) -
     return out.masked_fill(behind, 0)
 
 
-@torch.compiler.disable  # it would compile anew for other counts
+@disable_compiler  # it would compile anew for other counts
 def _by_group(x: Tensor, counts: Tensor, *layers: Layer) -> tuple[Tensor, ...]:
     return _ByGroup.apply(x, counts.tolist(), *(part for layer in layers for part in layer))
 

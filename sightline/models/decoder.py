@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from sightline.attention import Exchanges, LocalExchanges, Lowered, Needs, check_backend, lower
-from sightline.batch import Batch
+from sightline.batch import Batch, ImageSizes
 from sightline.layers import (
     LOSSES,
     Experts,
@@ -77,6 +77,8 @@ class Decoder(nn.Module):
 
     unspoken: tuple[int, ...] = ()
     """Tokens that stand for something else than text, and are never generated."""
+    image_sizes: ImageSizes | None = None
+    """How images stand in the model's rows; None where it reads text alone."""
     row_heads: int | None = None
     """Heads of the layers that walk along whole rows, as a recurrence does: processes that share rows deal them out.
     None where there are no such layers."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 from torch.overrides import TorchFunctionMode
 
-from sightline.models.torch_private import StridedShard
+from sightline.torch_private import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def draw_weights(*parts: Any) -> None:
@@ -75,7 +77,7 @@ FILLS: dict[Callable, Callable] = {
 @torch.no_grad()
 def draw(target: Tensor, fill: Callable[[Tensor], Tensor]) -> None:
     """Fill a parameter, whole or sharded."""
-    if not isinstance(target, DTensor):
+    if not is_dtensor(target):
         fill(target)
         return
     whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
@@ -88,9 +90,9 @@ def part_of(whole: Tensor, target: DTensor) -> Tensor:
     assert coordinate is not None, "a process holds only tensors of meshes it is part of"
     axes = list(zip(target.placements, coordinate, target.device_mesh.shape, strict=True))
     # FSDP over tensor parallelism is a strided shard: it cuts what the inner axes have cut before.
-    axes.sort(key=lambda axis: isinstance(axis[0], StridedShard))
+    axes.sort(key=lambda axis: hasattr(axis[0], "split_factor"))
     for placement, index, size in axes:
-        if isinstance(placement, Replicate):
+        if placement.is_replicate():
             continue
         dim = placement.dim  # type: ignore[attr-defined]
         step = -(-whole.shape[dim] // size)  # as torch.chunk: the last parts may be short or empty

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sightline.batch import Batch
+from sightline.batch import Batch, ImageSizes
 from sightline.config import Checkpoint, Optimizer, Training, Validation
 from sightline.config.recipes import DRAWINGS, on_gpus, template
 from sightline.layers import LayerCache
@@ -72,6 +72,7 @@ class VLM(Llama3):
     def __init__(self, config: VLMConfig, *, attention_backend: str = "auto") -> None:
         super().__init__(config, attention_backend=attention_backend)
         self.unspoken = (config.image_token,)
+        self.image_sizes = ImageSizes(config.vision.patch_size, config.merge, config.image_token)
         self.vision: VisionEncoder | None = VisionEncoder(config.vision)
         self.projector: Projector | None = Projector(
             channels=config.vision.width, hidden=config.projector, width=config.width, merge=config.merge

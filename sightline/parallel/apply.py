@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 
 from sightline import config
-from sightline.config import Run
 from sightline.layers import get_loss
 from sightline.models import build_skeleton, draw_weights
 from sightline.models.decoder import Decoder
@@ -25,16 +25,18 @@ from sightline.parallel.shard import apply_shard
 from sightline.parallel.tensor import apply_tensor
 
 
-def build_parallel(run: Run, mesh: Mesh) -> ParallelModel:
-    """The run's model with fresh weights, as this process holds it: on any mesh the same ones as on one process.
+def build_parallel(
+    model: Any, training: config.Training, mesh: Mesh, *, attention_backend: str = "auto"
+) -> ParallelModel:
+    """The model of a config with fresh weights, as this process holds it: on any mesh the same ones as on one process.
 
     Errors: ValueError for degrees the model cannot be cut by, naming those that it can.
     """
     check_offload(mesh)
-    whole: Decoder = build_skeleton(run.model, attention_backend=run.attention.backend)
-    whole.loss = get_loss(run.training.loss)
-    whole.check_backend(mesh.device, getattr(torch, run.training.dtype), training=True)
-    check_context(whole, mesh, run.training.sequence_length)
+    whole: Decoder = build_skeleton(model, attention_backend=attention_backend)
+    whole.loss = get_loss(training.loss)
+    whole.check_backend(mesh.device, getattr(torch, training.dtype), training=True)
+    check_context(whole, mesh, training.sequence_length)
     if mesh.world == 1:
         stages = [whole]
     elif mesh.size("pipeline") == 1:
@@ -42,12 +44,12 @@ def build_parallel(run: Run, mesh: Mesh) -> ParallelModel:
     else:
         stages = take_stages(whole, mesh)
     for stage in stages:
-        parallelize(stage, mesh, run.training)
+        parallelize(stage, mesh, training)
         stage.to_empty(device="cpu" if mesh.parallel.offload else mesh.device)
     draw_weights(*stages)
     if mesh.size("pipeline") == 1:
-        return ParallelModel(mesh, whole, stages, dtype=run.training.dtype)
-    return Pipelined(mesh, whole, stages, dtype=run.training.dtype, micro_batch_size=run.training.micro_batch_size)
+        return ParallelModel(mesh, whole, stages, dtype=training.dtype)
+    return Pipelined(mesh, whole, stages, dtype=training.dtype, micro_batch_size=training.micro_batch_size)
 
 
 def parallelize(model: Decoder, mesh: Mesh, training: config.Training) -> None:

@@ -17,24 +17,13 @@ import torch
 import torch.distributed as dist
 
 from sightline.config import Parallel
+from sightline.errors import AnotherRankEnded, LostRank, exit_code_of
 from sightline.parallel.mesh import AXES, resolve
 
 GRACE = 2.0
 """Seconds in which all that wait for the same process have found out that it does not come."""
 PRECEDENCE = 3.0
 """Seconds that rank 0 has to be the first to say what all processes would."""
-
-
-class LostRank(RuntimeError):
-    """Other processes waited for one that did not come. The text names it."""
-
-
-class AnotherRankEnded(Exception):
-    """Another process ended the job and says why; this one leaves with `exit_code` and says nothing."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__()
-        self.exit_code = exit_code
 
 
 class Job:
@@ -203,8 +192,3 @@ def _why(job: Job, error: BaseException) -> BaseException:
 def _is_of_a_collective(error: BaseException) -> bool:
     """gloo raises a plain RuntimeError; its source's path is in the text."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
-
-
-def exit_code_of(error: BaseException) -> int:
-    """Of a command that ends with this error: what the error says of itself, 2 for what the user asked, else 1."""
-    return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)

@@ -8,7 +8,6 @@ import torch.nn.attention.varlen  # registers torch.ops.torch_attn
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import register_dataclass
 
 __all__ = [
     "ATTENTION_OPS",
@@ -19,7 +18,6 @@ __all__ = [
     "flatten",
     "foreach_multiply_",
     "foreach_norm",
-    "register_dataclass",
     "skip_side_effects_of_recompute",
     "wait",
 ]

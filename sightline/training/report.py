@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sightline.config import Run
+from sightline import config
 from sightline.data import Documents
 from sightline.masks import AttentionMask
 from sightline.numbers import count, duration
@@ -21,30 +21,35 @@ from sightline.training.run_directory import RunDirectory
 from sightline.training.terminal import Terminal
 
 
-def announce_data(terminal: Terminal, run: Run, documents: Documents, held_out: Documents, start: Path | None) -> None:
-    """What is known before the tokenizer is trained, which may take its time."""
-    tokenizer = str(
-        run.data.tokenizer
-        or run.model_from
-        or f"a byte-level BPE of {run.model.vocab_size:,} tokens is trained on them now"
-    )
+def announce_data(
+    terminal: Terminal,
+    output_dir: Path,
+    documents: Documents,
+    held_out: Documents,
+    tokenizer: Path | None,
+    vocab_size: int,
+    start: Path | None,
+) -> None:
+    """What is known before the tokenizer is trained, which may take its time. `tokenizer` is the file there is."""
     terminal.table(
         {
-            "run": f"{run.output_dir}, continued from {start.name}" if start else str(run.output_dir),
-            "data": f"{documents.describe()}; {len(held_out):,} held out",
-            "tokenizer": f"of {start}" if start else tokenizer,
+            "run": f"{output_dir}, continued from {start.name}" if start else str(output_dir),
+            "data": f"{documents.describe()}; {len(held_out):,} held out" if documents else documents.source,
+            "tokenizer": str(tokenizer or f"a byte-level BPE of {vocab_size:,} tokens is trained on them now"),
         }
     )
 
 
-def announce_model(terminal: Terminal, run: Run, model: ParallelModel, peak: Peak) -> None:
-    """What is trained, where, and in what portions."""
-    training, mesh, device = run.training, model.mesh, model.mesh.device
+def announce_model(
+    terminal: Terminal, training: config.Training, model: ParallelModel, begun_from: Path | None, peak: Peak
+) -> None:
+    """What is trained, from which pretrained weights, where, and in what portions."""
+    mesh, device = model.mesh, model.mesh.device
     where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     accumulation = training.global_batch_size // mesh.size("data") // training.micro_batch_size
     micro = f" in {accumulation} forwards" if accumulation > 1 else ""
     parameters = sum(p.numel() for p in model.whole.parameters())
-    begun = f", begun with the weights of {run.model_from}" if run.model_from else ""
+    begun = f", begun with the weights of {begun_from}" if begun_from else ""
     terminal.table(
         {
             "model": f"{type(model.whole).__name__}, {count(parameters)} parameters{begun}",
@@ -72,11 +77,11 @@ def draw_first_masks(terminal: Terminal, directory: RunDirectory, masks: dict[st
         draw(terminal, directory.mask_plot, lambda path: plot_masks(masks, path))
 
 
-def draw_losses(terminal: Terminal, run: Run, directory: RunDirectory) -> None:
-    """loss.png from the whole metrics.jsonl, so a resumed run shows all its steps."""
+def draw_losses(terminal: Terminal, directory: RunDirectory, source: str) -> None:
+    """loss.png from the whole metrics.jsonl, so a resumed run shows all its steps. `source` is that of the data."""
     rows = read_metrics(directory.metrics)
     if rows:
-        title = f"{run.output_dir.name} · {run.data.source}"
+        title = f"{directory.path.name} · {source}"
         draw(terminal, directory.loss_plot, lambda path: plot_loss(rows, path, title))
 
 
@@ -88,8 +93,8 @@ def draw(terminal: Terminal, path: Path, draw_to: Callable[[Path], None]) -> Non
         terminal.warn(f"{path} could not be written: {error}")
 
 
-def tell_end(terminal: Terminal, run: Run, directory: RunDirectory, seconds: float) -> None:
-    """How the loss fell, and where everything lies."""
+def tell_end(terminal: Terminal, directory: RunDirectory, prompt: str, seconds: float) -> None:
+    """How the loss fell, and where everything lies. `prompt` is for the command that writes more text."""
     rows = read_metrics(directory.metrics)
     if rows:
         first, last = rows[0], rows[-1]
@@ -107,4 +112,4 @@ def tell_end(terminal: Terminal, run: Run, directory: RunDirectory, seconds: flo
         "TensorBoard": directory.tensorboard,
     }
     terminal.table({what: str(where) for what, where in places.items() if where and where.exists()})
-    terminal.table({"more text": f'sightline generate {run.output_dir} --prompt "{run.logging.sample_prompt}"'})
+    terminal.table({"more text": f'sightline generate {directory.path} --prompt "{prompt}"'})

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sightline.config import Run
 from sightline.training.checkpoint import CONFIG, check_checkpoint, find_latest, step_of
 from sightline.training.run_directory import RunDirectory, find_checkpoint, load_config, settings
 
@@ -15,12 +14,12 @@ SILENT = ("output_dir", "logging", "checkpoint", "parallel.timeout")
 """Of no meaning to the numbers. Whatever is in neither may change, and is said."""
 
 
-def find_start(run: Run, directory: RunDirectory) -> Path | None:
-    """The checkpoint `run` continues from, or None to begin anew. Looks only, changes nothing.
+def find_start(resume: str, directory: RunDirectory) -> Path | None:
+    """The checkpoint to continue from by `checkpoint.resume`, or None to begin anew. Looks only, changes nothing.
 
     Errors: ValueError where that would overwrite something or the path names no checkpoint.
     """
-    resume, latest = run.checkpoint.resume, find_latest(directory.checkpoints)
+    latest = find_latest(directory.checkpoints)
     if resume == "never":
         if directory.path.exists() and any(directory.path.iterdir()):
             raise ValueError(
@@ -43,12 +42,12 @@ def find_start(run: Run, directory: RunDirectory) -> Path | None:
     return start
 
 
-def check_continues(checkpoint: Path, run: Run) -> list[str]:
-    """What differs between the run that wrote `checkpoint` and `run`, in words.
+def check_continues(checkpoint: Path, run_settings: dict[str, Any]) -> list[str]:
+    """What differs between the `settings` of the run that wrote `checkpoint` and these, in words.
 
     Errors: ValueError where a field differs that makes it another run.
     """
-    before, now = flat(settings(load_config(checkpoint / CONFIG))), flat(settings(run))
+    before, now = flat(settings(load_config(checkpoint / CONFIG))), flat(run_settings)
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     refused = [name for name in changed if name.startswith(FIXED)]
     if refused:

@@ -39,10 +39,10 @@ class RunDirectory:
         """What each checkpoint carries, so that it stands on its own."""
         return [self.config, self.tokenizer, self.path / "tokenizer_config.json"]
 
-    def write(self, run: Run, tokenizer: Tokenizer) -> None:
-        """Note what decides the run. `load_config` reads it back."""
+    def write(self, run_settings: dict[str, Any], tokenizer: Tokenizer) -> None:
+        """Note what decides the run, its `settings` and its tokenizer. `load_config` reads them back."""
         aside = self.config.with_name(".config.json.partial")
-        aside.write_text(json.dumps(settings(run), indent=2) + "\n")
+        aside.write_text(json.dumps(run_settings, indent=2) + "\n")
         aside.rename(self.config)  # whole or not at all, whenever a kill comes
         tokenizer.save(self.tokenizer)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from sightline.batch import PADDING, Batch
 from sightline.data import Tokenizer
 from sightline.masks import named_masks
 from sightline.parallel.gradients import clip_gradients
+from sightline.parallel.mesh import Mesh
 from sightline.parallel.parallel_model import ParallelModel, to_device
 
 Model = Any
@@ -41,12 +42,44 @@ def prepare_batch(
     return to_device(inputs, device)
 
 
+@dataclass(frozen=True)
+class StepSums:
+    """What a step adds up over all processes: float64 scalars on the device."""
+
+    loss: Tensor
+    """Mean over the step's valid tokens."""
+    visible_pairs: Tensor
+    """(query, key) pairs that all masks show."""
+    attention_flops: Tensor
+    """Forward and backward, of those pairs over all layers."""
+    tokens: Tensor
+    """Those that are no padding."""
+    padded_tokens: Tensor
+    """Those of the rows, padding included."""
+
+    @classmethod
+    def of_all_processes(cls, mesh: Mesh, loss: Tensor, **counts: float) -> StepSums:
+        """Add up in one collective.
+
+        loss    of this process's tokens: processes that share rows have others
+        counts  of this process's rows, by field: counted once among the processes that share them
+        """
+        counted = float(mesh.index("context") == 0 and mesh.index("pipeline") == 0)
+        own = torch.tensor([counts[field.name] * counted for field in fields(cls)[1:]], dtype=torch.float64)
+        sums = torch.cat([loss.double()[None], own.to(mesh.device, non_blocking=True)])
+        return cls(*mesh.sum(mesh.sum(sums, "loss"), "pipeline"))
+
+    def read(self) -> dict[str, float]:
+        """The numbers by name. Waits for the device."""
+        names = [field.name for field in fields(self)]
+        return dict(zip(names, torch.stack([getattr(self, name) for name in names]).tolist(), strict=True))
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """Numbers of one step, over all processes. The tensors stay on the device: reading one waits for it."""
 
-    sums: Tensor
-    """float64 [5]: see `SUMS`."""
+    sums: StepSums
     grad_norm: Tensor
     """float32 scalar: before clipping."""
     of_model: dict[str, Tensor]
@@ -55,16 +88,7 @@ class StepResult:
     @property
     def loss(self) -> Tensor:
         """The run's loss of the step's rows: by default the mean over their valid tokens."""
-        return self.sums[0]
-
-    def read(self) -> dict[str, float]:
-        """The sums by name."""
-        return dict(zip(SUMS, self.sums.tolist(), strict=True))
-
-
-SUMS = ("loss", "visible_pairs", "attention_flops", "tokens", "places")
-"""What a step adds up over all processes: the loss; (query, key) pairs all masks show; forward and backward FLOPs of
-those pairs over all layers; tokens that are no padding; places of the rows, filled or not."""
+        return self.sums.loss
 
 
 def train_step(
@@ -99,15 +123,16 @@ def train_step(
             flops += visible * model.flops_per_pair(name)
         loss += model.forward_backward(model.own_tokens(inputs), 1 / weight, last=first + rows >= batch.shape[0])
     grad_norm = clip_gradients((p for _, p in model.named_parameters()), max_grad_norm, mesh)
-    tokens = int((batch.document_ids != PADDING).sum())
-    # The rows are counted once among the processes that share them, the losses of their tokens add up.
-    counted = float(mesh.index("context") == 0 and mesh.index("pipeline") == 0)
-    counts = [0.0, pairs * counted, flops * counted, tokens * counted, batch.tokens.numel() * counted]
-    sums = torch.tensor(counts, dtype=torch.float64).to(mesh.device, non_blocking=True)
-    sums[0] += loss
-    mesh.sum(mesh.sum(sums, "loss"), "pipeline")
+    sums = StepSums.of_all_processes(
+        mesh,
+        loss,
+        visible_pairs=pairs,
+        attention_flops=flops,
+        tokens=int((batch.document_ids != PADDING).sum()),
+        padded_tokens=batch.tokens.numel(),
+    )
     # The switch of torch.amp.GradScaler: the fused kernel reads it on the device and leaves everything as it was,
     # so nobody has to wait for the loss to know whether to step.
-    optimizer.found_inf = (~(sums[0].isfinite() & grad_norm.isfinite())).float()  # type: ignore[attr-defined]
+    optimizer.found_inf = (~(sums.loss.isfinite() & grad_norm.isfinite())).float()  # type: ignore[attr-defined]
     optimizer.step()
     return StepResult(sums=sums, grad_norm=grad_norm, of_model=model.finish_step())

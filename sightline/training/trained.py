@@ -1,4 +1,4 @@
-"""A trained model, from the directory of its run."""
+"""A trained model: of a run, of a checkpoint, or of a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import NamedTuple
 
 import torch
 
+from sightline import config
 from sightline.config import Run
 from sightline.data import Tokenizer, load_tokenizer
-from sightline.models import Family, build_model
+from sightline.models import Family, build_model, load_pretrained
+from sightline.models.hf.files import holds_weights
 from sightline.training.checkpoint import CONFIG, TOKENIZER, check_checkpoint, read_tensors
 from sightline.training.run_directory import find_checkpoint, load_config
+from sightline.training.setup import choose_device
 from sightline.training.step import Model
 
 
@@ -22,6 +25,36 @@ class Trained(NamedTuple):
     model: Model
     tokenizer: Tokenizer
     checkpoint: Path
+
+
+class LoadedModel(NamedTuple):
+    """A model to compute with, in evaluation mode, and the tokenizer of its texts."""
+
+    model: Model
+    tokenizer: Tokenizer
+
+
+def load(
+    directory: str | Path, *, device: str | torch.device | None = None, family: Family | None = None
+) -> LoadedModel:
+    """The model and the tokenizer of a run (its newest checkpoint), of a checkpoint, or of a Hugging Face directory.
+
+    device  where the weights are; without it, CUDA where there is one. On a CPU they are float32, since most CPUs
+            compute half precision several times slower.
+    family  of the model, for a directory that names one from outside the package
+
+    Raises:
+        ValueError: for a directory that is none of them, is not whole, or has no tokenizer.
+    """
+    directory = Path(directory).expanduser()
+    device = choose_device(config.Training()) if device is None else torch.device(device)
+    if not holds_weights(directory):
+        trained = load_trained(directory, device, family)
+        return LoadedModel(trained.model, trained.tokenizer)
+    tokenizer = load_tokenizer(directory)
+    dtype = torch.float32 if device.type == "cpu" else None
+    with device:
+        return LoadedModel(load_pretrained(directory, dtype=dtype, family=family).eval(), tokenizer)
 
 
 def load_trained(path: Path, device: torch.device, family: Family | None = None) -> Trained:

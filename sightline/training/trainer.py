@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ import torch
 from rich.console import Console
 
 from sightline.config import Run
-from sightline.data import load_documents, split_documents
+from sightline.data import Batches, Documents, load_documents, open_loader, open_validation, split_documents
+from sightline.errors import NonFiniteLoss, RunFailed, Stopped
 from sightline.generation import SamplingConfig, generate
 from sightline.masks import named_masks
 from sightline.models.hf.directory import read_pretrained
@@ -22,15 +22,7 @@ from sightline.models.hf.files import holds_weights
 from sightline.parallel.apply import build_parallel, check_rows
 from sightline.parallel.launch import joined, meet
 from sightline.parallel.mesh import Mesh
-from sightline.training.checkpoint import (
-    CannotSave,
-    Progress,
-    find_latest,
-    load_checkpoint,
-    remove_partial,
-    tensors,
-)
-from sightline.training.errors import NonFiniteLoss, RunFailed, SaveFailed, Stopped
+from sightline.training.checkpoint import TOKENIZER, CannotSave, Progress, load_checkpoint, remove_partial, tensors
 from sightline.training.export import export_checkpoint
 from sightline.training.flops import find_peak
 from sightline.training.metrics import Metrics
@@ -46,20 +38,28 @@ from sightline.training.report import (
 from sightline.training.resume import check_continues, find_start
 from sightline.training.run_directory import RunDirectory, settings
 from sightline.training.saver import Saver
-from sightline.training.setup import choose_device, get_tokenizer, make_reproducible, open_loader, open_validation
+from sightline.training.setup import choose_device, get_tokenizer, make_reproducible
 from sightline.training.signals import StopRequest
 from sightline.training.step import StepResult, train_step
 from sightline.training.terminal import Terminal
 from sightline.training.validation import validate
 
 
-def train(run: Run, terminal: Terminal | None = None) -> None:
-    """Train what `run` describes and leave its directory full.
+def train(run: Run, terminal: Terminal | None = None, *, batches: Batches | None = None) -> Path:
+    """Train what `run` describes and return its directory, full; the same call on the same directory continues.
 
-    Errors: ValueError for what cannot be trained or continued; Stopped after a signal; RunFailed when it cannot go on.
+    terminal  where progress is written; without it, the standard output
+    batches   your own, in place of `run.data.source`: an iterable of `Batch`, one an optimizer step, or for many
+              processes a function of (rank, world) that returns the iterable of one data-parallel rank. One with
+              `state_dict` and `load_state_dict` continues exactly where it stopped. Nothing is held out of them, and
+              the run names the tokenizer they were made with.
+
+    Raises: ValueError for what cannot be trained or continued; `sightline.errors.Stopped` after a signal; RunFailed
+    when it cannot go on.
     """
     with joined(run.parallel, choose_device(run.training)) as device, ExitStack() as opened:
-        Trainer(run, device, terminal or Terminal(), opened).train()
+        Trainer(run, device, terminal or Terminal(), opened, batches).train()
+    return run.output_dir
 
 
 @dataclass(frozen=True)
@@ -75,59 +75,69 @@ class Taken:
 class Trainer:
     """One run, from its config to its report. What it opens is closed with `opened`."""
 
-    def __init__(self, run: Run, device: torch.device, terminal: Terminal, opened: ExitStack) -> None:
+    def __init__(
+        self, run: Run, device: torch.device, terminal: Terminal, opened: ExitStack, batches: Batches | None = None
+    ) -> None:
         self.run, self.device = run, device
         self.mesh = mesh = Mesh(run.parallel, device)
         self.terminal = terminal = terminal if mesh.rank == 0 else Terminal(Console(quiet=True))
         self.began = time.perf_counter()
         check_rows(run.training, mesh)
-        make_reproducible(run)
+        make_reproducible(run.seed, run.training.deterministic)
         self.directory = RunDirectory(run.output_dir)
-        start, changes = mesh.from_first(lambda: self.begin(opened))
+        described = settings(run)
+        start, changes = mesh.from_first(lambda: self.begin(opened, described))
 
-        documents = load_documents(run.data)
-        training, held_out = split_documents(documents, run.data.validation_share)
-        announce_data(terminal, run, documents, held_out, start)
-        self.tokenizer = mesh.from_first(lambda: get_tokenizer(run, training, start))
-        self.model = build_parallel(run, mesh)
+        documents = load_documents(run.data) if batches is None else Documents.from_texts([], source="your batches")
+        training, held_out = split_documents(documents, run.data.validation_share if documents else 0)
+        path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or run.model_from, run.model.vocab_size
+        announce_data(terminal, run.output_dir, documents, held_out, path, vocab_size, start)
+        self.tokenizer = mesh.from_first(lambda: get_tokenizer(path, training, vocab_size))
+        self.model = build_parallel(run.model, run.training, mesh, attention_backend=run.attention.backend)
         if run.model_from and not start:
             read_pretrained(self.model.whole, run.model_from, self.model.state_dict())
         self.optimizer = build_optimizer(self.model, run.optimizer)
-        data_rank, data_ranks = mesh.index("data"), mesh.size("data")
-        self.loader = opened.enter_context(
-            closing(open_loader(run, training, self.tokenizer, rank=data_rank, world=data_ranks))
-        )
-        self.validation = open_validation(run, held_out, self.tokenizer, rank=data_rank, world=data_ranks)
+        self.open_batches(training, held_out, batches, opened)
         self.peak = find_peak(device, run.training.dtype)
-        saver = Saver(
-            self.directory.checkpoints,
-            self.directory.kept_with_checkpoints,
-            keep=run.checkpoint.keep,
-            asynchronous=run.checkpoint.asynchronous,
-        )
+        saver = Saver(self.directory.checkpoints, self.directory.kept_with_checkpoints, run.checkpoint, terminal.warn)
         self.saver = opened.enter_context(closing(saver))
         self.step = self.first_step = self.continue_from(start) if start else 0
 
         self.metrics: Metrics | None = None  # rank 0 writes for all
         if mesh.rank == 0:
-            self.directory.write(run, self.tokenizer)
-            metrics = Metrics(self.directory.path, run.logging, self.step, settings(run))
+            self.directory.write(described, self.tokenizer)
+            metrics = Metrics(self.directory.path, run.logging, self.step, described)
             self.metrics = opened.enter_context(closing(metrics))
+            self.saver.before = self.metrics.sync
         self.last_read = 0.0
         self.reads_at_once = device.type == "cpu"  # there a step has its numbers when it returns
-        announce_model(terminal, run, self.model, self.peak)
+        announce_model(terminal, run.training, self.model, run.model_from, self.peak)
         for change in changes:
             terminal.warn(change)
         if self.step >= run.training.steps:
             terminal.say(f"all {run.training.steps} steps are done (now at {self.step}): nothing is left to train")
 
-    def begin(self, opened: ExitStack) -> tuple[Path | None, list[str]]:
+    def begin(self, opened: ExitStack, described: dict[str, Any]) -> tuple[Path | None, list[str]]:
         """Take the directory; the checkpoint to continue from, and what has changed since it."""
-        start = find_start(self.run, self.directory)
-        changes = check_continues(start, self.run) if start else []
+        start = find_start(self.run.checkpoint.resume, self.directory)
+        changes = check_continues(start, described) if start else []
         opened.enter_context(self.directory.lock())
         remove_partial(self.directory.checkpoints)
         return start, changes
+
+    def open_batches(
+        self, training: Documents, held_out: Documents, batches: Batches | None, opened: ExitStack
+    ) -> None:
+        """Those to train on, and those to validate on."""
+        run, tokenizer = self.run, self.tokenizer
+        shared: dict[str, Any] = {
+            "images": self.model.whole.image_sizes,
+            "rank": self.mesh.index("data"),
+            "world": self.mesh.size("data"),
+        }
+        loader = open_loader(run.data, run.training, training, tokenizer, batches=batches, seed=run.seed, **shared)
+        self.loader = opened.enter_context(closing(loader))
+        self.validation = open_validation(run.data, run.training, run.validation, held_out, tokenizer, **shared)
 
     def train(self) -> None:
         """Step by step to the last one, or to the first signal."""
@@ -139,21 +149,22 @@ class Trainer:
                 if waiting:
                     self.write(self.read(waiting))  # while the device works on the step just given to it
                 waiting = taken
-                if self.reads_at_once or self.validates() or self.saves():
+                if self.reads_at_once or self.validates() or self.saver.is_due(self.step):
                     self.finish(waiting)
                     waiting = None
             if waiting:
                 self.finish(waiting)
-            self.save(at_the_end=True)
+            self.saver.save_last(*self.state())
         if self.mesh.rank == 0:
-            draw_losses(self.terminal, self.run, self.directory)
+            draw_losses(self.terminal, self.directory, self.run.data.source)
         if stop.received is not None and self.step < steps:
-            raise Stopped(stop.received, self.step, self.last_checkpoint())
+            raise Stopped(stop.received, self.step, self.saver.latest())
         if self.run.checkpoint.export:
             self.export()
         self.write_sample()
         if self.mesh.rank == 0:
-            tell_end(self.terminal, self.run, self.directory, time.perf_counter() - self.began)
+            seconds = time.perf_counter() - self.began
+            tell_end(self.terminal, self.directory, self.run.logging.sample_prompt, seconds)
 
     def stops(self, stop: StopRequest) -> bool:
         """Whether a signal came, to this process or to any other: all leave after the same step."""
@@ -192,13 +203,13 @@ class Trainer:
         Errors: NonFiniteLoss.
         """
         result = taken.result
-        sums, grad_norm = result.read(), result.grad_norm.item()
+        sums, grad_norm = result.sums.read(), result.grad_norm.item()
         loss, tokens = sums["loss"], round(sums["tokens"])
         now = time.perf_counter()
         seconds = now - max(taken.started, self.last_read)
         self.last_read = now
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise NonFiniteLoss(taken.step, loss, grad_norm, self.last_checkpoint())
+            raise NonFiniteLoss(taken.step, loss, grad_norm, self.saver.latest())
         flops = self.model.flops_per_token() * tokens + sums["attention_flops"]
         return {
             "step": taken.step,
@@ -206,7 +217,7 @@ class Trainer:
             "grad_norm": grad_norm,
             "learning_rate": taken.learning_rate,
             "tokens": tokens,
-            "packing_fill": tokens / sums["places"],
+            "packing_fill": tokens / sums["padded_tokens"],
             "visible_pairs": round(sums["visible_pairs"]),
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
@@ -220,9 +231,9 @@ class Trainer:
         if self.validates():
             row["validation_loss"] = validate(self.model, self.validation, self.tokenizer)
         self.write(row)
-        self.tell_of_saves(self.saver.check)
-        if self.saves():
-            self.save()
+        self.saver.check()
+        if self.saver.is_due(self.step):
+            self.saver.save(*self.state())
 
     def write(self, row: dict[str, Any]) -> None:
         if self.metrics:
@@ -234,49 +245,9 @@ class Trainer:
         every = self.run.validation.every
         return bool(self.validation) and (self.step % every == 0 or self.step == self.run.training.steps)
 
-    def saves(self) -> bool:
-        """Whether a checkpoint is due after the step just taken; the one at the end comes by itself."""
-        every = self.run.checkpoint.every
-        return every > 0 and self.step % every == 0
-
-    def save(self, at_the_end: bool = False) -> None:
-        """Write a checkpoint of the step just taken, unless there is one.
-
-        Errors: SaveFailed at the end; before that a full disk is a warning, and the run goes on.
-        """
-        self.tell_of_saves(self.saver.wait)
-        if self.saver.newest == self.step:
-            return
-        try:
-            self.saver.save(
-                tensors(self.model, self.optimizer, self.device),
-                Progress(self.step, self.loader.state_dict()),
-                before=self.sync_metrics,
-            )
-            if at_the_end:
-                self.saver.wait()
-        except CannotSave as error:
-            if at_the_end:
-                raise SaveFailed(self.step, str(error), self.last_checkpoint()) from error
-            self.warn_of(error)
-
-    def sync_metrics(self) -> None:
-        if self.metrics:
-            self.metrics.sync()
-
-    def tell_of_saves(self, outcome: Callable[[], None]) -> None:
-        """Warn where `outcome` of the saver is that a checkpoint written beside the steps was not."""
-        try:
-            outcome()
-        except CannotSave as error:
-            self.warn_of(error)
-
-    def warn_of(self, error: CannotSave) -> None:
-        latest = self.last_checkpoint()
-        self.terminal.warn(
-            f"the checkpoint of step {self.saver.begun} could not be written: {error}. The run goes on; "
-            + (f"{latest} is intact" if latest else "there is no earlier checkpoint")
-        )
+    def state(self) -> tuple[dict[str, Any], Progress]:
+        """What a checkpoint of the step just taken holds."""
+        return tensors(self.model, self.optimizer, self.device), Progress(self.step, self.loader.state_dict())
 
     def continue_from(self, checkpoint: Path) -> int:
         """Load everything that decides the steps to come; returns the step it was saved after."""
@@ -290,7 +261,7 @@ class Trainer:
 
         Errors: RunFailed.
         """
-        checkpoint = self.mesh.from_first(self.last_checkpoint)
+        checkpoint = self.mesh.from_first(self.saver.latest)
         assert checkpoint is not None, "a run that came to its end has saved"
         output = self.directory.exported / checkpoint.name
         if self.mesh.from_first(lambda: holds_weights(output)):
@@ -300,9 +271,6 @@ class Trainer:
         except CannotSave as error:
             raise RunFailed(f"{error}. Make room, then: sightline convert {checkpoint} {output}") from error
         self.terminal.say(f"exported for transformers: {output}")
-
-    def last_checkpoint(self) -> Path | None:
-        return find_latest(self.directory.checkpoints)
 
     def write_sample(self) -> None:
         """A piece of text, to see what the model has learnt."""

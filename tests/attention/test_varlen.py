@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 from torch import Tensor
 
 from sightline.attention import Needs, lower, varlen
@@ -56,7 +57,7 @@ def kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def varlen_attn(q, k, v, offsets, _, longest, __, *, scale, window_size, enable_gqa):
         return forward_kernel(q, k, v, offsets, _, longest, __, False, scale, list(window_size), enable_gqa)[0]
 
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])

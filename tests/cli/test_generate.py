@@ -7,12 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+import sightline
 from sightline import generation
 from sightline.cli import generate
 from sightline.data import Tokenizer, pack_patches, train_tokenizer
-from sightline.data.images import caption_documents, draw
+from sightline.data.synthetic_images import caption_documents, draw
 from sightline.generation import SamplingConfig
-from sightline.models import build_model, save_pretrained
+from sightline.models import build_model, load_pretrained, save_pretrained
 
 IMAGE_TOKEN = 511  # of vlm-debug, whose token of an image is 8 x 8 pixels
 
@@ -56,7 +57,7 @@ def told(capsys: pytest.CaptureFixture, *arguments: object) -> str:
 
 
 def test_a_hugging_face_directory_continues_a_prompt(directory: Path, tokenizer: Tokenizer, capsys) -> None:
-    model = generate.load_pretrained(directory)
+    model = load_pretrained(directory)
     expected = generation.generate(model, tokenizer, "a small", SamplingConfig(max_new_tokens=8, seed=2))
     assert told(capsys, directory, "--prompt", "a small", "--seed", 2) == f"a small{expected}\n"
 
@@ -64,7 +65,7 @@ def test_a_hugging_face_directory_continues_a_prompt(directory: Path, tokenizer:
 def test_weights_in_half_precision_are_computed_in_float32_on_a_cpu(tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_pretrained(build_model("llama3-debug"), tmp_path, dtype=torch.bfloat16)
     tokenizer.save(tmp_path / "tokenizer.json")
-    model, _ = generate.open_model(tmp_path, None, torch.device("cpu"))
+    model, _ = sightline.load(tmp_path, device="cpu")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32} and not model.training
 
 
@@ -83,7 +84,7 @@ def test_images_stand_where_the_prompt_has_a_place(
     extra = pack_patches([[np.asarray(Image.open(path)) for path in drawings]], 4)
     assert extra["patch_grid"].tolist() == [[[2, 4], [4, 2]]]
     expected = generation.generate(
-        generate.load_pretrained(seeing), tokenizer, ids, SamplingConfig(max_new_tokens=8), extra=extra
+        load_pretrained(seeing), tokenizer, ids, SamplingConfig(max_new_tokens=8), extra=extra
     )
     options = [option for path in drawings for option in ("--image", path)]
     assert told(capsys, seeing, *options, "--prompt", "<image>a<image>the") == f"<image>a<image>the{expected}\n"

@@ -10,12 +10,11 @@ import torch
 
 from sightline.cli.masks import find_subject, main
 from sightline.config import Data, Run
-from sightline.data import load_documents, split_documents, train_tokenizer
+from sightline.data import load_documents, open_loader, split_documents, train_tokenizer
 from sightline.masks import causal, document
 from sightline.numbers import flops
 from sightline.recipes import RECIPES, get_recipe
-from sightline.training.run_directory import RunDirectory
-from sightline.training.setup import open_loader
+from sightline.training.run_directory import RunDirectory, settings
 
 EXPRESSION = "causal(1, 16) & document(documents(5, 9, padding=2))"
 DEBUG_RECIPES = [name for name in RECIPES if name.endswith("-debug")]
@@ -47,7 +46,7 @@ def run_directory(source: Path, tmp_path: Path) -> Path:
     run = small(get_recipe("llama3-debug"), source)
     directory = tmp_path / "run"
     directory.mkdir()
-    RunDirectory(directory).write(run, train_tokenizer(load_documents(run.data), 260))
+    RunDirectory(directory).write(settings(run), train_tokenizer(load_documents(run.data), 260))
     return directory
 
 
@@ -83,7 +82,8 @@ def test_statistics_of_an_expression(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_recipe_shows_the_first_batch_of_its_training(recipe: str, source: Path) -> None:
     run = RECIPES[recipe]
     training, _ = split_documents(load_documents(run.data), run.data.validation_share)
-    loader = open_loader(run, training, train_tokenizer(training, run.model.vocab_size))
+    tokenizer = train_tokenizer(training, run.model.vocab_size)
+    loader = open_loader(run.data, run.training, training, tokenizer, seed=run.seed)
     batch = next(loader)
     loader.close()
     subject = find_subject(recipe, None)

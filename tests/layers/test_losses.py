@@ -11,7 +11,7 @@ from sightline.config import Training
 from sightline.layers import LOSSES, compute_loss, get_loss, linear_cross_entropy
 from sightline.models import build_skeleton
 from sightline.models.deepseek_v3 import look_further
-from sightline.training import prepare_batch
+from sightline.training.step import prepare_batch
 
 W, V = 16, 41
 DOCUMENTS = [[1, 2, 3, 4, 5], [6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16, 17]]

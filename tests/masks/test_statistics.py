@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sightline.masks import AttentionMask, causal, document, global_tokens, sliding_window
 from sightline.masks import statistics as statistics_module
 from sightline.masks.statistics import get_statistics, occupancy, separations, visible_in_cells
-from tests.masks.random_masks import documents, packed, scattered_masks
+from tests.support.random_masks import documents, packed, scattered_masks
 
 
 @settings(max_examples=60, deadline=None)

@@ -153,9 +153,9 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 def opened(run: Run) -> tuple[Any, Any, Saver]:
     """(model, optimizer, saver) on this process."""
     torch.manual_seed(0)
-    model = build_parallel(run, Mesh(run.parallel, CPU))
+    model = build_parallel(run.model, run.training, Mesh(run.parallel, CPU))
     run.output_dir.mkdir(exist_ok=True)
-    saver = Saver(run.output_dir / "checkpoints", [], keep=2, asynchronous=run.checkpoint.asynchronous)
+    saver = Saver(run.output_dir / "checkpoints", [], run.checkpoint, warn=print)
     return model, build_optimizer(model, run.optimizer), saver
 
 
@@ -170,7 +170,7 @@ def save_where_one_disk_is_full(rank: int, run: Run) -> list[str]:
 
     def attempt(step: int) -> None:
         try:
-            saver.save(state, progress(rank, step))
+            saver.begin(state, progress(rank, step))
             saver.wait()
             told.append("")
         except CannotSave as error:
@@ -227,7 +227,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def read_on_a_mesh(rank: int, run: Run) -> tuple[dict[str, Tensor], int]:
     """What this process has, gathered; and how many numbers of it are its own."""
-    model = build_parallel(run, Mesh(run.parallel, CPU))
+    model = build_parallel(run.model, run.training, Mesh(run.parallel, CPU))
     state = model.state_dict()
     read_pretrained(model.whole, run.model_from, state)
     own = sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel() for tensor in state.values())

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sightline.training import Trainer
 from sightline.training.signals import StopRequest
+from sightline.training.trainer import Trainer
 from tests.support.small_runs import rows_of, write_corpus
 
 STEPS = 40

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from sightline.config import Parallel
-from sightline.parallel.launch import AnotherRankEnded, LostRank, exit_code_of, joined, meet, place
+from sightline.errors import AnotherRankEnded, LostRank, exit_code_of
+from sightline.parallel.launch import joined, meet, place
 from sightline.parallel.mesh import Mesh
 from tests.support.processes import CONTEXT
 

@@ -21,7 +21,7 @@ from sightline.parallel.mesh import Mesh
 from sightline.training.optimizer import build_optimizer
 from sightline.training.step import train_step
 from sightline.training.validation import validate
-from tests.parallel.processes import on_processes
+from tests.support.processes import on_processes
 
 CPU = torch.device("cpu")
 PAIRS, LENGTH, BETA = 2, 32, 0.5

@@ -14,9 +14,9 @@ from sightline import config
 from sightline.config import Checkpoint, Data, Logging, Optimizer, Parallel, Run, Training, Validation
 from sightline.models import config_of
 from sightline.parallel.mesh import AXES
-from sightline.training import train
 from sightline.training.metrics import TIMES, read_metrics
 from sightline.training.terminal import Terminal
+from sightline.training.trainer import train
 from tests.support.processes import on_processes
 from tests.support.small_runs import write_corpus
 

@@ -57,7 +57,7 @@ def measure(rank: int, run: Run) -> dict[str, int]:
     forward and backward hold at a time, gradients included."""
     torch.manual_seed(0)
     mesh = Mesh(run.parallel, CPU)
-    model = build_parallel(run, mesh)
+    model = build_parallel(run.model, run.training, mesh, attention_backend=run.attention.backend)
     parameters = [p for _, p in model.named_parameters()]
     own = {local(p).untyped_storage().data_ptr() for p in parameters}
     saved: dict[int, Tensor] = {}

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 from sightline.masks import causal, document, sliding_window
 from sightline.parallel import plan_context
 from sightline.plots.context_png import plot_context_plan
-from tests.masks.random_masks import documents
+from tests.support.random_masks import documents
 
 
 @pytest.mark.parametrize("degree", [1, 16])

@@ -13,7 +13,7 @@ import torch
 from sightline.masks import AttentionMask, causal, global_tokens, sliding_window
 from sightline.masks.statistics import get_statistics, separations, visible_in_cells
 from sightline.plots.mask_page import to_html
-from tests.masks.random_masks import packed
+from tests.support.random_masks import packed
 
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(NODE is None, reason="node runs the page's functions")

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 from sightline.masks import causal, document, sliding_window
 from sightline.plots.mask_png import plot_masks
-from tests.masks.random_masks import packed
+from tests.support.random_masks import packed
 
 INK = np.array([0x2F, 0x5B, 0xD3]) / 255
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 
 from sightline.masks import AttentionMask, causal, document
 from sightline.plots.mask_text import to_text
-from tests.masks.random_masks import documents, packed, scattered_masks
+from tests.support.random_masks import documents, packed, scattered_masks
 
 
 def test_a_small_mask_as_text() -> None:

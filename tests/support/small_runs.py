@@ -15,11 +15,12 @@ import torch
 from rich.console import Console
 
 from sightline.config import Checkpoint, Data, Logging, Optimizer, Run, Training, Validation
+from sightline.data import Batches
 from sightline.models import Llama3Config
-from sightline.training import Trainer, train
 from sightline.training.metrics import TIMES, read_metrics
 from sightline.training.terminal import Terminal
 from sightline.training.trained import load_trained
+from sightline.training.trainer import Trainer, train
 
 MODEL = Llama3Config(vocab_size=320, width=32, layers=2, heads=4, kv_heads=2, ffn=64)
 STEPS = 8
@@ -55,10 +56,10 @@ def small_run(output_dir: Path, source: Path, **changes: Any) -> Run:
     return run
 
 
-def train_quietly(run: Run) -> str:
+def train_quietly(run: Run, batches: Batches | None = None) -> str:
     """Train in this process; returns what was said."""
     said = io.StringIO()
-    train(run, Terminal(Console(file=said, width=200)))
+    train(run, Terminal(Console(file=said, width=200)), batches=batches)
     return said.getvalue()
 
 

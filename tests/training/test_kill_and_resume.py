@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sightline.training import Stopped, trainer
+from sightline.errors import Stopped
+from sightline.training import trainer
 from sightline.training.checkpoint import find_latest, list_checkpoints
 from tests.support.small_runs import (
     STEPS,
@@ -23,7 +24,7 @@ from tests.support.small_runs import (
 )
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["sightline.training"])  # pays for the imports once
+FORKSERVER.set_forkserver_preload(["sightline.training.trainer"])  # pays for the imports once
 
 
 @pytest.fixture(autouse=True)

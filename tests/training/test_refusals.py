@@ -10,9 +10,11 @@ import torch
 
 from sightline.config import Optimizer
 from sightline.data import Documents, load_tokenizer, train_tokenizer
-from sightline.training import NonFiniteLoss, SaveFailed, saver
+from sightline.errors import NonFiniteLoss, SaveFailed
+from sightline.training import saver
 from sightline.training.checkpoint import list_checkpoints
 from sightline.training.resume import check_continues
+from sightline.training.run_directory import settings
 from sightline.training.trained import load_trained
 from tests.support.small_runs import MODEL, STEPS, rows_of, small_run, train_quietly, write_corpus
 
@@ -73,7 +75,8 @@ def test_what_may_change_is_said(source, finished) -> None:
         finished, source, training__micro_batch_size=2, optimizer__learning_rate=1e-4, checkpoint__every=7,
         logging__sample_prompt="x", validation__rows=1, training__deterministic=True, training__steps=9,
     )  # fmt: skip
-    assert [line.split(" is now ")[0] for line in check_continues(finished / "checkpoints" / "step-4", run)] == [
+    checkpoint = finished / "checkpoints" / "step-4"
+    assert [line.split(" is now ")[0] for line in check_continues(checkpoint, settings(run))] == [
         "optimizer.learning_rate",
         "training.deterministic",
         "training.micro_batch_size",

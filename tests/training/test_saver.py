@@ -5,6 +5,8 @@ import threading
 import pytest
 import torch
 
+from sightline.config import Checkpoint
+from sightline.errors import SaveFailed
 from sightline.training import saver as savers
 from sightline.training.checkpoint import CannotSave, Progress, find_latest, load_checkpoint, tensors
 from sightline.training.saver import Saver
@@ -19,14 +21,20 @@ def model_and_optimizer():
 
 
 @pytest.fixture
-def opened(tmp_path):
+def warned() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def opened(tmp_path, warned):
     """Opens savers, and closes them."""
     savers_opened = []
 
     def open_saver(asynchronous: bool) -> Saver:
         run_file = tmp_path / "config.json"
         run_file.write_text("{}")
-        savers_opened.append(Saver(tmp_path / "checkpoints", [run_file], keep=2, asynchronous=asynchronous))
+        options = Checkpoint(every=2, keep=2, asynchronous=asynchronous)
+        savers_opened.append(Saver(tmp_path / "checkpoints", [run_file], options, warned.append))
         return savers_opened[-1]
 
     yield open_saver
@@ -89,7 +97,7 @@ def test_closing_lets_it_become_whole(opened, held, model_and_optimizer, tmp_pat
 
 @BOTH
 def test_a_failure_is_told_once_and_the_next_one_is_written(
-    asynchronous, opened, model_and_optimizer, tmp_path, monkeypatch
+    asynchronous, opened, warned, model_and_optimizer, tmp_path, monkeypatch
 ) -> None:
     saver, state = opened(asynchronous), tensors(*model_and_optimizer, CPU)
     saver.save(state, Progress(2, LOADER))
@@ -100,10 +108,17 @@ def test_a_failure_is_told_once_and_the_next_one_is_written(
 
     monkeypatch.setattr(savers, "save_checkpoint", full)
     with pytest.raises(CannotSave, match="no room"):
-        saver.save(state, Progress(4, LOADER))
-        while True:
-            saver.check()
+        saver.begin(state, Progress(4, LOADER))
+        saver.wait()
+    saver.wait()
+    saver.save(state, Progress(4, LOADER))
+    while not warned:
+        saver.check()
     saver.check(), saver.wait()
+    assert len(warned) == 1 and "the checkpoint of step 4 could not be written" in warned[0]
+    assert "no room. The run goes on" in warned[0] and warned[0].endswith("step-2 is intact")
+    with pytest.raises(SaveFailed, match=r"checkpoint of step 5 could not be written: .*no room; .*step-2 is intact"):
+        saver.save_last(state, Progress(5, LOADER))
     monkeypatch.undo()
     assert saver.newest == 2
     saver.save(state, Progress(6, LOADER))
@@ -119,8 +134,9 @@ def test_what_must_come_first_comes_first(asynchronous, opened, model_and_optimi
     def full() -> None:
         raise OSError(28, "no room for the metrics")
 
+    saver.before = full
     with pytest.raises(CannotSave, match="no room for the metrics"):
-        saver.save(state, Progress(2, LOADER), before=full)
+        saver.begin(state, Progress(2, LOADER))
     saver.wait()
     assert find_latest(tmp_path / "checkpoints") is None
 
@@ -128,4 +144,15 @@ def test_what_must_come_first_comes_first(asynchronous, opened, model_and_optimi
 def test_a_saver_knows_what_is_there(opened, model_and_optimizer) -> None:
     saver = opened(asynchronous=False)
     saver.save(tensors(*model_and_optimizer, CPU), Progress(3, LOADER))
-    assert opened(asynchronous=False).newest == saver.newest == 3
+    again = opened(asynchronous=False)
+    assert again.newest == saver.newest == 3 and again.latest() == saver.latest()
+    written = again.latest().stat().st_mtime_ns
+    again.save(tensors(*model_and_optimizer, CPU), Progress(3, LOADER))
+    again.save_last(tensors(*model_and_optimizer, CPU), Progress(3, LOADER))
+    assert again.latest().stat().st_mtime_ns == written
+
+
+def test_a_checkpoint_is_due_every_so_many_steps(tmp_path) -> None:
+    due = {every: Saver(tmp_path, [], Checkpoint(every=every), print) for every in (0, 3)}
+    assert [step for step in range(1, 8) if due[3].is_due(step)] == [3, 6]
+    assert not any(due[0].is_due(step) for step in range(1, 8))

@@ -140,8 +140,8 @@ def test_work_is_counted_from_the_mask() -> None:
     batch = Batch.from_documents([[1, 2, 3], [4, 5, 6, 7]], length=8)
     model = build()
     _, result = step(model, batch, 1)
-    numbers = result.read()
-    assert (numbers["tokens"], numbers["places"]) == (7, 8)
+    numbers = result.sums.read()
+    assert (numbers["tokens"], numbers["padded_tokens"]) == (7, 8)
     assert numbers["visible_pairs"] == 6 + 10  # 1 + 2 + 3, 1 + 2 + 3 + 4, and nothing for the padding
     assert numbers["attention_flops"] == 16 * model.attention_flops_per_pair()
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from sightline.models.families import FAMILIES, family_of
 from sightline.models.family import Family
 from sightline.models.hf.files import holds_weights, read_weights, write_weights
 from sightline.models.hf.format import HuggingFace
+from sightline.torch_private import is_dtensor
 
 CONFIG = "config.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -105,7 +105,7 @@ def save_pretrained(
     not take it.
     """
     state = model.state_dict()
-    shared = next((name for name, tensor in state.items() if isinstance(tensor, DTensor)), None)
+    shared = next((name for name, tensor in state.items() if is_dtensor(tensor)), None)
     if shared:
         raise ValueError(
             f"{shared} is a DTensor: this process holds a part of the model; expected all of it. Save a checkpoint: "

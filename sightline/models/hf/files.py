@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from sightline.models.drawing import part_of
 from sightline.models.hf.format import Group, Weight, group_weights, whole
+from sightline.torch_private import is_dtensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -54,7 +54,7 @@ def read_weights(
 
 def _fill(ours: Tensor, weights: list[Weight], files: dict[str, Path]) -> None:
     """One of our tensors from all of theirs that hold it."""
-    if isinstance(ours, DTensor):
+    if is_dtensor(ours):
         if [weight.of_ours for weight in weights] == [whole]:
             source = _view(weights[0], files)
         else:

@@ -15,6 +15,7 @@ from sightline.attention.exchange import Exchange
 from sightline.masks import AttentionMask
 from sightline.parallel.context.shard import ContextShard
 from sightline.parallel.torch_private import all_to_all, wait
+from sightline.torch_private import disable_compiler
 
 
 class ContextExchange:
@@ -59,14 +60,14 @@ class ShardExchange:
         assert self.shard.whole is not None, "a model whose layers walk along whole rows says so in `row_heads`"
         return self.shard.whole.mask
 
-    @torch.compiler.disable  # how much is sent is known to the host and new in every batch: no graph for a compiler
+    @disable_compiler  # how much is sent is known to the host and new in every batch: no graph for a compiler
     def start(self, *tensors: Tensor) -> PendingKeys:
         """All tensors go in one message; they may differ in heads and D."""
         rows = torch.cat([t.transpose(1, 2).flatten(2) for t in tensors], dim=-1).flatten(0, 1)
         shapes = [(t.shape[0], self.shard.mask.key_length, t.shape[1], t.shape[3]) for t in tensors]
         return PendingKeys(travel(rows, self._keys), shapes)
 
-    @torch.compiler.disable
+    @disable_compiler
     def to_whole_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         assert self._rows is not None
         degree = self.group.size()
@@ -75,7 +76,7 @@ class ShardExchange:
         whole = whole.unflatten(0, (len(dealt), -1))
         return whole.split([t.shape[-1] // degree for t in tensors], dim=-1)
 
-    @torch.compiler.disable
+    @disable_compiler
     def to_local_tokens(self, x: Tensor) -> Tensor:
         assert self._rows is not None
         degree = self.group.size()
@@ -92,7 +93,7 @@ class PendingKeys:
     def __init__(self, arrive: Callable[[], Tensor], shapes: list[tuple[int, int, int, int]]) -> None:
         self.arrive, self.shapes = arrive, shapes
 
-    @torch.compiler.disable
+    @disable_compiler
     def wait(self) -> tuple[Tensor, ...]:
         parts = self.arrive().split([heads * size for _, _, heads, size in self.shapes], dim=-1)
         return tuple(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from sightline.masks import AttentionMask
-from sightline.parallel.torch_private import register_dataclass
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,4 +45,4 @@ class WholeRows:
 
 
 for kind in (ContextShard, WholeRows):
-    register_dataclass(kind, serialized_type_name=f"sightline.parallel.context.{kind.__name__}")
+    pytree.register_dataclass(kind, serialized_type_name=f"sightline.parallel.context.{kind.__name__}")

@@ -1,4 +1,4 @@
-"""Text with images in it: packed rows of tokens and packed rows of patches, from drawings that their captions describe.
+"""Text with images in it: drawings that their captions describe, as packed rows of tokens and packed rows of patches.
 
 `--data.source synthetic-images` needs no download: a document is a few drawings, each followed by its caption. It is
 there to try models that see; real images become the same batches through `to_patches` and `pack_patches`.
@@ -6,17 +6,15 @@ there to try models that see; real images become the same batches through `to_pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from sightline.batch import IGNORE, Batch, Row, RowBuilder
+from sightline.batch import IGNORE, Batch, ImageSizes, Row, RowBuilder
 from sightline.data.documents import Documents
-from sightline.data.loader import rows_of_rank
+from sightline.data.loader import State, check_state, rows_of_rank
+from sightline.data.patches import pack_patches
 from sightline.data.tokenizer import Tokenizer
 
 SYNTHETIC_IMAGES = "synthetic-images"
@@ -36,6 +34,7 @@ MOST_IMAGES = 3
 """Of a document."""
 MOST_STEPS = 4
 """Height and width of a drawing, in image tokens."""
+VALIDATION_SEED = 0  # any constant: a run's seed must not change what it is validated on
 
 
 def caption_documents() -> Documents:
@@ -66,40 +65,16 @@ def draw(caption: str, height: int, width: int, rng: np.random.Generator) -> np.
     return np.where(inside[..., None], COLOURS[colour], COLOURS[ground]).astype(np.uint8)
 
 
-def to_patches(image: np.ndarray, patch_size: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """uint8 [height, width, C] -> float32 [patches, patch_size^2 * C] from -1 to 1, and (height, width) in patches.
+@dataclass(frozen=True, kw_only=True)
+class ImageLoaderConfig:
+    """What decides the rows: a state means the same place only where all of it is equal."""
 
-    Patches from left to right and from top to bottom, the numbers of one as [row, column, colour]: as SigLIP 2 wants
-    them. Errors: ValueError where the image is no whole number of patches.
-    """
-    height, width, channels = image.shape
-    if height % patch_size or width % patch_size:
-        raise ValueError(
-            f"an image of {height} x {width} pixels is no whole number of patches of {patch_size} x {patch_size}; "
-            "resize it"
-        )
-    grid = (height // patch_size, width // patch_size)
-    parts = image.reshape(grid[0], patch_size, grid[1], patch_size, channels).swapaxes(1, 2)
-    return parts.reshape(grid[0] * grid[1], -1).astype(np.float32) / 127.5 - 1, grid
-
-
-def pack_patches(rows: Sequence[Sequence[np.ndarray]], patch_size: int, *, channels: int = 3) -> dict[str, Tensor]:
-    """The images uint8 [height, width, C] of each row of a batch -> its `extra`:
-
-    patches     float32 [B, P, patch_size^2 * C], those of a row one image after the other; 0 behind the last
-    patch_grid  int64 [B, N, 2], height and width of each image in patches; 0 where a row has fewer than N
-    P is the most patches of a row, rounded up to a multiple of 64.
-    """
-    cut = [[to_patches(image, patch_size) for image in images] for images in rows]
-    longest = max([sum(len(part) for part, _ in images) for images in cut], default=0)
-    patches = torch.zeros(len(rows), max(64, longest + -longest % 64), patch_size**2 * channels)
-    grids = torch.zeros(len(rows), max(1, *(len(images) for images in cut), 1), 2, dtype=torch.int64)
-    for row, images in enumerate(cut):
-        if images:
-            whole = torch.from_numpy(np.concatenate([part for part, _ in images]))
-            patches[row, : len(whole)] = whole
-            grids[row, : len(images)] = torch.tensor([grid for _, grid in images])
-    return {"patches": patches, "patch_grid": grids}
+    tokenizer: str
+    """Its fingerprint."""
+    seed: int
+    rows: int
+    """Of a step, on all ranks."""
+    sequence_length: int
 
 
 class ImageLoader:
@@ -118,17 +93,21 @@ class ImageLoader:
         *,
         rows: int,
         sequence_length: int,
-        patch_size: int,
-        merge: int,
-        image_token: int,
+        images: ImageSizes | None,
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if tokenizer.vocab_size > image_token:
+        if images is None:
             raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, so token {image_token} may stand for text; an image "
-                f"needs a token of its own: raise --model.vocab-size and set --model.image-token to its last token"
+                f"data.source {SYNTHETIC_IMAGES!r} holds images, and this model reads text alone; take a recipe of the "
+                "family vlm, or another --data.source"
+            )
+        if tokenizer.vocab_size > images.image_token:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, so token {images.image_token} may stand for text; "
+                "an image needs a token of its own: raise --model.vocab-size and set --model.image-token to its last "
+                "token"
             )
         self._captions = [tokenizer.encode(caption) for caption in captions]
         needed = MOST_STEPS**2 + max(len(ids) for ids in self._captions)
@@ -138,43 +117,36 @@ class ImageLoader:
                 f"--training.sequence-length {needed} or more"
             )
         self._mine = rows_of_rank(rows, rank, world)
-        self._texts, self._tokenizer, self._rows, self._seed = list(captions), tokenizer, rows, seed
-        self._length, self._patch_size, self._merge = sequence_length, patch_size, merge
-        self._image_token = image_token
+        self._texts, self._tokenizer, self._images = list(captions), tokenizer, images
+        self._config = ImageLoaderConfig(
+            tokenizer=tokenizer.fingerprint, seed=seed, rows=rows, sequence_length=sequence_length
+        )
         self._step = 0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> ImageLoader:
         return self
 
     def __next__(self) -> Batch:
-        first = self._step * self._rows
+        first = self._step * self._config.rows
         rows, images = zip(*(self._row(first + row) for row in self._mine), strict=True)
         self._step += 1
         batch = Batch.from_rows(rows)
         return replace(
             batch,
-            labels=batch.labels.masked_fill(batch.labels == self._image_token, IGNORE),
-            extra=pack_patches(images, self._patch_size),
+            labels=batch.labels.masked_fill(batch.labels == self._images.image_token, IGNORE),
+            extra=pack_patches(images, self._images.patch_size),
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """The number of steps handed out, and what must be the same for the next one to be the same."""
-        identity = {
-            "tokenizer": self._tokenizer.fingerprint,
-            "seed": self._seed,
-            "rows": self._rows,
-            "sequence_length": self._length,
-        }
-        return {"identity": identity, "step": self._step, "lanes": {}}
+        return {"identity": asdict(self._config), "step": self._step, "lanes": {}}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Errors: ValueError where the state was made with another tokenizer, seed or row."""
-        expected = self.state_dict()["identity"]
-        if state.get("identity") != expected:
-            raise ValueError(
-                f"the loader's state was saved with {state.get('identity')}, here it is {expected}; continue with what "
-                "it was saved with, or start a new run in another output directory"
-            )
+    def load_state_dict(self, state: State) -> None:
+        """Go on from there.
+
+        Raises: ValueError where the state was made with another tokenizer, seed or row.
+        """
+        check_state(self._config, state)
         self._step = state["step"]
 
     def close(self) -> None:
@@ -182,8 +154,8 @@ class ImageLoader:
 
     def _row(self, number: int) -> tuple[Row, list[np.ndarray]]:
         """A row of the run by its number, and its images. The first document that does not fit ends it."""
-        rng = np.random.default_rng((self._seed, number))
-        row, images = RowBuilder(self._length), []
+        rng = np.random.default_rng((self._config.seed, number))
+        row, images = RowBuilder(self._config.sequence_length), []
         while True:
             ids, drawn = self._document(rng)
             if len(ids) <= row.room:
@@ -198,9 +170,34 @@ class ImageLoader:
         images = []
         for number in rng.integers(len(self._texts), size=rng.integers(1, MOST_IMAGES, endpoint=True)).tolist():
             height, width = rng.integers(1, MOST_STEPS, size=2, endpoint=True).tolist()
-            side = self._merge * self._patch_size
+            side = self._images.merge * self._images.patch_size
             images.append(draw(self._texts[number], height * side, width * side, rng))
             caption = self._captions[number]
             begin = 0 if self._tokenizer.bos_id is None else 1
-            ids += [*(caption[:begin] if not ids else ()), *[self._image_token] * (height * width), *caption[begin:-1]]
+            image = [self._images.image_token] * (height * width)
+            ids += [*(caption[:begin] if not ids else ()), *image, *caption[begin:-1]]
         return [*ids, self._tokenizer.eos_id], images
+
+
+def validation_images(
+    captions: Documents,
+    tokenizer: Tokenizer,
+    *,
+    rows: int,
+    rows_per_batch: int,
+    sequence_length: int,
+    images: ImageSizes | None,
+    rank: int = 0,
+    world: int = 1,
+) -> list[Batch]:
+    """`rows` rows, the same ones every time, in batches of `rows_per_batch`. Each rank has as many of them, the last
+    ones without a label where the rows do not divide among the ranks."""
+    loader = ImageLoader(
+        captions, tokenizer, rows=rows, sequence_length=sequence_length, images=images, seed=VALIDATION_SEED
+    )
+    whole = next(loader)
+    share = -(-rows // world)
+    index = torch.arange(rank * share, (rank + 1) * share)
+    mine = whole[index.clamp(max=rows - 1)]
+    mine.labels[index >= rows] = IGNORE
+    return [mine[first : first + rows_per_batch] for first in range(0, share, rows_per_batch)]

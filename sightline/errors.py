@@ -1,12 +1,14 @@
-"""How a run can end before its last step.
+"""How a run can end before its last step, and the exit code of each end. Loads nothing but Python's own library.
 
 Exception
 ├── ValueError          the user asked for what cannot be: nothing was begun, nothing is lost
-└── RunEnded            the run was under way
-    ├── Stopped         SIGTERM or Ctrl-C: saved, and the same command continues
-    └── RunFailed       it cannot go on
-        ├── NonFiniteLoss
-        └── SaveFailed
+├── RunEnded            the run was under way
+│   ├── Stopped         SIGTERM or Ctrl-C: saved, and the same command continues
+│   └── RunFailed       it cannot go on
+│       ├── NonFiniteLoss
+│       └── SaveFailed
+├── LostRank            a process did not come
+└── AnotherRankEnded    another process says why
 """
 
 from __future__ import annotations
@@ -59,3 +61,20 @@ class SaveFailed(RunFailed):
             f"the checkpoint of step {step} could not be written: {reason}; {kept}. "
             "Make room on the disk and run the same command again: it continues from the newest checkpoint."
         )
+
+
+class LostRank(RuntimeError):
+    """Other processes waited for one that did not come. The text names it."""
+
+
+class AnotherRankEnded(Exception):
+    """Another process ended the job and says why; this one leaves with `exit_code` and says nothing."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Of a command that ends with this error: what the error says of itself, 2 for what the user asked, else 1."""
+    return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)

@@ -1,0 +1,130 @@
+"""Sightline as a library: `sightline.train`, `sightline.load`, and how little `import sightline` loads."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sightline
+from sightline.data import Loader, load_documents, load_tokenizer
+from sightline.errors import Stopped
+from sightline.models import save_pretrained
+from sightline.training import trainer
+from tests.support.small_runs import rows_of, small_run, train_quietly, write_corpus
+
+SLOW_TO_IMPORT = (
+    "matplotlib", "tensorboard", "transformers", "sympy", "torch._dynamo", "torch.distributed.tensor",
+    "torch.distributed.pipelining", "torch.distributed.checkpoint", "sightline.training.trainer",
+)  # fmt: skip
+
+
+def imported(code: str, *names: str) -> list[str]:
+    """Those of the modules `names` that Python has imported after `code`, in a process of its own."""
+    script = (
+        f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\nprint(*(n for n in {names} if n in sys.modules))"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=True)
+    return ended.stdout.splitlines()[-1].split()
+
+
+def test_importing_sightline_loads_nothing_slow() -> None:
+    assert imported("import sightline", *SLOW_TO_IMPORT, "torch", "tyro", "rich", "safetensors") == []
+    assert imported("from sightline import Batch", *SLOW_TO_IMPORT, "tyro", "rich", "safetensors", "torch") == ["torch"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "also"),
+    [
+        (["--help"], ["torch"]),
+        (["nonsense"], ["torch"]),
+        (["train", "--help"], []),
+        (["train", "llama3-tiny", "--help"], []),
+        (["train", "llama3-tiny", "--wrong", "1"], []),
+        (["generate", "--help"], []),
+    ],
+)
+def test_help_and_wrong_options_wait_for_nothing_slow(arguments: list[str], also: list[str]) -> None:
+    assert imported(f"from sightline.cli.main import main; main({arguments})", *SLOW_TO_IMPORT, *also) == []
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(AttributeError, match="module 'sightline' has no attribute 'nonsense'; it has Batch"):
+        _ = sightline.nonsense
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> sightline.config.Run:
+    """Six steps on text, done."""
+    directory = tmp_path_factory.mktemp("library")
+    run = small_run(directory / "run", write_corpus(directory / "texts"), training__steps=6, validation__every=0)
+    assert sightline.train(run, trainer.Terminal(trainer.Console(quiet=True))) == directory / "run"
+    return run
+
+
+def test_a_run_a_checkpoint_and_a_hugging_face_directory_load_alike(run, tmp_path: Path) -> None:
+    loaded = sightline.load(str(run.output_dir))
+    model, tokenizer = loaded
+    assert loaded.model is model and not model.training
+    assert tokenizer.decode(tokenizer.encode("def f")) == "def f"
+    save_pretrained(model, tmp_path / "hf", source=run.output_dir)
+    for directory in (run.output_dir / "checkpoints" / "step-6", tmp_path / "hf"):
+        other = sightline.load(directory, device="cpu")
+        assert all(torch.equal(value, other.model.state_dict()[name]) for name, value in model.state_dict().items())
+        assert other.tokenizer.fingerprint == tokenizer.fingerprint
+    with pytest.raises(ValueError, match="nowhere does not exist; expected the directory of a run"):
+        sightline.load("nowhere")
+
+
+class Batches:
+    """The batches of a run's own loader, as somebody's own."""
+
+    def __init__(self, run) -> None:
+        tokenizer = load_tokenizer(run.output_dir)
+        documents, _ = sightline.data.split_documents(load_documents(run.data), run.data.validation_share)
+        self.loader = Loader(documents, tokenizer, rows=2, sequence_length=48, seed=run.seed)
+        self.state_dict, self.load_state_dict = self.loader.state_dict, self.loader.load_state_dict
+
+    def __iter__(self):
+        return self.loader
+
+
+def own(run, directory: Path, **changes):
+    tokenizer = dataclasses.replace(run.data, tokenizer=run.output_dir / "tokenizer.json")
+    return dataclasses.replace(run, output_dir=directory, data=tokenizer, **changes)
+
+
+def test_own_batches_are_trained_on_and_continued_to_the_bit(run, tmp_path: Path, monkeypatch) -> None:
+    train_quietly(own(run, tmp_path / "whole"), batches=Batches(run))
+    assert rows_of(tmp_path / "whole") == rows_of(run.output_dir)
+
+    original, calls = trainer.train_step, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), 15)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "train_step", interrupted)
+    with pytest.raises(Stopped):
+        train_quietly(own(run, tmp_path / "stopped"), batches=lambda rank, world: Batches(run))
+    assert len(rows_of(tmp_path / "stopped")) == 2
+    said = train_quietly(own(run, tmp_path / "stopped"), batches=lambda rank, world: Batches(run))
+    assert "your batches" in said and "continued from step-2" in said
+    assert rows_of(tmp_path / "stopped") == rows_of(run.output_dir)
+
+
+def test_own_batches_without_a_state_are_not_continued(run, tmp_path: Path) -> None:
+    shorter = dataclasses.replace(run.training, steps=2)
+    train_quietly(own(run, tmp_path / "run", training=shorter), batches=iter(Batches(run).loader))
+    with pytest.raises(ValueError, match="stopped after step 2, and a generator cannot go on from there"):
+        train_quietly(own(run, tmp_path / "run"), batches=(batch for batch in Batches(run)))
+
+
+def test_own_batches_name_their_tokenizer(run, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"your batches hold no text to train a tokenizer on; name .*data\.tokenizer"):
+        train_quietly(dataclasses.replace(run, output_dir=tmp_path / "run"), batches=Batches(run))
