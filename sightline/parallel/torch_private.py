@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.attention.varlen  # registers torch.ops.torch_attn
+from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -11,11 +13,13 @@ __all__ = [
     "ATTENTION_OPS",
     "GROUPED_MM",
     "RECEIVING_OPS",
+    "all_to_all",
     "all_to_all_single_autograd",
     "flatten",
     "foreach_multiply_",
     "foreach_norm",
     "skip_side_effects_of_recompute",
+    "wait",
 ]
 
 GROUPED_MM = torch.ops.aten._grouped_mm.default
@@ -34,6 +38,15 @@ RECEIVING_OPS = (
 )
 foreach_norm = torch._foreach_norm
 foreach_multiply_ = torch._foreach_mul_
+
+
+def all_to_all(rows: Tensor, sizes: list[int], received_sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Starts to send `rows`; the result is not there before `wait`."""
+    return torch.ops._c10d_functional.all_to_all_single(rows, received_sizes, sizes, group.group_name)
+
+
+def wait(rows: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(rows)
 
 
 def flatten(mesh: DeviceMesh) -> DeviceMesh:

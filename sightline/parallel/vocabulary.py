@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 from sightline.layers import linear_cross_entropy
+from sightline.layers.loss import CHUNK_SIZE
 from sightline.parallel.redistribute import redistribute
 
 
@@ -34,7 +35,7 @@ def logits(mesh: DeviceMesh, h: Tensor, weight: Tensor) -> Tensor:
 
 
 def token_losses(
-    mesh: DeviceMesh, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int = 512, **options: Any
+    mesh: DeviceMesh, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int = CHUNK_SIZE, **options: Any
 ) -> Tensor:
     """`linear_cross_entropy` with this process's part of the vocabulary: the same losses on every process.
 

@@ -14,7 +14,7 @@ from sightline.attention import LocalExchanges
 from sightline.attention.exchange import Exchange
 from sightline.masks import AttentionMask
 from sightline.parallel.context.shard import ContextShard
-from sightline.parallel.context.torch_private import all_to_all, wait
+from sightline.parallel.torch_private import all_to_all, wait
 from sightline.torch_private import disable_compiler
 
 
