@@ -5,21 +5,27 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import sightline
-from sightline.data import Loader, load_documents, load_tokenizer
+from sightline.config import Optimizer, Parallel, Run
+from sightline.data import Loader, load_documents, load_tokenizer, split_documents
 from sightline.errors import Stopped
 from sightline.models import save_pretrained
 from sightline.training import trainer
+from tests.support.processes import on_processes
 from tests.support.small_runs import rows_of, small_run, train_quietly, write_corpus
 
 SLOW_TO_IMPORT = (
     "matplotlib", "tensorboard", "transformers", "sympy", "torch._dynamo", "torch.distributed.tensor",
     "torch.distributed.pipelining", "torch.distributed.checkpoint", "sightline.training.trainer",
 )  # fmt: skip
+
+WITHOUT_END = Optimizer(learning_rate=3e-3, warmup_steps=2, schedule="wsd", decay_share=0.0)
+"""A learning rate that does not depend on how many steps there will be."""
 
 
 def imported(code: str, *names: str) -> list[str]:
@@ -57,7 +63,7 @@ def test_an_unknown_name_is_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> sightline.config.Run:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Six steps on text, done."""
     directory = tmp_path_factory.mktemp("library")
     run = small_run(directory / "run", write_corpus(directory / "texts"), training__steps=6, validation__every=0)
@@ -65,7 +71,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> sightline.config.Run:
     return run
 
 
-def test_a_run_a_checkpoint_and_a_hugging_face_directory_load_alike(run, tmp_path: Path) -> None:
+def test_a_run_a_checkpoint_and_a_hugging_face_directory_load_alike(run: Run, tmp_path: Path) -> None:
     loaded = sightline.load(str(run.output_dir))
     model, tokenizer = loaded
     assert loaded.model is model and not model.training
@@ -82,22 +88,24 @@ def test_a_run_a_checkpoint_and_a_hugging_face_directory_load_alike(run, tmp_pat
 class Batches:
     """The batches of a run's own loader, as somebody's own."""
 
-    def __init__(self, run) -> None:
-        tokenizer = load_tokenizer(run.output_dir)
-        documents, _ = sightline.data.split_documents(load_documents(run.data), run.data.validation_share)
-        self.loader = Loader(documents, tokenizer, rows=2, sequence_length=48, seed=run.seed)
+    def __init__(self, run: Run, rank: int = 0, world: int = 1) -> None:
+        tokenizer = load_tokenizer(run.data.tokenizer or run.output_dir)
+        documents, _ = split_documents(load_documents(run.data), run.data.validation_share)
+        self.loader = Loader(documents, tokenizer, rows=2, sequence_length=48, seed=run.seed, rank=rank, world=world)
         self.state_dict, self.load_state_dict = self.loader.state_dict, self.loader.load_state_dict
 
     def __iter__(self):
         return self.loader
 
 
-def own(run, directory: Path, **changes):
-    tokenizer = dataclasses.replace(run.data, tokenizer=run.output_dir / "tokenizer.json")
-    return dataclasses.replace(run, output_dir=directory, data=tokenizer, **changes)
+def own(run: Run, directory: Path, **changes: Any) -> Run:
+    data = dataclasses.replace(run.data, tokenizer=run.output_dir / "tokenizer.json")
+    return dataclasses.replace(run, output_dir=directory, data=data, **changes)
 
 
-def test_own_batches_are_trained_on_and_continued_to_the_bit(run, tmp_path: Path, monkeypatch) -> None:
+def test_own_batches_are_trained_on_and_continued_to_the_bit(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train_quietly(own(run, tmp_path / "whole"), batches=Batches(run))
     assert rows_of(tmp_path / "whole") == rows_of(run.output_dir)
 
@@ -118,13 +126,28 @@ def test_own_batches_are_trained_on_and_continued_to_the_bit(run, tmp_path: Path
     assert rows_of(tmp_path / "stopped") == rows_of(run.output_dir)
 
 
-def test_own_batches_without_a_state_are_not_continued(run, tmp_path: Path) -> None:
+def train_on_own_batches(rank: int, run: Run) -> None:
+    train_quietly(run, batches=lambda rank, world: Batches(run, rank, world))
+
+
+def test_own_batches_of_two_ranks_are_those_of_one(run: Run, tmp_path: Path) -> None:
+    for steps in (2, 6):
+        training = dataclasses.replace(run.training, steps=steps)
+        options = {"training": training, "parallel": Parallel(shard=2), "optimizer": WITHOUT_END}
+        on_processes(2, train_on_own_batches, own(run, tmp_path / "two", **options), join=False)
+    train_quietly(own(run, tmp_path / "one", optimizer=WITHOUT_END), batches=Batches(run))
+    rows, expected = rows_of(tmp_path / "two"), rows_of(tmp_path / "one")
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-6)
+    assert [row["tokens"] for row in rows] == [row["tokens"] for row in expected]
+
+
+def test_own_batches_without_a_state_are_not_continued(run: Run, tmp_path: Path) -> None:
     shorter = dataclasses.replace(run.training, steps=2)
     train_quietly(own(run, tmp_path / "run", training=shorter), batches=iter(Batches(run).loader))
     with pytest.raises(ValueError, match="stopped after step 2, and a generator cannot go on from there"):
         train_quietly(own(run, tmp_path / "run"), batches=(batch for batch in Batches(run)))
 
 
-def test_own_batches_name_their_tokenizer(run, tmp_path: Path) -> None:
+def test_own_batches_name_their_tokenizer(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"your batches hold no text to train a tokenizer on; name .*data\.tokenizer"):
         train_quietly(dataclasses.replace(run, output_dir=tmp_path / "run"), batches=Batches(run))

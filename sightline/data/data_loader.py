@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -147,8 +148,18 @@ class IterableLoader:
         return batch
 
     def state_dict(self) -> State:
-        """The steps taken, and the iterable's own state where it has one."""
+        """The steps taken, and the iterable's own state where it has one.
+
+        Raises: ValueError where that is not made of JSON values.
+        """
         own = {self._rank: self._source.state_dict()} if self._has_state() else {}
+        try:
+            json.dumps(own)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"state_dict() of a {type(self._source).__name__} holds what a checkpoint cannot keep: {error}; "
+                "expected numbers, strings, lists and dictionaries of them"
+            ) from error
         return {"identity": asdict(self._config), "step": self._step, "lanes": own}
 
     def load_state_dict(self, state: State) -> None:

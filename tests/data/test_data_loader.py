@@ -118,6 +118,13 @@ def test_batches_without_a_state_are_not_continued() -> None:
             IterableLoader(batches, rows=2, sequence_length=8).load_state_dict(loader.state_dict())
 
 
+def test_a_state_that_a_checkpoint_cannot_keep_is_refused() -> None:
+    batches = Numbered()
+    batches.state_dict = lambda: {"step": torch.tensor(1)}  # type: ignore[method-assign, assignment, dict-item]
+    with pytest.raises(ValueError, match=r"state_dict\(\) of a Numbered .* Tensor is not JSON serializable; expected"):
+        IterableLoader(batches, rows=2, sequence_length=8).state_dict()
+
+
 def test_batches_that_do_not_fit_the_run_are_refused() -> None:
     with pytest.raises(ValueError, match=r"of step 1 is of 2 rows of 8 tokens; expected 2 of 16"):
         next(IterableLoader([batch_of(1)], rows=2, sequence_length=16))
