@@ -64,7 +64,7 @@ class GroupedQueryAttention(Divisible):
             nn.init.zeros_(self.sinks)
 
     def new_cache(self) -> KeyValueCache:
-        """What this layer remembers of a text while it is generated."""
+        """An empty cache for generation."""
         return KeyValueCache()
 
     def parts(self) -> dict[str, int]:

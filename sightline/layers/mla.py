@@ -66,7 +66,7 @@ class MultiHeadLatentAttention(Divisible):
         nn.init.normal_(self.output.weight, std=output_std)
 
     def new_cache(self) -> KeyValueCache:
-        """What this layer remembers of a text while it is generated."""
+        """An empty cache for generation."""
         return KeyValueCache()
 
     def parts(self) -> dict[str, int]:
