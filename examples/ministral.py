@@ -15,9 +15,8 @@ from sightline.batch import Batch
 from sightline.config.recipes import debug
 from sightline.layers import GroupedQueryAttention, SwiGLU
 from sightline.masks import AttentionMask, prefix_lm, sliding_window
+from sightline.models import Block, Decoder, DecoderConfig, Family
 from sightline.models.checks import check_heads, check_positive
-from sightline.models.decoder import Block, Decoder, DecoderConfig
-from sightline.models.family import Family
 from sightline.models.hf.format import DECODER, HEADS, HuggingFace, expect, read_fields, write_fields
 from sightline.models.hf.llama3 import weights
 from sightline.models.hf.rope import read_rope, write_rope

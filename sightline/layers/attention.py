@@ -67,7 +67,7 @@ class GroupedQueryAttention(AttentionLayer):
         return {"sinks": self.sinks is not None, "head_dim": self.head_size}
 
     def new_cache(self) -> KeyValueCache:
-        """What this layer remembers of a text while it is generated."""
+        """An empty cache for generation."""
         return KeyValueCache()
 
     def parts(self) -> dict[str, int]:

@@ -68,7 +68,7 @@ class MultiHeadLatentAttention(AttentionLayer):
         return {"sinks": False, "head_dim": max(self.plain_size + self.rope_size, self.value_size)}
 
     def new_cache(self) -> KeyValueCache:
-        """What this layer remembers of a text while it is generated."""
+        """An empty cache for generation."""
         return KeyValueCache()
 
     def parts(self) -> dict[str, int]:

@@ -199,7 +199,7 @@ class GatedDeltaNet(RecurrentLayer):
         nn.init.normal_(self.output.weight, std=output_std)
 
     def new_cache(self) -> RecurrentCache:
-        """What this layer remembers of a text while it is generated."""
+        """An empty cache for generation."""
         return RecurrentCache()
 
     def parts(self) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Models: one file each, which ends in its `Family`. `FAMILIES` lists them, `MODELS` names their sizes."""
 
-from sightline.models.decoder import Decoder
+from sightline.models.decoder import Block, Decoder, DecoderConfig
 from sightline.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from sightline.models.drawing import draw_weights
 from sightline.models.families import FAMILIES, MODELS, build_model, build_skeleton, config_of, family_of
@@ -17,7 +17,9 @@ __all__ = [
     "FAMILIES",
     "MODELS",
     "VLM",
+    "Block",
     "Decoder",
+    "DecoderConfig",
     "DeepseekV3",
     "DeepseekV3Config",
     "Family",

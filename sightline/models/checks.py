@@ -25,13 +25,13 @@ def check_divisible(config: Any, whole: str, part: str, noun: str) -> None:
 
 
 def check_heads(config: Any, head_size: int) -> None:
-    """ValueError for key/value heads that query heads cannot share, and for a head that RoPE cannot turn."""
+    """ValueError for key/value heads that query heads cannot share, and for a head size that RoPE cannot rotate."""
     check_divisible(config, "heads", "kv_heads", "key/value heads")
     check_rotary("head_size", head_size)
 
 
 def check_rotary(field: str, channels: int) -> None:
-    """ValueError for a number of channels that RoPE cannot turn."""
+    """ValueError for a number of channels that RoPE cannot rotate."""
     if channels < 2 or channels % 2:
         raise ValueError(f"{option(field)} must be even, because RoPE turns pairs of channels, got {channels}")
 

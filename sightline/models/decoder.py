@@ -153,8 +153,8 @@ class Decoder(nn.Module):
         return {}
 
     def encode_positions(self, positions: Tensor) -> Any:
-        """What the layers need to know of positions int [B, S], made once per forward: here a Rotation of the first
-        `rotary_size` channels of a head."""
+        """What the layers need to know of positions int [B, S], made once per forward: here a Rotation of `rotary_size`
+        channels."""
         config = self.config
         scaling = getattr(config, "rope_scaling", None)  # not every family can be stretched
         frequencies = rope_frequencies(self.rotary_size, config.rope_theta, scaling, device=positions.device)
@@ -162,7 +162,7 @@ class Decoder(nn.Module):
 
     @property
     def rotary_size(self) -> int:
-        """Channels of a head that RoPE turns."""
+        """Channels of a head that RoPE rotates."""
         return self.config.head_size
 
     def forward(
@@ -357,11 +357,11 @@ class Layer(nn.Module):
 class Block(Layer):
     """A pre-norm layer: h + mixer(norm(h)), then h + mlp(norm(h)).
 
-    mixer        where tokens meet, called as mixer(x, mask, encoding, cache): attention, or a memory
-    mlp          where each token is by itself: a feed-forward layer, or experts
-    build_norm   of the two norms
-    mask_name    which of the model's masks the mixer uses
-    names        what mixer and mlp are called in the names of the weights; their norms are NAME_norm
+    mixer       attention or a recurrent layer, called as mixer(x, mask, encoding, cache)
+    mlp         a feed-forward layer or a mixture of experts, applied to each token by itself
+    build_norm  builds each of the two norms
+    mask_name   the model's mask that the mixer uses
+    names       names of the mixer and the mlp in the state dict; their norms are NAME_norm
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""The families, listed once, and every lookup that follows from the list.
+"""The list of families, and the lookups derived from it.
 
-A family from outside the package is in no list: `family_of` finds it where the class of its config is defined.
+A family from outside is not in the list: `family_of` finds it in the module that defines its config's class.
 """
 
 from __future__ import annotations

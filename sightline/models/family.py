@@ -1,4 +1,4 @@
-"""What a family is: one value, at the end of its file."""
+"""A model family as one value, which stands at the end of the family's file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sightline.models.hf.format import HuggingFace
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
-    """Models of one kind and of many sizes, with all that commands know of them."""
+    """All models of one architecture: the classes, the named sizes, the Hugging Face format and the recipes."""
 
     name: str
     """The FAMILY of FAMILY-SIZE."""
@@ -24,7 +24,7 @@ class Family:
     presets: Mapping[str, Any] = field(default_factory=dict)
     """Configs by SIZE."""
     hf: HuggingFace | None = None
-    """How its models are written in Hugging Face directories; None where there is nothing like them."""
+    """The format of its models in Hugging Face directories; None for an architecture that has none there."""
     recipes: Mapping[str, RecipeTemplate] = field(default_factory=dict)
     """How each of the presets is trained, by SIZE."""
 
