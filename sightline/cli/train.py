@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 import sightline
+from sightline.attention import CHOICES
 from sightline.config import Run
+from sightline.config.run import BackendName
 from sightline.models import FAMILIES, family_of
 from sightline.models.hf.directory import read_model_config
 from sightline.numbers import count
@@ -25,6 +28,8 @@ EXAMPLES = """examples:
   sightline train qwen3-0.6b --model-from ~/Qwen3-0.6B --data.source ~/texts
   sightline train package.module:RUN        a recipe of your own, of any model: docs/adding_a_model.md"""
 
+CONSTRUCTORS = ConstructorRegistry()
+
 
 def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
@@ -32,6 +37,21 @@ def main(argv: list[str]) -> None:
         return
     run = parse(argv)
     sightline.train(run)  # imports the trainer, which a wrong option has not to wait for
+
+
+@CONSTRUCTORS.primitive_rule
+def backend_names(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
+    """The choices of `--attention.backend`: the backends there are, which the config does not know."""
+    if info.type != str | BackendName:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(CHOICES)}}}",
+        instance_from_str=lambda given: given[0],
+        is_instance=lambda value: value in CHOICES,
+        str_from_instance=lambda name: [name],
+        choices=CHOICES,
+    )
 
 
 def parse(argv: list[str]) -> Run:
@@ -51,6 +71,7 @@ def parse(argv: list[str]) -> Run:
         prog=f"sightline train {argv[0]}",
         description=f"Train {argv[0]}. The defaults are the recipe's.\n\n{EXAMPLES}",
         config=(tyro.conf.AvoidSubcommands,),
+        registry=CONSTRUCTORS,
     )
 
 

@@ -182,13 +182,17 @@ class Optimizer:
             raise ValueError(f"optimizer.weight-decay must be at least 0, got {self.weight_decay}")
 
 
+class BackendName(str):
+    """`auto`, or the name of a backend in `sightline.attention`; the command line knows its options by this type."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attention:
     """The kernel that honours the masks."""
 
-    backend: Literal["auto", "flex", "sdpa", "varlen", "reference"] = "auto"
-    """`auto` chooses by device, dtype and mask, and says what it chose and why.
-    `sdpa` trains everywhere; `flex` and `varlen` train on CUDA; `reference` is the slow truth."""
+    backend: str | BackendName = "auto"
+    """`auto` chooses by device, dtype and mask, and the log says what it chose and why. `tiled` trains on a CPU, `flex`
+    and `varlen` on CUDA, `sdpa` anywhere; `reference` is the slow truth."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Models: one file each, which ends in its `Family`. `FAMILIES` lists them, `MODELS` names their sizes."""
 
-from sightline.models.decoder import Block, Decoder, DecoderConfig
+from sightline.models.block import Block
+from sightline.models.decoder import Decoder, DecoderConfig
 from sightline.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from sightline.models.drawing import draw_weights
 from sightline.models.families import FAMILIES, MODELS, build_model, build_skeleton, config_of, family_of

@@ -25,8 +25,9 @@ from sightline.layers import (
     with_gradient_of,
 )
 from sightline.masks import named_masks
+from sightline.models.block import Block
 from sightline.models.checks import check_divisible, check_experts, check_positive, check_rotary
-from sightline.models.decoder import Block, Decoder, DecoderConfig, Masks
+from sightline.models.decoder import Decoder, DecoderConfig, Masks
 from sightline.models.family import Family
 from sightline.models.hf.deepseek_v3 import DEEPSEEK_V3_HF
 

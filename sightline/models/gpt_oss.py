@@ -12,8 +12,9 @@ from sightline.batch import Batch
 from sightline.config.recipes import debug, on_gpus, tiny
 from sightline.layers import Experts, GroupedQueryAttention, MoE, Router, YarnScaling
 from sightline.masks import AttentionMask, causal, document, sliding_window
+from sightline.models.block import Block
 from sightline.models.checks import check_experts, check_heads, check_positive
-from sightline.models.decoder import Block, Decoder, DecoderConfig
+from sightline.models.decoder import Decoder, DecoderConfig
 from sightline.models.family import Family
 from sightline.models.hf.gpt_oss import GPT_OSS_HF
 

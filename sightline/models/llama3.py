@@ -8,8 +8,9 @@ from functools import partial
 from sightline.config import Checkpoint, Optimizer, Training, Validation
 from sightline.config.recipes import debug, on_gpus, template
 from sightline.layers import GroupedQueryAttention, Llama3RopeScaling, SwiGLU
+from sightline.models.block import Block
 from sightline.models.checks import check_heads, check_positive
-from sightline.models.decoder import Block, Decoder, DecoderConfig
+from sightline.models.decoder import Decoder, DecoderConfig
 from sightline.models.family import Family
 from sightline.models.hf.llama3 import LLAMA3_HF
 

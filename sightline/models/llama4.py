@@ -21,8 +21,9 @@ from sightline.layers import (
     SwiGLU,
 )
 from sightline.masks import AttentionMask, causal, chunked, document
+from sightline.models.block import Block
 from sightline.models.checks import check_experts, check_heads, check_positive
-from sightline.models.decoder import Block, Decoder, DecoderConfig
+from sightline.models.decoder import Decoder, DecoderConfig
 from sightline.models.family import Family
 from sightline.models.hf.llama4 import LLAMA4_HF
 

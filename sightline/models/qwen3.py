@@ -8,8 +8,9 @@ from functools import partial
 
 from sightline.config.recipes import debug, on_gpus, tiny
 from sightline.layers import Experts, GroupedQueryAttention, MoE, Router, SwiGLU, YarnScaling
+from sightline.models.block import Block
 from sightline.models.checks import check_experts, check_heads, check_positive
-from sightline.models.decoder import Block, Decoder, DecoderConfig
+from sightline.models.decoder import Decoder, DecoderConfig
 from sightline.models.family import Family
 from sightline.models.hf.qwen3 import QWEN3_HF
 

@@ -26,8 +26,9 @@ from sightline.layers import (
     ZeroCentredRMSNorm,
     rotate,
 )
+from sightline.models.block import Block
 from sightline.models.checks import check_divisible, check_experts, check_heads, check_positive
-from sightline.models.decoder import Block, Decoder, DecoderConfig
+from sightline.models.decoder import Decoder, DecoderConfig
 from sightline.models.family import Family
 from sightline.models.hf.qwen3_next import QWEN3_NEXT_HF
 

@@ -25,8 +25,9 @@ from sightline.config.recipes import DRAWINGS, on_gpus, template
 from sightline.layers import AttentionLayer, LayerCache, attention_layers
 from sightline.layers.vision import Projector, VisionConfig, VisionEncoder, place_patches
 from sightline.masks import AttentionMask, bidirectional, causal, document, named_masks
+from sightline.models.block import Block
 from sightline.models.checks import check_positive
-from sightline.models.decoder import Block, Masks
+from sightline.models.decoder import Masks
 from sightline.models.family import Family
 from sightline.models.hf.vlm import VLM_HF
 from sightline.models.llama3 import LLAMA3, Llama3, Llama3Config

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sightline.models.decoder import Layer
+from sightline.models.block import Layer
 from sightline.parallel.patch import replace_forward
 from sightline.parallel.torch_private import skip_side_effects_of_recompute
 

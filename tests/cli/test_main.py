@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from sightline.attention import CHOICES
 from sightline.cli import main as cli
 from sightline.cli.train import parse
 from sightline.errors import NonFiniteLoss, SaveFailed, Stopped
@@ -66,6 +67,13 @@ def test_options_become_the_run() -> None:
     assert run.checkpoint.every == 3 and run.checkpoint.resume == "never"
     assert run.model.layers == 2 and run.model.width == RECIPES["llama3-tiny"].model.width
     assert run.data.tokenizer == Path("t.json")
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_backend_is_a_choice(name, capsys) -> None:
+    assert parse(["llama3-debug", "--attention.backend", name]).attention.backend == name
+    out = call(capsys, "train", "llama3-debug", "--help")[1]
+    assert f"--attention.backend {{{','.join(CHOICES)}}}" in out
 
 
 @pytest.mark.parametrize("name", RECIPES)

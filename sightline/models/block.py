@@ -1,0 +1,80 @@
+"""The layers of a decoder, and the pre-norm block that most families build them from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from sightline.attention import Lowered
+from sightline.layers import KeyValueCache, LayerCache, MoE
+
+
+class Layers(nn.ModuleDict):
+    """The layers, by their number in the whole model, one after the other."""
+
+    def forward(
+        self, h: Tensor, lowered: dict[str, Lowered], encoding: Any, cache: dict[str, LayerCache] | None
+    ) -> Tensor:
+        """h [B, S, W] -> [B, S, W]."""
+        for name, layer in self.items():
+            h = layer(h, lowered[str(layer.mask_name)], encoding, None if cache is None else cache[name])
+        return h
+
+
+class Layer(nn.Module):
+    """A layer of a decoder."""
+
+    mask_name = "attention"
+    """Which of the model's masks its attention uses."""
+
+    def new_cache(self) -> LayerCache:
+        """What this layer remembers of a text while it is generated."""
+        return KeyValueCache()
+
+
+class Block(Layer):
+    """A pre-norm layer: h + mixer(norm(h)), then h + mlp(norm(h)).
+
+    mixer       attention or a recurrent layer, called as mixer(x, mask, encoding, cache)
+    mlp         a feed-forward layer or a mixture of experts, applied to each token by itself
+    build_norm  builds each of the two norms
+    mask_name   the model's mask that the mixer uses
+    names       names of the mixer and the mlp in the state dict; their norms are NAME_norm
+    """
+
+    def __init__(
+        self,
+        mixer: nn.Module,
+        mlp: nn.Module,
+        build_norm: Callable[[], nn.Module],
+        *,
+        mask_name: str = "attention",
+        names: tuple[str, str] = ("attention", "mlp"),
+    ) -> None:
+        super().__init__()
+        self.mask_name = mask_name
+        self.names = names
+        for name, part in zip(names, (mixer, mlp), strict=True):
+            self.add_module(f"{name}_norm", build_norm())
+            self.add_module(name, part)
+
+    def halves(self) -> Any:
+        """(norm, mixer) and (norm, mlp)."""
+        return [(getattr(self, f"{name}_norm"), getattr(self, name)) for name in self.names]
+
+    def init_weights(self, std: float, output_std: float) -> None:
+        for norm, part in self.halves():
+            norm.init_weights()
+            part.init_weights(std, output_std)
+
+    def forward(self, h: Tensor, mask: Lowered, encoding: Any, cache: LayerCache | None = None) -> Tensor:
+        """h [B, S, W] -> [B, S, W]."""
+        (mixer_norm, mixer), (mlp_norm, mlp) = self.halves()
+        h = h + mixer(mixer_norm(h), mask, encoding, cache)
+        x = mlp_norm(h)
+        return h + (mlp(x, mask.visible) if isinstance(mlp, MoE) else mlp(x))
+
+    def new_cache(self) -> LayerCache:
+        return getattr(self, self.names[0]).new_cache()
