@@ -40,6 +40,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	@if command -v node >/dev/null; then for script in sightline/plots/mask_page/*.js; do node --check $$script || exit 1; done; fi
 
 bench: setup
