@@ -18,8 +18,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,6 +28,7 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_single_autograd
 
 from benchmarks.timing import lognormal_documents, machine, positions_of, processes_in_turn, save
+from sightline.attention.exchange import Arrived
 from sightline.batch import IGNORE, Batch
 from sightline.config import Optimizer, Parallel, Training
 from sightline.masks import AttentionMask
@@ -44,9 +44,21 @@ CPU = torch.device("cpu")
 ROWS = 4  # different ones, which the steps take in turn
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class AllKeys(AttentionMask):
-    """The mask of some tokens of each row over all keys of it, which `gather` brings.
+class SendsAll(ParallelModel):
+    """Shares the rows in the same order, but not the keys: all of the row travel to every process."""
+
+    def own_tokens(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        degree, rank = self.mesh.size("context"), self.mesh.index("context")
+        (mask,) = inputs["attention_masks"].values()
+        plan = plan_context(mask, degree)
+        place = torch.cat([plan.queries(peer) for peer in range(degree)], dim=1).argsort(dim=1)
+        self.stages[0].exchanges = AllKeys(place, self.mesh.group("context"))
+        cut = {"attention": mask.take_queries(plan.queries(rank))}
+        return {**super().own_tokens(inputs), "attention_masks": cut}
+
+
+class AllKeys(NamedTuple):
+    """The exchanges of a batch, and the one exchange they make: it brings all keys of each row, by an all-gather.
 
     place  int64 [B, S], where each token of the row is when the tokens of all processes lie end to end
     """
@@ -54,30 +66,17 @@ class AllKeys(AttentionMask):
     place: Tensor
     group: dist.ProcessGroup
 
-    def to(self, device: torch.device | str) -> AllKeys:
-        return self  # this benchmark has only one
+    def bind(self, mask: AttentionMask, device: torch.device) -> tuple[AttentionMask, AllKeys]:
+        return mask, self
 
-    def gather(self, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    def start(self, *tensors: Tensor) -> Arrived:
         rows = torch.cat([t.transpose(1, 2).flatten(2) for t in tensors], dim=-1)  # [B, S / degree, C]
         came = all_gather_single_autograd(rows.transpose(0, 1).contiguous(), 0, self.group).transpose(0, 1)
         came = came.gather(1, self.place[..., None].expand(-1, -1, came.shape[2]))
         parts = came.split([t.shape[1] * t.shape[3] for t in tensors], dim=-1)
-        keys = tuple(p.unflatten(-1, (t.shape[1], -1)).transpose(1, 2) for p, t in zip(parts, tensors, strict=True))
-        return lambda: keys
-
-
-class SendsAll(ParallelModel):
-    """Shares the rows in the same order, but not the keys."""
-
-    def own_tokens(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        degree, rank = self.mesh.size("context"), self.mesh.index("context")
-        mask = inputs["attention_masks"]
-        plan = plan_context(mask, degree)
-        place = torch.cat([plan.queries(peer) for peer in range(degree)], dim=1).argsort(dim=1)
-        own = mask.take_queries(plan.queries(rank))
-        cut = super().own_tokens(inputs)
-        group = self.mesh.group("context")
-        return {**cut, "attention_masks": AllKeys(own.start, own.stop, own.key_length, place, group)}
+        return Arrived(
+            tuple(p.unflatten(-1, (t.shape[1], -1)).transpose(1, 2) for p, t in zip(parts, tensors, strict=True))
+        )
 
 
 def batches(length: int, documents: str) -> list[Batch]:
