@@ -61,14 +61,14 @@ def main() -> None:
         "received",
         "pieces a rank",
         "plan, ms",
-        "view, ms",
+        "shard, ms",
     ):
         table.add_column(name, justify="left" if name in ("documents and masks", "order") else "right")
     for row in rows:
-        view = f"{row['view']:.2f}" if "view" in row else "-"
+        shard = f"{row['shard']:.2f}" if "shard" in row else "-"
         table.add_row(
             str(row["layout"]), str(row["degree"]), str(row["order"]), f"{row['balance']:.3f}",
-            f"{100 * row['received']:.1f} %", f"{row['pieces']:.1f}", f"{row['plan']:.2f}", view,  # type: ignore[operator]
+            f"{100 * row['received']:.1f} %", f"{row['pieces']:.1f}", f"{row['plan']:.2f}", shard,  # type: ignore[operator]
         )  # fmt: skip
     Console(width=140).print(table)
     save("context_plan", rows)
@@ -114,7 +114,7 @@ def measure(layout: Layout, degree: int, rounds: int) -> list[dict[str, object]]
         masks = {"full": causal(1, rounded.shape[1]) & document(rounded)}
         plans["PyTorch per document"] = plan_of(masks, owners_by_document(rounded, degree), degree), layout.layers
     seconds = cpu_seconds(planners, rounds)
-    views = cpu_seconds(
+    shards = cpu_seconds(
         {o: lambda o=o: [plans[o][0].shard(degree // 2, name) for name in layout.masks] for o in ORDERS}, rounds
     )
     lines = []
@@ -126,8 +126,8 @@ def measure(layout: Layout, degree: int, rounds: int) -> list[dict[str, object]]
         line["received"] = int(plan.received_keys().sum()) / (len(plan.masks) * (degree - 1) * length)
         line["pieces"] = len(plan.pieces.rank) / degree
         line["plan"] = 1e3 * seconds[order]
-        if order in views:
-            line["view"] = 1e3 * views[order]
+        if order in shards:
+            line["shard"] = 1e3 * shards[order]
         lines.append(line)
     return lines
 
