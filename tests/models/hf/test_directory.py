@@ -302,6 +302,9 @@ class Toy(torch.nn.Module):
         self.odd = torch.nn.Parameter(torch.empty(2))
         self.register_buffer("turned", torch.empty(4))
 
+    def check_backend(self, device: torch.device, dtype: torch.dtype, *, training: bool) -> None:
+        """It has no attention."""
+
 
 TOY = Family(
     name="toy",
