@@ -68,11 +68,7 @@ def stream(
 
 @torch.no_grad()
 def _continue(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    ids: list[int],
-    extra: dict[str, Tensor],
-    sampling: SamplingConfig,
+    model: Decoder, tokenizer: Tokenizer, ids: list[int], extra: dict[str, Tensor], sampling: SamplingConfig
 ) -> Iterator[int]:
     """New tokens until the end of the document. Each is computed once: the cache holds what came before."""
     device = next(model.parameters()).device

@@ -11,15 +11,7 @@ from torch import Tensor
 
 from sightline.batch import Batch
 from sightline.config.recipes import debug, on_gpus, tiny
-from sightline.layers import (
-    Experts,
-    GroupedQueryAttention,
-    Llama3RopeScaling,
-    MoE,
-    Rotation,
-    Router,
-    SwiGLU,
-)
+from sightline.layers import Experts, GroupedQueryAttention, Llama3RopeScaling, MoE, Rotation, Router, SwiGLU
 from sightline.masks import AttentionMask, causal, chunked, document
 from sightline.models.checks import check_experts, check_heads, check_positive
 from sightline.models.decoder import Block, Decoder, DecoderConfig

@@ -73,8 +73,5 @@ def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[
 
 
 GPT_OSS_HF = HuggingFace(
-    architectures=("GptOssForCausalLM",),
-    config_from_hf=config_from_hf,
-    config_to_hf=config_to_hf,
-    weights=weights,
+    architectures=("GptOssForCausalLM",), config_from_hf=config_from_hf, config_to_hf=config_to_hf, weights=weights
 )

@@ -54,8 +54,5 @@ def layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[W
 
 
 LLAMA3_HF = HuggingFace(
-    architectures=("LlamaForCausalLM",),
-    config_from_hf=config_from_hf,
-    config_to_hf=config_to_hf,
-    weights=weights,
+    architectures=("LlamaForCausalLM",), config_from_hf=config_from_hf, config_to_hf=config_to_hf, weights=weights
 )

@@ -113,8 +113,5 @@ def _rotated(config: Any, heads: int, theirs: str, ours: str) -> Weight:
 
 
 LLAMA4_HF = HuggingFace(
-    architectures=("Llama4ForCausalLM",),
-    config_from_hf=config_from_hf,
-    config_to_hf=config_to_hf,
-    weights=weights,
+    architectures=("Llama4ForCausalLM",), config_from_hf=config_from_hf, config_to_hf=config_to_hf, weights=weights
 )
