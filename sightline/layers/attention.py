@@ -66,10 +66,6 @@ class GroupedQueryAttention(AttentionLayer):
     def attention_needs(self) -> dict[str, Any]:
         return {"sinks": self.sinks is not None, "head_dim": self.head_size}
 
-    def new_cache(self) -> KeyValueCache:
-        """An empty cache for generation."""
-        return KeyValueCache()
-
     def parts(self) -> dict[str, int]:
         return {"key/value heads": self.head_groups()}
 

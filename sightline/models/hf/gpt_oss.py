@@ -53,11 +53,6 @@ def config_to_hf(config: Any) -> dict[str, Any]:
     }
 
 
-def weights(config: Any) -> Iterator[Weight]:
-    """Which tensor of theirs is which of ours."""
-    return decoder_weights(config, _layer_weights)
-
-
 def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[Weight]:
     norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "moe_norm"}
     yield from rename(theirs, ours, norms)
@@ -73,5 +68,8 @@ def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[
 
 
 GPT_OSS_HF = HuggingFace(
-    architectures=("GptOssForCausalLM",), config_from_hf=config_from_hf, config_to_hf=config_to_hf, weights=weights
+    architectures=("GptOssForCausalLM",),
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
+    weights=lambda config: decoder_weights(config, _layer_weights),
 )

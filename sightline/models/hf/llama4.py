@@ -38,19 +38,14 @@ FIELDS = {
     "experts_per_token": "num_experts_per_tok",
     "auxiliary_loss": "router_aux_loss_coef",
 }
-MISSING = {
-    "full_every": 4,
-    "temperature_scale": 0.1,
-    "temperature_floor": 8192,
-    "auxiliary_loss": 0.001,
-    "tied_embeddings": False,
-}
 
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     """From the fields of a config.json of the text model."""
     expect(hf, hidden_act="silu", attention_bias=False)
-    fields = {**read_fields(hf, FIELDS, **MISSING), **rope_fields(hf, "llama3")}
+    missing = {"full_every": 4, "temperature_scale": 0.1, "temperature_floor": 8192}
+    fields = read_fields(hf, FIELDS, auxiliary_loss=0.001, tied_embeddings=False, **missing)
+    fields |= rope_fields(hf, "llama3")
     if not hf.get("attn_temperature_tuning", True):
         fields["temperature_scale"] = 0.0
     layers, full_every, experts_every = range(fields["layers"]), fields["full_every"], fields["experts_every"]
@@ -74,11 +69,6 @@ def config_to_hf(config: Any) -> dict[str, Any]:
         "attn_temperature_tuning": config.temperature_scale != 0,
         **write_rope(config.rope_theta, config.rope_scaling),
     }
-
-
-def weights(config: Any) -> Iterator[Weight]:
-    """Which tensor of theirs is which of ours."""
-    return decoder_weights(config, _layer_weights)
 
 
 def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[Weight]:
@@ -113,5 +103,8 @@ def _rotated(config: Any, heads: int, theirs: str, ours: str) -> Weight:
 
 
 LLAMA4_HF = HuggingFace(
-    architectures=("Llama4ForCausalLM",), config_from_hf=config_from_hf, config_to_hf=config_to_hf, weights=weights
+    architectures=("Llama4ForCausalLM",),
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
+    weights=lambda config: decoder_weights(config, _layer_weights),
 )

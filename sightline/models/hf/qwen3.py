@@ -58,11 +58,6 @@ def config_to_hf(config: Any) -> dict[str, Any]:
     }
 
 
-def weights(config: Any) -> Iterator[Weight]:
-    """Which tensor of theirs is which of ours."""
-    return decoder_weights(config, _layer_weights)
-
-
 def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[Weight]:
     yield from rename(theirs, ours, NORMS)
     attention = {**ATTENTION, "q_norm": "query_norm", "k_norm": "key_norm"}
@@ -78,5 +73,5 @@ QWEN3_HF = HuggingFace(
     architectures=("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    weights=weights,
+    weights=lambda config: decoder_weights(config, _layer_weights),
 )

@@ -78,11 +78,6 @@ def config_to_hf(config: Any) -> dict[str, Any]:
     }
 
 
-def weights(config: Any) -> Iterator[Weight]:
-    """Which tensor of theirs is which of ours."""
-    return decoder_weights(config, _layer_weights)
-
-
 def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[Weight]:
     yield from rename(theirs, ours, {"input_layernorm": "mixer_norm", "post_attention_layernorm": "mlp_norm"})
     if config.has_attention(index):
@@ -168,6 +163,6 @@ QWEN3_NEXT_HF = HuggingFace(
     architectures=("Qwen3NextForCausalLM",),
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    weights=weights,
+    weights=lambda config: decoder_weights(config, _layer_weights),
     ignored=r"lm_head\.weight|.*\.rotary_emb\.inv_freq|mtp\..*",  # the multi-token prediction is not built here
 )
