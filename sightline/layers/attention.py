@@ -105,7 +105,7 @@ class GroupedQueryAttention(AttentionLayer):
         return k_BSGD if encoding is None else rotate(k_BSGD, encoding)
 
     def encode_queries(self, q_BSHD: Tensor, encoding: Any) -> Tensor:
-        """And into the queries: as into the keys."""
+        """Write the positions into the queries: as into the keys."""
         return self.encode_keys(q_BSHD, encoding)
 
     def _heads(self, x: Tensor) -> Tensor:

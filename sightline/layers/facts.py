@@ -109,11 +109,7 @@ class HasModules(Protocol):
 
 
 def parameter_facts(model: HasModules) -> list[ParameterFacts]:
-    """The trained parameters in the order of `named_parameters()`, each once.
-
-    Raises:
-        ValueError: a module has parameters of its own and does not state which of them are matrices.
-    """
+    """The trained parameters in the order of `named_parameters()`, each once. Raises as `matrices_of`."""
     found: dict[int, ParameterFacts] = {}
     for prefix, module in model.named_modules():
         matrices = matrices_of(module, prefix)

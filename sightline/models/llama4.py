@@ -117,8 +117,6 @@ def build_moe(config: Llama4Config) -> MoE:
 
 
 class Llama4(Decoder):
-    """The whole model."""
-
     def build_block(self, index: int) -> Block:
         config = self.config
         full = config.is_full(index)

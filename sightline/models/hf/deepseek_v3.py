@@ -56,7 +56,6 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_to_hf(config: Any) -> dict[str, Any]:
-    """The fields of a config.json."""
     prediction: dict[str, Any] = {"num_nextn_predict_layers": 0}
     if config.prediction_weight is not None:
         prediction = {"num_nextn_predict_layers": 1, "mtp_loss_weight": config.prediction_weight}
@@ -71,7 +70,6 @@ def config_to_hf(config: Any) -> dict[str, Any]:
 
 
 def weights(config: Any) -> Iterator[Weight]:
-    """Which tensor of theirs is which of ours."""
     yield from decoder_weights(config, _layer_weights)
     if config.prediction_weight is not None:
         theirs = f"model.layers.{config.layers}"

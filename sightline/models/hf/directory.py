@@ -73,8 +73,7 @@ def load_pretrained(
 def read_pretrained(model: Any, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Fill a model that is there already with the weights of a Hugging Face directory.
 
-    state  the tensors to fill, by their names in the model: what one of many processes holds of it (DTensors, the
-           layers of a pipeline stage). Without it, the model's own.
+    state  the tensors to fill, by their names in the model: see `read_weights`
 
     Errors: as `load_pretrained`.
     """

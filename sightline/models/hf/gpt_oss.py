@@ -35,7 +35,6 @@ HALVES: dict[str, View] = {"gate": lambda t: t[..., 0::2], "up": lambda t: t[...
 
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    """From the fields of a config.json."""
     expect(hf, hidden_act="silu", attention_bias=True, swiglu_alpha=1.702, swiglu_limit=7.0)
     fields = read_fields(hf, FIELDS, auxiliary_loss=0.001, norm_eps=1e-5, tied_embeddings=False)
     expect(hf, layer_types=["full_attention" if i % 2 else "sliding_attention" for i in range(fields["layers"])])

@@ -61,7 +61,6 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_to_hf(config: Any) -> dict[str, Any]:
-    """The fields of a config.json."""
     return {
         "architectures": ["Llama4ForCausalLM"],
         "model_type": "llama4_text",

@@ -34,7 +34,6 @@ MIXTURE = {
 
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    """From the fields of a config.json."""
     expect(hf, hidden_act="silu", attention_bias=False, use_sliding_window=False)
     names = DENSE
     if hf["architectures"][0] == "Qwen3MoeForCausalLM":
@@ -46,7 +45,6 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_to_hf(config: Any) -> dict[str, Any]:
-    """The fields of a config.json."""
     if config.experts:
         kind = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "norm_topk_prob": True}
     else:

@@ -32,7 +32,6 @@ VISION_LAYER = {
 
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    """From the fields of a config.json."""
     expect(hf, projector_hidden_act="gelu", projector_bias=True, projector_use_layernorm=True)
     architectures, tied = hf["architectures"], hf.get("tie_word_embeddings", True)
     text = {**hf["text_config"], "architectures": architectures, "tie_word_embeddings": tied}
@@ -53,7 +52,6 @@ def vision_from_hf(hf: dict[str, Any]) -> VisionConfig:
 
 
 def config_to_hf(config: Any) -> dict[str, Any]:
-    """The fields of a config.json."""
     return {
         "architectures": ["Lfm2VlForConditionalGeneration"],
         "model_type": "lfm2_vl",
@@ -71,7 +69,6 @@ def config_to_hf(config: Any) -> dict[str, Any]:
 
 
 def weights(config: Any) -> Iterator[Weight]:
-    """Which tensor of theirs is which of ours."""
     for weight in llama3.weights(config):
         yield Weight(weight.theirs.replace("model.", "model.language_model.", 1), weight.ours)
     yield from vision_weights(config.vision, "model.vision_tower.")
