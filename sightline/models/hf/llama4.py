@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from sightline.models.hf.format import (
-    ATTENTION,
     DECODER,
     HEADS,
     MLP,
@@ -19,6 +18,7 @@ from sightline.models.hf.format import (
     read_fields,
     rename,
     rename_joined_experts,
+    rename_turned,
     write_fields,
 )
 from sightline.models.hf.rope import rope_fields, write_rope
@@ -72,12 +72,11 @@ def config_to_hf(config: Any) -> dict[str, Any]:
 
 def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[Weight]:
     yield from rename(theirs, ours, NORMS)
-    for their_name, name in ATTENTION.items():
-        projection = f"{theirs}.self_attn.{their_name}.weight", f"{ours}.attention.{name}.weight"
-        if name in ("query", "key"):
-            yield _rotated(config, config.heads if name == "query" else config.kv_heads, *projection)
-        else:
-            yield Weight(*projection)
+    # Scores are sums over all channels of a query and a key: the full layers, where nothing turns, lie so too.
+    for their_name, name, heads in (("q_proj", "query", config.heads), ("k_proj", "key", config.kv_heads)):
+        names = f"{theirs}.self_attn.{their_name}.weight", f"{ours}.attention.{name}.weight"
+        yield from rename_turned(*names, heads, (heads * config.head_size, config.width))
+    yield from rename(f"{theirs}.self_attn", f"{ours}.attention", {"v_proj": "value", "o_proj": "output"})
     theirs, ours = f"{theirs}.feed_forward", f"{ours}.mlp"
     if config.has_experts(index):
         yield Weight(f"{theirs}.router.weight", f"{ours}.router.weight")
@@ -86,19 +85,6 @@ def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[
         yield from rename_joined_experts(config, f"{theirs}.experts", f"{ours}.experts", halves)
         theirs, ours = f"{theirs}.shared_expert", f"{ours}.shared"
     yield from rename(theirs, ours, MLP)
-
-
-def _rotated(config: Any, heads: int, theirs: str, ours: str) -> Weight:
-    """Theirs turns channel 2i of a head with 2i + 1, ours i with i + D/2. Scores, sums over all channels of a query and
-    a key, are the same; so in the full layers, where nothing turns, both are arranged like this too."""
-    pairs = config.head_size // 2
-    return Weight(
-        theirs,
-        ours,
-        of_theirs=lambda t: t.unflatten(0, (heads, pairs, 2)).transpose(1, 2),
-        of_ours=lambda t: t.unflatten(0, (heads, 2, pairs)),
-        shape=(heads * config.head_size, config.width),
-    )
 
 
 LLAMA4_HF = HuggingFace(
