@@ -149,9 +149,7 @@ class CausalConvolution(nn.Module):
 
     def forward(self, x: Tensor, mask: Lowered, segments: Tensor, cache: RecurrentCache | None = None) -> Tensor:
         """x [B, S, C] -> [B, S, C]: all channels or, as `exchange.to_whole_rows` made x, the local ones."""
-        past = None
-        if cache is not None:
-            past = cache.remember_inputs(x, self.weight.shape[1] - 1)
+        past = None if cache is None else cache.remember_inputs(x, self.weight.shape[1] - 1)
         return F.silu(causal_convolution(x, mask.exchange.local_channels(self.weight), segments, past))
 
 
