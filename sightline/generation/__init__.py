@@ -1,6 +1,5 @@
 """Text from a model, token by token, with a cache of what came before."""
 
-from sightline.generation.sampling import SamplingConfig
-from sightline.generation.text import Tokenizer, generate, stream
+from sightline.generation.text import SamplingConfig, Tokenizer, generate, stream
 
 __all__ = ["SamplingConfig", "Tokenizer", "generate", "stream"]

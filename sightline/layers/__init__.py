@@ -17,14 +17,7 @@ from sightline.layers.mlp import SwiGLU
 from sightline.layers.moe import Experts, MoE, Router, routers_of
 from sightline.layers.norm import RMSNorm, ZeroCentredRMSNorm
 from sightline.layers.recurrence import GatedDeltaNet
-from sightline.layers.rope import (
-    Llama3RopeScaling,
-    Rotation,
-    YarnScaling,
-    build_rotation,
-    rope_frequencies,
-    rotate,
-)
+from sightline.layers.rope import Llama3RopeScaling, Rotation, YarnScaling, build_rotation, rope_frequencies, rotate
 
 __all__ = [
     "LOSSES",

@@ -66,10 +66,6 @@ class GroupedQueryAttention(AttentionLayer):
     def attention_needs(self) -> dict[str, Any]:
         return {"sinks": self.sinks is not None, "head_dim": self.head_size}
 
-    def new_cache(self) -> KeyValueCache:
-        """An empty cache for generation."""
-        return KeyValueCache()
-
     def parts(self) -> dict[str, int]:
         return {"key/value heads": self.head_groups()}
 
@@ -109,7 +105,7 @@ class GroupedQueryAttention(AttentionLayer):
         return k_BSGD if encoding is None else rotate(k_BSGD, encoding)
 
     def encode_queries(self, q_BSHD: Tensor, encoding: Any) -> Tensor:
-        """And into the queries: as into the keys."""
+        """Write the positions into the queries: as into the keys."""
         return self.encode_keys(q_BSHD, encoding)
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import nn
 
+from sightline.layers.cache import KeyValueCache
+
 
 class Divisible(nn.Module):
     """A layer that is a sum over its heads or channels, which processes can deal out among themselves.
@@ -39,6 +41,10 @@ class Divisible(nn.Module):
 
 class AttentionLayer(Divisible):
     """A layer whose queries attend to keys under a mask."""
+
+    def new_cache(self) -> KeyValueCache:
+        """An empty cache for generation."""
+        return KeyValueCache()
 
     def flops_per_pair(self) -> float:
         """Forward and backward FLOPs of one visible (query, key) pair: 6 a channel of q k and 6 of p v in each head.
@@ -103,11 +109,7 @@ class HasModules(Protocol):
 
 
 def parameter_facts(model: HasModules) -> list[ParameterFacts]:
-    """The trained parameters in the order of `named_parameters()`, each once.
-
-    Raises:
-        ValueError: a module has parameters of its own and does not state which of them are matrices.
-    """
+    """The trained parameters in the order of `named_parameters()`, each once. Raises as `matrices_of`."""
     found: dict[int, ParameterFacts] = {}
     for prefix, module in model.named_modules():
         matrices = matrices_of(module, prefix)

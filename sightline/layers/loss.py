@@ -120,11 +120,7 @@ def mask_tokens(labels: Tensor, weights: Tensor | None, device: torch.device, vo
 
 
 def _each_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    chosen: Chosen,
-    chunk_size: int,
-    losses_to_grads: Callable[[Tensor, Tensor], Tensor],
+    hidden: Tensor, weight: Tensor, chosen: Chosen, chunk_size: int, losses_to_grads: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     losses = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
     for tokens, labels, weights in chosen.split(chunk_size):

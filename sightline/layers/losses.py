@@ -114,11 +114,7 @@ LOSSES: tuple[Loss, ...] = (TokenMean(), DocumentMean())
 
 
 def get_loss(name: str) -> Loss:
-    """The loss of that name.
-
-    Raises:
-        ValueError: for an unknown one, naming those there are.
-    """
+    """The loss of that name; ValueError for an unknown one, naming those there are."""
     for loss in LOSSES:
         if loss.name == name:
             return loss

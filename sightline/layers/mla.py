@@ -67,10 +67,6 @@ class MultiHeadLatentAttention(AttentionLayer):
     def attention_needs(self) -> dict[str, Any]:
         return {"sinks": False, "head_dim": max(self.plain_size + self.rope_size, self.value_size)}
 
-    def new_cache(self) -> KeyValueCache:
-        """An empty cache for generation."""
-        return KeyValueCache()
-
     def parts(self) -> dict[str, int]:
         return {"heads": self.head_groups()}
 

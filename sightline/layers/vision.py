@@ -176,7 +176,6 @@ class Projector(nn.Module):
         self.down = nn.Linear(hidden, width)
 
     def init_weights(self) -> None:
-        """As the encoder's."""
         init_linears(self)
 
     def forward(self, features: Tensor, places: Places) -> Tensor:

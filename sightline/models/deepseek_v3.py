@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -152,8 +153,6 @@ class Prediction(nn.Module):
 
 
 class DeepseekV3(Decoder):
-    """The whole model."""
-
     def __init__(self, config: DeepseekV3Config, *, attention_backend: str = "auto") -> None:
         super().__init__(config, attention_backend=attention_backend)
         self.prediction: Prediction | None = None
@@ -181,8 +180,6 @@ class DeepseekV3(Decoder):
         return self.config.rope_size
 
     def init_weights(self) -> None:
-        """As in every decoder; the router as what reads the hidden state, what reads a latent or two hidden states by
-        the size of these, the experts' balance 0."""
         super().init_weights()
         if self.prediction is not None:
             std = self.config.width**-0.5
@@ -273,6 +270,8 @@ def look_further(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return next_tokens, next_labels.masked_fill(labels == IGNORE, IGNORE)
 
 
+published = partial(DeepseekV3Config, kv_rank=512, plain_size=128, rope_size=64, value_size=128)
+
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
     model=DeepseekV3,
@@ -296,17 +295,13 @@ DEEPSEEK_V3 = Family(
             groups_per_token=2,
         ),
         "tiny": DeepseekV3Config(expert_groups=4, groups_per_token=2),
-        "16b": DeepseekV3Config(  # the sizes of DeepSeek V2 Lite (arXiv 2405.04434)
+        "16b": published(  # the sizes of DeepSeek V2 Lite (arXiv 2405.04434)
             vocab_size=102_400,
             width=2048,
             layers=27,
             dense_layers=1,
             heads=16,
             query_rank=None,
-            kv_rank=512,
-            plain_size=128,
-            rope_size=64,
-            value_size=128,
             ffn=10_944,
             expert_ffn=1408,
             experts=64,
@@ -314,17 +309,13 @@ DEEPSEEK_V3 = Family(
             shared_experts=2,
             expert_scale=1.0,
         ),
-        "671b": DeepseekV3Config(
+        "671b": published(
             vocab_size=129_280,
             width=7168,
             layers=61,
             dense_layers=3,
             heads=128,
             query_rank=1536,
-            kv_rank=512,
-            plain_size=128,
-            rope_size=64,
-            value_size=128,
             ffn=18_432,
             expert_ffn=2048,
             experts=256,

@@ -53,24 +53,18 @@ class _ByName(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        fill = FILLS.get(func)
-        if fill is None:
+        if func not in FILLS:
             return func(*args, **kwargs)
         target, *rest = args or (kwargs.pop("tensor"),)
         assert id(target) in self.names, "init_weights draws whole parameters of the model"
         if not target.is_meta:
             digest = hashlib.sha256(f"{self.seed}/{self.names[id(target)]}".encode()).digest()
             generator = torch.Generator(target.device).manual_seed(int.from_bytes(digest[:8]) >> 1)
-            draw(target, lambda whole: fill(whole, *rest, **{**kwargs, "generator": generator}))
+            draw(target, lambda whole: func(whole, *rest, **{**kwargs, "generator": generator}))
         return target
 
 
-FILLS: dict[Callable, Callable] = {
-    nn.init.normal_: nn.init.normal_,
-    nn.init.uniform_: nn.init.uniform_,
-    Tensor.normal_: Tensor.normal_,
-    Tensor.uniform_: Tensor.uniform_,
-}
+FILLS = (nn.init.normal_, nn.init.uniform_, Tensor.normal_, Tensor.uniform_)
 """What init_weights may draw with."""
 
 

@@ -1,7 +1,4 @@
-"""The list of families, and the lookups derived from it.
-
-A family from outside is not in the list: `family_of` finds it in the module that defines its config's class.
-"""
+"""The list of families, and the lookups derived from it."""
 
 from __future__ import annotations
 
@@ -80,10 +77,7 @@ def _values(module: str) -> dict[str, Any]:
 
 
 def build_skeleton(name_or_config: Any, *, attention_backend: str = "auto") -> Any:
-    """A model on the meta device, without memory for its weights: `model.to_empty(device=...)`, then `draw_weights`.
-
-    name_or_config  a name in MODELS, or the config of a family
-    """
+    """A model on the meta device, without memory for its weights: `model.to_empty(device=...)`, then `draw_weights`."""
     config = config_of(name_or_config) if isinstance(name_or_config, str) else name_or_config
     with torch.device("meta"):
         return family_of(config).model(config, attention_backend=attention_backend)

@@ -70,8 +70,6 @@ def build_moe(config: GptOssConfig) -> MoE:
 
 
 class GptOss(Decoder):
-    """The whole model."""
-
     def build_block(self, index: int) -> Block:
         config = self.config
         attention = GroupedQueryAttention(

@@ -47,8 +47,6 @@ class Llama3Config(DecoderConfig):
 
 
 class Llama3(Decoder):
-    """The whole model."""
-
     def build_block(self, index: int) -> Block:
         config = self.config
         attention = GroupedQueryAttention(config.width, config.heads, config.kv_heads, config.resolved_head_size)
@@ -87,9 +85,7 @@ LLAMA3 = Family(
             validation=Validation(every=50, rows=8),
             checkpoint=Checkpoint(every=100),
         ),
-        "1b": on_gpus(3e-4),
-        "3b": on_gpus(3e-4),
-        "8b": on_gpus(3e-4),
+        **dict.fromkeys(("1b", "3b", "8b"), on_gpus(3e-4)),
         "70b": on_gpus(1.5e-4),
         "405b": on_gpus(8e-5),
     },

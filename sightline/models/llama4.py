@@ -11,15 +11,7 @@ from torch import Tensor
 
 from sightline.batch import Batch
 from sightline.config.recipes import debug, on_gpus, tiny
-from sightline.layers import (
-    Experts,
-    GroupedQueryAttention,
-    Llama3RopeScaling,
-    MoE,
-    Rotation,
-    Router,
-    SwiGLU,
-)
+from sightline.layers import Experts, GroupedQueryAttention, Llama3RopeScaling, MoE, Rotation, Router, SwiGLU
 from sightline.masks import AttentionMask, causal, chunked, document
 from sightline.models.block import Block
 from sightline.models.checks import check_experts, check_heads, check_positive
@@ -126,8 +118,6 @@ def build_moe(config: Llama4Config) -> MoE:
 
 
 class Llama4(Decoder):
-    """The whole model."""
-
     def build_block(self, index: int) -> Block:
         config = self.config
         full = config.is_full(index)

@@ -57,8 +57,6 @@ def build_moe(config: Qwen3Config) -> MoE:
 
 
 class Qwen3(Decoder):
-    """The whole model."""
-
     def build_block(self, index: int) -> Block:
         config = self.config
         attention = GroupedQueryAttention(
@@ -91,14 +89,9 @@ QWEN3 = Family(
     },
     hf=QWEN3_HF,
     recipes={
-        "debug": debug,
-        "debug-moe": debug,
-        "tiny": tiny,
-        "tiny-moe": tiny,
-        "0.6b": on_gpus(3e-4),
-        "1.7b": on_gpus(3e-4),
-        "4b": on_gpus(3e-4),
-        "8b": on_gpus(3e-4),
+        **dict.fromkeys(("debug", "debug-moe"), debug),
+        **dict.fromkeys(("tiny", "tiny-moe"), tiny),
+        **dict.fromkeys(("0.6b", "1.7b", "4b", "8b"), on_gpus(3e-4)),
         "14b": on_gpus(2e-4),
         "32b": on_gpus(1.5e-4),
         "30b-a3b": on_gpus(2e-4),

@@ -163,13 +163,6 @@ def build_moe(config: Qwen3NextConfig) -> MoE:
 
 
 class Qwen3Next(Decoder):
-    """The whole model. Fresh weights are as in every decoder; what its layers have beyond that:
-
-    taps       std taps^-0.5
-    A_log      exp(A_log) uniform from 0.01 to 16, and dt_bias 1: some heads keep for hundreds of tokens, some for one
-    norms      0, which is a factor of 1; that of a memory's heads 1
-    """
-
     def build_block(self, index: int) -> Block:
         config = self.config
         mixer = GatedAttention(config) if config.has_attention(index) else build_memory(config)

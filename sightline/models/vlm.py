@@ -85,7 +85,6 @@ class VLM(Llama3):
         return block
 
     def init_weights(self) -> None:
-        """The decoder as a Llama 3, then the encoder and the projector as sightline.layers.vision says."""
         super().init_weights()
         if self.vision is not None:
             self.vision.init_weights()

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
-
 from sightline.models.hf.format import (
     DECODER,
     MLP,
     NORMS,
     HuggingFace,
-    View,
     Weight,
     decoder_weights,
     expect,
     read_fields,
     rename,
     rename_experts,
+    rename_turned,
     write_fields,
 )
 from sightline.models.hf.rope import rope_fields, write_rope
@@ -56,7 +54,6 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_to_hf(config: Any) -> dict[str, Any]:
-    """The fields of a config.json."""
     prediction: dict[str, Any] = {"num_nextn_predict_layers": 0}
     if config.prediction_weight is not None:
         prediction = {"num_nextn_predict_layers": 1, "mtp_loss_weight": config.prediction_weight}
@@ -71,7 +68,6 @@ def config_to_hf(config: Any) -> dict[str, Any]:
 
 
 def weights(config: Any) -> Iterator[Weight]:
-    """Which tensor of theirs is which of ours."""
     yield from decoder_weights(config, _layer_weights)
     if config.prediction_weight is not None:
         theirs = f"model.layers.{config.layers}"
@@ -95,43 +91,16 @@ def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[
 
 
 def _attention_weights(config: Any, theirs: str, ours: str) -> Iterator[Weight]:
-    """Theirs turns channel 2i with 2i + 1, ours i with i + rope_size / 2: the rows of both halves change places."""
     yield from rename(theirs, ours, {"kv_a_layernorm": "kv_norm", "kv_b_proj": "kv", "o_proj": "output"})
     query = "q_proj"
     if config.query_rank is not None:
         query = "q_b_proj"
         yield from rename(theirs, ours, {"q_a_proj": "query_down", "q_a_layernorm": "query_norm"})
-    heads, size = config.heads, config.plain_size + config.rope_size
-    yield from _turned_weights(
-        f"{theirs}.{query}.weight",
-        f"{ours}.query.weight",
-        lambda t: t.unflatten(0, (heads, size)),
-        config.plain_size,
-        (heads * size, config.query_rank or config.width),
-    )
-    yield from _turned_weights(
-        f"{theirs}.kv_a_proj_with_mqa.weight",
-        f"{ours}.kv_down.weight",
-        lambda t: t[None],
-        config.kv_rank,
-        (config.kv_rank + config.rope_size, config.width),
-    )
-
-
-def _turned_weights(theirs: str, ours: str, by_head: View, plain: int, shape: tuple[int, ...]) -> Iterator[Weight]:
-    """by_head gives [H, D, W], of whose D rows those behind the first `plain` are turned."""
-
-    def head(t: Tensor) -> Tensor:
-        return by_head(t)[:, :plain]
-
-    yield Weight(theirs, ours, of_theirs=head, of_ours=head, shape=shape)
-    yield Weight(
-        theirs,
-        ours,
-        of_theirs=lambda t: by_head(t)[:, plain:].unflatten(1, (-1, 2)).transpose(1, 2),
-        of_ours=lambda t: by_head(t)[:, plain:].unflatten(1, (2, -1)),
-        shape=shape,
-    )
+    shape = (config.heads * (config.plain_size + config.rope_size), config.query_rank or config.width)
+    names = f"{theirs}.{query}.weight", f"{ours}.query.weight"
+    yield from rename_turned(*names, config.heads, shape, plain=config.plain_size)
+    names = f"{theirs}.kv_a_proj_with_mqa.weight", f"{ours}.kv_down.weight"
+    yield from rename_turned(*names, 1, (config.kv_rank + config.rope_size, config.width), plain=config.kv_rank)
 
 
 DEEPSEEK_V3_HF = HuggingFace(

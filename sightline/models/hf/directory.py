@@ -73,8 +73,7 @@ def load_pretrained(
 def read_pretrained(model: Any, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Fill a model that is there already with the weights of a Hugging Face directory.
 
-    state  the tensors to fill, by their names in the model: what one of many processes holds of it (DTensors, the
-           layers of a pipeline stage). Without it, the model's own.
+    state  the tensors to fill, by their names in the model: see `read_weights`
 
     Errors: as `load_pretrained`.
     """
@@ -141,13 +140,15 @@ class PretrainedWriter:
         written = self.dtype or next(self.model.parameters()).dtype
         hf = {**self.format.config_to_hf(self.model.config), "dtype": str(written).removeprefix("torch.")}
         hf |= config_fields
-        if source is not None:
-            hf |= _kept_fields(source)
+        if source is not None and (source / CONFIG).is_file():
+            theirs = json.loads((source / CONFIG).read_text())
+            hf |= {name: theirs[name] for name in KEPT_FIELDS if name in theirs}
         with self._telling():
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
-            if source is not None:
-                _copy_files(source, self.partial)
+            for name in KEPT_FILES:
+                if source is not None and (source / name).is_file():
+                    shutil.copyfile(source / name, self.partial / name)
             (self.partial / CONFIG).write_text(json.dumps(hf, indent=2) + "\n")
 
     def write(self, read: Callable[[list[str]], Mapping[str, Tensor]], rank: int = 0, world: int = 1) -> None:
@@ -261,14 +262,3 @@ def _dtype_of(hf: dict[str, Any]) -> torch.dtype:
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"config.json has dtype {name!r}; expected float32, bfloat16 or float16")
     return dtype
-
-
-def _kept_fields(source: Path) -> dict[str, Any]:
-    hf = json.loads((source / CONFIG).read_text()) if (source / CONFIG).is_file() else {}
-    return {name: hf[name] for name in KEPT_FIELDS if name in hf}
-
-
-def _copy_files(source: Path, directory: Path) -> None:
-    for name in KEPT_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)

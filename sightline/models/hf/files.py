@@ -98,13 +98,6 @@ def _find_files(directory: Path) -> dict[str, Path]:
         return dict.fromkeys(opened.keys(), single)
 
 
-def _by_file(files: dict[str, Path]) -> dict[Path, list[str]]:
-    gathered: dict[Path, list[str]] = {}
-    for name, file in files.items():
-        gathered.setdefault(file, []).append(name)
-    return gathered
-
-
 def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
@@ -129,7 +122,10 @@ def _check_names(groups: dict[str, Group], files: dict[str, Path], ignored: str,
 
 def _check_shapes(groups: dict[str, Group], files: dict[str, Path]) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
-    for file, names in _by_file(files).items():
+    by_file: dict[Path, list[str]] = {}
+    for name, file in files.items():
+        by_file.setdefault(file, []).append(name)
+    for file, names in by_file.items():
         with _open(file) as opened:
             absent = sorted(set(names) - set(opened.keys()))
             if absent:

@@ -155,6 +155,29 @@ def rename_joined_experts(config: Any, theirs: str, ours: str, halves: Mapping[s
     yield Weight(f"{theirs}.down_proj", f"{ours}.down", of_ours=lambda t: t.mT)
 
 
+def rename_turned(theirs: str, ours: str, heads: int, shape: tuple[int, int], *, plain: int = 0) -> Iterator[Weight]:
+    """A weight [heads * D, W] for RoPE: theirs turns channel 2i of a head with 2i + 1, ours i with i + half of them.
+
+    The first `plain` channels of each head are not turned, and stay where they are.
+    """
+
+    def still(t: Tensor) -> Tensor:
+        return t.unflatten(0, (heads, -1))[:, :plain]
+
+    def turned(t: Tensor) -> Tensor:
+        return t.unflatten(0, (heads, -1))[:, plain:]
+
+    if plain:
+        yield Weight(theirs, ours, still, still, shape)
+    yield Weight(
+        theirs,
+        ours,
+        lambda t: turned(t).unflatten(1, (-1, 2)).transpose(1, 2),
+        lambda t: turned(t).unflatten(1, (2, -1)),
+        shape,
+    )
+
+
 def decoder_weights(config: Any, layer: Callable[[Any, int, str, str], Iterable[Weight]]) -> Iterator[Weight]:
     """Embedding, layers, norm and head. `layer(config, index, theirs, ours)` gives the weights of one layer."""
     yield Weight("model.embed_tokens.weight", "embedding.weight")

@@ -35,7 +35,6 @@ HALVES: dict[str, View] = {"gate": lambda t: t[..., 0::2], "up": lambda t: t[...
 
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    """From the fields of a config.json."""
     expect(hf, hidden_act="silu", attention_bias=True, swiglu_alpha=1.702, swiglu_limit=7.0)
     fields = read_fields(hf, FIELDS, auxiliary_loss=0.001, norm_eps=1e-5, tied_embeddings=False)
     expect(hf, layer_types=["full_attention" if i % 2 else "sliding_attention" for i in range(fields["layers"])])
@@ -51,11 +50,6 @@ def config_to_hf(config: Any) -> dict[str, Any]:
         **write_fields(config, FIELDS),
         **(plain if config.rope_scaling is None else write_rope(config.rope_theta, config.rope_scaling)),
     }
-
-
-def weights(config: Any) -> Iterator[Weight]:
-    """Which tensor of theirs is which of ours."""
-    return decoder_weights(config, _layer_weights)
 
 
 def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[Weight]:
@@ -76,5 +70,5 @@ GPT_OSS_HF = HuggingFace(
     architectures=("GptOssForCausalLM",),
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    weights=weights,
+    weights=lambda config: decoder_weights(config, _layer_weights),
 )

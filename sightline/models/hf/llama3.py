@@ -25,14 +25,12 @@ FIELDS = {**DECODER, **HEADS, "ffn": "intermediate_size"}
 
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    """From the fields of a config.json."""
     expect(hf, hidden_act="silu", attention_bias=False, mlp_bias=False)
     fields = read_fields(hf, FIELDS, kv_heads=None, head_size=None, norm_eps=1e-6, tied_embeddings=False)
     return {**fields, "kv_heads": fields["kv_heads"] or fields["heads"], **rope_fields(hf, "llama3")}
 
 
 def config_to_hf(config: Any) -> dict[str, Any]:
-    """The fields of a config.json."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -43,7 +41,6 @@ def config_to_hf(config: Any) -> dict[str, Any]:
 
 
 def weights(config: Any) -> Iterator[Weight]:
-    """Which tensor of theirs is which of ours."""
     return decoder_weights(config, layer_weights)
 
 
@@ -54,8 +51,5 @@ def layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[W
 
 
 LLAMA3_HF = HuggingFace(
-    architectures=("LlamaForCausalLM",),
-    config_from_hf=config_from_hf,
-    config_to_hf=config_to_hf,
-    weights=weights,
+    architectures=("LlamaForCausalLM",), config_from_hf=config_from_hf, config_to_hf=config_to_hf, weights=weights
 )

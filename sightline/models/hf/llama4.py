@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from sightline.models.hf.format import (
-    ATTENTION,
     DECODER,
     HEADS,
     MLP,
@@ -19,6 +18,7 @@ from sightline.models.hf.format import (
     read_fields,
     rename,
     rename_joined_experts,
+    rename_turned,
     write_fields,
 )
 from sightline.models.hf.rope import rope_fields, write_rope
@@ -38,19 +38,14 @@ FIELDS = {
     "experts_per_token": "num_experts_per_tok",
     "auxiliary_loss": "router_aux_loss_coef",
 }
-MISSING = {
-    "full_every": 4,
-    "temperature_scale": 0.1,
-    "temperature_floor": 8192,
-    "auxiliary_loss": 0.001,
-    "tied_embeddings": False,
-}
 
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     """From the fields of a config.json of the text model."""
     expect(hf, hidden_act="silu", attention_bias=False)
-    fields = {**read_fields(hf, FIELDS, **MISSING), **rope_fields(hf, "llama3")}
+    missing = {"full_every": 4, "temperature_scale": 0.1, "temperature_floor": 8192}
+    fields = read_fields(hf, FIELDS, auxiliary_loss=0.001, tied_embeddings=False, **missing)
+    fields |= rope_fields(hf, "llama3")
     if not hf.get("attn_temperature_tuning", True):
         fields["temperature_scale"] = 0.0
     layers, full_every, experts_every = range(fields["layers"]), fields["full_every"], fields["experts_every"]
@@ -66,7 +61,6 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_to_hf(config: Any) -> dict[str, Any]:
-    """The fields of a config.json."""
     return {
         "architectures": ["Llama4ForCausalLM"],
         "model_type": "llama4_text",
@@ -76,19 +70,13 @@ def config_to_hf(config: Any) -> dict[str, Any]:
     }
 
 
-def weights(config: Any) -> Iterator[Weight]:
-    """Which tensor of theirs is which of ours."""
-    return decoder_weights(config, _layer_weights)
-
-
 def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[Weight]:
     yield from rename(theirs, ours, NORMS)
-    for their_name, name in ATTENTION.items():
-        projection = f"{theirs}.self_attn.{their_name}.weight", f"{ours}.attention.{name}.weight"
-        if name in ("query", "key"):
-            yield _rotated(config, config.heads if name == "query" else config.kv_heads, *projection)
-        else:
-            yield Weight(*projection)
+    # Scores are sums over all channels of a query and a key: the full layers, where nothing turns, lie so too.
+    for their_name, name, heads in (("q_proj", "query", config.heads), ("k_proj", "key", config.kv_heads)):
+        names = f"{theirs}.self_attn.{their_name}.weight", f"{ours}.attention.{name}.weight"
+        yield from rename_turned(*names, heads, (heads * config.head_size, config.width))
+    yield from rename(f"{theirs}.self_attn", f"{ours}.attention", {"v_proj": "value", "o_proj": "output"})
     theirs, ours = f"{theirs}.feed_forward", f"{ours}.mlp"
     if config.has_experts(index):
         yield Weight(f"{theirs}.router.weight", f"{ours}.router.weight")
@@ -99,22 +87,9 @@ def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[
     yield from rename(theirs, ours, MLP)
 
 
-def _rotated(config: Any, heads: int, theirs: str, ours: str) -> Weight:
-    """Theirs turns channel 2i of a head with 2i + 1, ours i with i + D/2. Scores, sums over all channels of a query and
-    a key, are the same; so in the full layers, where nothing turns, both are arranged like this too."""
-    pairs = config.head_size // 2
-    return Weight(
-        theirs,
-        ours,
-        of_theirs=lambda t: t.unflatten(0, (heads, pairs, 2)).transpose(1, 2),
-        of_ours=lambda t: t.unflatten(0, (heads, 2, pairs)),
-        shape=(heads * config.head_size, config.width),
-    )
-
-
 LLAMA4_HF = HuggingFace(
     architectures=("Llama4ForCausalLM",),
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    weights=weights,
+    weights=lambda config: decoder_weights(config, _layer_weights),
 )

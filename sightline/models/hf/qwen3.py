@@ -34,7 +34,6 @@ MIXTURE = {
 
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    """From the fields of a config.json."""
     expect(hf, hidden_act="silu", attention_bias=False, use_sliding_window=False)
     names = DENSE
     if hf["architectures"][0] == "Qwen3MoeForCausalLM":
@@ -46,7 +45,6 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_to_hf(config: Any) -> dict[str, Any]:
-    """The fields of a config.json."""
     if config.experts:
         kind = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "norm_topk_prob": True}
     else:
@@ -56,11 +54,6 @@ def config_to_hf(config: Any) -> dict[str, Any]:
         **write_fields(config, MIXTURE if config.experts else DENSE),
         **write_rope(config.rope_theta, config.rope_scaling),
     }
-
-
-def weights(config: Any) -> Iterator[Weight]:
-    """Which tensor of theirs is which of ours."""
-    return decoder_weights(config, _layer_weights)
 
 
 def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[Weight]:
@@ -78,5 +71,5 @@ QWEN3_HF = HuggingFace(
     architectures=("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    weights=weights,
+    weights=lambda config: decoder_weights(config, _layer_weights),
 )

@@ -39,7 +39,6 @@ FIELDS = {
 
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    """From the fields of a config.json."""
     expect(hf, hidden_act="silu", attention_bias=False, decoder_sparse_step=1, norm_topk_prob=True)
     expect({**hf, "mlp_only_layers": hf.get("mlp_only_layers") or []}, mlp_only_layers=[])
     rope = read_rope(hf)
@@ -67,7 +66,6 @@ def _layer_types(layers: int, every: int) -> list[str]:
 
 
 def config_to_hf(config: Any) -> dict[str, Any]:
-    """The fields of a config.json."""
     return {
         "architectures": ["Qwen3NextForCausalLM"],
         "model_type": "qwen3_next",
@@ -76,11 +74,6 @@ def config_to_hf(config: Any) -> dict[str, Any]:
         "partial_rotary_factor": config.rotary_share,
         "rope_theta": config.rope_theta,
     }
-
-
-def weights(config: Any) -> Iterator[Weight]:
-    """Which tensor of theirs is which of ours."""
-    return decoder_weights(config, _layer_weights)
 
 
 def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[Weight]:
@@ -168,6 +161,6 @@ QWEN3_NEXT_HF = HuggingFace(
     architectures=("Qwen3NextForCausalLM",),
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    weights=weights,
+    weights=lambda config: decoder_weights(config, _layer_weights),
     ignored=r"lm_head\.weight|.*\.rotary_emb\.inv_freq|mtp\..*",  # the multi-token prediction is not built here
 )

@@ -6,6 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from sightline.layers import Llama3RopeScaling, YarnScaling
+from sightline.models.hf.format import read_fields, write_fields
+
+CONTEXT = {"original_context": "original_max_position_embeddings"}
+LLAMA3 = {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")} | CONTEXT
+YARN = {name: name for name in ("factor", "beta_fast", "beta_slow")} | CONTEXT | {"truncate": "truncate"}
+"""Fields of our scalings, and what config.json calls them."""
 
 
 def rope_fields(hf: Mapping[str, Any], *known: str) -> dict[str, Any]:
@@ -34,28 +40,18 @@ def read_rope(hf: Mapping[str, Any], *known: str) -> dict[str, Any]:
 def read_scaling(rope: dict[str, Any]) -> Any:
     """The scaling in what `read_rope` gives: None, a Llama3RopeScaling or a YarnScaling."""
     if rope["rope_type"] == "llama3":
-        return Llama3RopeScaling(
-            factor=rope["factor"],
-            low_freq_factor=rope["low_freq_factor"],
-            high_freq_factor=rope["high_freq_factor"],
-            original_context=rope["original_max_position_embeddings"],
-        )
+        return Llama3RopeScaling(**read_fields(rope, LLAMA3))
     if rope["rope_type"] == "yarn":
         return _read_yarn(rope)
     return None
 
 
 def _read_yarn(rope: dict[str, Any]) -> YarnScaling:
-    both = bool(rope.get("mscale") and rope.get("mscale_all_dim"))  # transformers heeds them together or not at all
-    scaling = YarnScaling(
-        factor=rope["factor"],
-        beta_fast=rope.get("beta_fast") or 32.0,
-        beta_slow=rope.get("beta_slow") or 1.0,
-        original_context=rope["original_max_position_embeddings"],
-        truncate=rope.get("truncate", True),
-        mscale=rope["mscale"] if both else 1.0,
-        mscale_all_dim=rope["mscale_all_dim"] if both else 0.0,
-    )
+    mscales: dict[str, Any] = {name: rope.get(name) for name in ("mscale", "mscale_all_dim")}
+    if not all(mscales.values()):  # transformers heeds them together or not at all
+        mscales = {}
+    betas = {"beta_fast": rope.get("beta_fast") or 32.0, "beta_slow": rope.get("beta_slow") or 1.0}
+    scaling = YarnScaling(**read_fields({**rope, **betas}, YARN, truncate=True), **mscales)
     stated = rope.get("attention_factor")
     if stated is not None and abs(stated - scaling.rotation_factor) > 1e-6:
         raise ValueError(
@@ -69,22 +65,9 @@ def write_rope(theta: float, scaling: Llama3RopeScaling | YarnScaling | None) ->
     """Both for a config.json, in the older form: every version of transformers reads it."""
     written: dict[str, Any] | None = None
     if isinstance(scaling, Llama3RopeScaling):
-        written = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_context,
-        }
+        written = {"rope_type": "llama3", **write_fields(scaling, LLAMA3)}
     if isinstance(scaling, YarnScaling):
-        written = {
-            "rope_type": "yarn",
-            "factor": scaling.factor,
-            "beta_fast": scaling.beta_fast,
-            "beta_slow": scaling.beta_slow,
-            "original_max_position_embeddings": scaling.original_context,
-            "truncate": scaling.truncate,
-        }
+        written = {"rope_type": "yarn", **write_fields(scaling, YARN)}
         if scaling.mscale_all_dim:
             written |= {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
     return {"rope_theta": theta, "rope_scaling": written}

@@ -23,11 +23,7 @@ TOWERS = {
 
 
 def load_vision_pair(
-    vision_directory: str | Path,
-    text_directory: str | Path,
-    *,
-    attention_backend: str = "auto",
-    **fields: Any,
+    vision_directory: str | Path, text_directory: str | Path, *, attention_backend: str = "auto", **fields: Any
 ) -> VLM:
     """A VLM with the weights of two Hugging Face directories, in float32; the projector between them is fresh.
 

@@ -19,15 +19,6 @@ VISION_FIELDS = {
     "channels": "num_channels",
     "norm_eps": "layer_norm_eps",
 }
-VISION_MISSING = {
-    "width": 768,
-    "layers": 12,
-    "heads": 12,
-    "ffn": 3072,
-    "patch_size": 16,
-    "channels": 3,
-    "norm_eps": 1e-6,
-}
 VISION_LAYER = {
     "layer_norm1": "attention_norm",
     "self_attn.q_proj": "attention.query",
@@ -41,7 +32,6 @@ VISION_LAYER = {
 
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    """From the fields of a config.json."""
     expect(hf, projector_hidden_act="gelu", projector_bias=True, projector_use_layernorm=True)
     architectures, tied = hf["architectures"], hf.get("tie_word_embeddings", True)
     text = {**hf["text_config"], "architectures": architectures, "tie_word_embeddings": tied}
@@ -56,12 +46,12 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 def vision_from_hf(hf: dict[str, Any]) -> VisionConfig:
     """From the fields of a Siglip2VisionModel's config.json."""
     expect(hf, model_type="siglip2_vision_model", hidden_act="gelu_pytorch_tanh")
+    missing = {"width": 768, "layers": 12, "heads": 12, "ffn": 3072, "patch_size": 16, "channels": 3, "norm_eps": 1e-6}
     side = round(hf.get("num_patches", 256) ** 0.5)
-    return VisionConfig(side=side, **read_fields(hf, VISION_FIELDS, **VISION_MISSING))
+    return VisionConfig(side=side, **read_fields(hf, VISION_FIELDS, **missing))
 
 
 def config_to_hf(config: Any) -> dict[str, Any]:
-    """The fields of a config.json."""
     return {
         "architectures": ["Lfm2VlForConditionalGeneration"],
         "model_type": "lfm2_vl",
@@ -79,7 +69,6 @@ def config_to_hf(config: Any) -> dict[str, Any]:
 
 
 def weights(config: Any) -> Iterator[Weight]:
-    """Which tensor of theirs is which of ours."""
     for weight in llama3.weights(config):
         yield Weight(weight.theirs.replace("model.", "model.language_model.", 1), weight.ours)
     yield from vision_weights(config.vision, "model.vision_tower.")
