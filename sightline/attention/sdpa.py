@@ -13,12 +13,7 @@ from sightline.attention.backend import Needs
 from sightline.masks import AttentionMask
 
 # The order in which CUDA's kernels are tried, fastest first.
-PRIORITY = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Dense(NamedTuple):
@@ -36,7 +31,17 @@ class Sdpa:
         return None
 
     def lower(self, mask: AttentionMask, needs: Needs) -> Dense:
-        return _lower_dense(mask, needs.device)
+        _, queries, keys = mask.shape
+        if mask.intervals == 1 and queries == keys:
+            index = torch.arange(1, queries + 1, dtype=torch.int32)
+            if bool((mask.start == 0).all()) and bool((mask.stop[..., 0] == index).all()):
+                return Dense(None, None)
+        any_unseeing = not bool(mask.seeing().all())
+        visible = mask.to(needs.device).to_dense().unsqueeze(1)
+        unseeing = ~visible.any(dim=3, keepdim=True)
+        # A query that sees nothing would turn to NaN: it sees the first key, and its output is taken away again.
+        visible[..., :1] |= unseeing
+        return Dense(visible, unseeing if any_unseeing else None)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Dense, scale: float, sinks: Tensor | None) -> Tensor:
         bias = inputs.visible
@@ -47,20 +52,6 @@ class Sdpa:
                 q, k, v, attn_mask=bias, is_causal=bias is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
         return out if inputs.unseeing is None else out.masked_fill(inputs.unseeing, 0.0)
-
-
-def _lower_dense(mask: AttentionMask, device: torch.device) -> Dense:
-    _, queries, keys = mask.shape
-    if mask.intervals == 1 and queries == keys:
-        index = torch.arange(1, queries + 1, dtype=torch.int32)
-        if bool((mask.start == 0).all()) and bool((mask.stop[..., 0] == index).all()):
-            return Dense(None, None)
-    any_unseeing = not bool(mask.seeing().all())
-    visible = mask.to(device).to_dense().unsqueeze(1)
-    unseeing = ~visible.any(dim=3, keepdim=True)
-    # A query that sees nothing would turn to NaN: it sees the first key, and its output is taken away again.
-    visible[..., :1] |= unseeing
-    return Dense(visible, unseeing if any_unseeing else None)
 
 
 def _with_sink_key(q: Tensor, k: Tensor, v: Tensor, inputs: Dense, sinks: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -119,8 +119,3 @@ def from_dense(dense: Tensor, max_intervals: int) -> tuple[Tensor, Tensor]:
     start[row, query, slot] = begin.to(torch.int32)
     stop[row, query, slot] = end.to(torch.int32)
     return start, stop
-
-
-def pad_intervals(bounds: Tensor, width: int) -> Tensor:
-    """int32 [B, Q, K] filled up with zeros (empty intervals) to [B, Q, width]."""
-    return torch.nn.functional.pad(bounds, (0, width - bounds.shape[2]))

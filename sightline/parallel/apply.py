@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -37,12 +36,7 @@ def build_parallel(
     whole.loss = get_loss(training.loss)
     whole.check_backend(mesh.device, getattr(torch, training.dtype), training=True)
     check_context(whole, mesh, training.sequence_length)
-    if mesh.world == 1:
-        stages = [whole]
-    elif mesh.size("pipeline") == 1:
-        stages = [deepcopy(whole)]
-    else:
-        stages = take_stages(whole, mesh)
+    stages = [whole] if mesh.world == 1 else take_stages(whole, mesh)
     for stage in stages:
         parallelize(stage, mesh, training)
         stage.to_empty(device="cpu" if mesh.parallel.offload else mesh.device)

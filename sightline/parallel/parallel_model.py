@@ -115,12 +115,6 @@ class ParallelModel:
     def get_attention_masks(self, batch: Any, tokenizer: object = None) -> Masks:
         return self.whole.get_attention_masks(batch, tokenizer)
 
-    def flops_per_token(self) -> float:
-        return self.whole.flops_per_token()
-
-    def flops_per_pair(self, mask_name: str) -> float:
-        return self.whole.flops_per_pair(mask_name)
-
 
 def reshard(stage: nn.Module) -> None:
     """Drop the weights that FSDP has gathered: it does so by itself behind a backward, and here none follows."""

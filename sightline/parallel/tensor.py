@@ -132,18 +132,12 @@ def plan(model: Decoder, mesh: DeviceMesh) -> dict[str, tuple[Placement, View]]:
             places[name] = (Replicate(), in_part)
         for prefix, region in regions(stack, names[stack]):
             for name, _ in region.named_parameters():
-                dim = dim_of(region, name)
-                if dim is not None:
-                    places[f"{prefix}.{name}"] = (Shard(dim), as_it_is)
+                dims = [dim for key, dim in region.SHARDED.items() if name == key or name.startswith(f"{key}.")]
+                if dims:
+                    places[f"{prefix}.{name}"] = (Shard(dims[0]), as_it_is)
                 elif name in region.SUMMED:
                     places[f"{prefix}.{name}"] = (Replicate(), share)
     return places
-
-
-def dim_of(region: Divisible, name: str) -> int | None:
-    """The dim in which a weight of a divisible layer is cut; None where it is whole."""
-    dims = [dim for key, dim in region.SHARDED.items() if name == key or name.startswith(f"{key}.")]
-    return dims[0] if dims else None
 
 
 # The four places where tokens pass from one process to another, as hooks of modules. A gradient passes them the other
