@@ -43,10 +43,7 @@ class Tile(NamedTuple):
 
 
 def build_tiles(start: Tensor, stop: Tensor) -> list[Tile]:
-    """A mask as tiles of queries, each with the few slices of keys it attends.
-
-    start, stop: canonical int32 [B, Q, K] on the CPU. Queries that see nothing are in no tile.
-    """
+    """From canonical int32 [B, Q, K] on the CPU. Queries that see nothing are in no tile."""
     tiles: list[Tile] = []
     runs = _find_runs(start, stop)
     at = 0

@@ -27,11 +27,6 @@ class VarlenLayout:
     window: tuple[int, int]
     padding: Tensor | None
 
-    @property
-    def lengths(self) -> Tensor:
-        """int32 [N], tokens of each sequence."""
-        return self.cu_seqlens.diff()
-
 
 def build_varlen(start: Tensor, stop: Tensor, key_length: int) -> VarlenLayout:
     """See AttentionMask.to_varlen. start, stop: canonical int32 [B, Q, K].

@@ -170,7 +170,8 @@ def _why(job: Job, error: BaseException) -> BaseException:
     """What this process leaves with. What it says itself carries its rank as a note."""
     said: BaseException | None = None
     try:
-        if _is_of_a_collective(error):
+        # A collective failed: gloo raises a plain RuntimeError, with the path of its source in the text.
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
             said = job.stuck()
         elif job.claim():
             job.store.set("spoken", "")
@@ -181,8 +182,3 @@ def _why(job: Job, error: BaseException) -> BaseException:
         return AnotherRankEnded(exit_code_of(error))
     said.add_note(f"rank {job.rank}")
     return said
-
-
-def _is_of_a_collective(error: BaseException) -> bool:
-    """gloo raises a plain RuntimeError; its source's path is in the text."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from sightline.config import Parallel
 from sightline.layers import Loss, routers_of
 from sightline.models.decoder import Decoder, Masks
-from sightline.parallel.context.split import split_context
+from sightline.parallel.context.apply import split_context
 from sightline.parallel.mesh import Mesh
 
 Inputs = dict[str, Any]

@@ -109,8 +109,7 @@ def check_ends(whole: Decoder) -> None:
 
 
 def take_layers(whole: Decoder, layers: range, *, first: bool, last: bool) -> Decoder:
-    """A copy of a skeleton with these layers alone, and with what stands before them and behind them if it is the first
-    and the last stage."""
+    """A copy of a skeleton with these layers alone; first and last: also with what stands before and behind them."""
     stage: Any = deepcopy(whole)
     for index, name in enumerate(whole.layers):
         if index not in layers:

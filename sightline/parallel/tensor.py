@@ -50,8 +50,6 @@ def apply_tensor(model: Decoder, mesh: Mesh) -> None:
 
     Every parameter becomes a DTensor over that axis, under the same name, and layers see the local part of it. What a
     model needs for this it says as data: `Decoder.stacks` and `Divisible.SHARDED`.
-
-    Errors: ValueError where the degree does not divide the model's heads, channels or vocabulary.
     """
     degree = mesh.size("tensor")
     if degree == 1:
@@ -140,8 +138,7 @@ def plan(model: Decoder, mesh: DeviceMesh) -> dict[str, tuple[Placement, View]]:
     return places
 
 
-# The four places where tokens pass from one process to another, as hooks of modules. A gradient passes them the other
-# way round.
+# Where tokens pass from one process to another, as hooks of modules; a gradient passes them the other way round.
 
 
 def take_own_tokens(mesh: DeviceMesh, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -24,6 +24,9 @@ RECEIVING_OPS = (
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
 )
 all_to_all_single_autograd = _functional_collectives.all_to_all_single_autograd
+wait = torch.ops._c10d_functional.wait_tensor
+flatten = DeviceMesh._flatten
+"""A mesh of several axes as a mesh of one."""
 foreach_norm = torch._foreach_norm
 foreach_multiply_ = torch._foreach_mul_
 
@@ -31,15 +34,6 @@ foreach_multiply_ = torch._foreach_mul_
 def all_to_all(rows: Tensor, sizes: list[int], received_sizes: list[int], group: dist.ProcessGroup) -> Tensor:
     """Starts to send `rows`; the result is not there before `wait`."""
     return torch.ops._c10d_functional.all_to_all_single(rows, received_sizes, sizes, group.group_name)
-
-
-def wait(rows: Tensor) -> Tensor:
-    return torch.ops._c10d_functional.wait_tensor(rows)
-
-
-def flatten(mesh: DeviceMesh) -> DeviceMesh:
-    """A mesh of several axes as a mesh of one."""
-    return mesh._flatten()
 
 
 def skip_side_effects_of_recompute() -> None:

@@ -20,7 +20,7 @@ from sightline.layers.loss import CHUNK_SIZE
 from sightline.models import build_skeleton
 from sightline.models.decoder import Decoder
 from sightline.parallel.apply import check_rows, parallelize
-from sightline.parallel.context.split import check_context
+from sightline.parallel.context.apply import check_context
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.patch import AXES
 from sightline.parallel.pipeline_stages import stages_of, take_stages
