@@ -58,10 +58,9 @@ def _with_sink_key(q: Tensor, k: Tensor, v: Tensor, inputs: Dense, sinks: Tensor
     """One more key of zeros, whose score is the sink, with a value of zeros: keys, values and the scores' bias."""
     rows, heads, queries, _ = q.shape
     hidden = torch.zeros(rows, 1, queries, k.shape[2], dtype=q.dtype, device=q.device)
-    if inputs.visible is None:
+    visible = inputs.visible
+    if visible is None:
         visible = torch.ones(queries, k.shape[2], dtype=torch.bool, device=q.device).tril()
-    else:
-        visible = inputs.visible
     hidden = hidden.masked_fill(~visible, float("-inf")).expand(-1, heads, -1, -1)
     column = sinks.to(q.dtype).view(1, heads, 1, 1).expand(rows, -1, queries, 1)
     return F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), torch.cat([hidden, column], dim=3)

@@ -1,7 +1,7 @@
 """When each process of a pipeline works and when it waits, and how many microbatches it holds meanwhile.
 
-The order of work is PyTorch's own: its schedules of several stages are asked for it. Time is counted in forwards of a
-microbatch through a stage; a backward takes two, one for the activations and one for the weights.
+Schedules of several stages are PyTorch's own. Time is counted in forwards of a microbatch through a stage; a backward
+takes two, one for the activations and one for the weights.
 """
 
 from __future__ import annotations
