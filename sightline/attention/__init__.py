@@ -1,16 +1,14 @@
 """Attention that honors a mask exactly, whatever the kernel."""
 
 from sightline.attention.attend import BACKENDS, CHOICES, Lowered, attend, check_backend, lower
-from sightline.attention.backend import Backend, Needs
-from sightline.attention.exchange import Exchange, Exchanges, LocalExchange, LocalExchanges
+from sightline.attention.backend import Needs
+from sightline.attention.exchange import Exchange, Exchanges, LocalExchanges
 
 __all__ = [
     "BACKENDS",
     "CHOICES",
-    "Backend",
     "Exchange",
     "Exchanges",
-    "LocalExchange",
     "LocalExchanges",
     "Lowered",
     "Needs",

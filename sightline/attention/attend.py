@@ -22,11 +22,7 @@ BACKENDS: tuple[Backend, ...] = (Flex(), Sdpa(), Varlen(), Tiled(), Reference())
 CHOICES = ("auto", *(backend.name for backend in BACKENDS))
 """Values of the option `attention.backend`."""
 AUTO = {"cpu": ("tiled",), "cuda": ("varlen", "flex")}
-"""By type of device, the backends that `auto` tries, fastest first; on any other device it takes sdpa.
-
-On a CPU only the tiled kernel is both fast and able to train. On CUDA varlen is the fastest kernel where it can express
-the mask; flex honors every other one.
-"""
+"""By type of device, the backends that `auto` tries, fastest first; on any other device it takes sdpa."""
 
 
 @dataclass(frozen=True, eq=False)  # no tuple: torch.compile would look into it and compile anew for every layout
@@ -65,11 +61,10 @@ def lower(
 ) -> Lowered:
     """Turn a mask into the inputs of one backend.
 
-    device, dtype, training, sinks  see `Needs`
-    exchange                        where the keys come from; without it they are local
-    segments                        whether recurrent layers will read where documents begin
+    exchange  where the keys come from; without it they are local
+    segments  whether recurrent layers will read where documents begin
 
-    A mask that lies on a device costs one read of it; one on the CPU none.
+    The other options are those of `Needs`. A mask that lies on a device costs one read of it; one on the CPU none.
 
     Raises:
         ValueError: the backend is unknown or cannot honor the mask there; the text names those that can.
@@ -83,11 +78,7 @@ def lower(
 
 
 def check_backend(backend: str, needs: Needs) -> None:
-    """Refuse a backend that cannot serve such layers, whatever the mask.
-
-    Raises:
-        ValueError: with the reason and the backends that can.
-    """
+    """Refuse a backend that cannot serve such layers, whatever the mask; the error names those that can."""
     refused = [_refusal(candidate, needs) for candidate in find_backends(backend, needs.device)]
     if all(refused):
         raise ValueError(f"attention backend {backend!r}: {'; '.join(map(str, refused))}; {_alternatives(needs)}")

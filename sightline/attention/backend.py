@@ -49,8 +49,7 @@ class Backend(Protocol):
         ...
 
     def lower(self, mask: AttentionMask, needs: Needs) -> Any:
-        """The kernel's inputs for a mask, on `needs.device`, or Unsupported. The mask lies on the CPU, and what is made
-        of it is copied to the device without waiting for it."""
+        """The kernel's inputs for a mask on the CPU, copied to `needs.device` without a wait for it, or Unsupported."""
         ...
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Any, scale: float, sinks: Tensor | None) -> Tensor:

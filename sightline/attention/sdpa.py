@@ -13,12 +13,7 @@ from sightline.attention.backend import Needs
 from sightline.masks import AttentionMask
 
 # The order in which CUDA's kernels are tried, fastest first.
-PRIORITY = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Dense(NamedTuple):
@@ -36,7 +31,17 @@ class Sdpa:
         return None
 
     def lower(self, mask: AttentionMask, needs: Needs) -> Dense:
-        return _lower_dense(mask, needs.device)
+        _, queries, keys = mask.shape
+        if mask.intervals == 1 and queries == keys:
+            index = torch.arange(1, queries + 1, dtype=torch.int32)
+            if bool((mask.start == 0).all()) and bool((mask.stop[..., 0] == index).all()):
+                return Dense(None, None)
+        any_unseeing = not bool(mask.seeing().all())
+        visible = mask.to(needs.device).to_dense().unsqueeze(1)
+        unseeing = ~visible.any(dim=3, keepdim=True)
+        # A query that sees nothing would turn to NaN: it sees the first key, and its output is taken away again.
+        visible[..., :1] |= unseeing
+        return Dense(visible, unseeing if any_unseeing else None)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Dense, scale: float, sinks: Tensor | None) -> Tensor:
         bias = inputs.visible
@@ -49,28 +54,13 @@ class Sdpa:
         return out if inputs.unseeing is None else out.masked_fill(inputs.unseeing, 0.0)
 
 
-def _lower_dense(mask: AttentionMask, device: torch.device) -> Dense:
-    _, queries, keys = mask.shape
-    if mask.intervals == 1 and queries == keys:
-        index = torch.arange(1, queries + 1, dtype=torch.int32)
-        if bool((mask.start == 0).all()) and bool((mask.stop[..., 0] == index).all()):
-            return Dense(None, None)
-    any_unseeing = not bool(mask.seeing().all())
-    visible = mask.to(device).to_dense().unsqueeze(1)
-    unseeing = ~visible.any(dim=3, keepdim=True)
-    # A query that sees nothing would turn to NaN: it sees the first key, and its output is taken away again.
-    visible[..., :1] |= unseeing
-    return Dense(visible, unseeing if any_unseeing else None)
-
-
 def _with_sink_key(q: Tensor, k: Tensor, v: Tensor, inputs: Dense, sinks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One more key of zeros, whose score is the sink, with a value of zeros: keys, values and the scores' bias."""
     rows, heads, queries, _ = q.shape
     hidden = torch.zeros(rows, 1, queries, k.shape[2], dtype=q.dtype, device=q.device)
-    if inputs.visible is None:
+    visible = inputs.visible
+    if visible is None:
         visible = torch.ones(queries, k.shape[2], dtype=torch.bool, device=q.device).tril()
-    else:
-        visible = inputs.visible
     hidden = hidden.masked_fill(~visible, float("-inf")).expand(-1, heads, -1, -1)
     column = sinks.to(q.dtype).view(1, heads, 1, 1).expand(rows, -1, queries, 1)
     return F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), torch.cat([hidden, column], dim=3)

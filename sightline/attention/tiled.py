@@ -42,35 +42,27 @@ class Tiled:
         return None if needs.device.type == "cpu" else f"tiled runs on a CPU, and this is {needs.device.type}"
 
     def lower(self, mask: AttentionMask, needs: Needs) -> Tiles:
-        return _lower_tiles(mask, needs.dtype)
+        tiles = build_tiles(mask.start, mask.stop)
+        biases: dict[int, Tensor] = {}  # tiles of a sliding window share one pattern, so they share one bias
 
+        def to_slice(segment: Segment) -> Slice:
+            pattern, bias = segment.pattern, None
+            if pattern is not None:
+                if id(pattern) not in biases:
+                    # Not -inf: where a query sees no key of this slice, the kernel would call its log-sum-exp 0. A
+                    # number as low as this gives every hidden key a weight of exactly 0, and such a slice as well.
+                    shown = torch.zeros(pattern.shape, dtype=needs.dtype)
+                    biases[id(pattern)] = shown.masked_fill_(~pattern, torch.finfo(needs.dtype).min / 2)[None, None]
+                bias = biases[id(pattern)]
+            return Slice(segment.first, segment.last, segment.causal, bias)
+
+        lowered = [(t.row, t.first, t.last, [to_slice(s) for s in t.segments]) for t in tiles]
+        covered = sum(t.last - t.first for t in tiles)
+        return Tiles(lowered, covered < mask.shape[0] * mask.shape[1])
+
+    @disable_compiler
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Tiles, scale: float, sinks: Tensor | None) -> Tensor:
-        return _attend_tiles(q, k, v, inputs, scale, sinks)
-
-
-@disable_compiler
-def _attend_tiles(q: Tensor, k: Tensor, v: Tensor, inputs: Tiles, scale: float, sinks: Tensor | None) -> Tensor:
-    return _TiledAttention.apply(q, k, v, sinks, inputs, scale)
-
-
-def _lower_tiles(mask: AttentionMask, dtype: torch.dtype) -> Tiles:
-    tiles = build_tiles(mask.start, mask.stop)
-    biases: dict[int, Tensor] = {}  # tiles of a sliding window share one pattern, so they share one bias
-
-    def to_slice(segment: Segment) -> Slice:
-        pattern, bias = segment.pattern, None
-        if pattern is not None:
-            if id(pattern) not in biases:
-                # Not -inf: where a query sees no key of this slice, the kernel would call its log-sum-exp 0. A number
-                # as low as this gives every hidden key a weight of exactly 0, and such a slice as well.
-                hidden = torch.zeros(pattern.shape, dtype=dtype).masked_fill_(~pattern, torch.finfo(dtype).min / 2)
-                biases[id(pattern)] = hidden[None, None]
-            bias = biases[id(pattern)]
-        return Slice(segment.first, segment.last, segment.causal, bias)
-
-    lowered = [(t.row, t.first, t.last, [to_slice(s) for s in t.segments]) for t in tiles]
-    covered = sum(t.last - t.first for t in tiles)
-    return Tiles(lowered, covered < mask.shape[0] * mask.shape[1])
+        return _TiledAttention.apply(q, k, v, sinks, inputs, scale)
 
 
 class _TiledAttention(torch.autograd.Function):

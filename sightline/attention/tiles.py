@@ -43,10 +43,7 @@ class Tile(NamedTuple):
 
 
 def build_tiles(start: Tensor, stop: Tensor) -> list[Tile]:
-    """A mask as tiles of queries, each with the few slices of keys it attends.
-
-    start, stop: canonical int32 [B, Q, K] on the CPU. Queries that see nothing are in no tile.
-    """
+    """From canonical int32 [B, Q, K] on the CPU. Queries that see nothing are in no tile."""
     tiles: list[Tile] = []
     runs = _find_runs(start, stop)
     at = 0
@@ -55,11 +52,13 @@ def build_tiles(start: Tensor, stop: Tensor) -> list[Tile]:
         if runs[at].length < SHORT:
             while end < len(runs) and _may_share(runs[at], runs[end - 1], runs[end]):
                 end += 1
+        row, first, last = runs[at].row, runs[at].first, runs[end - 1].last
         if end - at > 1:
-            row, first, last = runs[at].row, runs[at].first, runs[end - 1].last
             tiles.append(Tile(row, first, last, _irregular(start[row, first:last], stop[row, first:last])))
+        elif any(runs[at].slides):
+            tiles += _sliding(runs[at])
         else:
-            tiles += _tiles_of_run(runs[at])
+            tiles.append(Tile(row, first, last, _growing(runs[at])))
         at = end
     return tiles
 
@@ -128,13 +127,6 @@ def _only_seen(
     kept = [k for k in range(len(start)) if stop[k] > start[k]]
     pick = [[values[k] for k in kept] for values in (start, stop, slides, grows)]
     return _Run(row, first, last, *pick)  # type: ignore[arg-type]
-
-
-def _tiles_of_run(run: _Run) -> Iterator[Tile]:
-    if any(run.slides):
-        yield from _sliding(run)
-    else:
-        yield Tile(run.row, run.first, run.last, _growing(run))
 
 
 def _growing(run: _Run) -> list[Segment]:

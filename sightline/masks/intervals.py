@@ -94,10 +94,7 @@ def document_begins(positions: Tensor) -> Tensor:
 
 
 def from_dense(dense: Tensor, max_intervals: int) -> tuple[Tensor, Tensor]:
-    """Canonical intervals of bool [B, Q, T]: int32 [B, Q, K] each.
-
-    Errors: ValueError when a query needs more than `max_intervals`.
-    """
+    """Canonical intervals of bool [B, Q, T]: int32 [B, Q, K] each. Refuses more than `max_intervals` of a query."""
     edge = dense.new_zeros((*dense.shape[:2], 1))
     opens = dense & ~torch.cat([edge, dense[..., :-1]], dim=2)
     closes = dense & ~torch.cat([dense[..., 1:], edge], dim=2)
@@ -119,8 +116,3 @@ def from_dense(dense: Tensor, max_intervals: int) -> tuple[Tensor, Tensor]:
     start[row, query, slot] = begin.to(torch.int32)
     stop[row, query, slot] = end.to(torch.int32)
     return start, stop
-
-
-def pad_intervals(bounds: Tensor, width: int) -> Tensor:
-    """int32 [B, Q, K] filled up with zeros (empty intervals) to [B, Q, width]."""
-    return torch.nn.functional.pad(bounds, (0, width - bounds.shape[2]))

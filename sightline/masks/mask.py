@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils import _pytree as pytree
 
 from sightline.masks.block_mask import build_block_mask, build_mask_mod
-from sightline.masks.intervals import canonical, from_dense, pad_intervals
+from sightline.masks.intervals import canonical, from_dense
 from sightline.masks.varlen import VarlenLayout, build_varlen
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -84,8 +85,10 @@ class AttentionMask:
             shape = (batch_size, queries.shape[1], key_length)
             parts.append(from_dense(mask_mod(rows, head, queries, keys).to(torch.bool).expand(shape), max_intervals))
         width = max((start.shape[2] for start, _ in parts), default=1)
-        padded = [(pad_intervals(start, width), pad_intervals(stop, width)) for start, stop in parts]
-        start, stop = (torch.cat(side, dim=1) for side in zip(*padded, strict=True))
+        start, stop = (
+            torch.cat([F.pad(bounds, (0, width - bounds.shape[2])) for bounds in side], dim=1)
+            for side in zip(*parts, strict=True)
+        )
         return cls(start, stop, key_length)
 
     @property

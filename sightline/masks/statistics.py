@@ -1,8 +1,4 @@
-"""Counts of a mask: visible pairs of every cell, where a row falls apart, and full, partial and empty blocks.
-
-All of it is counted from the intervals in O(Q K + cells); a dense Q x T mask never exists, so 64k tokens are as easy
-as 64.
-"""
+"""Visible pairs of a mask's cells, where a row falls apart, its blocks: from the intervals, in O(Q K + cells)."""
 
 from __future__ import annotations
 
@@ -129,7 +125,7 @@ def separations(mask: AttentionMask, row: int) -> list[int]:
 
 
 def check_row(mask: AttentionMask, row: int) -> None:
-    """Errors: ValueError for a row the mask has not."""
+    """Refuse a row the mask has not."""
     if not 0 <= row < mask.shape[0]:
         raise ValueError(f"row {row} is not in this mask of {mask.shape[0]} rows: choose 0 to {mask.shape[0] - 1}")
 

@@ -27,17 +27,11 @@ class VarlenLayout:
     window: tuple[int, int]
     padding: Tensor | None
 
-    @property
-    def lengths(self) -> Tensor:
-        """int32 [N], tokens of each sequence."""
-        return self.cu_seqlens.diff()
-
 
 def build_varlen(start: Tensor, stop: Tensor, key_length: int) -> VarlenLayout:
     """See AttentionMask.to_varlen. start, stop: canonical int32 [B, Q, K].
 
-    Guess the only layout that could be right from where sequences would begin, then compare it with the mask: what is
-    returned is exact, and everything else is refused.
+    Guess the only layout that could be right from where sequences would begin, then compare it with the mask.
     """
     rows, queries, width = start.shape
     if queries != key_length:

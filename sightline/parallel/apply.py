@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from sightline.models import build_skeleton, draw_weights
 from sightline.models.decoder import Decoder
 from sightline.numbers import divisors
 from sightline.parallel.compile import apply_compile
-from sightline.parallel.context.apply import apply_context
-from sightline.parallel.context.split import check_context
+from sightline.parallel.context.apply import apply_context, check_context
 from sightline.parallel.expert import apply_expert
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.parallel_model import ParallelModel
@@ -37,12 +35,7 @@ def build_parallel(
     whole.loss = get_loss(training.loss)
     whole.check_backend(mesh.device, getattr(torch, training.dtype), training=True)
     check_context(whole, mesh, training.sequence_length)
-    if mesh.world == 1:
-        stages = [whole]
-    elif mesh.size("pipeline") == 1:
-        stages = [deepcopy(whole)]
-    else:
-        stages = take_stages(whole, mesh)
+    stages = [whole] if mesh.world == 1 else take_stages(whole, mesh)
     for stage in stages:
         parallelize(stage, mesh, training)
         stage.to_empty(device="cpu" if mesh.parallel.offload else mesh.device)
@@ -56,8 +49,7 @@ def parallelize(model: Decoder, mesh: Mesh, training: config.Training) -> None:
     """Everything that is done to one stage of a model, still without memory, in the order in which it is done.
 
     Each sees what those before it have made: experts are dealt out as tensor parallelism has cut them, what is
-    recomputed is compiled with its layer, and FSDP shares out what is left of each weight. Whatever the mesh has a
-    degree of 1 for does nothing.
+    recomputed is compiled with its layer, and FSDP shares out what is left of each weight.
     """
     apply_tensor(model, mesh)
     apply_expert(model, mesh)
@@ -80,10 +72,7 @@ def check_offload(mesh: Mesh) -> None:
 
 
 def check_rows(training: config.Training, mesh: Mesh) -> None:
-    """Refuse rows that cannot be dealt out.
-
-    Errors: ValueError naming numbers that can.
-    """
+    """Refuse rows that cannot be dealt out, naming numbers that can."""
     ranks, rows = mesh.size("data"), training.global_batch_size
     named = f"replicate {mesh.size('replicate')} x shard {mesh.size('shard')}"
     if rows % ranks:

@@ -20,10 +20,9 @@ def apply_compile(model: nn.Module, *, backend: str = "inductor") -> None:
     What a mask shows is data, so other documents compile nothing. What does, once each: another length of rows, a
     forward without gradients, and with experts a step's second forward (the first finds no counts to add to).
 
-    Never compiled, so that a layer falls into several graphs there:
-        attention tile by tile, and the products of experts one by one: on a CPU, the latter in float32 everywhere
-        the journey of tokens to experts that lie on several processes
-    A layer that is recomputed and has one of them in it is not compiled at all.
+    Never compiled, so that a layer falls into several graphs: tiled attention, the products of experts one by one (on
+    a CPU, and in float32 everywhere), the all-to-all of tokens. A recomputed layer with one of them in it is not
+    compiled at all.
     """
     # The routers of a compiled layer that is computed again do not count again.
     skip_side_effects_of_recompute()

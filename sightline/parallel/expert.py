@@ -27,8 +27,6 @@ def apply_expert(model: Decoder, mesh: Mesh) -> None:
 
     The stacked weights [E, ...] become DTensors of which this process has E / degree; of each of them the part that
     tensor parallelism has left it. Their gradients add up the tokens of all processes of `expert`.
-
-    Errors: ValueError for a model without experts, or with a number of them that the degree does not divide.
     """
     degree = mesh.size("expert")
     if degree == 1:

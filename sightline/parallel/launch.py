@@ -57,7 +57,8 @@ class Job:
         """
         self.store.set(f"waits/{self.rank}", "")
         if not self.claim():
-            self._wait_for_the_speaker()
+            # The store may live in this process, and the speaker reads it.
+            self.store.wait(["spoken"], timedelta(seconds=5 * GRACE))
             return None
         time.sleep(GRACE)
         missing = [rank for rank in range(self.world) if not self.store.check([f"waits/{rank}"])]
@@ -82,10 +83,6 @@ class Job:
 
     def _named(self, rank: int) -> str:
         return f"rank {rank}{place(self.parallel, rank, self.world)}"
-
-    def _wait_for_the_speaker(self) -> None:
-        """The store may live in this process, and the speaker reads it."""
-        self.store.wait(["spoken"], timedelta(seconds=5 * GRACE))
 
 
 _job: Job | None = None  # as torch.distributed keeps its process group: a process is part of at most one
@@ -143,10 +140,7 @@ def meet(step: int, signal: int | None) -> int | None:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """This process's GPU of the machine's, or its share of the CPU's cores where OMP_NUM_THREADS does not say more.
-
-    Errors: ValueError for more processes than GPUs.
-    """
+    """This process's GPU of the machine's, or its share of the CPU's cores where OMP_NUM_THREADS does not say more."""
     local, processes = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if device.type != "cuda":
         if "OMP_NUM_THREADS" not in os.environ:
@@ -176,7 +170,8 @@ def _why(job: Job, error: BaseException) -> BaseException:
     """What this process leaves with. What it says itself carries its rank as a note."""
     said: BaseException | None = None
     try:
-        if _is_of_a_collective(error):
+        # A collective failed: gloo raises a plain RuntimeError, with the path of its source in the text.
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
             said = job.stuck()
         elif job.claim():
             job.store.set("spoken", "")
@@ -187,8 +182,3 @@ def _why(job: Job, error: BaseException) -> BaseException:
         return AnotherRankEnded(exit_code_of(error))
     said.add_note(f"rank {job.rank}")
     return said
-
-
-def _is_of_a_collective(error: BaseException) -> bool:
-    """gloo raises a plain RuntimeError; its source's path is in the text."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))

@@ -19,15 +19,9 @@ T = TypeVar("T")
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 """Outermost first: neighbours in the last axis have neighbouring ranks, and so the fastest links."""
-JOINED = {
-    "data": ("replicate", "shard"),
-    "weights": ("shard", "context"),
-    "loss": ("replicate", "shard", "context"),
-}
+JOINED = {"data": ("replicate", "shard"), "weights": ("shard", "context"), "loss": ("replicate", "shard", "context")}
 """data: processes with different rows; weights: those that share one copy of the weights; loss: those whose token
 losses add up to the loss of all rows."""
-
-
 SHOWN = 64
 """Ranks of a stage that the log names one by one."""
 

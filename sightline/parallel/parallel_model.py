@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from sightline.config import Parallel
 from sightline.layers import Loss, routers_of
 from sightline.models.decoder import Decoder, Masks
-from sightline.parallel.context.split import split_context
+from sightline.parallel.context.apply import split_context
 from sightline.parallel.mesh import Mesh
 
 Inputs = dict[str, Any]
@@ -114,12 +114,6 @@ class ParallelModel:
 
     def get_attention_masks(self, batch: Any, tokenizer: object = None) -> Masks:
         return self.whole.get_attention_masks(batch, tokenizer)
-
-    def flops_per_token(self) -> float:
-        return self.whole.flops_per_token()
-
-    def flops_per_pair(self, mask_name: str) -> float:
-        return self.whole.flops_per_pair(mask_name)
 
 
 def reshard(stage: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
 from itertools import accumulate
@@ -87,6 +88,8 @@ def take_stages(whole: Decoder, mesh: Mesh) -> list[Decoder]:
 
     Errors: ValueError for more stages than layers, and for a model whose ends cannot be parted.
     """
+    if mesh.size("pipeline") == 1:
+        return [deepcopy(whole)]
     check_ends(whole)
     parallel = mesh.parallel
     ranges = cut(whole, count_stages(parallel))
@@ -106,8 +109,7 @@ def check_ends(whole: Decoder) -> None:
 
 
 def take_layers(whole: Decoder, layers: range, *, first: bool, last: bool) -> Decoder:
-    """A copy of a skeleton with these layers alone, and with what stands before them and behind them if it is the first
-    and the last stage."""
+    """A copy of a skeleton with these layers alone; first and last: also with what stands before and behind them."""
     stage: Any = deepcopy(whole)
     for index, name in enumerate(whole.layers):
         if index not in layers:
@@ -122,22 +124,22 @@ def take_layers(whole: Decoder, layers: range, *, first: bool, last: bool) -> De
 def count_microbatches(parallel: Parallel, training: Training, rows: int) -> int:
     """Microbatches that a process's `rows` of a step are cut into.
 
-    Errors: ValueError where the rows cannot be cut into microbatches of training.micro_batch_size, or the schedule does
-    not work with that many; it names the sizes that work.
+    Errors: ValueError where they cannot be, or the schedule does not work with that many; it names sizes that work.
     """
     size, schedule, processes = training.micro_batch_size, parallel.pipeline_schedule, parallel.pipeline
     check_split_backward(parallel, training)
-    if rows % size == 0 and fits(parallel, rows // size):
+    fits, wanted = which_counts(parallel)
+    if rows % size == 0 and fits(rows // size):
         return rows // size
-    sizes = [n for n in divisors(rows) if fits(parallel, rows // n)]
-    enough = next(n for n in range(1, 2 * processes + 1) if fits(parallel, n)) * size
+    sizes = [n for n in divisors(rows) if fits(rows // n)]
+    enough = next(n for n in range(1, 2 * processes + 1) if fits(n)) * size
     remedy = f"--training.micro-batch-size {nearest(size, sizes)}"
     if not sizes:
         remedy = f"--training.global-batch-size {enough * training.global_batch_size // rows}"
     raise ValueError(
         f"training.micro-batch-size {size} cuts the {rows} rows of a process into "
         f"{rows // size if rows % size == 0 else 'unequal'} microbatches, but {schedule} on {processes} processes "
-        f"takes {takes(parallel)}; use {remedy}"
+        f"takes {wanted}; use {remedy}"
     )
 
 
@@ -155,29 +157,16 @@ def check_split_backward(parallel: Parallel, training: Training) -> None:
         )
 
 
-def fits(parallel: Parallel, microbatches: int) -> bool:
-    """Whether the schedule works with so many microbatches."""
+def which_counts(parallel: Parallel) -> tuple[Callable[[int], bool], str]:
+    """Whether the schedule works with a number of microbatches, and which numbers those are in words."""
     n = parallel.pipeline
     match parallel.pipeline_schedule:
         case "1F1B":
-            return microbatches >= n
+            return lambda count: count >= n, f"at least {n} equal ones, one for each process"
         case "DualPipeV":
-            return microbatches >= 2 * n
+            return lambda count: count >= 2 * n, f"at least {2 * n} equal ones, one for each stage"
         case "Interleaved1F1B" | "InterleavedZeroBubble":
-            return microbatches % max(1, microbatches // n) == 0
+            in_words = f"equal ones in equal rounds of {n} or more: a multiple of {n} always"
+            return lambda count: count % max(1, count // n) == 0, in_words
         case _:
-            return True
-
-
-def takes(parallel: Parallel) -> str:
-    """Which numbers of microbatches those are, in words."""
-    n = parallel.pipeline
-    match parallel.pipeline_schedule:
-        case "1F1B":
-            return f"at least {n} equal ones, one for each process"
-        case "DualPipeV":
-            return f"at least {2 * n} equal ones, one for each stage"
-        case "Interleaved1F1B" | "InterleavedZeroBubble":
-            return f"equal ones in equal rounds of {n} or more: a multiple of {n} always"
-        case _:
-            return "equal ones"
+            return lambda count: True, "equal ones"

@@ -54,7 +54,12 @@ def recompute(layer: nn.Module, selective: bool) -> None:
     eager = compiled
     if routers:
         contexts = compiled.get("context_fn", noop_context_fn)
-        eager = {**compiled, "context_fn": functools.partial(_count_once, routers, contexts)}
+
+        def count_once() -> tuple[Any, AbstractContextManager]:
+            forward, again = contexts()
+            return forward, _AsBefore(routers, again)
+
+        eager = {**compiled, "context_fn": count_once}
 
     def wrap(run: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any) -> Any:
@@ -64,12 +69,6 @@ def recompute(layer: nn.Module, selective: bool) -> None:
         return forward
 
     replace_forward(layer, wrap)
-
-
-def _count_once(routers: list[Router], contexts: Callable[[], Any]) -> tuple[Any, AbstractContextManager]:
-    """Contexts for the forward and for computing it again, where the routers forget what they count twice."""
-    forward, again = contexts()
-    return forward, _AsBefore(routers, again)
 
 
 class _AsBefore(AbstractContextManager):

@@ -50,8 +50,6 @@ def apply_tensor(model: Decoder, mesh: Mesh) -> None:
 
     Every parameter becomes a DTensor over that axis, under the same name, and layers see the local part of it. What a
     model needs for this it says as data: `Decoder.stacks` and `Divisible.SHARDED`.
-
-    Errors: ValueError where the degree does not divide the model's heads, channels or vocabulary.
     """
     degree = mesh.size("tensor")
     if degree == 1:
@@ -132,22 +130,15 @@ def plan(model: Decoder, mesh: DeviceMesh) -> dict[str, tuple[Placement, View]]:
             places[name] = (Replicate(), in_part)
         for prefix, region in regions(stack, names[stack]):
             for name, _ in region.named_parameters():
-                dim = dim_of(region, name)
-                if dim is not None:
-                    places[f"{prefix}.{name}"] = (Shard(dim), as_it_is)
+                dims = [dim for key, dim in region.SHARDED.items() if name == key or name.startswith(f"{key}.")]
+                if dims:
+                    places[f"{prefix}.{name}"] = (Shard(dims[0]), as_it_is)
                 elif name in region.SUMMED:
                     places[f"{prefix}.{name}"] = (Replicate(), share)
     return places
 
 
-def dim_of(region: Divisible, name: str) -> int | None:
-    """The dim in which a weight of a divisible layer is cut; None where it is whole."""
-    dims = [dim for key, dim in region.SHARDED.items() if name == key or name.startswith(f"{key}.")]
-    return dims[0] if dims else None
-
-
-# The four places where tokens pass from one process to another, as hooks of modules. A gradient passes them the other
-# way round.
+# Where tokens pass from one process to another, as hooks of modules; a gradient passes them the other way round.
 
 
 def take_own_tokens(mesh: DeviceMesh, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -6,21 +6,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.attention.varlen  # registers torch.ops.torch_attn
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed import _functional_collectives
 from torch.distributed.device_mesh import DeviceMesh
-
-__all__ = [
-    "ATTENTION_OPS",
-    "GROUPED_MM",
-    "RECEIVING_OPS",
-    "all_to_all",
-    "all_to_all_single_autograd",
-    "flatten",
-    "foreach_multiply_",
-    "foreach_norm",
-    "skip_side_effects_of_recompute",
-    "wait",
-]
 
 GROUPED_MM = torch.ops.aten._grouped_mm.default
 ATTENTION_OPS = (
@@ -36,6 +23,10 @@ RECEIVING_OPS = (
     torch.ops._c10d_functional.all_to_all_single.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
 )
+all_to_all_single_autograd = _functional_collectives.all_to_all_single_autograd
+wait = torch.ops._c10d_functional.wait_tensor
+flatten = DeviceMesh._flatten
+"""A mesh of several axes as a mesh of one."""
 foreach_norm = torch._foreach_norm
 foreach_multiply_ = torch._foreach_mul_
 
@@ -43,15 +34,6 @@ foreach_multiply_ = torch._foreach_mul_
 def all_to_all(rows: Tensor, sizes: list[int], received_sizes: list[int], group: dist.ProcessGroup) -> Tensor:
     """Starts to send `rows`; the result is not there before `wait`."""
     return torch.ops._c10d_functional.all_to_all_single(rows, received_sizes, sizes, group.group_name)
-
-
-def wait(rows: Tensor) -> Tensor:
-    return torch.ops._c10d_functional.wait_tensor(rows)
-
-
-def flatten(mesh: DeviceMesh) -> DeviceMesh:
-    """A mesh of several axes as a mesh of one."""
-    return mesh._flatten()
 
 
 def skip_side_effects_of_recompute() -> None:

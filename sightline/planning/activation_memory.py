@@ -1,8 +1,7 @@
 """What one layer keeps and sends, found by running it on tensors without memory.
 
-The layer is the real one, cut by the real tensor parallelism and changed by the real recompute, under PyTorch's fake
-tensors and fake process groups: shapes pass through forward and backward, numbers do not. So what is counted here
-cannot drift from what training does.
+The layer is the real one, cut by tensor parallelism and changed by recompute, under PyTorch's fake tensors and fake
+process groups: shapes pass through forward and backward, numbers do not. So counts cannot drift from training.
 """
 
 from __future__ import annotations
@@ -90,16 +89,12 @@ def give_memory(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _fake(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    local = torch.empty(local_part(parameter).shape, dtype=dtype)
     if not isinstance(parameter, DTensor):
-        return torch.empty(parameter.shape, dtype=dtype)
-    local = torch.empty(parameter.to_local().shape, dtype=dtype)
+        return local
+    axes, placements = parameter.device_mesh, parameter.placements
     return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
+        local, axes, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
     )
 
 

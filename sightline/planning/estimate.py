@@ -1,8 +1,8 @@
 """What a run will need on a mesh, by calculation: memory and communication of each process, bubble, arithmetic.
 
-Nothing is allocated and no process is started. Parameters are counted by applying every parallelism to a model on the
-meta device as one rank after the other of a fake job would, so the counts are those of training, to the byte.
-Activations and traffic are estimates; see `activation_memory`.
+Parameters are counted by applying every parallelism to a model on the meta device as one rank after the other of a
+fake job would, so the counts are those of training, to the byte. Activations and traffic are estimates; see
+`activation_memory`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from sightline.config import OPTIMIZER_STATE, Run
+from sightline.config import OPTIMIZER_STATE, Run, Training
 from sightline.layers.facts import Role, attention_layers, parameter_facts
 from sightline.layers.loss import CHUNK_SIZE
 from sightline.models import build_skeleton
 from sightline.models.decoder import Decoder
 from sightline.parallel.apply import check_rows, parallelize
-from sightline.parallel.context.split import check_context
+from sightline.parallel.context.apply import check_context
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.patch import AXES
 from sightline.parallel.pipeline_stages import stages_of, take_stages
@@ -66,7 +66,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessEstimate:
-    """One process of a run. `traffic` is the bytes it receives in an optimizer step, by kind."""
+    """One process of a run; `traffic` is the bytes it receives in an optimizer step, by kind."""
 
     rank: int
     layers: int
@@ -118,37 +118,39 @@ def estimate(run: Run, world: int) -> Estimate:
     stages = mesh.size("pipeline")
     rows = training.global_batch_size // mesh.size("data")
     microbatches = rows // training.micro_batch_size
-    times = Timeline(0.0, [{0: 1}])
-    if stages > 1:
-        times = timeline(mesh.parallel, microbatches)
+    times = timeline(mesh.parallel, microbatches) if stages > 1 else Timeline(0.0, [{0: 1}])
     processes = []
     found: Kinds = {}
+    key_bytes: dict[str, float] = {}
     for process in range(stages):
         with fake_process_group(world, process * (world // stages)):
-            processes.append(_on_this_rank(run, whole, microbatches, times.held[process], found))
+            processes.append(_on_this_rank(run, whole, microbatches, times.held[process], found, key_bytes))
     pairs = training.sequence_length * (training.sequence_length + 1) / 2 * training.global_batch_size
     return Estimate(
         mesh=mesh,
-        processes=[process for process, _ in processes],
+        processes=processes,
         parameters=sum(p.numel() for p in whole.parameters()),
         microbatches=microbatches,
         timeline=times,
         matmul_flops=whole.flops_per_token() * training.global_batch_size * training.sequence_length,
         causal_flops=pairs * sum(layer.flops_per_pair() for layer in attention_layers(whole)),
-        key_bytes=_sum([keys for _, keys in processes]),
+        key_bytes=key_bytes,
     )
 
 
 def _on_this_rank(
-    run: Run, whole: Decoder, microbatches: int, held: dict[int, int], found: Kinds
-) -> tuple[ProcessEstimate, dict[str, float]]:
-    """The process that this one pretends to be; and by mask the bytes of a token's keys in all its layers."""
-    mesh = Mesh(run.parallel, torch.device("cpu"))
-    skeletons = [deepcopy(whole)] if mesh.size("pipeline") == 1 else take_stages(whole, mesh)
-    traced = [_trace(run, mesh, deepcopy(stage), found) for stage in skeletons]
+    run: Run, whole: Decoder, microbatches: int, held: dict[int, int], found: Kinds, key_bytes: dict[str, float]
+) -> ProcessEstimate:
+    """The process that this one pretends to be.
+
+    key_bytes  by mask, of a token's keys in all layers of the processes so far; grows
+    """
+    mesh, training = Mesh(run.parallel, torch.device("cpu")), run.training
+    skeletons = take_stages(whole, mesh)
+    traced = [_trace(training, mesh, deepcopy(stage), found) for stage in skeletons]
     for stage in skeletons:
-        parallelize(stage, mesh, run.training)
-    tokens = run.training.micro_batch_size * run.training.sequence_length / mesh.size("context")
+        parallelize(stage, mesh, training)
+    tokens = training.micro_batch_size * training.sequence_length / mesh.size("context")
     numbers = stages_of(mesh.parallel, mesh.index("pipeline")) if mesh.size("pipeline") > 1 else [0]
     parameters = [p for stage in skeletons for p in stage.parameters()]
     weights = sum(local_part(p).numel() * p.element_size() for p in parameters)
@@ -157,36 +159,34 @@ def _on_this_rank(
         weights=weights,
         gradients=weights,
         moments=sum(_moments(stage, run.optimizer.name) for stage in skeletons),
-        gathered=sum(_gathered(stage, mesh, run.training.dtype) for stage in skeletons),
+        gathered=sum(_gathered(stage, mesh, training.dtype) for stage in skeletons),
         activations=sum(
-            held[number] * (sum(layer.kept for layer in layers.values()) + _ends_kept(stage, run, mesh, tokens))
+            held[number] * (sum(layer.kept for layer in layers.values()) + _ends_kept(stage, training, mesh, tokens))
             for number, layers, stage in zip(numbers, traced, skeletons, strict=True)
         ),
         accumulates=microbatches > 1,
         working=max(
-            *(layer.working for layer in traced_layers), *(_logits(stage, run, mesh, tokens) for stage in skeletons)
+            *(layer.working for layer in traced_layers), *(_logits(stage, mesh, tokens) for stage in skeletons)
         ),
     )
-    process = ProcessEstimate(
+    for stage, layers in zip(skeletons, traced, strict=True):
+        for name, layer in layers.items():
+            mask = str(stage.layers[name].mask_name)
+            key_bytes[mask] = key_bytes.get(mask, 0.0) + layer.keys / tokens
+    return ProcessEstimate(
         rank=mesh.rank,
         layers=len(traced_layers),
         parameters=sum(local_part(p).numel() for p in parameters),
         memory=memory,
-        traffic=_traffic(run, mesh, skeletons, traced_layers, tokens, microbatches),
+        traffic=_traffic(training.dtype, mesh, skeletons, traced_layers, tokens, microbatches),
     )
-    keys: dict[str, float] = {}
-    for stage, layers in zip(skeletons, traced, strict=True):
-        for name, layer in layers.items():
-            mask = str(stage.layers[name].mask_name)
-            keys[mask] = keys.get(mask, 0.0) + layer.keys / tokens
-    return process, keys
 
 
-def _trace(run: Run, mesh: Mesh, stage: Decoder, found: Kinds) -> dict[str, ActivationMemory]:
+def _trace(training: Training, mesh: Mesh, stage: Decoder, found: Kinds) -> dict[str, ActivationMemory]:
     apply_tensor(stage, mesh)
-    apply_recompute(stage, run.training)
-    shape = run.training.micro_batch_size, run.training.sequence_length // mesh.size("context")
-    return trace(stage, mesh, shape, run.training.dtype, found)
+    apply_recompute(stage, training)
+    shape = training.micro_batch_size, training.sequence_length // mesh.size("context")
+    return trace(stage, mesh, shape, training.dtype, found)
 
 
 def _moments(stage: nn.Module, optimizer: str) -> int:
@@ -226,36 +226,37 @@ def _gathered(stage: nn.Module, mesh: Mesh, dtype: str) -> float:
     return float(_width(dtype) * (outside + sum(of_layers)))
 
 
-def _ends_kept(stage: Decoder, run: Run, mesh: Mesh, tokens: float) -> float:
+def _ends_kept(stage: Decoder, training: Training, mesh: Mesh, tokens: float) -> float:
     """Bytes that embedding, norm and loss keep: the embedded tokens, the normed ones, and the gradients that the loss
     computes in its forward, of the tokens and of the vocabulary's weights. The layers' results are the layers', but for
     the rows that tensor parallelism gathers behind them."""
-    hidden = tokens * run.model.width * (_width(run.training.dtype) if mesh.size("loss") > 1 else 4)
+    config = stage.config
+    hidden = tokens * config.width * (_width(training.dtype) if mesh.size("loss") > 1 else 4)
     kept = hidden if stage.embedding is not None else 0.0
     if stage.norm is not None:
         rows = 2 if mesh.size("tensor") == 1 else 3
-        kept += rows * hidden + 4 * run.model.width * run.model.vocab_size / mesh.size("tensor")
+        kept += rows * hidden + 4 * config.width * config.vocab_size / mesh.size("tensor")
     return kept
 
 
-def _logits(stage: Decoder, run: Run, mesh: Mesh, tokens: float) -> float:
+def _logits(stage: Decoder, mesh: Mesh, tokens: float) -> float:
     """Bytes of the logits that exist at a time."""
-    return 0.0 if stage.norm is None else 4 * min(CHUNK_SIZE, tokens) * run.model.vocab_size / mesh.size("tensor")
+    return 0.0 if stage.norm is None else 4 * min(CHUNK_SIZE, tokens) * stage.config.vocab_size / mesh.size("tensor")
 
 
 def _traffic(
-    run: Run, mesh: Mesh, stages: list[Decoder], traced_layers: list[ActivationMemory], tokens: float, microbatches: int
+    dtype: str, mesh: Mesh, stages: list[Decoder], layers: list[ActivationMemory], tokens: float, microbatches: int
 ) -> dict[str, float]:
     """Bytes that come to this process in a step, by kind; kinds without any are left out."""
-    narrow = _width(run.training.dtype)
+    narrow = _width(dtype)
     traffic = dict.fromkeys(("weights gathered", "gradients scattered", "gradients of copies summed"), 0.0)
     if mesh.size("loss") > 1:
         _add_sharding(traffic, mesh, stages, narrow, microbatches)
-    hidden = tokens * run.model.width * narrow
+    hidden = tokens * stages[0].config.width * narrow
     tensor = mesh.size("tensor")
     if tensor > 1:
         ends = sum(1 + (stage.embedding is not None) + (stage.norm is not None) for stage in stages)
-        in_layers = sum(layer.tensor for layer in traced_layers)
+        in_layers = sum(layer.tensor for layer in layers)
         traffic["tensor, between layers"] = microbatches * (in_layers + ends * 2 * hidden * (tensor - 1) / tensor)
     pipeline = mesh.size("pipeline")
     if pipeline > 1:
@@ -265,11 +266,11 @@ def _traffic(
         traffic["pipeline, stage to stage"] = microbatches * borders * hidden
     expert = mesh.size("expert")
     if expert > 1:  # to the experts and back, forward and backward
-        routed = sum(layer.routed for layer in traced_layers)
+        routed = sum(layer.routed for layer in layers)
         traffic["expert all-to-all, even load"] = microbatches * 4 * routed * (expert - 1) / expert
     context = mesh.size("context")
     if context > 1:  # all other processes' keys, and all other processes' gradients of one's own
-        keys = sum(layer.keys for layer in traced_layers)
+        keys = sum(layer.keys for layer in layers)
         traffic["context exchange, at most"] = microbatches * 2 * keys * (context - 1)
     return {kind: size for kind, size in traffic.items() if size}
 
@@ -286,8 +287,3 @@ def _add_sharding(traffic: dict[str, float], mesh: Mesh, stages: list[Decoder], 
             traffic["weights gathered"] += narrow * times * max(0, count - own)
             traffic["gradients scattered"] += 4 * max(0, count - own)
             traffic["gradients of copies summed"] += 4 * own * 2 * (copies - 1) / copies
-
-
-def _sum(parts: list[dict[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: sum(part.get(name, 0.0) for part in parts) for name in names}

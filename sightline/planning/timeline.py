@@ -1,7 +1,7 @@
 """When each process of a pipeline works and when it waits, and how many microbatches it holds meanwhile.
 
-The order of work is PyTorch's own: its schedules of several stages are asked for it. Time is counted in forwards of a
-microbatch through a stage; a backward takes two, one for the activations and one for the weights.
+Schedules of several stages are PyTorch's own. Time is counted in forwards of a microbatch through a stage; a backward
+takes two, one for the activations and one for the weights.
 """
 
 from __future__ import annotations
@@ -63,18 +63,9 @@ def tasks(parallel: Parallel, microbatches: int) -> list[list[Task]]:
         return [_one_stage(parallel, process, microbatches) for process in range(parallel.pipeline)]
     with fake_process_group(parallel.pipeline, 0):
         hidden = torch.empty(1, device="meta", requires_grad=True)
-        stages = [
-            PipelineStage(
-                nn.Identity(),
-                index,
-                count_stages(parallel),
-                torch.device("cpu"),
-                input_args=hidden,
-                output_args=hidden,
-                group=dist.group.WORLD,
-            )
-            for index in stages_of(parallel, 0)
-        ]
+        count, cpu = count_stages(parallel), torch.device("cpu")
+        shapes: dict[str, Any] = {"input_args": hidden, "output_args": hidden, "group": dist.group.WORLD}
+        stages = [PipelineStage(nn.Identity(), index, count, cpu, **shapes) for index in stages_of(parallel, 0)]
         kind: Any = get_schedule_class(parallel.pipeline_schedule)
         order = kind(stages, microbatches, loss_fn=lambda loss, labels: loss).pipeline_order
     return [_plain(order[process]) for process in range(parallel.pipeline)]

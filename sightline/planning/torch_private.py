@@ -12,14 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = [
-    "FakeTensorMode",
-    "TorchDispatchMode",
-    "fake_process_group",
-    "process_group_of",
-    "tree_leaves",
-    "unset_fake_temporarily",
-]
+__all__ = ["FakeTensorMode", "TorchDispatchMode", "process_group_of", "tree_leaves", "unset_fake_temporarily"]
 
 
 @contextmanager

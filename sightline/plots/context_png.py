@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -12,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
 
 from sightline.plots.palette import BLUE, PALE_BLUE, TEXT, THOUSANDS, finish
 
@@ -21,30 +19,8 @@ COLUMNS = 1600  # of the drawing of a row, more than it has pixels
 MOST_NUMBERS = 8  # ranks up to which the number of keys stands in each cell
 
 
-class Pieces(Protocol):
-    """Tokens [first, last) of one row belong to `rank`; sorted by row and token, covering all rows."""
-
-    @property
-    def first(self) -> np.ndarray: ...
-    @property
-    def last(self) -> np.ndarray: ...
-    @property
-    def rank(self) -> np.ndarray: ...
-
-
-class Plan(Protocol):
-    """The part of `sightline.parallel.context.plan.ContextPlan` that the picture shows; documented there."""
-
-    @property
-    def masks(self) -> Sized: ...
-    @property
-    def degree(self) -> int: ...
-    @property
-    def shape(self) -> tuple[int, int]: ...
-    @property
-    def pieces(self) -> Pieces: ...
-    def work(self) -> Tensor: ...
-    def sent_keys(self) -> Tensor: ...
+Plan = Any
+"""A `sightline.parallel.context.plan.ContextPlan`, whose package lies above this one."""
 
 
 def plot_context_plan(plan: Plan, path: Path) -> None:

@@ -40,9 +40,8 @@ _ASCII = _Glyphs(
 def to_text(mask: AttentionMask, row: int = 0, width: int = 80, unicode: bool = True) -> str:
     """The mask as text of at most `width` columns: queries downwards, keys to the right.
 
-    Small masks show every token: up to 32 tokens a line is a query and two columns are a key; up to what fits, half
-    blocks make a column a key and a line two queries. Larger masks show by shades how much of each cell is visible.
-    `unicode=False` keeps to ASCII.
+    Small masks show every token, up to what fits with half blocks; larger ones show by shades how much of each cell is
+    visible. `unicode=False` keeps to ASCII.
     Errors: ValueError for a row the mask has not, and for a width under 24.
     """
     check_row(mask, row)

@@ -120,7 +120,7 @@ def train_step(
         for name, mask in inputs["attention_masks"].items():
             visible = int(mask.visible_pairs().sum())
             pairs += visible
-            flops += visible * model.flops_per_pair(name)
+            flops += visible * model.whole.flops_per_pair(name)
         loss += model.forward_backward(model.own_tokens(inputs), 1 / weight, last=first + rows >= batch.shape[0])
     grad_norm = clip_gradients((p for _, p in model.named_parameters()), max_grad_norm, mesh)
     sums = StepSums.of_all_processes(

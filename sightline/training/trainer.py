@@ -211,7 +211,7 @@ class Trainer:
         self.last_read = now
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise NonFiniteLoss(taken.step, loss, grad_norm, self.saver.latest())
-        flops = self.model.flops_per_token() * tokens + sums["attention_flops"]
+        flops = self.model.whole.flops_per_token() * tokens + sums["attention_flops"]
         return {
             "step": taken.step,
             "loss": loss,

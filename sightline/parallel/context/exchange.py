@@ -19,13 +19,9 @@ from sightline.torch_private import disable_compiler
 
 
 class ContextExchange:
-    """The exchanges of a model whose rows are shared by the processes of `group`; they work without a model too.
+    """The exchanges of a model whose rows are shared by the processes of `group`.
 
-    shard = plan_context(mask, group.size()).shard(group.rank())
-    mask, exchange = ContextExchange(group).bind(shard, device)
-    pending = exchange.start(k, v)      # [B, heads, S / degree, D] each: keys and values of the own tokens
-    k, v = pending.wait()               # [B, heads, T, D] each: those that the own queries see
-    out = attend(q, k, v, mask)
+    They work without a model too: `docs/context_parallel.md` shows how.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -49,16 +45,15 @@ class ShardExchange:
         _, tokens, keys = shard.mask.shape
         self._keys = build_route(shard.send, tokens, shard.receive, keys, group, device)
         self._rows: Route | None = None
-        if shard.whole is not None:  # from [B, degree, S / degree], the own tokens with each rank's channels, to [B, S]
-            owned = shard.whole.owned
-            length = owned.shape[1] * owned.shape[2]
-            send = torch.arange(length).view(1, *owned.shape[1:]).expand_as(owned)
-            self._rows = build_route(send, length, owned, length, group, device)
+        if shard.owned is not None:  # from [B, degree, S / degree], the own tokens with each rank's channels, to [B, S]
+            length = shard.owned.shape[1] * shard.owned.shape[2]
+            send = torch.arange(length).view(1, *shard.owned.shape[1:]).expand_as(shard.owned)
+            self._rows = build_route(send, length, shard.owned, length, group, device)
 
     @property
     def whole_mask(self) -> AttentionMask:
-        assert self.shard.whole is not None, "a model whose layers walk along whole rows says so in `row_heads`"
-        return self.shard.whole.mask
+        assert self.shard.whole_mask is not None, "a model whose layers walk along whole rows says so in `row_heads`"
+        return self.shard.whole_mask
 
     @disable_compiler  # how much is sent is known to the host and new in every batch: no graph for a compiler
     def start(self, *tensors: Tensor) -> PendingKeys:

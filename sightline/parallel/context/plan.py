@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,14 +24,10 @@ from sightline.parallel.context.needs import (
     place_in_group,
 )
 from sightline.parallel.context.orders import Costs, Piece, balanced, contiguous, headtail, roundrobin
-from sightline.parallel.context.shard import ContextShard, WholeRows
+from sightline.parallel.context.shard import ContextShard
 
 TOLERANCE = 0.02  # of the mean work, by which the balanced order lets a rank pass it; 0.04 saves no keys
-FIXED_ORDERS: dict[str, Callable[[int, int], list[Piece]]] = {
-    "contiguous": contiguous,
-    "headtail": headtail,
-    "roundrobin": roundrobin,
-}
+FIXED_ORDERS = {order.__name__: order for order in (contiguous, headtail, roundrobin)}
 ORDERS = ("balanced", *FIXED_ORDERS)
 
 
@@ -91,15 +87,12 @@ class ContextPlan:
         transfers = self.transfers[name]
         out = Transfers(*(side[transfers.source == rank] for side in transfers))
         into = Transfers(*(side[transfers.rank == rank] for side in transfers))
-        whole = None
-        if whole_rows:
-            owned = torch.stack([self.queries(peer) for peer in range(self.degree)], dim=1)
-            whole = WholeRows(self.masks[name], owned)
         return ContextShard(
             mask=_renumbered(self.masks[name].take_queries(self.queries(rank)), needs),
             send=self._by_peer(out.row, out.rank, out.own, out.length),
             receive=self._by_peer(into.row, into.source, into.place, into.length),
-            whole=whole,
+            whole_mask=self.masks[name] if whole_rows else None,
+            owned=torch.stack([self.queries(peer) for peer in range(self.degree)], dim=1) if whole_rows else None,
         )
 
     def _by_peer(self, row: Integers, peer: Integers, begin: Integers, length: Integers) -> Tensor:

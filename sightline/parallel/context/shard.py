@@ -14,13 +14,14 @@ from sightline.masks import AttentionMask
 class ContextShard:
     """What the tokens that a rank owns may see, and what it sends and receives for that; see `ContextPlan.shard`.
 
-    mask     AttentionMask [B, S / degree, T] of the rank's own queries over the keys it receives, which lie in the
-             order of the row. T is what the neediest row needs, rounded up; no query sees the keys past those
-    send     int64 [B, degree, M]: which of the rank's own tokens go to each peer, ascending, -1 beyond. The entry of
-             the rank itself are its own keys that its own queries need
-    receive  int64 [B, degree, N]: the index, of the T, of each key that comes from each peer, in the order it is
-             sent, -1 beyond
-    whole    for models with layers that walk along whole rows
+    mask        AttentionMask [B, S / degree, T] of the rank's own queries over the keys it receives, which lie in the
+                order of the row. T is what the neediest row needs, rounded up; no query sees the keys past those
+    send        int64 [B, degree, M]: which of the rank's own tokens go to each peer, ascending, -1 beyond. The entry of
+                the rank itself are its own keys that its own queries need
+    receive     int64 [B, degree, N]: the index, of the T, of each key that comes from each peer, in the order it is
+                sent, -1 beyond
+    whole_mask  of all tokens of the rows, for models with layers that walk along whole rows
+    owned       int64 [B, degree, S / degree], for those too: the tokens of each row that each rank owns
 
     Everything has B first and lies on the CPU: a pipeline splits a shard with its rows, and `ContextExchange.bind`
     copies to the device what is needed there.
@@ -29,20 +30,8 @@ class ContextShard:
     mask: AttentionMask
     send: Tensor
     receive: Tensor
-    whole: WholeRows | None = None
+    whole_mask: AttentionMask | None = None
+    owned: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class WholeRows:
-    """What recurrent layers need.
-
-    mask   of all tokens of the rows
-    owned  int64 [B, degree, S / degree]: the tokens of each row that each rank owns
-    """
-
-    mask: AttentionMask
-    owned: Tensor
-
-
-for kind in (ContextShard, WholeRows):
-    pytree.register_dataclass(kind, serialized_type_name=f"sightline.parallel.context.{kind.__name__}")
+pytree.register_dataclass(ContextShard, serialized_type_name="sightline.parallel.context.ContextShard")

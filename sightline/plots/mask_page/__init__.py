@@ -15,9 +15,6 @@ from sightline.plots.palette import BLUE, TEXT
 
 _PAGE = resources.files("sightline.plots.mask_page")
 
-Facts = Mapping[str, str]
-"""Label -> value, as the page shows them beside the picture."""
-
 
 def to_html(
     masks: Mapping[str, AttentionMask],
@@ -25,14 +22,14 @@ def to_html(
     *,
     title: str = "Attention masks",
     block_size: int = 128,
-    facts: Mapping[str, Facts] | None = None,
+    facts: Mapping[str, Mapping[str, str]] | None = None,
 ) -> str:
     """One row of named masks as a page that needs nothing but a browser.
 
     The page holds the intervals themselves, as runs of equal steps, and draws them at any scale, so it is exact and
     small: 64k tokens in documents are a few kilobytes, 64k tokens without any order about a megabyte.
 
-    title, facts  what else it tells of the row, and of each mask by name (visible FLOPs, for instance)
+    title, facts  what else it tells of the row, and of each mask by name: label -> value
     block_size    the block size it starts with; the reader may choose another
     """
     if not masks:

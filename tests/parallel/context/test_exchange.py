@@ -19,10 +19,9 @@ from sightline.masks import AttentionMask, causal, document, sliding_window
 from sightline.models import build_model, build_skeleton
 from sightline.parallel import plan_context
 from sightline.parallel.context import exchange
-from sightline.parallel.context.apply import apply_context
+from sightline.parallel.context.apply import apply_context, check_context, split_context
 from sightline.parallel.context.exchange import ContextExchange
 from sightline.parallel.context.shard import ContextShard
-from sightline.parallel.context.split import check_context, split_context
 from sightline.parallel.mesh import Mesh
 from tests.masks.test_block_mask import assert_same_blocks
 from tests.parallel.context.rows import LENGTH, LENGTHS, pack

@@ -24,8 +24,7 @@ from sightline.masks import (
     sliding_window,
 )
 from sightline.models import MODELS, build_model
-from sightline.parallel.context.apply import apply_context
-from sightline.parallel.context.split import split_context
+from sightline.parallel.context.apply import apply_context, split_context
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.recompute import apply_recompute
 from tests.parallel.context.rows import LENGTHS, pack, pack_images, random_lengths
