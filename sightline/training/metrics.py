@@ -105,9 +105,6 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.log(row, step=row["step"])
 
-    def sync(self) -> None:
-        self.file.sync()
-
     def close(self) -> None:
         self.file.flush()
         if self._board is not None:

@@ -41,9 +41,8 @@ from sightline.training.saver import Saver
 from sightline.training.schedule import learning_rate
 from sightline.training.setup import choose_device, get_tokenizer, make_reproducible
 from sightline.training.signals import StopRequest
-from sightline.training.step import StepResult, train_step
+from sightline.training.step import StepResult, train_step, validate
 from sightline.training.terminal import Terminal
-from sightline.training.validation import validate
 
 
 def train(run: Run, terminal: Terminal | None = None, *, batches: Batches | None = None) -> Path:
@@ -109,7 +108,7 @@ class Trainer:
             self.directory.write(described, self.tokenizer)
             metrics = Metrics(self.directory.path, run.logging, self.step, described)
             self.metrics = opened.enter_context(closing(metrics))
-            self.saver.before = self.metrics.sync
+            self.saver.before = metrics.file.sync
         self.last_read = 0.0
         self.reads_at_once = device.type == "cpu"  # there a step has its numbers when it returns
         announce_model(terminal, run.training, self.model, run.model_from, self.peak)
