@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -45,6 +46,19 @@ NAMES = {
     "ranks": "number of data-parallel ranks",
 }
 """Fields of a loader's `identity`, in words: a state means the same place only where all that it has are equal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """What decides the rows of a `Loader`: number of documents, digests of their lengths and of the tokenizer, ..."""
+
+    documents: int
+    lengths: str
+    tokenizer: str
+    packing: str
+    sequence_length: int
+    rows: int
+    seed: int
 
 
 def check_state(identity: State, state: State) -> None:
@@ -96,15 +110,15 @@ class Loader:
             raise ValueError(f"{documents.source} holds no training documents; expected at least one")
         self._mine = rows_of_rank(rows, rank, world)
         self._documents, self._tokenizer = documents, tokenizer
-        self._identity: State = {
-            "documents": len(documents),
-            "lengths": hashlib.sha256(documents.lengths.astype("<i8").tobytes()).hexdigest()[:16],
-            "tokenizer": tokenizer.fingerprint,
-            "packing": packing,
-            "sequence_length": sequence_length,
-            "rows": rows,
-            "seed": seed,
-        }
+        self._config = LoaderConfig(
+            documents=len(documents),
+            lengths=hashlib.sha256(documents.lengths.astype("<i8").tobytes()).hexdigest()[:16],
+            tokenizer=tokenizer.fingerprint,
+            packing=packing,
+            sequence_length=sequence_length,
+            rows=rows,
+            seed=seed,
+        )
         self._count = rows * -(-LANES // rows)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sightline-loader")
         self._state: State
@@ -130,7 +144,7 @@ class Loader:
 
     def _next_batch(self, lanes: dict[int, _Lane], before: State) -> tuple[Batch, State]:
         """A batch, and the state after it. In the background thread: it may outlive the loader's own lanes."""
-        first = before["step"] * self._identity["rows"]
+        first = before["step"] * self._config.rows
         turn = [(first + row) % self._count for row in self._mine]
         batch = Batch.from_rows([lanes[lane].next_row() for lane in turn])
         places = before["lanes"] | {str(lane): lanes[lane].place() for lane in turn}
@@ -138,14 +152,14 @@ class Loader:
 
     def state_dict(self) -> State:
         """Where the batch after the one handed out last begins, in the lanes of this rank: see `join_states`."""
-        return {"identity": dict(self._identity), **self._state}
+        return {"identity": asdict(self._config), **self._state}
 
     def load_state_dict(self, state: State) -> None:
         """Go on from the joined state of all ranks, however many there were.
 
         Raises: ValueError naming what else the state was made with: other documents, another tokenizer, ...
         """
-        check_state(self._identity, state)
+        check_state(asdict(self._config), state)
         places = {str(lane): state["lanes"][str(lane)] for lane in self._own_lanes()}
         self._start({"step": state["step"], "lanes": places})
 
@@ -154,12 +168,12 @@ class Loader:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _own_lanes(self) -> list[int]:
-        return [lane for lane in range(self._count) if lane % self._identity["rows"] in self._mine]
+        return [lane for lane in range(self._count) if lane % self._config.rows in self._mine]
 
     def _start(self, state: State) -> None:
         self._state = state
         self._lanes = {
-            lane: _Lane(self._documents, self._tokenizer, self._identity, lane, self._count, state["lanes"][str(lane)])
+            lane: _Lane(self._documents, self._tokenizer, self._config, lane, self._count, state["lanes"][str(lane)])
             for lane in self._own_lanes()
         }
         self._prepared = None
@@ -193,9 +207,9 @@ class _Lane:
     """The rows of one lane from some place on."""
 
     def __init__(
-        self, documents: Documents, tokenizer: Tokenizer, identity: State, lane: int, lanes: int, place: State
+        self, documents: Documents, tokenizer: Tokenizer, config: LoaderConfig, lane: int, lanes: int, place: State
     ) -> None:
-        self.documents, self.tokenizer, self.seed = documents, tokenizer, identity["seed"]
+        self.documents, self.tokenizer, self.seed = documents, tokenizer, config.seed
         # Of N documents a lane takes every `lanes`-th. Where there are fewer than lanes, lane, lane + N, ... would read
         # the same ones: each then reads its part of them.
         self.section = slice(lane % len(documents), None, lanes)
@@ -203,7 +217,7 @@ class _Lane:
         self.epoch, self.next_document = place["epoch"], place["place"]
         whole = {document: self._piece(document) for document in {document for document, _ in place["waiting"]}}
         waiting = [whole[document]._replace(at=at) for document, at in place["waiting"]]
-        self.packer = PACKERS[identity["packing"]](identity["sequence_length"], tokenizer.eos_id, waiting)
+        self.packer = PACKERS[config.packing](config.sequence_length, tokenizer.eos_id, waiting)
         self.pieces = self._endless()
 
     def next_row(self) -> Row:

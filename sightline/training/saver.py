@@ -25,10 +25,9 @@ from sightline.training.checkpoint import (
 class Saver:
     """Writes the checkpoints of a run into `directory`, one after the other. All processes call it alike.
 
-    options  of these: every, keep, and asynchronous, which copies the tensors to the CPU's memory and writes them in a
-             thread while the run goes on. Memory for a second copy of this process's weights and moments is needed
-             meanwhile.
-    warn     takes the text that a checkpoint could not be written
+    With `options.asynchronous` the tensors are copied to the CPU's memory, which must hold a second copy of this
+    process's weights and moments, and written in a thread while the run goes on. `warn` takes what to say of a
+    checkpoint that could not be written.
     """
 
     def __init__(
