@@ -54,9 +54,7 @@ def show_masks(options: Masks) -> None:
 
 
 def find_subject(what: str, sequence_length: int | None, family: Family | None = None) -> Subject:
-    """The masks of a recipe, of the directory of a run, or of an expression.
-
-    family  of the model of a run that names one from outside the package
+    """The masks of a recipe, of the directory of a run (`family` as in `load_config`), or of an expression.
 
     Errors: ValueError where `what` is none of them, or cannot be read as what it is.
     """

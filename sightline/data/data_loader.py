@@ -131,10 +131,7 @@ class IterableLoader:
         return batch
 
     def state_dict(self) -> State:
-        """The steps taken, and the iterable's own state where it has one.
-
-        Raises: ValueError where that is not made of JSON values.
-        """
+        """The steps taken, and the iterable's own state where it has one; ValueError where that is no JSON."""
         own = {self._rank: self._source.state_dict()} if self._has_state() else {}
         try:
             json.dumps(own)
@@ -146,10 +143,7 @@ class IterableLoader:
         return {"identity": dict(self._identity), "step": self._step, "lanes": own}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from there.
-
-        Raises: ValueError for a state of other batches, and for batches that have no state.
-        """
+        """Go on from there. Raises as `check_state`, and for batches that have no state."""
         check_state(self._identity, state)
         if not self._has_state() or self._rank not in state["lanes"]:
             raise ValueError(

@@ -70,8 +70,7 @@ class ImageLoader:
 
     A document is never cut; what stays free of a row is padding. An image stands as `image_token`, once for every
     merge x merge patches, and no loss is asked for where it comes next. Every row follows from the seed and its
-    number, so the number of steps is all the state there is. Rank r of `world` has the rows of a step from
-    r * rows / world on, as in `Loader`.
+    number, so the number of steps is all the state there is.
     """
 
     def __init__(
@@ -130,14 +129,10 @@ class ImageLoader:
         )
 
     def state_dict(self) -> State:
-        """The number of steps handed out, and what must be the same for the next one to be the same."""
         return {"identity": dict(self._identity), "step": self._step, "lanes": {}}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from there.
-
-        Raises: ValueError where the state was made with another tokenizer, seed or row.
-        """
+        """Go on from there. Raises as `check_state`."""
         check_state(self._identity, state)
         self._step = state["step"]
 

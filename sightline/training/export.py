@@ -39,7 +39,7 @@ def export_checkpoint(
 
     group  processes that share the work, each of which calls this; None where there is one. Each writes some of the
            files, and reads from the checkpoint what is in them, whichever processes wrote it there.
-    family  of the model, as in `load_config`
+    family  as in `load_config`
 
     Errors: ValueError for a checkpoint that is not whole, or a directory that has weights already; CannotSave on every
     process.

@@ -61,10 +61,7 @@ class Saver:
             self._warn_of(lambda: self.begin(state, progress))
 
     def save_last(self, state: dict[str, Any], progress: Progress) -> None:
-        """Write a checkpoint, unless there is one of that step.
-
-        Raises: SaveFailed on every process.
-        """
+        """Write a checkpoint, unless there is one of that step. Raises: SaveFailed on every process."""
         self._warn_of(self.wait)
         if self.newest == progress.step:
             return

@@ -198,10 +198,7 @@ class Trainer:
         return Taken(self.step, started, rate, result)
 
     def read(self, taken: Taken) -> dict[str, Any]:
-        """The row of a step. Waits for the device to have taken it.
-
-        Errors: NonFiniteLoss.
-        """
+        """The row of a step. Waits for the device to have taken it. Errors: NonFiniteLoss."""
         result = taken.result
         sums, grad_norm = result.sums.read(), result.grad_norm.item()
         loss, tokens = sums["loss"], round(sums["tokens"])
@@ -257,10 +254,7 @@ class Trainer:
         return progress.step
 
     def export(self) -> None:
-        """The trained model for transformers, unless it is there.
-
-        Errors: RunFailed.
-        """
+        """The trained model for transformers, unless it is there. Errors: RunFailed."""
         checkpoint = self.mesh.from_first(self.saver.latest)
         assert checkpoint is not None, "a run that came to its end has saved"
         output = self.directory.exported / checkpoint.name
