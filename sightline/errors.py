@@ -1,14 +1,6 @@
 """How a run can end before its last step, and the exit code of each end. Loads nothing but Python's own library.
 
-Exception
-├── ValueError          the user asked for what cannot be: nothing was begun, nothing is lost
-├── RunEnded            the run was under way
-│   ├── Stopped         SIGTERM or Ctrl-C: saved, and the same command continues
-│   └── RunFailed       it cannot go on
-│       ├── NonFiniteLoss
-│       └── SaveFailed
-├── LostRank            a process did not come
-└── AnotherRankEnded    another process says why
+What the user asked and cannot be is a ValueError: nothing was begun, nothing is lost.
 """
 
 from __future__ import annotations

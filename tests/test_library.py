@@ -50,7 +50,11 @@ def test_importing_sightline_loads_nothing_slow() -> None:
         (["train", "--help"], []),
         (["train", "llama3-tiny", "--help"], []),
         (["train", "llama3-tiny", "--wrong", "1"], []),
+        *(([command, "--help"], ["sightline.data.loader"]) for command in ("convert", "masks", "plan")),
+        *(([command, "x", "--wrong", "1"], []) for command in ("convert", "generate", "masks")),
         (["generate", "--help"], []),
+        (["plan", "llama3-tiny", "--wrong", "1"], []),
+        (["plan", "llama3-tiny", "--gpu", "wrong"], []),
     ],
 )
 def test_help_and_wrong_options_wait_for_nothing_slow(arguments: list[str], also: list[str]) -> None:

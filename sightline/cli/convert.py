@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,8 +16,6 @@ from sightline.models import load_pretrained, save_pretrained
 from sightline.models.hf.directory import MAX_SHARD_BYTES
 from sightline.models.hf.files import holds_weights
 from sightline.models.hf.vision_pair import load_vision_pair
-from sightline.training.export import export_checkpoint
-from sightline.training.run_directory import find_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +59,8 @@ def main(argv: list[str]) -> None:
             )
             save_pretrained(model, output, dtype=dtype, source=source, max_shard_bytes=shard)
         else:
-            source = find_checkpoint(source)
-            export_checkpoint(source, output, dtype=dtype, max_shard_bytes=shard, family=family)
+            export = importlib.import_module("sightline.training.export")  # loads what help need not wait for
+            source = export.export_checkpoint(source, output, dtype=dtype, max_shard_bytes=shard, family=family)
     except OSError as error:
         raise RunFailed(str(error)) from error
     print(f"wrote the model of {source} to {output}")

@@ -71,10 +71,10 @@ def run(argv: list[str]) -> int:
 
 
 def tell(error: BaseException, message: str, style: str = "red") -> None:
-    """Say why the process ends; one of several processes with its rank, but for the first.
+    """Say why the process ends, with its rank where it is not the first.
 
-    What `joined` lets pass, its process alone is to say. Before that, all processes of a machine fail alike, and its
-    first one speaks.
+    An error that `joined` let pass is for its process alone to say; before that, all processes of a machine fail alike,
+    and the first one speaks.
     """
     speaks = getattr(error, "__notes__", None) or os.environ.get("LOCAL_RANK", "0") == "0"
     rank = os.environ.get("RANK", "0")

@@ -23,10 +23,7 @@ def tabulate(columns: dict[str, dict[str, str]]) -> Table:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Make room for a file and say where it is.
-
-    Errors: ValueError where it cannot be written.
-    """
+    """Make room for a file and say where it is. Errors: ValueError where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from sightline import config
@@ -54,23 +53,17 @@ def open_loader(
     batches  the caller's own, in place of the documents
     images   how images stand in the model's rows; None where it reads text alone
     """
-    rows, length = training.global_batch_size, training.sequence_length
+    options: dict[str, Any] = {
+        "rows": training.global_batch_size,
+        "sequence_length": training.sequence_length,
+        "rank": rank,
+        "world": world,
+    }
     if batches is not None:
-        return IterableLoader(batches, rows=rows, sequence_length=length, rank=rank, world=world)
+        return IterableLoader(batches, **options)
     if data.source == SYNTHETIC_IMAGES:
-        return ImageLoader(
-            documents, tokenizer, rows=rows, sequence_length=length, images=images, seed=seed, rank=rank, world=world
-        )
-    return Loader(
-        documents,
-        tokenizer,
-        rows=rows,
-        sequence_length=length,
-        packing=data.packing,
-        seed=seed,
-        rank=rank,
-        world=world,
-    )
+        return ImageLoader(documents, tokenizer, images=images, seed=seed, **options)
+    return Loader(documents, tokenizer, packing=data.packing, seed=seed, **options)
 
 
 def open_validation(
@@ -99,16 +92,6 @@ def open_validation(
     return list(validation_batches(documents, tokenizer, **options))
 
 
-@dataclass(frozen=True, kw_only=True)
-class IterableConfig:
-    """What must be equal for a state of a caller's own batches to mean the same place."""
-
-    sequence_length: int
-    rows: int
-    """Of a step, on all ranks."""
-    ranks: int
-
-
 class IterableLoader:
     """A caller's own batches, checked to have the rows of this data-parallel rank.
 
@@ -125,7 +108,7 @@ class IterableLoader:
                 "the same rows; expected a function of (rank, world) that returns the batches of one rank"
             )
         self._source: Any = batches(rank, world) if callable(batches) else batches
-        self._config = IterableConfig(sequence_length=sequence_length, rows=rows, ranks=world)
+        self._identity = {"sequence_length": sequence_length, "rows": rows, "ranks": world}
         self._shape = (len(rows_of_rank(rows, rank, world)), sequence_length)
         self._rank, self._step = str(rank), 0
         self._iterator: Iterator[Batch] | None = None
@@ -148,10 +131,7 @@ class IterableLoader:
         return batch
 
     def state_dict(self) -> State:
-        """The steps taken, and the iterable's own state where it has one.
-
-        Raises: ValueError where that is not made of JSON values.
-        """
+        """The steps taken, and the iterable's own state where it has one; ValueError where that is no JSON."""
         own = {self._rank: self._source.state_dict()} if self._has_state() else {}
         try:
             json.dumps(own)
@@ -160,14 +140,11 @@ class IterableLoader:
                 f"state_dict() of a {type(self._source).__name__} holds what a checkpoint cannot keep: {error}; "
                 "expected numbers, strings, lists and dictionaries of them"
             ) from error
-        return {"identity": asdict(self._config), "step": self._step, "lanes": own}
+        return {"identity": dict(self._identity), "step": self._step, "lanes": own}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from there.
-
-        Raises: ValueError for a state of other batches, and for batches that have no state.
-        """
-        check_state(self._config, state)
+        """Go on from there. Raises as `check_state`, and for batches that have no state."""
+        check_state(self._identity, state)
         if not self._has_state() or self._rank not in state["lanes"]:
             raise ValueError(
                 f"the run stopped after step {state['step']}, and a {type(self._source).__name__} cannot go on from "

@@ -45,32 +45,28 @@ NAMES = {
     "seed": "--seed",
     "ranks": "number of data-parallel ranks",
 }
-"""The fields of a loader's config, in words."""
+"""Fields of a loader's `identity`, in words: a state means the same place only where all that it has are equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """What decides the rows of a `Loader`: a state means the same place only where all of it is equal."""
+    """What decides the rows of a `Loader`: number of documents, digests of their lengths and of the tokenizer, ..."""
 
     documents: int
-    """How many there are."""
     lengths: str
-    """Digest of their lengths."""
     tokenizer: str
-    """Its fingerprint."""
     packing: str
     sequence_length: int
     rows: int
-    """Of a step, on all ranks."""
     seed: int
 
 
-def check_state(config: Any, state: State) -> None:
-    """Refuse a state that was saved with another config, a dataclass, than the loader has that loads it.
+def check_state(identity: State, state: State) -> None:
+    """Refuse a state that was saved with another identity than the loader has that loads it.
 
     Raises: ValueError naming the first field that differs.
     """
-    for name, here in asdict(config).items():
+    for name, here in identity.items():
         came = state["identity"].get(name)
         if came != here:
             raise ValueError(
@@ -82,12 +78,9 @@ def check_state(config: Any, state: State) -> None:
 class Loader:
     """An endless iterator of batches: of the `rows` packed rows a step, those of this data-parallel rank.
 
-    Rank r of `world` has the rows from r * rows / world on. The next batch is tokenized and packed in a background
-    thread while the caller computes on this one.
-
-    `state_dict()` describes the place after the batch handed out last, whatever has been prepared beyond it. A loader
-    made alike, but for the rank and the number of ranks, that loads the joined states of all ranks yields the same
-    batches from there to the bit.
+    The next batch is tokenized and packed in a background thread while the caller computes on this one. A loader made
+    alike, but for the rank and the number of ranks, that loads the joined states of all ranks yields the same batches
+    from there to the bit.
     """
 
     def __init__(
@@ -155,16 +148,12 @@ class Loader:
         return batch, {"step": before["step"] + 1, "lanes": places}
 
     def state_dict(self) -> State:
-        """Where the batch after the one handed out last begins, in the lanes of this rank: see `join_states`."""
+        """Where the batch after the one handed out last begins; `join_states` joins those of all ranks."""
         return {"identity": asdict(self._config), **self._state}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from the joined state of all ranks, however many there were.
-
-        Errors: ValueError naming the field, where the state was made with other documents, another tokenizer, packing,
-        length, seed or number of rows.
-        """
-        check_state(self._config, state)
+        """Go on from the joined state of all ranks, however many there were. Raises as `check_state`."""
+        check_state(asdict(self._config), state)
         places = {str(lane): state["lanes"][str(lane)] for lane in self._own_lanes()}
         self._start({"step": state["step"], "lanes": places})
 
@@ -191,7 +180,7 @@ def join_states(states: Sequence[State]) -> State:
 
 
 def rows_of_rank(rows: int, rank: int, world: int) -> range:
-    """Which of the `rows` rows of a step a data-parallel rank has.
+    """Which of the `rows` rows of a step a data-parallel rank has: rank r those from r * rows / world on.
 
     Errors: ValueError where they cannot be shared equally.
     """

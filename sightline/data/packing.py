@@ -7,7 +7,7 @@ that wait, each with the place where it goes on. That is its whole state.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from sightline.batch import Row, RowBuilder
 
@@ -24,27 +24,23 @@ class Piece(NamedTuple):
     at: int = 0
 
 
-class Packer(Protocol):
-    """What the loader needs of a packer."""
-
-    waiting: list[Piece]
-
-    def __init__(self, length: int, pad_token: int, waiting: Sequence[Piece] = ()) -> None: ...
-
-    def next_row(self, documents: Iterator[Piece]) -> Row | None:
-        """One finished row, taking from `documents` what it needs; None where nothing is left."""
-        ...
-
-
-class Stream:
-    """Fills rows in order and without a gap; the rest of a document opens the next row.
-
-    Only the last row of a finite source is padded.
-    """
+class Packer:
+    """Packs rows of `length`. `waiting` are the pieces that it has taken and not yet placed."""
 
     def __init__(self, length: int, pad_token: int, waiting: Sequence[Piece] = ()) -> None:
         self.length, self.pad_token = length, pad_token
-        self.waiting = list(waiting)  # at most one
+        self.waiting = list(waiting)
+
+    def next_row(self, documents: Iterator[Piece]) -> Row | None:
+        """One finished row, taking from `documents` what it needs; None where nothing is left."""
+        raise NotImplementedError
+
+
+class Stream(Packer):
+    """Fills rows in order and without a gap; the rest of a document opens the next row.
+
+    Only the last row of a finite source is padded, and at most one piece waits.
+    """
 
     def next_row(self, documents: Iterator[Piece]) -> Row | None:
         row = RowBuilder(self.length)
@@ -58,16 +54,12 @@ class Stream:
         return row.finish(self.pad_token) if row.tokens else None
 
 
-class BestFit:
+class BestFit(Packer):
     """Places the longest waiting piece that fits, the oldest of equals, until none does; what stays free is padding.
 
     A document longer than a row is cut into row-long pieces and a rest, and nothing else is ever cut. A piece keeps the
     positions of its document, and its last label is still the document's next token.
     """
-
-    def __init__(self, length: int, pad_token: int, waiting: Sequence[Piece] = ()) -> None:
-        self.length, self.pad_token = length, pad_token
-        self.waiting = list(waiting)
 
     def next_row(self, documents: Iterator[Piece]) -> Row | None:
         row = RowBuilder(self.length)

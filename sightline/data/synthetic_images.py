@@ -6,7 +6,7 @@ there to try models that see; real images become the same batches through `to_pa
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -65,25 +65,12 @@ def draw(caption: str, height: int, width: int, rng: np.random.Generator) -> np.
     return np.where(inside[..., None], COLOURS[colour], COLOURS[ground]).astype(np.uint8)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageLoaderConfig:
-    """What decides the rows: a state means the same place only where all of it is equal."""
-
-    tokenizer: str
-    """Its fingerprint."""
-    seed: int
-    rows: int
-    """Of a step, on all ranks."""
-    sequence_length: int
-
-
 class ImageLoader:
     """An endless iterator of batches: rows packed with documents of one to three drawings and their captions.
 
     A document is never cut; what stays free of a row is padding. An image stands as `image_token`, once for every
     merge x merge patches, and no loss is asked for where it comes next. Every row follows from the seed and its
-    number, so the number of steps is all the state there is. Rank r of `world` has the rows of a step from
-    r * rows / world on, as in `Loader`.
+    number, so the number of steps is all the state there is.
     """
 
     def __init__(
@@ -118,16 +105,20 @@ class ImageLoader:
             )
         self._mine = rows_of_rank(rows, rank, world)
         self._texts, self._tokenizer, self._images = list(captions), tokenizer, images
-        self._config = ImageLoaderConfig(
-            tokenizer=tokenizer.fingerprint, seed=seed, rows=rows, sequence_length=sequence_length
-        )
+        self._rows, self._length, self._seed = rows, sequence_length, seed
+        self._identity: State = {
+            "tokenizer": tokenizer.fingerprint,
+            "seed": seed,
+            "rows": rows,
+            "sequence_length": sequence_length,
+        }
         self._step = 0
 
     def __iter__(self) -> ImageLoader:
         return self
 
     def __next__(self) -> Batch:
-        first = self._step * self._config.rows
+        first = self._step * self._rows
         rows, images = zip(*(self._row(first + row) for row in self._mine), strict=True)
         self._step += 1
         batch = Batch.from_rows(rows)
@@ -138,15 +129,11 @@ class ImageLoader:
         )
 
     def state_dict(self) -> State:
-        """The number of steps handed out, and what must be the same for the next one to be the same."""
-        return {"identity": asdict(self._config), "step": self._step, "lanes": {}}
+        return {"identity": dict(self._identity), "step": self._step, "lanes": {}}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from there.
-
-        Raises: ValueError where the state was made with another tokenizer, seed or row.
-        """
-        check_state(self._config, state)
+        """Go on from there. Raises as `check_state`."""
+        check_state(self._identity, state)
         self._step = state["step"]
 
     def close(self) -> None:
@@ -154,8 +141,8 @@ class ImageLoader:
 
     def _row(self, number: int) -> tuple[Row, list[np.ndarray]]:
         """A row of the run by its number, and its images. The first document that does not fit ends it."""
-        rng = np.random.default_rng((self._config.seed, number))
-        row, images = RowBuilder(self._config.sequence_length), []
+        rng = np.random.default_rng((self._seed, number))
+        row, images = RowBuilder(self._length), []
         while True:
             ids, drawn = self._document(rng)
             if len(ids) <= row.room:

@@ -82,7 +82,7 @@ def save_checkpoint(
     """
     final = directory / f"step-{progress.step}"
     partial = directory / f".{final.name}.partial"
-    first = _rank(group) == 0
+    first = group is None or dist.get_rank(group) == 0
     loader = join_states(_gather(progress.loader, group))
     try:
         with on_all_processes(group):
@@ -143,10 +143,7 @@ def _write_files(directory: Path, state: dict[str, Any], run_files: list[Path]) 
 def load_checkpoint(
     checkpoint: Path, state: dict[str, Any], device: torch.device, group: dist.ProcessGroup | None = None
 ) -> Progress:
-    """Read a checkpoint into `tensors(...)`, in place, and set the random number state. All processes call it.
-
-    Errors: ValueError for what is no checkpoint, not whole, or of another model.
-    """
+    """Read a checkpoint into `tensors(...)`, as `read_tensors`, and set the random number state."""
     read_tensors(checkpoint, state, group)
     torch.set_rng_state(state["random"]["cpu"])
     if "cuda" in state["random"]:
@@ -158,7 +155,10 @@ def load_checkpoint(
 def read_tensors(checkpoint: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
     """Read the tensors that `state` holds, in place; it may hold only a part of what the checkpoint has.
 
-    Errors: as `load_checkpoint`.
+    All processes of `group` call it.
+
+    Raises:
+        ValueError: for what is no checkpoint, not whole, or of another model.
     """
     check_checkpoint(checkpoint)
     reader = dcp.FileSystemReader(checkpoint)
@@ -275,10 +275,6 @@ def _write_tensors(state: dict[str, Any], directory: Path, group: dist.ProcessGr
 
 def _cannot_save(number: int | None, reason: str | None, rank: int, group: dist.ProcessGroup | None) -> CannotSave:
     return CannotSave(number, reason if group is None else f"rank {rank}: {reason}")
-
-
-def _rank(group: dist.ProcessGroup | None) -> int:
-    return 0 if group is None else dist.get_rank(group)
 
 
 def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:

@@ -22,7 +22,7 @@ from sightline.training.checkpoint import (
     on_all_processes,
     read_tensors,
 )
-from sightline.training.run_directory import load_config
+from sightline.training.run_directory import find_checkpoint, load_config
 
 
 def export_checkpoint(
@@ -33,16 +33,18 @@ def export_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     group: dist.ProcessGroup | None = None,
     family: Family | None = None,
-) -> None:
-    """Write the model of a checkpoint into `output` as `save_pretrained` would.
+) -> Path:
+    """Write the model of a checkpoint, or of a run's newest one, into `output` as `save_pretrained` would; returns the
+    checkpoint.
 
     group  processes that share the work, each of which calls this; None where there is one. Each writes some of the
            files, and reads from the checkpoint what is in them, whichever processes wrote it there.
-    family  of the model, as in `load_config`
+    family  as in `load_config`
 
     Errors: ValueError for a checkpoint that is not whole, or a directory that has weights already; CannotSave on every
     process.
     """
+    checkpoint = find_checkpoint(checkpoint)
     check_checkpoint(checkpoint)
     run = load_config(checkpoint / CONFIG, family)
     model = build_skeleton(run.model)
@@ -68,6 +70,7 @@ def export_checkpoint(
         if rank == 0:
             writer.abandon()
         raise
+    return checkpoint
 
 
 def _beside_the_weights(run: Run, checkpoint: Path) -> tuple[Path, dict[str, Any]]:

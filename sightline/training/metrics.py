@@ -60,10 +60,7 @@ class MetricsFile:
         return True
 
     def sync(self) -> None:
-        """On the disk before a checkpoint is: a resumed run must find every line up to its step.
-
-        Errors: CannotSave.
-        """
+        """On the disk before a checkpoint is: a resumed run must find every line up to its step. Errors: CannotSave."""
         if not self.flush():
             raise CannotSave(errno.EIO, f"{self.path} could not be written")
         sync(self.path)
@@ -104,9 +101,6 @@ class Metrics:
                 self._board = None
         if self._wandb is not None:
             self._wandb.log(row, step=row["step"])
-
-    def sync(self) -> None:
-        self.file.sync()
 
     def close(self) -> None:
         self.file.flush()

@@ -25,10 +25,9 @@ from sightline.training.checkpoint import (
 class Saver:
     """Writes the checkpoints of a run into `directory`, one after the other. All processes call it alike.
 
-    options  of these: every, keep, and asynchronous, which copies the tensors to the CPU's memory and writes them in a
-             thread while the run goes on. Memory for a second copy of this process's weights and moments is needed
-             meanwhile.
-    warn     takes the text that a checkpoint could not be written
+    With `options.asynchronous` the tensors are copied to the CPU's memory, which must hold a second copy of this
+    process's weights and moments, and written in a thread while the run goes on. `warn` takes what to say of a
+    checkpoint that could not be written.
     """
 
     def __init__(
@@ -62,10 +61,7 @@ class Saver:
             self._warn_of(lambda: self.begin(state, progress))
 
     def save_last(self, state: dict[str, Any], progress: Progress) -> None:
-        """Write a checkpoint, unless there is one of that step.
-
-        Raises: SaveFailed on every process.
-        """
+        """Write a checkpoint, unless there is one of that step. Raises: SaveFailed on every process."""
         self._warn_of(self.wait)
         if self.newest == progress.step:
             return

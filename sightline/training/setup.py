@@ -12,10 +12,7 @@ from sightline.data import Documents, Tokenizer, load_tokenizer, train_tokenizer
 
 
 def choose_device(options: config.Training) -> torch.device:
-    """The device `training.device` means here.
-
-    Errors: ValueError where it asks for CUDA and there is none.
-    """
+    """The device `training.device` means here. Errors: ValueError where it asks for CUDA and there is none."""
     has_cuda = torch.cuda.is_available()
     if options.device == "cuda" and not has_cuda:
         raise ValueError(
@@ -36,9 +33,7 @@ def make_reproducible(seed: int, deterministic: bool) -> None:
 def get_tokenizer(path: Path | None, documents: Documents, vocab_size: int) -> Tokenizer:
     """The tokenizer at `path`, or without one a new one, trained on the documents.
 
-    vocab_size  of the model
-
-    Errors: ValueError where the model has no room for its vocabulary, or there is nothing to train one on.
+    Errors: ValueError where the model's `vocab_size` has no room for it, or there is nothing to train one on.
     """
     if path is None:
         if not documents:

@@ -1,7 +1,8 @@
-"""One optimizer step: what the model takes, the loss over all valid tokens, clipping, the update."""
+"""One optimizer step: what the model takes, the loss over all valid tokens, clipping, the update. And validation."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -134,3 +135,21 @@ def train_step(
     optimizer.found_inf = (~(sums.loss.isfinite() & grad_norm.isfinite())).float()
     optimizer.step()
     return StepResult(sums=sums, grad_norm=grad_norm, of_model=model.finish_step())
+
+
+@torch.no_grad()
+def validate(model: ParallelModel, batches: Iterable[Batch], tokenizer: Tokenizer | None) -> float:
+    """The loss over all batches, by default the mean over valid tokens: long rows count as much as their tokens.
+
+    batches  those of this process: every process has as many, of as many rows
+    """
+    mesh = model.mesh
+    loss = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    weight = torch.zeros((), dtype=torch.float64)
+    model.train(False)
+    for batch in batches:
+        loss += model.evaluate(model.own_tokens(prepare_batch(model, batch, tokenizer, "cpu")))
+        weight += model.loss.weight(batch)
+    model.train()
+    mesh.sum(mesh.sum(loss, "loss"), "pipeline")
+    return loss.item() / (float(mesh.sum(weight, "data")) or 1.0)

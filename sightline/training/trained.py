@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from sightline import config
-from sightline.config import Run
 from sightline.data import Tokenizer, load_tokenizer
 from sightline.models import Family, build_model, load_pretrained
 from sightline.models.hf.files import holds_weights
@@ -16,15 +15,6 @@ from sightline.training.checkpoint import CONFIG, TOKENIZER, check_checkpoint, r
 from sightline.training.run_directory import find_checkpoint, load_config
 from sightline.training.setup import choose_device
 from sightline.training.step import Model
-
-
-class Trained(NamedTuple):
-    """What a checkpoint holds for those who do not train on."""
-
-    run: Run
-    model: Model
-    tokenizer: Tokenizer
-    checkpoint: Path
 
 
 class LoadedModel(NamedTuple):
@@ -48,26 +38,15 @@ def load(
     """
     directory = Path(directory).expanduser()
     device = choose_device(config.Training()) if device is None else torch.device(device)
-    if not holds_weights(directory):
-        trained = load_trained(directory, device, family)
-        return LoadedModel(trained.model, trained.tokenizer)
-    tokenizer = load_tokenizer(directory)
-    dtype = torch.float32 if device.type == "cpu" else None
-    with device:
-        return LoadedModel(load_pretrained(directory, dtype=dtype, family=family).eval(), tokenizer)
-
-
-def load_trained(path: Path, device: torch.device, family: Family | None = None) -> Trained:
-    """The model of a checkpoint, or of the newest one where `path` is the directory of a run.
-
-    family  of the model, as in `load_config`
-
-    Errors: ValueError where there is none, or it is not whole.
-    """
-    checkpoint = find_checkpoint(path)
+    if holds_weights(directory):
+        tokenizer = load_tokenizer(directory)
+        dtype = torch.float32 if device.type == "cpu" else None
+        with device:
+            return LoadedModel(load_pretrained(directory, dtype=dtype, family=family).eval(), tokenizer)
+    checkpoint = find_checkpoint(directory)
     check_checkpoint(checkpoint)
     run = load_config(checkpoint / CONFIG, family)
     with device:
         model = build_model(run.model)
     read_tensors(checkpoint, {"model": model.state_dict()})
-    return Trained(run, model.eval(), load_tokenizer(checkpoint / TOKENIZER), checkpoint)
+    return LoadedModel(model.eval(), load_tokenizer(checkpoint / TOKENIZER))

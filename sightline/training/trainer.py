@@ -41,9 +41,8 @@ from sightline.training.saver import Saver
 from sightline.training.schedule import learning_rate
 from sightline.training.setup import choose_device, get_tokenizer, make_reproducible
 from sightline.training.signals import StopRequest
-from sightline.training.step import StepResult, train_step
+from sightline.training.step import StepResult, train_step, validate
 from sightline.training.terminal import Terminal
-from sightline.training.validation import validate
 
 
 def train(run: Run, terminal: Terminal | None = None, *, batches: Batches | None = None) -> Path:
@@ -109,7 +108,7 @@ class Trainer:
             self.directory.write(described, self.tokenizer)
             metrics = Metrics(self.directory.path, run.logging, self.step, described)
             self.metrics = opened.enter_context(closing(metrics))
-            self.saver.before = self.metrics.sync
+            self.saver.before = metrics.file.sync
         self.last_read = 0.0
         self.reads_at_once = device.type == "cpu"  # there a step has its numbers when it returns
         announce_model(terminal, run.training, self.model, run.model_from, self.peak)
@@ -199,10 +198,7 @@ class Trainer:
         return Taken(self.step, started, rate, result)
 
     def read(self, taken: Taken) -> dict[str, Any]:
-        """The row of a step. Waits for the device to have taken it.
-
-        Errors: NonFiniteLoss.
-        """
+        """The row of a step. Waits for the device to have taken it. Errors: NonFiniteLoss."""
         result = taken.result
         sums, grad_norm = result.sums.read(), result.grad_norm.item()
         loss, tokens = sums["loss"], round(sums["tokens"])
@@ -258,10 +254,7 @@ class Trainer:
         return progress.step
 
     def export(self) -> None:
-        """The trained model for transformers, unless it is there.
-
-        Errors: RunFailed.
-        """
+        """The trained model for transformers, unless it is there. Errors: RunFailed."""
         checkpoint = self.mesh.from_first(self.saver.latest)
         assert checkpoint is not None, "a run that came to its end has saved"
         output = self.directory.exported / checkpoint.name

@@ -17,7 +17,7 @@ from sightline import Batch
 from sightline.cli.main import run
 from sightline.models import VLM, load_pretrained
 from sightline.training import trainer
-from sightline.training.trained import load_trained
+from sightline.training.trained import load
 from tests.support.small_runs import write_corpus
 
 SHORT = (
@@ -56,7 +56,7 @@ def test_a_run_becomes_a_model_and_a_tokenizer_for_transformers(trained, tmp_pat
     assert run(["convert", str(trained[1]), str(tmp_path / "hf")]) == 0
     assert f"wrote the model of {trained[1]}/checkpoints/step-2 to {tmp_path}/hf" in capsys.readouterr().out
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    ours = load_trained(trained[1], torch.device("cpu"))
+    ours = load(trained[1], device="cpu")
     with torch.no_grad():
         torch.testing.assert_close(theirs(TOKENS).logits, logits_of(ours.model), atol=1e-5, rtol=0)
     assert theirs.config.max_position_embeddings == 48
@@ -112,7 +112,7 @@ def test_from_hugging_face_through_training_and_back(trained, tmp_path, monkeypa
 
     assert run(["convert", str(directory), str(back)]) == 0
     theirs = AutoModelForCausalLM.from_pretrained(back).eval()
-    ours = load_trained(directory, torch.device("cpu")).model
+    ours = load(directory, device="cpu").model
     with torch.no_grad():
         torch.testing.assert_close(theirs(TOKENS).logits, logits_of(ours), atol=1e-5, rtol=0)
     assert not torch.equal(ours.embedding.weight, read["embedding.weight"]), "it trained"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sightline.cli.masks import find_subject, main
+from sightline.cli.masks import main
+from sightline.cli.show_masks import find_subject
 from sightline.config import Data, Run
 from sightline.data import load_documents, open_loader, split_documents, train_tokenizer
 from sightline.masks import causal, document

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from sightline.cli.main import run as command
-from sightline.cli.plan import busiest, main, received
+from sightline.cli.plan import main
+from sightline.cli.show_plan import busiest, received
 from sightline.config import Data
 from sightline.masks import causal, document
 from sightline.parallel import plan_context

@@ -19,8 +19,7 @@ from sightline.models import config_of
 from sightline.parallel.apply import build_parallel
 from sightline.parallel.mesh import Mesh
 from sightline.training.optimizer import build_optimizer
-from sightline.training.step import train_step
-from sightline.training.validation import validate
+from sightline.training.step import train_step, validate
 from tests.support.processes import on_processes
 
 CPU = torch.device("cpu")

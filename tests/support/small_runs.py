@@ -19,7 +19,7 @@ from sightline.data import Batches
 from sightline.models import Llama3Config
 from sightline.training.metrics import TIMES, read_metrics
 from sightline.training.terminal import Terminal
-from sightline.training.trained import load_trained
+from sightline.training.trained import load
 from sightline.training.trainer import Trainer, train
 
 MODEL = Llama3Config(vocab_size=320, width=32, layers=2, heads=4, kv_heads=2, ffn=64)
@@ -70,7 +70,7 @@ def rows_of(run_directory: Path) -> list[dict[str, Any]]:
 
 
 def weights_of(path: Path) -> dict[str, torch.Tensor]:
-    return load_trained(path, torch.device("cpu")).model.state_dict()
+    return load(path, device="cpu").model.state_dict()
 
 
 def die_at(name: str, call: int, *, halfway: bool = False) -> None:

@@ -17,7 +17,7 @@ from sightline.parallel.parallel_model import on_one_process
 from sightline.training.checkpoint import read_tensors, tensors
 from sightline.training.optimizer import build_optimizer
 from sightline.training.step import train_step
-from sightline.training.trained import load_trained
+from sightline.training.trained import load
 
 FIXTURES = sorted((Path(__file__).parent.parent / "fixtures" / "checkpoints").glob("*.tar.xz"))
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def test_a_checkpoint_of_0_2_0_continues(archive: Path, tmp_path: Path) -> None:
         file.extractall(tmp_path, filter="data")
     directory = tmp_path / archive.name.split(".")[0]
     expected = json.loads((directory / "expected.json").read_text())
-    model = load_trained(directory / "step-2", CPU).model.train()
+    model = load(directory / "step-2", device=CPU).model.train()
     optimizer = build_optimizer(model, Optimizer(learning_rate=1e-2))
     read_tensors(directory / "step-2", tensors(model, optimizer, CPU))
     result = train_step(on_one_process(model), optimizer, fixed_batch(), None, micro_batch_size=1, max_grad_norm=1.0)

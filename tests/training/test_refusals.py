@@ -15,7 +15,7 @@ from sightline.training import saver
 from sightline.training.checkpoint import list_checkpoints
 from sightline.training.resume import check_continues
 from sightline.training.run_directory import settings
-from sightline.training.trained import load_trained
+from sightline.training.trained import load
 from tests.support.small_runs import MODEL, STEPS, rows_of, small_run, train_quietly, write_corpus
 
 
@@ -149,7 +149,7 @@ def test_a_loss_that_is_no_number_ends_the_run(source, tmp_path) -> None:
     """A learning rate that throws the weights to infinity in the fourth step, the first after its warm-up."""
     run = small_run(tmp_path / "run", source)
     train_quietly(dataclasses.replace(run, training=dataclasses.replace(run.training, steps=3)))
-    weights = load_trained(tmp_path / "run", torch.device("cpu")).model.state_dict()
+    weights = load(tmp_path / "run", device="cpu").model.state_dict()
     wild = dataclasses.replace(run, optimizer=Optimizer(learning_rate=1e38, warmup_steps=2))
     with pytest.raises(NonFiniteLoss) as error:
         train_quietly(wild)
@@ -160,7 +160,7 @@ def test_a_loss_that_is_no_number_ends_the_run(source, tmp_path) -> None:
     assert "step-3" in str(error.value) and "--optimizer.learning-rate" in str(error.value)
     assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, step))
     assert error.value.exit_code == 1
-    kept = load_trained(tmp_path / "run" / "checkpoints" / "step-3", torch.device("cpu")).model.state_dict()
+    kept = load(tmp_path / "run" / "checkpoints" / "step-3", device="cpu").model.state_dict()
     assert all(torch.equal(kept[name], weight) for name, weight in weights.items())
     assert "continued from step-" in train_quietly(run), "a better learning rate goes on"
 

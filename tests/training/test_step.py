@@ -14,8 +14,7 @@ from sightline.layers.losses import WeightedLoss
 from sightline.models import build_model, config_of
 from sightline.parallel.parallel_model import on_one_process
 from sightline.training.optimizer import build_optimizer
-from sightline.training.step import prepare_batch, train_step
-from sightline.training.validation import validate
+from sightline.training.step import prepare_batch, train_step, validate
 from tests.support.small_runs import MODEL
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from sightline.training.checkpoint import list_checkpoints
 from sightline.training.metrics import read_metrics
 from sightline.training.run_directory import load_config
 from sightline.training.schedule import learning_rate
-from sightline.training.trained import load_trained
+from sightline.training.trained import load
 from tests.support.small_runs import STEPS, open_trainer, rows_of, small_run, train_quietly, write_corpus
 
 
@@ -107,7 +107,6 @@ def test_training_and_validation_prepare_their_batches_alike(run, source, tmp_pa
         return original(model, batch, tokenizer, device)
 
     monkeypatch.setattr("sightline.training.step.prepare_batch", watched)
-    monkeypatch.setattr("sightline.training.validation.prepare_batch", watched)
     train_quietly(small_run(tmp_path / "run", source, training__steps=2, validation__every=2))
     assert seen == [True, True, True, True, False, False], "2 steps of 2 forwards, 2 validation rows without gradients"
 
@@ -174,8 +173,8 @@ def test_best_fit_pads_and_counts_only_tokens(tmp_path) -> None:
 
 def test_a_trained_model_loads_with_its_tokenizer(run, said) -> None:
     for path in (run.output_dir, run.output_dir / "checkpoints" / "step-6"):
-        trained = load_trained(path, torch.device("cpu"))
-        assert trained.run == run
+        trained = load(path, device="cpu")
+        assert load_config(path / "config.json") == run
         assert not trained.model.training
         assert trained.tokenizer.decode(trained.tokenizer.encode("def f")) == "def f"
 
