@@ -169,6 +169,7 @@ def test_the_command_line_trains_continues_and_converts_it(
     monkeypatch.chdir(outside)
     start = ("--model-from", "exported", "--output-dir", "runs/begun", *OPTIONS, "--training.steps", "1")
     assert command(["train", "examples.ministral:RUN", *start]) == 0
+    assert "sightline generate runs/begun --family examples.ministral:MINISTRAL" in capsys.readouterr().out
     assert command(["generate", "exported", "--prompt", "A run", "--family", "examples.ministral:RUN"]) == 0
     assert "A run" in capsys.readouterr().out
 

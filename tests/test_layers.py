@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from importlinter.cli import lint_imports
 
+from sightline.attention import BACKENDS
+
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "sightline").rglob("*.py"))
 
@@ -24,6 +26,12 @@ def test_the_page_says_what_the_contract_says() -> None:
     page = [" | ".join(re.findall(r"`(\w+)(?:/|\.py)`", names)) for _, names in rows]
     assert page == contract["layers"]
     assert [int(number) for number, _ in rows] == list(reversed(range(len(rows))))
+
+
+def test_the_contract_of_backends_names_them_all() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (backends,) = (contract["modules"] for contract in contracts if contract["type"] == "independence")
+    assert set(backends) == {type(backend).__module__ for backend in BACKENDS}
 
 
 def test_imports_stand_at_the_top() -> None:

@@ -79,7 +79,7 @@ def lower(
 
 def check_backend(backend: str, needs: Needs) -> None:
     """Refuse a backend that cannot serve such layers, whatever the mask; the error names those that can."""
-    refused = [_refusal(candidate, needs) for candidate in find_backends(backend, needs.device)]
+    refused = [candidate.supports(needs) for candidate in find_backends(backend, needs.device)]
     if all(refused):
         raise ValueError(f"attention backend {backend!r}: {'; '.join(map(str, refused))}; {_alternatives(needs)}")
 
@@ -102,7 +102,7 @@ def _choose(mask: AttentionMask, needs: Needs, backend: str) -> tuple[Backend, A
     """The first backend that takes the mask, its inputs, and why it was taken."""
     refused: list[str] = []
     for candidate in find_backends(backend, needs.device):
-        reason = _refusal(candidate, needs)
+        reason = candidate.supports(needs)
         if reason is None:
             inputs = candidate.lower(mask, needs)
             if not isinstance(inputs, Unsupported):
@@ -113,11 +113,6 @@ def _choose(mask: AttentionMask, needs: Needs, backend: str) -> tuple[Backend, A
     raise ValueError(
         f"attention backend {backend!r} cannot honor this mask: {'; '.join(refused)}; {_alternatives(needs, mask)}"
     )
-
-
-def _refusal(backend: Backend, needs: Needs) -> str | None:
-    reason = backend.supports(needs)
-    return None if reason is None else f"{backend.name} cannot: {reason}"
 
 
 def _alternatives(needs: Needs, mask: AttentionMask | None = None) -> str:

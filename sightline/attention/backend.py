@@ -45,7 +45,10 @@ class Backend(Protocol):
     why: str
 
     def supports(self, needs: Needs) -> str | None:
-        """The reason why the kernel cannot serve such layers, whatever the mask; None where it can."""
+        """Why the kernel cannot serve such layers, whatever the mask; None where it can.
+
+        The reason is a clause that begins with the backend's name: "varlen runs on CUDA only, and this is cpu".
+        """
         ...
 
     def lower(self, mask: AttentionMask, needs: Needs) -> Any:

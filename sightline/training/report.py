@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sightline import config
 from sightline.data import Documents
 from sightline.masks import AttentionMask
+from sightline.models.families import reference_of
 from sightline.numbers import count, duration
 from sightline.parallel.parallel_model import ParallelModel
 from sightline.plots.loss_png import plot_loss
@@ -93,8 +95,14 @@ def draw(terminal: Terminal, path: Path, draw_to: Callable[[Path], None]) -> Non
         terminal.warn(f"{path} could not be written: {error}")
 
 
-def tell_end(terminal: Terminal, directory: RunDirectory, prompt: str, seconds: float) -> None:
-    """How the loss fell, and where everything lies. `prompt` is for the command that writes more text."""
+def family_option(model: Any) -> str:
+    """What `sightline generate` and `convert` have to be told beside the directory of a model with this config."""
+    reference = reference_of(model)
+    return f" --family {reference}" if ":" in reference else ""
+
+
+def tell_end(terminal: Terminal, directory: RunDirectory, more_text: str, seconds: float) -> None:
+    """How the loss fell, and where everything lies. `more_text` are the options of the command that writes more."""
     rows = read_metrics(directory.metrics)
     if rows:
         first, last = rows[0], rows[-1]
@@ -112,4 +120,4 @@ def tell_end(terminal: Terminal, directory: RunDirectory, prompt: str, seconds: 
         "TensorBoard": directory.tensorboard,
     }
     terminal.table({what: str(where) for what, where in places.items() if where and where.exists()})
-    terminal.table({"more text": f'sightline generate {directory.path} --prompt "{prompt}"'})
+    terminal.table({"more text": f"sightline generate {directory.path}{more_text}"})

@@ -33,6 +33,7 @@ from sightline.training.report import (
     announce_model,
     draw_first_masks,
     draw_losses,
+    family_option,
     tell_end,
 )
 from sightline.training.resume import check_continues, find_start
@@ -164,7 +165,8 @@ class Trainer:
         self.write_sample()
         if self.mesh.rank == 0:
             seconds = time.perf_counter() - self.began
-            tell_end(self.terminal, self.directory, self.run.logging.sample_prompt, seconds)
+            more_text = f'{family_option(self.run.model)} --prompt "{self.run.logging.sample_prompt}"'
+            tell_end(self.terminal, self.directory, more_text, seconds)
 
     def stops(self, stop: StopRequest) -> bool:
         """Whether a signal came, to this process or to any other: all leave after the same step."""
@@ -263,7 +265,8 @@ class Trainer:
         try:
             export_checkpoint(checkpoint, output, group=self.saver.group)
         except CannotSave as error:
-            raise RunFailed(f"{error}. Make room, then: sightline convert {checkpoint} {output}") from error
+            command = f"sightline convert {checkpoint} {output}{family_option(self.run.model)}"
+            raise RunFailed(f"{error}. Make room, then: {command}") from error
         self.terminal.say(f"exported for transformers: {output}")
 
     def write_sample(self) -> None:

@@ -227,7 +227,7 @@ def find_family(hf: Mapping[str, Any], directory: Path, families: Iterable[Famil
         known.extend(architectures)
     raise ValueError(
         f"{directory} holds a {hf['architectures'][0]}, which is not known here; the architectures are: "
-        f"{', '.join(dict.fromkeys(known)) or 'none'}"
+        f"{', '.join(dict.fromkeys(known)) or 'none'}; name a family of your own by --family package.module:NAME"
     )
 
 
