@@ -118,6 +118,8 @@ def describe_flops(counts: Statistics, subject: Subject, name: str) -> dict[str,
     if subject.model is None:
         return {}
     layers, groups = subject.model.attention_shape(name)
+    if not layers:
+        return {"attention FLOPs, all layers": "0: no layer attends under this mask"}
     total = sum(counts.visible_pairs) * subject.model.flops_per_pair(name)
     return {
         "attention FLOPs, all layers": flops(total),

@@ -51,6 +51,15 @@ def run_directory(source: Path, tmp_path: Path) -> Path:
     return directory
 
 
+def test_a_mask_that_no_layer_attends_under_costs_nothing(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small(get_recipe("qwen3_next-debug"), source)
+    monkeypatch.setitem(RECIPES, "recurrent", replace(run, model=replace(run.model, attention_every=9)))
+    main(["recurrent", "--stats"])
+    assert "0: no layer attends under this mask" in capsys.readouterr().out
+
+
 def test_an_expression_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
     main([EXPRESSION])
     lines = capsys.readouterr().out.splitlines()
