@@ -73,15 +73,18 @@ class ContextPlan:
         """int64 [degree]: keys that come from other ranks, summed over rows and masks (a layer of each)."""
         return self.sent_keys().sum(dim=0)
 
-    def shard(self, rank: int, name: str = "attention", *, whole_rows: bool = False) -> ContextShard:
+    def shard(self, rank: int, name: str | None = None, *, whole_rows: bool = False) -> ContextShard:
         """What `rank` attends, sends and receives in a layer of mask `name`.
 
+        name        of the mask; may be left out where only one was planned
         whole_rows  also what recurrent layers need, which walk along whole rows
 
         Raises:
             ValueError: no such mask was planned.
         """
-        if name not in self.masks:
+        if name is None and len(self.masks) == 1:
+            (name,) = self.masks
+        if name is None or name not in self.masks:
             raise ValueError(f"no mask named {name!r} was planned; there are {sorted(self.masks)}")
         needs = Needs(*(side[self.needs[name].rank == rank] for side in self.needs[name]))
         transfers = self.transfers[name]

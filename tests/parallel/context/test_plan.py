@@ -270,6 +270,10 @@ def test_refusals() -> None:
         plan_context(causal(1, 8), 2, layers={"full": 3})
     with pytest.raises(ValueError, match="no mask named 'full'"):
         plan_context(causal(1, 8), 2).shard(0, "full")
+    two = plan_context({"a": causal(1, 8), "b": causal(1, 8)}, 2)
+    with pytest.raises(ValueError, match=r"no mask named None was planned; there are \['a', 'b'\]"):
+        two.shard(0)
+    assert plan_context({"a": causal(1, 8)}, 2).shard(0).mask.equal(two.shard(0, "a").mask)
 
 
 def test_the_example_of_the_page() -> None:
