@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sightline.config import Run
 from sightline.data import load_tokenizer
 from sightline.models import Family, build_skeleton
 from sightline.models.hf.directory import MAX_SHARD_BYTES, PretrainedWriter
@@ -60,7 +59,10 @@ def export_checkpoint(
     try:
         with on_all_processes(group):
             if rank == 0:
-                writer.begin(*_beside_the_weights(run, checkpoint))
+                # A checkpoint keeps of a tokenizer what training needs; what it came from says more (a chat template).
+                begun_from = run.model_from if run.data.tokenizer is None else None
+                fields = _fields_of_config(checkpoint, run.training.sequence_length)
+                writer.begin(begun_from if begun_from is not None and begun_from.is_dir() else checkpoint, fields)
         with on_all_processes(group):
             writer.write(read, rank, world)
         with on_all_processes(group):
@@ -73,16 +75,11 @@ def export_checkpoint(
     return checkpoint
 
 
-def _beside_the_weights(run: Run, checkpoint: Path) -> tuple[Path, dict[str, Any]]:
-    """The directory whose tokenizer goes with the model, and what else its config.json should say."""
+def _fields_of_config(checkpoint: Path, sequence_length: int) -> dict[str, Any]:
+    """What config.json says beside the sizes of the model."""
     tokenizer = load_tokenizer(checkpoint / TOKENIZER)
-    fields = {
-        "max_position_embeddings": run.training.sequence_length,
+    return {
+        "max_position_embeddings": sequence_length,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
     }
-    # The checkpoint keeps of a tokenizer what training needs; the files it came from say more (a chat template, ...).
-    begun_from = run.model_from
-    if begun_from is not None and run.data.tokenizer is None and begun_from.is_dir():
-        return begun_from, fields
-    return checkpoint, fields
