@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from sightline import config
 from sightline.layers.facts import ParameterFacts, Role
 from sightline.models.drawing import part_of
+from sightline.parallel.redistribute import local_part
 from sightline.training.optimizer.adamw import AdamW
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -59,7 +60,7 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, p: nn.Parameter, group: dict[str, Any]) -> None:
         assert p.grad is not None
-        weight, grad, momentum = (_local(t) for t in (p, p.grad, self.state[p]["momentum_buffer"]))
+        weight, grad, momentum = (local_part(t) for t in (p, p.grad, self.state[p]["momentum_buffer"]))
         taken = grad.new_ones(())  # 0 for a step that changes nothing
         if self.found_inf is not None:
             taken = 1 - self.found_inf.to(grad)
@@ -104,11 +105,6 @@ def _orthogonalize_part(part: Tensor, p: nn.Parameter) -> Tensor:
 def _cuts_matrix(placement: Placement, p: nn.Parameter) -> bool:
     """Whether an axis of the mesh cuts rows or columns of the matrices [..., out, in] of p."""
     return not placement.is_replicate() and placement.dim >= p.ndim - 2  # type: ignore[attr-defined]
-
-
-def _local(t: Tensor) -> Tensor:
-    """This process's part of a tensor."""
-    return t.to_local() if isinstance(t, DTensor) else t
 
 
 def check_offload(parameters: list[ParameterFacts]) -> None:
