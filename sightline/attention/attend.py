@@ -56,6 +56,7 @@ def lower(
     training: bool,
     backend: str = "auto",
     sinks: bool = False,
+    head_dim: int | None = None,
     exchange: Exchange | None = None,
     segments: bool = False,
 ) -> Lowered:
@@ -69,7 +70,7 @@ def lower(
     Raises:
         ValueError: the backend is unknown or cannot honor the mask there; the text names those that can.
     """
-    needs = Needs(device=torch.device(device), dtype=dtype, training=training, sinks=sinks)
+    needs = Needs(device=torch.device(device), dtype=dtype, training=training, sinks=sinks, head_dim=head_dim)
     mask = mask.cpu()
     exchange = exchange or LocalExchange(mask)
     chosen, inputs, reason = _choose(mask, needs, backend)
@@ -152,7 +153,15 @@ def attend(
     if not isinstance(mask, Lowered):
         inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
         training = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        mask = lower(mask, device=q.device, dtype=q.dtype, training=training, backend=backend, sinks=sinks is not None)
+        mask = lower(
+            mask,
+            backend=backend,
+            device=q.device,
+            dtype=q.dtype,
+            training=training,
+            sinks=sinks is not None,
+            head_dim=q.shape[-1],
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return mask.backend.attend(q, k, v, mask.inputs, scale, sinks)
 

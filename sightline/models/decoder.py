@@ -242,9 +242,13 @@ class Decoder(nn.Module):
         return loss
 
     @cached_property
-    def attention_needs(self) -> list[dict[str, Any]]:
-        """What its attention layers ask of a kernel, each kind of layer once: fields of `Needs`."""
-        return list({str(needs := layer.attention_needs()): needs for layer in attention_layers(self)}.values())
+    def attention_needs(self) -> dict[str, Any]:
+        """What a kernel must offer to serve all attention layers: fields of `Needs`."""
+        needs = [layer.attention_needs() for layer in attention_layers(self)]
+        return {
+            "sinks": any(own["sinks"] for own in needs),
+            "head_dim": max((own["head_dim"] for own in needs), default=None),
+        }
 
     def check_backend(self, device: torch.device, dtype: torch.dtype, *, training: bool) -> None:
         """Refuse an attention backend that cannot serve the layers, whatever the masks will be.
@@ -252,14 +256,13 @@ class Decoder(nn.Module):
         Raises:
             ValueError: with the reason and the backends that can.
         """
-        for own in self.attention_needs:
-            check_backend(self.attention_backend, Needs(device=device, dtype=dtype, training=training, **own))
+        needs = Needs(device=device, dtype=dtype, training=training, **self.attention_needs)
+        check_backend(self.attention_backend, needs)
 
     def lower_masks(self, masks: Mapping[str, Any], h: Tensor) -> dict[str, Lowered]:
         """Each mask as the layers take it, made once for all the layers that use it."""
         dtype = autocast_dtype(h) or h.dtype
         training = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        sinks = any(own["sinks"] for own in self.attention_needs)
         lowered = {}
         for name, given in masks.items():
             mask, exchange = self.exchanges.bind(given, h.device)
@@ -269,9 +272,9 @@ class Decoder(nn.Module):
                 device=h.device,
                 dtype=dtype,
                 training=training,
-                sinks=sinks,
                 exchange=exchange,
                 segments=self.row_heads is not None,
+                **self.attention_needs,
             )
         self.kernels |= {name: f"{one.backend.name}: {one.reason}" for name, one in lowered.items()}
         return lowered

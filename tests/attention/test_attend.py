@@ -10,6 +10,8 @@ from torch import Tensor
 
 from sightline.attention import BACKENDS, CHOICES, Needs, attend, check_backend, lower
 from sightline.attention.sdpa import Sdpa
+from sightline.attention.tiled import Tiled
+from sightline.batch import Batch
 from sightline.masks import (
     AttentionMask,
     causal,
@@ -19,6 +21,7 @@ from sightline.masks import (
     shared_prefix,
     sliding_window,
 )
+from sightline.models import build_model, config_of
 from tests.support.random_masks import expressions
 
 
@@ -240,6 +243,20 @@ def test_what_layers_need_is_refused_before_there_is_a_mask(backend: str, needs:
     with pytest.raises(ValueError, match=text):
         check_backend(backend, Needs(**{"device": torch.device("cpu"), "dtype": torch.float32, **needs}))
     check_backend("auto", Needs(device=torch.device("cuda"), dtype=torch.float32, sinks=True, head_dim=512))
+
+
+def test_a_kernel_is_asked_with_all_that_the_layers_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the model is built and when a mask is lowered: heads that varlen does not take must not reach it."""
+    asked: list[Needs] = []
+    monkeypatch.setattr(Tiled, "supports", lambda self, needs: asked.append(needs))
+    model = build_model(replace(config_of("gpt_oss-debug"), head_size=24))
+    model.check_backend(torch.device("cpu"), torch.float32, training=True)
+    batch = Batch.from_documents([[1, 2, 3], [4, 5]], length=8)
+    model(batch.tokens, attention_masks=model.get_attention_masks(batch), positions=batch.positions)
+    assert asked and {(needs.sinks, needs.head_dim) for needs in asked} == {(True, 24)}
+    asked.clear()
+    attend(*(torch.randn(1, 2, 8, 4) for _ in range(3)), causal(1, 8))
+    assert [needs.head_dim for needs in asked] == [4]
 
 
 @pytest.mark.parametrize(
