@@ -110,7 +110,7 @@ class DocumentMean(WeightedLoss):
 
 
 LOSSES: tuple[Loss, ...] = (TokenMean(), DocumentMean())
-"""The choices of `--training.loss`."""
+"""Those that `--training.loss` names; `config/run.py` lists the names as its choices."""
 
 
 def get_loss(name: str) -> Loss:

@@ -1,4 +1,7 @@
-"""Optimizers: a file each, and a line in `OPTIMIZERS`. The trainer knows no more of them than `Optimizer` says."""
+"""Optimizers: a file each, a line in `OPTIMIZERS`, and name and state in `config/run.py`, which `plan` reads too.
+
+The trainer knows no more of them than `Optimizer` says.
+"""
 
 from __future__ import annotations
 
