@@ -30,7 +30,7 @@ from torch.distributed._functional_collectives import all_gather_single_autograd
 from benchmarks.timing import lognormal_documents, machine, positions_of, processes_in_turn, save
 from sightline.attention.exchange import Arrived
 from sightline.batch import IGNORE, Batch
-from sightline.config import Optimizer, Parallel, Training
+from sightline.config import OptimizerConfig, ParallelConfig, TrainingConfig
 from sightline.masks import AttentionMask
 from sightline.models import build_skeleton, config_of
 from sightline.parallel import plan_context
@@ -90,14 +90,14 @@ def batches(length: int, documents: str) -> list[Batch]:
     return [whole[row : row + 1] for row in range(ROWS)]
 
 
-def step_of(kind: str, length: int, documents: str, parallel: Parallel) -> Callable[[], float]:
+def step_of(kind: str, length: int, documents: str, parallel: ParallelConfig) -> Callable[[], float]:
     """A step as `sightline train` takes it, on this process's part of the mesh."""
-    options = Training(sequence_length=length, global_batch_size=1, micro_batch_size=1, device="cpu")
+    options = TrainingConfig(sequence_length=length, global_batch_size=1, micro_batch_size=1, device="cpu")
     torch.manual_seed(0)
     model = build_parallel(config_of("llama3-tiny"), options, Mesh(parallel, CPU))
     if kind == "all keys":
         model = SendsAll(model.mesh, model.whole, model.stages)
-    optimizer = build_optimizer(model, Optimizer(learning_rate=1e-5))
+    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=1e-5))
     rows, taken = batches(length, documents), 0
 
     def step() -> float:
@@ -111,7 +111,7 @@ def step_of(kind: str, length: int, documents: str, parallel: Parallel) -> Calla
 
 def alone(length: int, documents: str) -> Callable[[], float]:
     torch.set_num_threads(2)
-    return step_of("one process", length, documents, Parallel())
+    return step_of("one process", length, documents, ParallelConfig())
 
 
 def shared(kind: str, length: int, documents: str) -> Callable[[], float]:
@@ -141,7 +141,7 @@ def join(rank: int, port: str, kind: str, length: int, documents: str) -> Callab
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2"}
     dist.init_process_group("gloo")
-    return step_of(kind, length, documents, Parallel(context=2))
+    return step_of(kind, length, documents, ParallelConfig(context=2))
 
 
 def main() -> None:

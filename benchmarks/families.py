@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from benchmarks.timing import in_turn, machine, save
 from benchmarks.training_step import cycle
 from sightline.batch import IGNORE, PADDING, Batch
-from sightline.config import Optimizer
+from sightline.config import OptimizerConfig
 from sightline.data import Tokenizer, load_documents, open_loader
 from sightline.models import VLM, VLMConfig, build_model, build_skeleton, config_of, load_pretrained, save_pretrained
 from sightline.models.hf.directory import read_config
@@ -135,7 +135,7 @@ def their_step(model: Any, batch: Callable[[], Batch], arrange: Callable[[Batch]
 
 
 def our_step(model: Any, batch: Callable[[], Batch], tokenizer: Tokenizer) -> Callable[[], float]:
-    alone, optimizer = on_one_process(model), build_optimizer(model, Optimizer(learning_rate=RATE))
+    alone, optimizer = on_one_process(model), build_optimizer(model, OptimizerConfig(learning_rate=RATE))
 
     def step() -> float:
         result = train_step(alone, optimizer, batch(), tokenizer, micro_batch_size=1, max_grad_norm=1.0)
@@ -157,7 +157,7 @@ def write_model(name: str, directory: Path) -> None:
     """Fresh weights, for both to read. Theirs have no multi-token prediction, so ours goes without."""
     config = config_of(name)
     if getattr(config, "prediction_weight", None) is not None:
-        config = dataclasses.replace(config, prediction_weight=None)
+        config = dataclasses.replace(config, mtp_loss_weight=None)
     torch.manual_seed(0)
     save_pretrained(build_model(config), directory)
 

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sightline.config import Parallel, Run
+from sightline.config import ParallelConfig, Run
 from sightline.recipes import RECIPES
 from sightline.training.metrics import read_metrics
 from tests.parallel.test_meshes import FAST, small_run, train_on
@@ -61,7 +61,7 @@ def record(only: str) -> dict[str, list[dict[str, Any]]]:
             key = f"{family} {degrees}"
             if only in key:
                 print(key, file=sys.stderr, flush=True)
-                run = small_run(directory / f"mesh{number}", corpus, family, Parallel(**degrees))
+                run = small_run(directory / f"mesh{number}", corpus, family, ParallelConfig(**degrees))
                 world = 1
                 for degree in (n for axis, n in degrees.items() if axis != "expert" and isinstance(n, int)):
                     world *= degree

@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.timing import machine, processes_in_turn, save
 from benchmarks.training_step import cycle, rows_of
-from sightline.config import Optimizer, Parallel, Training
+from sightline.config import OptimizerConfig, ParallelConfig, TrainingConfig
 from sightline.models import build_model, config_of
 from sightline.parallel.apply import build_parallel
 from sightline.parallel.launch import joined
@@ -34,7 +34,7 @@ def through_the_mesh(length: int, threads: int) -> Callable[[], float]:
     torch.set_num_threads(threads)
     tokenizer, rows = rows_of(length)
     model = build_model("llama3-tiny")
-    alone, optimizer, following = on_one_process(model), build_optimizer(model, Optimizer()), cycle(rows)
+    alone, optimizer, following = on_one_process(model), build_optimizer(model, OptimizerConfig()), cycle(rows)
     return lambda: train_step(
         alone, optimizer, following(), tokenizer, micro_batch_size=1, max_grad_norm=1.0
     ).loss.item()
@@ -45,7 +45,7 @@ def by_hand(length: int, threads: int) -> Callable[[], float]:
     torch.set_num_threads(threads)
     tokenizer, rows = rows_of(length)
     model = build_model("llama3-tiny")
-    optimizer, following = build_optimizer(model, Optimizer()), cycle(rows)
+    optimizer, following = build_optimizer(model, OptimizerConfig()), cycle(rows)
 
     def step() -> float:
         batch = following()
@@ -72,7 +72,7 @@ def measure_overhead(arguments: argparse.Namespace) -> None:
 
 def held_bytes(model: ParallelModel) -> dict[str, int]:
     """Weights, gradients and moments of this process, after a step."""
-    optimizer = build_optimizer(model, Optimizer())
+    optimizer = build_optimizer(model, OptimizerConfig())
     held = {"weights": 0, "gradients": 0, "moments": 0}
     for _, parameter in model.named_parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -83,9 +83,9 @@ def held_bytes(model: ParallelModel) -> dict[str, int]:
 
 
 def measure_memory(model: str) -> None:
-    with joined(Parallel(), CPU) as device:
-        mesh = Mesh(Parallel(), device)
-        here = sum(held_bytes(build_parallel(config_of(model), Training(device="cpu"), mesh)).values())
+    with joined(ParallelConfig(), CPU) as device:
+        mesh = Mesh(ParallelConfig(), device)
+        here = sum(held_bytes(build_parallel(config_of(model), TrainingConfig(device="cpu"), mesh)).values())
         most = torch.tensor(here)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         alone = sum(held_bytes(on_one_process(build_model(model))).values())

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks.timing import machine, processes_in_turn, save
 from sightline.attention import lower
 from sightline.batch import Batch
-from sightline.config import Data, Optimizer
+from sightline.config import DataConfig, OptimizerConfig
 from sightline.data import Loader, Tokenizer, load_documents, train_tokenizer
 from sightline.models import build_model
 from sightline.models.llama3 import Llama3, Llama3Config
@@ -38,17 +38,17 @@ from sightline.training.step import train_step
 class PlainBlock(nn.Module):
     def __init__(self, config: Llama3Config) -> None:
         super().__init__()
-        width, size = config.width, config.resolved_head_size
-        self.heads, self.kv_heads, self.size = config.heads, config.kv_heads, size
+        width, size = config.hidden_size, config.resolved_head_dim
+        self.heads, self.kv_heads, self.size = config.num_heads, config.num_kv_heads, size
         self.attention_norm = nn.RMSNorm(width, config.norm_eps)
-        self.query = nn.Linear(width, config.heads * size, bias=False)
-        self.key = nn.Linear(width, config.kv_heads * size, bias=False)
-        self.value = nn.Linear(width, config.kv_heads * size, bias=False)
-        self.attention_output = nn.Linear(config.heads * size, width, bias=False)
+        self.query = nn.Linear(width, config.num_heads * size, bias=False)
+        self.key = nn.Linear(width, config.num_kv_heads * size, bias=False)
+        self.value = nn.Linear(width, config.num_kv_heads * size, bias=False)
+        self.attention_output = nn.Linear(config.num_heads * size, width, bias=False)
         self.mlp_norm = nn.RMSNorm(width, config.norm_eps)
-        self.gate = nn.Linear(width, config.ffn, bias=False)
-        self.up = nn.Linear(width, config.ffn, bias=False)
-        self.down = nn.Linear(config.ffn, width, bias=False)
+        self.gate = nn.Linear(width, config.intermediate_size, bias=False)
+        self.up = nn.Linear(width, config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, width, bias=False)
 
     def forward(self, h: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
         x = self.attention_norm(h)
@@ -71,10 +71,10 @@ class PlainModel(nn.Module):
     def __init__(self, config: Llama3Config) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(PlainBlock(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.width, config.norm_eps)
-        self.output = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(PlainBlock(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, batch: Batch, dense: bool) -> Tensor:
         mask = None
@@ -82,7 +82,7 @@ class PlainModel(nn.Module):
             ids, length = batch.document_ids, batch.shape[1]
             mask = (ids[:, :, None] == ids[:, None, :]).unsqueeze(1)
             mask = mask & torch.ones(length, length, dtype=torch.bool).tril()
-        size = self.config.resolved_head_size
+        size = self.config.resolved_head_dim
         frequencies = self.config.rope_theta ** -(torch.arange(0, size, 2) / size)
         angles = (batch.positions[:, None, :, None] * frequencies).repeat(1, 1, 1, 2)
         cos, sin = angles.cos(), angles.sin()
@@ -100,7 +100,7 @@ class PlainModel(nn.Module):
 
 def rows_of(length: int) -> tuple[Tokenizer, list[Batch]]:
     """Rows of the corpus with at least three documents, the same ones for every contestant."""
-    documents = load_documents(Data())
+    documents = load_documents(DataConfig())
     tokenizer = train_tokenizer(documents, 8192)
     loader = Loader(documents, tokenizer, rows=1, sequence_length=length, seed=1)
     rows = [batch for batch in (next(loader) for _ in range(60)) if int(batch.document_ids.max()) >= 2]
@@ -114,7 +114,7 @@ def ours(length: int, threads: int) -> Callable[[], float]:
     torch.manual_seed(0)
     tokenizer, rows = rows_of(length)
     model = build_model("llama3-tiny")
-    optimizer = build_optimizer(model, Optimizer(learning_rate=1e-5))
+    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=1e-5))
     alone, following = on_one_process(model), cycle(rows)
 
     def step() -> float:

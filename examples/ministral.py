@@ -26,23 +26,23 @@ from sightline.models.hf.rope import read_rope, write_rope
 class MinistralConfig(DecoderConfig):
     """The sizes of a Ministral. The first, third, ... layers attend within the window, the others fully."""
 
-    heads: int = 8
+    num_heads: int = 8
     """Query heads (H)."""
-    kv_heads: int = 4
+    num_kv_heads: int = 4
     """Key/value heads (G); each serves heads / kv-heads query heads."""
-    head_size: int = 32
+    head_dim: int = 32
     """Channels of a head (D), an even number."""
-    window: int = 128
+    sliding_window: int = 128
     """Keys that a token sees in a windowed layer, itself included."""
     anchors: int = 0
     """First tokens of a document that windowed layers see from everywhere in it."""
-    ffn: int = 688
+    intermediate_size: int = 688
     """Inner width of the feed-forward layer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "heads", "kv_heads", "head_size", "window", "ffn")
-        check_heads(self, self.head_size)
+        check_heads(self, self.head_dim)
         if self.anchors < 0:
             raise ValueError(f"model.anchors must be at least 0, got {self.anchors}")
 
@@ -52,15 +52,15 @@ class Ministral(Decoder):
 
     def build_block(self, index: int) -> Block:
         config = self.config
-        attention = GroupedQueryAttention(config.width, config.heads, config.kv_heads, config.head_size)
-        mlp = SwiGLU(config.width, config.ffn)
+        attention = GroupedQueryAttention(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim)
+        mlp = SwiGLU(config.hidden_size, config.intermediate_size)
         return Block(attention, mlp, self.build_norm, mask_name="full" if index % 2 else "window")
 
     def get_attention_masks(self, batch: Batch, tokenizer: object = None) -> dict[str, AttentionMask]:
         """In its own document a token sees itself and what comes before it: all of that, or of it the window that ends
         with the token and the anchors."""
         past = super().get_attention_masks(batch)
-        window = sliding_window(*batch.shape, self.config.window, device=batch.tokens.device)
+        window = sliding_window(*batch.shape, self.config.sliding_window, device=batch.tokens.device)
         anchors = prefix_lm(batch.positions, torch.full_like(batch.positions, self.config.anchors))
         return {"window": (window | anchors) & past, "full": past}
 
@@ -83,7 +83,7 @@ def config_to_hf(config: MinistralConfig) -> dict[str, Any]:
         "architectures": ["MinistralForCausalLM"],
         "model_type": "ministral",
         **write_fields(config, FIELDS),
-        "layer_types": layer_types(config.layers),
+        "layer_types": layer_types(config.num_layers),
         **write_rope(config.rope_theta, None),
     }
 
@@ -99,7 +99,7 @@ MINISTRAL = Family(
     config=MinistralConfig,
     presets={
         "debug": MinistralConfig(
-            vocab_size=512, width=64, layers=2, heads=4, kv_heads=2, head_size=16, window=16, anchors=2, ffn=128
+            vocab_size=512, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, sliding_window=16, anchors=2, intermediate_size=128
         ),
         "tiny": MinistralConfig(anchors=4),
     },

@@ -18,7 +18,7 @@ from transformers import MinistralForCausalLM
 from examples.ministral import MINISTRAL, Ministral, MinistralConfig, config_to_hf
 from sightline import Batch
 from sightline.cli.main import run as command
-from sightline.config import Parallel, Run
+from sightline.config import ParallelConfig, Run
 from sightline.models import build_model, load_pretrained
 from sightline.training.metrics import read_metrics
 from tests.support.against_transformers import (
@@ -67,7 +67,7 @@ def as_ours(theirs: Any, directory: Path) -> Ministral:
 def anchored() -> Ministral:
     """Two layers, so that what the window hides and the anchors show also arrives through the full layer."""
     torch.manual_seed(0)
-    return build_model(replace(MINISTRAL.presets["debug"], vocab_size=V, window=4, anchors=2))
+    return build_model(replace(MINISTRAL.presets["debug"], vocab_size=V, sliding_window=4, anchors=2))
 
 
 def test_the_example_has_under_150_lines() -> None:
@@ -219,7 +219,7 @@ def test_two_processes_train_as_one(degrees: dict[str, int], tmp_path: Path) -> 
     changes = {"model": MINISTRAL.presets["debug"], "optimizer__eps": 1e-5}
     alone = small_run(tmp_path / "alone", write_corpus(tmp_path / "texts"), **changes)
     train_quietly(alone)
-    on_processes(2, train_on, replace(alone, output_dir=tmp_path / "two", parallel=Parallel(**degrees)), join=False)
+    on_processes(2, train_on, replace(alone, output_dir=tmp_path / "two", parallel=ParallelConfig(**degrees)), join=False)
     rows, expected = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("two", "alone"))
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
     assert [row["visible_pairs"] for row in rows] == [row["visible_pairs"] for row in expected]

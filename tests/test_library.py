@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sightline
-from sightline.config import Optimizer, Parallel, Run
+from sightline.config import OptimizerConfig, ParallelConfig, Run
 from sightline.data import Loader, load_documents, load_tokenizer, split_documents
 from sightline.errors import Stopped
 from sightline.models import save_pretrained
@@ -24,7 +24,7 @@ SLOW_TO_IMPORT = (
     "torch.distributed.pipelining", "torch.distributed.checkpoint", "sightline.training.trainer",
 )  # fmt: skip
 
-WITHOUT_END = Optimizer(learning_rate=3e-3, warmup_steps=2, schedule="wsd", decay_share=0.0)
+WITHOUT_END = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, schedule="wsd", decay_ratio=0.0)
 """A learning rate that does not depend on how many steps there will be."""
 
 
@@ -94,7 +94,7 @@ class Batches:
 
     def __init__(self, run: Run, rank: int = 0, world: int = 1) -> None:
         tokenizer = load_tokenizer(run.data.tokenizer or run.output_dir)
-        documents, _ = split_documents(load_documents(run.data), run.data.validation_share)
+        documents, _ = split_documents(load_documents(run.data), run.data.validation_fraction)
         self.loader = Loader(documents, tokenizer, rows=2, sequence_length=48, seed=run.seed, rank=rank, world=world)
         self.state_dict, self.load_state_dict = self.loader.state_dict, self.loader.load_state_dict
 
@@ -137,7 +137,7 @@ def train_on_own_batches(rank: int, run: Run) -> None:
 def test_own_batches_of_two_ranks_are_those_of_one(run: Run, tmp_path: Path) -> None:
     for steps in (2, 6):
         training = dataclasses.replace(run.training, steps=steps)
-        options = {"training": training, "parallel": Parallel(shard=2), "optimizer": WITHOUT_END}
+        options = {"training": training, "parallel": ParallelConfig(shard=2), "optimizer": WITHOUT_END}
         on_processes(2, train_on_own_batches, own(run, tmp_path / "two", **options), join=False)
     train_quietly(own(run, tmp_path / "one", optimizer=WITHOUT_END), batches=Batches(run))
     rows, expected = rows_of(tmp_path / "two"), rows_of(tmp_path / "one")

@@ -22,10 +22,10 @@ def test_nearest_of_nothing() -> None:
 
 
 def test_check_divisible_names_the_divisors() -> None:
-    check_divisible("model.heads", 6, "model.kv-heads", 3, "key/value heads")
-    message = "model.heads 6 is not divisible by model.kv-heads 4; key/value heads that divide it: [1, 2, 3, 6]"
+    check_divisible("model.num-heads", 6, "model.num-kv-heads", 3, "key/value heads")
+    message = "model.num-heads 6 is not divisible by model.num-kv-heads 4; key/value heads that divide it: [1, 2, 3, 6]"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        check_divisible("model.heads", 6, "model.kv-heads", 4, "key/value heads")
+        check_divisible("model.num-heads", 6, "model.num-kv-heads", 4, "key/value heads")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (42, "0:42"), (725, "12:05"), (11525, "3:12:05")])

@@ -51,7 +51,7 @@ class Generate(SamplingConfig):
 
 def main(argv: list[str]) -> None:
     options = tyro.cli(Generate, args=argv, prog="sightline generate")
-    device = choose_device(config.Training(device=options.device))
+    device = choose_device(config.TrainingConfig(device=options.device))
     directory, family = find_source(options.source, options.family)
     model, tokenizer = sightline.load(directory, device=device, family=family)
     prompt, extra = read_prompt(options.prompt, options.image, model.config, tokenizer)
@@ -85,8 +85,8 @@ def read_prompt(
         )
     if not images:
         return prompt, {}
-    size, merge = model.vision.patch_size, model.merge
-    read = [read_image(path, patch_size=size, merge=merge, most_patches=model.vision.side**2) for path in images]
+    size, merge = model.vision.patch_size, model.spatial-merge-size
+    read = [read_image(path, patch_size=size, merge=merge, most_patches=model.vision.position-grid-size**2) for path in images]
     ids = tokenizer.encode_prompt(texts[0])
     for image, text in zip(read, texts[1:], strict=True):
         height, width = image.shape[0] // (size * merge), image.shape[1] // (size * merge)

@@ -39,7 +39,7 @@ def show_plan(title: str, run: Run, *, processes: int, gpu: str, rows: int, pict
         show_context(console, title, run, found, rows, picture)
 
 
-def show(console: Console, title: str, training: config.Training, found: Estimate, gpu: str) -> None:
+def show(console: Console, title: str, training: config.TrainingConfig, found: Estimate, gpu: str) -> None:
     """The tables, in the order in which they decide."""
     mesh, largest = found.mesh, found.largest
     named = [f"{axis} {mesh.size(axis)}" for axis in (*AXES, "expert") if mesh.size(axis) > 1]

@@ -24,7 +24,7 @@ EXAMPLES = """examples:
   sightline train llama3-tiny --output-dir runs/mine --data.source ~/texts --training.steps 500
   sightline train llama3-tiny --training.sequence-length 4096 --training.global-batch-size 1 \\
       --training.micro-batch-size 1
-  sightline train llama3-debug --model.layers 4 --optimizer.schedule wsd
+  sightline train llama3-debug --model.num-layers 4 --optimizer.schedule wsd
   sightline train qwen3-0.6b --model-from ~/Qwen3-0.6B --data.source ~/texts
   sightline train package.module:RUN        a recipe of your own, of any model: docs/adding_a_model.md"""
 
@@ -87,7 +87,7 @@ def usage() -> str:
     for name, run in RECIPES.items():
         training, model = run.training, run.model
         lines.append(
-            f"  {name:<14} {model.layers} layers of width {model.width:,}; {training.steps:,} steps of "
+            f"  {name:<14} {model.num-layers} layers of width {model.hidden-size:,}; {training.steps:,} steps of "
             f"{count(training.global_batch_size * training.sequence_length)} tokens"
         )
     return "\n".join([*lines, "", "options: sightline train RECIPE --help", "", EXAMPLES])

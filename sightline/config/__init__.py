@@ -1,29 +1,41 @@
-"""What a run is made of: the sections of a `Run`, and recipe templates (`sightline.config.recipes`)."""
+"""The configuration of a run: the sections of a `Run`, and recipe templates (`sightline.config.recipes`)."""
 
+import warnings
+
+from sightline.config import run
 from sightline.config.run import (
     OPTIMIZER_STATE,
     SCHEDULES,
-    Attention,
-    Checkpoint,
-    Data,
-    Logging,
-    Optimizer,
-    Parallel,
+    AttentionConfig,
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ParallelConfig,
     Run,
-    Training,
-    Validation,
+    TrainingConfig,
+    ValidationConfig,
 )
 
 __all__ = [
     "OPTIMIZER_STATE",
     "SCHEDULES",
-    "Attention",
-    "Checkpoint",
-    "Data",
-    "Logging",
-    "Optimizer",
-    "Parallel",
+    "AttentionConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "LoggingConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
     "Run",
-    "Training",
-    "Validation",
+    "TrainingConfig",
+    "ValidationConfig",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """The sections' old names, `Training` for `TrainingConfig`: accepted until version 0.4 with a warning."""
+    if f"{name}Config" not in __all__:
+        raise AttributeError(f"module 'sightline.config' has no attribute {name!r}")
+    message = f"sightline.config.{name} is now called {name}Config; the old name will be removed in version 0.4"
+    warnings.warn(message, FutureWarning, stacklevel=2)
+    return getattr(run, f"{name}Config")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
+from sightline.config.renamed import RenamedFields
 from sightline.numbers import check_divisible
 
 Model = TypeVar("Model")
@@ -22,7 +23,7 @@ def _positive(owner: str, **values: int | float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class DataConfig(RenamedFields):
     """Where the text comes from and how it is packed into rows."""
 
     source: str = "python-stdlib"
@@ -37,16 +38,16 @@ class Data:
     packing: Literal["stream", "best_fit"] = "stream"
     """`stream` fills rows in order and carries a document over into the next row.
     `best_fit` cuts documents only where they are longer than a row, and pads what stays free."""
-    validation_share: float = 0.05
+    validation_fraction: float = 0.05
     """Share of the documents held out for validation."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.validation_share < 1.0:
-            raise ValueError(f"data.validation-share must be at least 0 and under 1, got {self.validation_share}")
+        if not 0.0 <= self.validation_fraction < 1.0:
+            raise ValueError(f"data.validation-fraction must be at least 0 and under 1, got {self.validation_fraction}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class TrainingConfig:
     """How long, how wide, and in which precision."""
 
     steps: int = 1000
@@ -93,7 +94,7 @@ SCHEDULES = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parallel:
+class ParallelConfig:
     """How many processes share what. replicate x shard x context x tensor x pipeline is the number of processes.
 
     Started by `torchrun --nproc-per-node N -m sightline train ...`; one process needs none of this.
@@ -137,7 +138,7 @@ OPTIMIZER_STATE = {"adamw": (2, 2), "muon": (1, 2)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimizer:
+class OptimizerConfig(RenamedFields):
     """The optimizer, its gradient clipping and its learning-rate schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -159,9 +160,9 @@ class Optimizer:
     """After the warm-up: half a cosine, a straight line, or constant with a linear end (warm-up-stable-decay)."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises from 0 to its peak."""
-    decay_share: float = 0.2
+    decay_ratio: float = 0.2
     """Last share of the steps in which `wsd` decays."""
-    final_share: float = 0.1
+    min_lr_ratio: float = 0.1
     """Learning rate of the last step as a share of the peak."""
 
     def __post_init__(self) -> None:
@@ -170,7 +171,7 @@ class Optimizer:
         _positive("optimizer", learning_rate=self.learning_rate, eps=self.eps, max_grad_norm=self.max_grad_norm)
         if self.warmup_steps < 0:
             raise ValueError(f"optimizer.warmup-steps must be at least 0, got {self.warmup_steps}")
-        for name, value in (("decay-share", self.decay_share), ("final-share", self.final_share)):
+        for name, value in (("decay-ratio", self.decay_ratio), ("min-lr-ratio", self.min_lr_ratio)):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"optimizer.{name} must lie between 0 and 1, got {value}")
         for beta in self.betas:
@@ -187,7 +188,7 @@ class BackendName(str):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attention:
+class AttentionConfig:
     """The kernel that honours the masks."""
 
     backend: str | BackendName = "auto"
@@ -196,7 +197,7 @@ class Attention:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Validation:
+class ValidationConfig:
     """Loss on held-out documents."""
 
     every: int = 100
@@ -211,7 +212,7 @@ class Validation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class CheckpointConfig:
     """What is kept so that a run can go on."""
 
     every: int = 500
@@ -235,7 +236,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Logging:
+class LoggingConfig:
     """What is written down beside metrics.jsonl."""
 
     tensorboard: bool = True
@@ -261,11 +262,11 @@ class Run(Generic[Model]):
     """Where the run is kept. The same command on the same directory continues where it stopped."""
     seed: int = 0
     """Decides initial weights and the order of documents."""
-    data: Data = field(default_factory=Data)
-    training: Training = field(default_factory=Training)
-    parallel: Parallel = field(default_factory=Parallel)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    attention: Attention = field(default_factory=Attention)
-    validation: Validation = field(default_factory=Validation)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    logging: Logging = field(default_factory=Logging)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

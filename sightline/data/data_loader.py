@@ -37,8 +37,8 @@ class DataLoader(Protocol):
 
 
 def open_loader(
-    data: config.Data,
-    training: config.Training,
+    data: config.DataConfig,
+    training: config.TrainingConfig,
     documents: Documents,
     tokenizer: Tokenizer,
     *,
@@ -67,9 +67,9 @@ def open_loader(
 
 
 def open_validation(
-    data: config.Data,
-    training: config.Training,
-    validation: config.Validation,
+    data: config.DataConfig,
+    training: config.TrainingConfig,
+    validation: config.ValidationConfig,
     documents: Documents,
     tokenizer: Tokenizer,
     *,

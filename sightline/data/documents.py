@@ -69,7 +69,7 @@ def describe_skipped(skipped: Mapping[str, Sequence[str]]) -> str:
     return ", ".join(parts)
 
 
-def split_documents(documents: Documents, validation_share: float) -> tuple[Documents, Documents]:
+def split_documents(documents: Documents, validation_fraction: float) -> tuple[Documents, Documents]:
     """(training, validation): a share of the documents is held out, the same ones whatever the run's seed.
 
     Each side gets at least one document where the share is above 0. The validation documents are in random order, so
@@ -77,14 +77,14 @@ def split_documents(documents: Documents, validation_share: float) -> tuple[Docu
 
     Errors: ValueError where the share is above 0 and there are fewer than 2 documents.
     """
-    if validation_share == 0:
+    if validation_fraction == 0:
         return documents, documents.select(np.arange(0))
     if len(documents) < 2:
         raise ValueError(
-            f"data.validation-share {validation_share} holds documents out, but {documents.source} holds only "
+            f"data.validation-fraction {validation_fraction} holds documents out, but {documents.source} holds only "
             f"{len(documents)}, expected at least 2: split the text into more documents (files, or lines of a .jsonl) "
-            "or set --data.validation-share 0"
+            "or set --data.validation-fraction 0"
         )
-    held_out = min(max(1, round(len(documents) * validation_share)), len(documents) - 1)
+    held_out = min(max(1, round(len(documents) * validation_fraction)), len(documents) - 1)
     shuffled = np.random.default_rng(SPLIT_SEED).permutation(len(documents))
     return documents.select(np.sort(shuffled[held_out:])), documents.select(shuffled[:held_out])

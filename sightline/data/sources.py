@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sightline.config import Data
+from sightline.config import DataConfig
 from sightline.data.documents import Documents, describe_skipped
 from sightline.data.synthetic_images import SYNTHETIC_IMAGES, caption_documents
 
@@ -25,7 +25,7 @@ NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle
 """Folders beside or inside the standard library that are not it, or are tests full of made-up text."""
 
 
-def load_documents(data: Data) -> Documents:
+def load_documents(data: DataConfig) -> Documents:
     """The documents of `data.source`, in an order that depends on nothing but the source.
 
     A file is one document, a .jsonl file one a line. Texts of files are held in memory; a Hugging Face dataset stays
@@ -66,7 +66,7 @@ def _find(root: Path, endings: tuple[str, ...], leave_out: frozenset[str] = froz
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _read(root: Path, files: list[Path], data: Data) -> Documents:
+def _read(root: Path, files: list[Path], data: DataConfig) -> Documents:
     texts: list[str] = []
     skipped: dict[str, list[str]] = {"not UTF-8": [], "empty": []}
     for path in files:
@@ -120,7 +120,7 @@ def _fault(text: str | None) -> str | None:
     return None
 
 
-def _load_dataset(data: Data) -> Documents:
+def _load_dataset(data: DataConfig) -> Documents:
     """The `train` split of a Hugging Face dataset, measured once: `datasets` keeps the lengths in its cache."""
     if datasets is None:
         raise ValueError(f"data.source {data.source} needs the package `datasets`: pip install 'sightline[hf]'")

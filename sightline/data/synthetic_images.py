@@ -93,7 +93,7 @@ class ImageLoader:
         if tokenizer.vocab_size > images.image_token:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, so token {images.image_token} may stand for text; "
-                "an image needs a token of its own: raise --model.vocab-size and set --model.image-token to its last "
+                "an image needs a token of its own: raise --model.vocab-size and set --model.image-token-id to its last "
                 "token"
             )
         self._captions = [tokenizer.encode(caption) for caption in captions]

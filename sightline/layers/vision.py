@@ -17,27 +17,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sightline.config.renamed import RenamedFields
 from sightline.attention import Lowered
 from sightline.layers.attention import GroupedQueryAttention
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionConfig:
+class VisionConfig(RenamedFields):
     """The sizes of a SigLIP 2 encoder."""
 
-    width: int = 128
+    hidden_size: int = 128
     """Size of a patch's hidden state."""
-    layers: int = 3
+    num_layers: int = 3
     """Blocks of attention and feed-forward."""
-    heads: int = 4
+    num_heads: int = 4
     """Heads of its attention."""
-    ffn: int = 512
+    intermediate_size: int = 512
     """Inner width of its feed-forward layer."""
     patch_size: int = 8
     """Pixels a side of a patch."""
-    channels: int = 3
+    num_channels: int = 3
     """Colours of a pixel."""
-    side: int = 8
+    position_grid_size: int = 8
     """Learned positions a side; they are stretched or shrunk to the size of each image."""
     norm_eps: float = 1e-6
     """Added to the variance in its norms."""
@@ -47,16 +48,16 @@ class VisionConfig:
             if getattr(self, name) <= 0:
                 option = name.replace("_", "-")
                 raise ValueError(f"model.vision.{option} must be greater than 0, got {getattr(self, name)}")
-        if self.width % self.heads:
+        if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"model.vision.width {self.width} is not divisible by model.vision.heads {self.heads}; change one of "
+                f"model.vision.hidden-size {self.hidden_size} is not divisible by model.vision.num-heads {self.num_heads}; change one of "
                 "them"
             )
 
     @property
     def patch_channels(self) -> int:
         """Numbers of a patch."""
-        return self.patch_size**2 * self.channels
+        return self.patch_size**2 * self.num_channels
 
 
 class Places(NamedTuple):
@@ -139,11 +140,11 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        width, heads, ffn, norm_eps = config.width, config.heads, config.ffn, config.norm_eps
-        self.side = config.side
+        width, heads, ffn, norm_eps = config.hidden_size, config.num_heads, config.intermediate_size, config.norm_eps
+        self.side = config.position_grid_size
         self.embedding = nn.Linear(config.patch_channels, width)
-        self.positions = nn.Parameter(torch.empty(config.side**2, width))
-        self.layers = nn.ModuleDict({str(i): VisionBlock(width, heads, ffn, norm_eps) for i in range(config.layers)})
+        self.positions = nn.Parameter(torch.empty(config.position_grid_size**2, width))
+        self.layers = nn.ModuleDict({str(i): VisionBlock(width, heads, ffn, norm_eps) for i in range(config.num_layers)})
         self.norm = nn.LayerNorm(width, norm_eps)
 
     def init_weights(self) -> None:

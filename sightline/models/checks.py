@@ -8,7 +8,7 @@ from sightline import numbers
 
 
 def option(field: str) -> str:
-    """A field of a model's config as the command line calls it: `model.kv-heads`."""
+    """A field of a model's config as the command line calls it: `model.num-kv-heads`."""
     return f"model.{field.replace('_', '-')}"
 
 
@@ -38,8 +38,8 @@ def check_rotary(field: str, channels: int) -> None:
 
 def check_experts(config: Any) -> None:
     """ValueError for a token that needs more experts than there are."""
-    if config.experts_per_token > config.experts:
+    if config.experts_per_token > config.num_experts:
         raise ValueError(
-            f"model.experts-per-token is {config.experts_per_token}, but there are only {config.experts} experts; "
-            "lower it or raise model.experts"
+            f"model.experts-per-token is {config.experts_per_token}, but there are only {config.num_experts} experts; "
+            "lower it or raise model.num-experts"
         )

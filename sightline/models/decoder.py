@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from sightline.config.renamed import RenamedFields
 from sightline.attention import Exchanges, LocalExchanges, Lowered, Needs, check_backend, lower
 from sightline.batch import Batch, ImageSizes
 from sightline.layers import (
@@ -44,14 +45,14 @@ passes masks by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
+class DecoderConfig(RenamedFields):
     """The sizes that every decoder has. A family's config adds its own, and states anew what differs."""
 
     vocab_size: int = 8192
     """Tokens of the vocabulary (V)."""
-    width: int = 256
+    hidden_size: int = 256
     """Size of a token's hidden state."""
-    layers: int = 6
+    num_layers: int = 6
     """Blocks of attention and feed-forward."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies: the slowest channel turns about once in 2 pi theta tokens."""
@@ -61,7 +62,7 @@ class DecoderConfig:
     """Use the embedding as the output projection too."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "vocab_size", "width", "layers", "rope_theta", "norm_eps")
+        check_positive(self, "vocab_size", "hidden_size", "num_layers", "rope_theta", "norm_eps")
 
 
 class Decoder(nn.Module):
@@ -88,12 +89,12 @@ class Decoder(nn.Module):
         self.attention_backend = attention_backend
         self.exchanges: Exchanges = LocalExchanges()  # context parallelism sets its own
         self.kernels: dict[str, str] = {}  # by mask, the kernel that the last forward used and why, for the log
-        self.embedding: nn.Embedding | None = nn.Embedding(config.vocab_size, config.width)
-        self.layers = Layers({str(index): self.build_block(index) for index in range(config.layers)})
+        self.embedding: nn.Embedding | None = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = Layers({str(index): self.build_block(index) for index in range(config.num_layers)})
         self.norm: RMSNorm | None = self.build_norm()
         self.output: nn.Linear | None = None
         if not config.tied_embeddings:
-            self.output = OutputProjection(config.width, config.vocab_size, bias=False)
+            self.output = OutputProjection(config.hidden_size, config.vocab_size, bias=False)
         # Of a layer of the whole model, also for a stage that has none of them; 0 where all layers are dense.
         self.experts = max((len(part.gate) for part in self.layers.modules() if isinstance(part, Experts)), default=0)
         # Called with the projection's weight. Where processes share the vocabulary, others take the place of these.
@@ -111,7 +112,7 @@ class Decoder(nn.Module):
 
     def build_norm(self) -> RMSNorm:
         """A norm of hidden states [..., W]."""
-        return RMSNorm(self.config.width, self.config.norm_eps)
+        return RMSNorm(self.config.hidden_size, self.config.norm_eps)
 
     def init_weights(self) -> None:
         """Draw fresh weights, all of them normal around 0, in the order of the layers.
@@ -127,11 +128,11 @@ class Decoder(nn.Module):
         everywhere.
         """
         config = self.config
-        std = config.width**-0.5
+        std = config.hidden_size**-0.5
         if self.embedding is not None:
             nn.init.normal_(self.embedding.weight, std=std if config.tied_embeddings else 1.0)
         for layer in self.layers.values():
-            layer.init_weights(std, std / (2 * config.layers) ** 0.5)  # type: ignore[operator]
+            layer.init_weights(std, std / (2 * config.num_layers) ** 0.5)  # type: ignore[operator]
         if self.norm is not None:
             self.norm.init_weights()
         if self.output is not None:
@@ -152,17 +153,17 @@ class Decoder(nn.Module):
         return {}
 
     def encode_positions(self, positions: Tensor) -> Any:
-        """What the layers need to know of positions int [B, S], made once per forward: here a Rotation of `rotary_size`
+        """What the layers need to know of positions int [B, S], made once per forward: here a Rotation of `rotary_dim`
         channels."""
         config = self.config
         scaling = getattr(config, "rope_scaling", None)  # not every family can be stretched
-        frequencies = rope_frequencies(self.rotary_size, config.rope_theta, scaling, device=positions.device)
+        frequencies = rope_frequencies(self.rotary_dim, config.rope_theta, scaling, device=positions.device)
         return build_rotation(positions, frequencies, 1.0 if scaling is None else scaling.rotation_factor)
 
     @property
-    def rotary_size(self) -> int:
+    def rotary_dim(self) -> int:
         """Channels of a head that RoPE rotates."""
-        return self.config.head_size
+        return self.config.head_dim
 
     def forward(
         self,
@@ -288,7 +289,7 @@ class Decoder(nn.Module):
 
     def output_flops_per_token(self) -> float:
         """Of one use of the output projection."""
-        return 6.0 * self.config.width * self.config.vocab_size
+        return 6.0 * self.config.hidden_size * self.config.vocab_size
 
     def flops_per_pair(self, mask_name: str) -> float:
         """Forward and backward FLOPs of one visible pair of a mask, over all layers that use it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,41 +37,41 @@ from sightline.models.hf.deepseek_v3 import DEEPSEEK_V3_HF
 class DeepseekV3Config(DecoderConfig):
     """The sizes of a DeepSeek V3."""
 
-    dense_layers: int = 1
+    num_dense_layers: int = 1
     """The first so many have one feed-forward layer for all tokens, the others have experts."""
-    heads: int = 8
+    num_heads: int = 8
     """Heads (H)."""
-    query_rank: int | None = 128
+    q_lora_rank: int | None = 128
     """Size of the latent that queries come through; None: they come straight from the hidden state."""
-    kv_rank: int = 64
+    kv_lora_rank: int = 64
     """Size of the latent that keys and values come through, which is what generation remembers of a token."""
-    plain_size: int = 16
+    qk_nope_head_dim: int = 16
     """Channels of a head's query and key that know no position."""
-    rope_size: int = 16
+    qk_rope_head_dim: int = 16
     """Channels that RoPE turns, an even number."""
-    value_size: int = 32
+    v_head_dim: int = 32
     """Channels of a head's value."""
-    ffn: int = 688
+    intermediate_size: int = 688
     """Inner width of the feed-forward layer of the dense layers."""
-    expert_ffn: int = 128
+    moe_intermediate_size: int = 128
     """Inner width of an expert."""
-    experts: int = 16
+    num_experts: int = 16
     """Experts that tokens are sent to (E)."""
     experts_per_token: int = 4
     """Experts that a token is sent to (K)."""
-    shared_experts: int = 1
+    num_shared_experts: int = 1
     """Experts that all tokens share: one feed-forward layer of so many times expert-ffn."""
-    expert_groups: int = 1
+    num_expert_groups: int = 1
     """The experts stand in so many groups (the nodes they lie on) ..."""
-    groups_per_token: int = 1
+    num_limited_groups: int = 1
     """... of which a token is sent to no more than this many."""
-    expert_scale: float = 2.5
+    routed_scaling_factor: float = 2.5
     """What the experts of a token give together, against 1 of the shared."""
-    balance_rate: float = 0.001
+    expert_bias_update_rate: float = 0.001
     """How far a step moves the bias of an expert with more or less than the mean load, so that the loads even out."""
-    auxiliary_loss: float = 0.0
+    aux_loss_coef: float = 0.0
     """Weight of a loss that evens out the loads as well."""
-    prediction_weight: float | None = None
+    mtp_loss_weight: float | None = None
     """With it, an extra layer learns to predict the token after the next, its loss weighted by this (0.3 at first, then
     0.1 in the paper); the loss that is told stays that of the next token."""
     rope_scaling: YarnScaling | None = None
@@ -81,31 +81,31 @@ class DeepseekV3Config(DecoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "heads", "kv_rank", "plain_size", "rope_size", "value_size", "ffn", "expert_ffn")
-        check_positive(self, "experts", "experts_per_token", "shared_experts", "expert_groups", "groups_per_token")
+        check_positive(self, "num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size", "moe_intermediate_size")
+        check_positive(self, "num_experts", "experts_per_token", "num_shared_experts", "num_expert_groups", "num_limited_groups")
         check_experts(self)
-        if self.query_rank is not None:
-            check_positive(self, "query_rank")
-        check_rotary("rope_size", self.rope_size)
-        if not 0 <= self.dense_layers <= self.layers:
-            raise ValueError(f"model.dense-layers must be 0 to {self.layers}, all layers, got {self.dense_layers}")
-        check_divisible(self, "experts", "expert_groups", "groups")
+        if self.q_lora_rank is not None:
+            check_positive(self, "q_lora_rank")
+        check_rotary("qk_rope_head_dim", self.qk_rope_head_dim)
+        if not 0 <= self.num_dense_layers <= self.num_layers:
+            raise ValueError(f"model.num-dense-layers must be 0 to {self.num_layers}, all layers, got {self.num_dense_layers}")
+        check_divisible(self, "num_experts", "num_expert_groups", "groups")
         self._check_groups()
 
     def _check_groups(self) -> None:
-        if self.groups_per_token > self.expert_groups:
+        if self.num_limited_groups > self.num_expert_groups:
             raise ValueError(
-                f"model.groups-per-token must be at most {self.expert_groups}, all groups, got {self.groups_per_token}"
+                f"model.num-limited-groups must be at most {self.num_expert_groups}, all groups, got {self.num_limited_groups}"
             )
-        size = self.experts // self.expert_groups
-        if self.groups_per_token < self.expert_groups and size < 2:
+        size = self.num_experts // self.num_expert_groups
+        if self.num_limited_groups < self.num_expert_groups and size < 2:
             raise ValueError(
-                f"a group is judged by its two best experts, but model.experts {self.experts} in "
-                f"{self.expert_groups} groups leave one to each; lower model.expert-groups"
+                f"a group is judged by its two best experts, but model.num-experts {self.num_experts} in "
+                f"{self.num_expert_groups} groups leave one to each; lower model.num-expert-groups"
             )
-        if self.groups_per_token * size < self.experts_per_token:
+        if self.num_limited_groups * size < self.experts_per_token:
             raise ValueError(
-                f"model.groups-per-token {self.groups_per_token} opens {self.groups_per_token * size} experts to a "
+                f"model.num-limited-groups {self.num_limited_groups} opens {self.num_limited_groups * size} experts to a "
                 f"token, but it is sent to {self.experts_per_token}; raise it or lower model.experts-per-token"
             )
 
@@ -113,19 +113,19 @@ class DeepseekV3Config(DecoderConfig):
 def build_moe(config: DeepseekV3Config) -> MoE:
     """Section 2.1.2 of the paper: sigmoid scores, the limit on groups, and the balance without a loss."""
     router = Router(
-        config.width,
-        config.experts,
+        config.hidden_size,
+        config.num_experts,
         config.experts_per_token,
         score="sigmoid",
         renormalize=True,
-        scale=config.expert_scale,
-        groups=config.expert_groups,
-        kept_groups=config.groups_per_token,
-        balance_rate=config.balance_rate,
-        auxiliary=config.auxiliary_loss,
+        scale=config.routed_scaling_factor,
+        groups=config.num_expert_groups,
+        kept_groups=config.num_limited_groups,
+        balance_rate=config.expert_bias_update_rate,
+        auxiliary=config.aux_loss_coef,
     )
-    experts = Experts(config.experts, config.width, config.expert_ffn)
-    return MoE(router, experts, SwiGLU(config.width, config.shared_experts * config.expert_ffn))
+    experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
+    return MoE(router, experts, SwiGLU(config.hidden_size, config.num_shared_experts * config.moe_intermediate_size))
 
 
 class Prediction(nn.Module):
@@ -134,11 +134,11 @@ class Prediction(nn.Module):
 
     def __init__(self, config: DeepseekV3Config, block: Block) -> None:
         super().__init__()
-        self.embedding_norm = RMSNorm(config.width, config.norm_eps)
-        self.hidden_norm = RMSNorm(config.width, config.norm_eps)
-        self.join = nn.Linear(2 * config.width, config.width, bias=False)
+        self.embedding_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.join = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.block = block
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def init_weights(self, std: float, output_std: float) -> None:
         for norm in (self.embedding_norm, self.hidden_norm, self.norm):
@@ -156,33 +156,33 @@ class DeepseekV3(Decoder):
     def __init__(self, config: DeepseekV3Config, *, attention_backend: str = "auto") -> None:
         super().__init__(config, attention_backend=attention_backend)
         self.prediction: Prediction | None = None
-        if config.prediction_weight is not None:
-            self.prediction = Prediction(config, self.build_block(config.layers - 1))
+        if config.mtp_loss_weight is not None:
+            self.prediction = Prediction(config, self.build_block(config.num_layers - 1))
         self.predicted: list[Tensor] = []  # (sum of losses, tokens) of each forward of a step
 
     def build_block(self, index: int) -> Block:
         config = self.config
         attention = MultiHeadLatentAttention(
-            config.width,
-            config.heads,
-            query_rank=config.query_rank,
-            kv_rank=config.kv_rank,
-            plain_size=config.plain_size,
-            rope_size=config.rope_size,
-            value_size=config.value_size,
+            config.hidden_size,
+            config.num_heads,
+            query_rank=config.q_lora_rank,
+            kv_rank=config.kv_lora_rank,
+            plain_size=config.qk_nope_head_dim,
+            rope_size=config.qk_rope_head_dim,
+            value_size=config.v_head_dim,
             score_factor=1.0 if config.rope_scaling is None else config.rope_scaling.score_factor,
         )
-        mlp = SwiGLU(config.width, config.ffn) if index < config.dense_layers else build_moe(config)
+        mlp = SwiGLU(config.hidden_size, config.intermediate_size) if index < config.num_dense_layers else build_moe(config)
         return Block(attention, mlp, self.build_norm)
 
     @property
-    def rotary_size(self) -> int:
-        return self.config.rope_size
+    def rotary_dim(self) -> int:
+        return self.config.qk_rope_head_dim
 
     def init_weights(self) -> None:
         super().init_weights()
         if self.prediction is not None:
-            std = self.config.width**-0.5
+            std = self.config.hidden_size**-0.5
             self.prediction.init_weights(std, std / 2**0.5)
 
     def token_facts(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -198,8 +198,8 @@ class DeepseekV3(Decoder):
         if self.prediction is None:
             return super().ends_together
         return (
-            f"model.prediction-weight is {self.config.prediction_weight}, and predicting a token further takes the "
-            "embedding and the head together; expected None: use --model.prediction-weight None"
+            f"model.mtp-loss-weight is {self.config.mtp_loss_weight}, and predicting a token further takes the "
+            "embedding and the head together; expected None: use --model.mtp-loss-weight None"
         )
 
     def forward(
@@ -239,7 +239,7 @@ class DeepseekV3(Decoder):
         loss = self.token_losses(further.flatten(0, 1), output.weight, next_labels.flatten())
         predicted = (next_labels != IGNORE).sum().to(loss.device, non_blocking=True)
         self.predicted.append(torch.stack([loss.detach(), predicted]))
-        weight = self.config.prediction_weight * self.auxiliary_scale
+        weight = self.config.mtp_loss_weight * self.auxiliary_scale
         return with_gradient_of(self.head(h, labels, loss_facts), weight * loss)
 
     def finish_step(self, add: Callable[[Tensor], Tensor] = lambda total: total) -> dict[str, Tensor]:
@@ -270,7 +270,7 @@ def look_further(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return next_tokens, next_labels.masked_fill(labels == IGNORE, IGNORE)
 
 
-published = partial(DeepseekV3Config, kv_rank=512, plain_size=128, rope_size=64, value_size=128)
+published = partial(DeepseekV3Config, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
@@ -279,50 +279,50 @@ DEEPSEEK_V3 = Family(
     presets={
         "debug": DeepseekV3Config(
             vocab_size=512,
-            width=64,
-            layers=2,
-            heads=4,
-            query_rank=32,
-            kv_rank=16,
-            plain_size=8,
-            rope_size=8,
-            value_size=16,
-            ffn=128,
-            expert_ffn=32,
-            experts=8,
+            hidden_size=64,
+            num_layers=2,
+            num_heads=4,
+            q_lora_rank=32,
+            kv_lora_rank=16,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=8,
+            v_head_dim=16,
+            intermediate_size=128,
+            moe_intermediate_size=32,
+            num_experts=8,
             experts_per_token=2,
-            expert_groups=4,
-            groups_per_token=2,
+            num_expert_groups=4,
+            num_limited_groups=2,
         ),
-        "tiny": DeepseekV3Config(expert_groups=4, groups_per_token=2),
+        "tiny": DeepseekV3Config(num_expert_groups=4, num_limited_groups=2),
         "16b": published(  # the sizes of DeepSeek V2 Lite (arXiv 2405.04434)
             vocab_size=102_400,
-            width=2048,
-            layers=27,
-            dense_layers=1,
-            heads=16,
-            query_rank=None,
-            ffn=10_944,
-            expert_ffn=1408,
-            experts=64,
+            hidden_size=2048,
+            num_layers=27,
+            num_dense_layers=1,
+            num_heads=16,
+            q_lora_rank=None,
+            intermediate_size=10_944,
+            moe_intermediate_size=1408,
+            num_experts=64,
             experts_per_token=6,
-            shared_experts=2,
-            expert_scale=1.0,
+            num_shared_experts=2,
+            routed_scaling_factor=1.0,
         ),
         "671b": published(
             vocab_size=129_280,
-            width=7168,
-            layers=61,
-            dense_layers=3,
-            heads=128,
-            query_rank=1536,
-            ffn=18_432,
-            expert_ffn=2048,
-            experts=256,
+            hidden_size=7168,
+            num_layers=61,
+            num_dense_layers=3,
+            num_heads=128,
+            q_lora_rank=1536,
+            intermediate_size=18_432,
+            moe_intermediate_size=2048,
+            num_experts=256,
             experts_per_token=8,
-            shared_experts=1,
-            expert_groups=8,
-            groups_per_token=4,
+            num_shared_experts=1,
+            num_expert_groups=8,
+            num_limited_groups=4,
             rope_scaling=YarnScaling(factor=40.0, original_context=4096, mscale=1.0, mscale_all_dim=1.0),
         ),
     },

@@ -23,31 +23,31 @@ from sightline.models.hf.gpt_oss import GPT_OSS_HF
 class GptOssConfig(DecoderConfig):
     """The sizes of a gpt-oss."""
 
-    layers: int = 6
+    num_layers: int = 6
     """Blocks of attention and experts; the first, third, ... attend within the window, the others to everything."""
-    heads: int = 8
+    num_heads: int = 8
     """Query heads (H)."""
-    kv_heads: int = 4
+    num_kv_heads: int = 4
     """Key/value heads (G); each serves heads / kv-heads query heads."""
-    head_size: int = 32
+    head_dim: int = 32
     """Channels of a head (D), an even number."""
-    window: int = 128
+    sliding_window: int = 128
     """Keys that a token sees in a windowed layer, itself included."""
-    ffn: int = 344
+    intermediate_size: int = 344
     """Inner width of an expert."""
-    experts: int = 8
+    num_experts: int = 8
     """Experts of a layer (E)."""
     experts_per_token: int = 2
     """Experts that a token is sent to (K)."""
-    auxiliary_loss: float = 0.001
+    aux_loss_coef: float = 0.001
     """Weight of the loss that keeps the load of the experts even."""
     rope_scaling: YarnScaling | None = None
     """YaRN's stretch of RoPE to longer contexts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "heads", "kv_heads", "head_size", "window", "ffn", "experts", "experts_per_token")
-        check_heads(self, self.head_size)
+        check_positive(self, "num_heads", "num_kv_heads", "head_dim", "sliding_window", "intermediate_size", "num_experts", "experts_per_token")
+        check_heads(self, self.head_dim)
         check_experts(self)
 
 
@@ -59,21 +59,21 @@ def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def build_moe(config: GptOssConfig) -> MoE:
     router = Router(
-        config.width,
-        config.experts,
+        config.hidden_size,
+        config.num_experts,
         config.experts_per_token,
         renormalize=True,
         bias=True,
-        auxiliary=config.auxiliary_loss,
+        auxiliary=config.aux_loss_coef,
     )
-    return MoE(router, Experts(config.experts, config.width, config.ffn, bias=True, activation=clamped_swiglu))
+    return MoE(router, Experts(config.num_experts, config.hidden_size, config.intermediate_size, bias=True, activation=clamped_swiglu))
 
 
 class GptOss(Decoder):
     def build_block(self, index: int) -> Block:
         config = self.config
         attention = GroupedQueryAttention(
-            config.width, config.heads, config.kv_heads, config.head_size, bias=True, sinks=True
+            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, bias=True, sinks=True
         )
         mask_name = "full" if index % 2 else "window"
         return Block(attention, build_moe(config), self.build_norm, mask_name=mask_name, names=("attention", "moe"))
@@ -83,7 +83,7 @@ class GptOss(Decoder):
         rows, length = batch.shape
         own_document = document(batch.document_ids)
         return {
-            "window": sliding_window(rows, length, self.config.window, device=batch.tokens.device) & own_document,
+            "window": sliding_window(rows, length, self.config.sliding_window, device=batch.tokens.device) & own_document,
             "full": causal(rows, length, device=batch.tokens.device) & own_document,
         }
 
@@ -91,12 +91,12 @@ class GptOss(Decoder):
 published = partial(
     GptOssConfig,
     vocab_size=201_088,
-    width=2880,
-    heads=64,
-    kv_heads=8,
-    head_size=64,
-    window=128,
-    ffn=2880,
+    hidden_size=2880,
+    num_heads=64,
+    num_kv_heads=8,
+    head_dim=64,
+    sliding_window=128,
+    intermediate_size=2880,
     experts_per_token=4,
     rope_theta=150_000.0,
     rope_scaling=YarnScaling(factor=32.0, original_context=4096, truncate=False),
@@ -108,11 +108,11 @@ GPT_OSS = Family(
     config=GptOssConfig,
     presets={
         "debug": GptOssConfig(
-            vocab_size=512, width=64, layers=2, heads=4, kv_heads=2, head_size=16, window=16, ffn=64, experts=4
+            vocab_size=512, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, sliding_window=16, intermediate_size=64, num_experts=4
         ),
         "tiny": GptOssConfig(),
-        "20b": published(layers=24, experts=32),
-        "120b": published(layers=36, experts=128),
+        "20b": published(num_layers=24, num_experts=32),
+        "120b": published(num_layers=36, num_experts=128),
     },
     hf=GPT_OSS_HF,
     recipes={"debug": debug, "tiny": tiny, "20b": on_gpus(2e-4), "120b": on_gpus(1e-4)},

@@ -19,19 +19,19 @@ from sightline.models.hf.qwen3 import QWEN3_HF
 class Qwen3Config(DecoderConfig):
     """The sizes of a Qwen 3."""
 
-    heads: int = 8
+    num_heads: int = 8
     """Query heads (H)."""
-    kv_heads: int = 4
+    num_kv_heads: int = 4
     """Key/value heads (G); each serves heads / kv-heads query heads."""
-    head_size: int = 64
+    head_dim: int = 64
     """Channels of a head (D), an even number; heads * head-size need not be the width."""
-    ffn: int = 688
+    intermediate_size: int = 688
     """Inner width of the feed-forward layer, or of each expert."""
-    experts: int = 0
+    num_experts: int = 0
     """Experts of a layer (E); 0 is one feed-forward layer for every token."""
     experts_per_token: int = 8
     """Experts that a token is sent to (K), where there are experts."""
-    auxiliary_loss: float = 0.001
+    aux_loss_coef: float = 0.001
     """Weight of the loss that keeps the load of the experts even."""
     rope_theta: float = 1_000_000.0
     """Base of the rotary frequencies: the slowest channel turns about once in 2 pi theta tokens."""
@@ -42,50 +42,50 @@ class Qwen3Config(DecoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "heads", "kv_heads", "head_size", "ffn", "experts_per_token")
-        check_heads(self, self.head_size)
-        if self.experts:
-            check_positive(self, "experts")
+        check_positive(self, "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "experts_per_token")
+        check_heads(self, self.head_dim)
+        if self.num_experts:
+            check_positive(self, "num_experts")
             check_experts(self)
 
 
 def build_moe(config: Qwen3Config) -> MoE:
     router = Router(
-        config.width, config.experts, config.experts_per_token, renormalize=True, auxiliary=config.auxiliary_loss
+        config.hidden_size, config.num_experts, config.experts_per_token, renormalize=True, auxiliary=config.aux_loss_coef
     )
-    return MoE(router, Experts(config.experts, config.width, config.ffn))
+    return MoE(router, Experts(config.num_experts, config.hidden_size, config.intermediate_size))
 
 
 class Qwen3(Decoder):
     def build_block(self, index: int) -> Block:
         config = self.config
         attention = GroupedQueryAttention(
-            config.width, config.heads, config.kv_heads, config.head_size, qk_norm_eps=config.norm_eps
+            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, qk_norm_eps=config.norm_eps
         )
-        mlp = build_moe(config) if config.experts else SwiGLU(config.width, config.ffn)
+        mlp = build_moe(config) if config.num_experts else SwiGLU(config.hidden_size, config.intermediate_size)
         return Block(attention, mlp, self.build_norm)
 
 
-small = partial(Qwen3Config, vocab_size=512, width=64, layers=2, heads=4, kv_heads=2, head_size=32)
-published = partial(Qwen3Config, vocab_size=151_936, kv_heads=8, head_size=128)
+small = partial(Qwen3Config, vocab_size=512, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
+published = partial(Qwen3Config, vocab_size=151_936, num_kv_heads=8, head_dim=128)
 
 QWEN3 = Family(
     name="qwen3",
     model=Qwen3,
     config=Qwen3Config,
     presets={
-        "debug": small(ffn=128),
-        "debug-moe": small(ffn=64, experts=8, experts_per_token=2),
+        "debug": small(intermediate_size=128),
+        "debug-moe": small(intermediate_size=64, num_experts=8, experts_per_token=2),
         "tiny": Qwen3Config(tied_embeddings=True),
-        "tiny-moe": Qwen3Config(ffn=172, experts=16, experts_per_token=4, tied_embeddings=True),
-        "0.6b": published(width=1024, layers=28, heads=16, ffn=3072, tied_embeddings=True),
-        "1.7b": published(width=2048, layers=28, heads=16, ffn=6144, tied_embeddings=True),
-        "4b": published(width=2560, layers=36, heads=32, ffn=9728, tied_embeddings=True),
-        "8b": published(width=4096, layers=36, heads=32, ffn=12_288),
-        "14b": published(width=5120, layers=40, heads=40, ffn=17_408),
-        "32b": published(width=5120, layers=64, heads=64, ffn=25_600),
-        "30b-a3b": published(width=2048, layers=48, heads=32, kv_heads=4, ffn=768, experts=128),
-        "235b-a22b": published(width=4096, layers=94, heads=64, kv_heads=4, ffn=1536, experts=128),
+        "tiny-moe": Qwen3Config(intermediate_size=172, num_experts=16, experts_per_token=4, tied_embeddings=True),
+        "0.6b": published(hidden_size=1024, num_layers=28, num_heads=16, intermediate_size=3072, tied_embeddings=True),
+        "1.7b": published(hidden_size=2048, num_layers=28, num_heads=16, intermediate_size=6144, tied_embeddings=True),
+        "4b": published(hidden_size=2560, num_layers=36, num_heads=32, intermediate_size=9728, tied_embeddings=True),
+        "8b": published(hidden_size=4096, num_layers=36, num_heads=32, intermediate_size=12_288),
+        "14b": published(hidden_size=5120, num_layers=40, num_heads=40, intermediate_size=17_408),
+        "32b": published(hidden_size=5120, num_layers=64, num_heads=64, intermediate_size=25_600),
+        "30b-a3b": published(hidden_size=2048, num_layers=48, num_heads=32, num_kv_heads=4, intermediate_size=768, num_experts=128),
+        "235b-a22b": published(hidden_size=4096, num_layers=94, num_heads=64, num_kv_heads=4, intermediate_size=1536, num_experts=128),
     },
     hf=QWEN3_HF,
     recipes={

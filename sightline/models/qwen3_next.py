@@ -37,68 +37,68 @@ from sightline.models.hf.qwen3_next import QWEN3_NEXT_HF
 class Qwen3NextConfig(DecoderConfig):
     """The sizes of a Qwen3-Next."""
 
-    layers: int = 4
+    num_layers: int = 4
     """Blocks of memory or attention, and feed-forward."""
-    attention_every: int = 4
+    full_attention_interval: int = 4
     """Every so many-th layer has attention, the others a memory."""
-    heads: int = 4
+    num_heads: int = 4
     """Query heads of attention (H)."""
-    kv_heads: int = 2
+    num_kv_heads: int = 2
     """Key/value heads of attention (G); each serves heads / kv-heads query heads."""
-    head_size: int = 64
+    head_dim: int = 64
     """Channels of an attention head (D)."""
-    rotary_share: float = 0.25
+    partial_rotary_factor: float = 0.25
     """Share of a head's channels that RoPE turns: the first ones, an even number."""
-    key_heads: int = 4
+    linear_num_key_heads: int = 4
     """Query and key heads of a memory."""
-    value_heads: int = 8
+    linear_num_value_heads: int = 8
     """Value heads of a memory; key head i serves value-heads / key-heads of them."""
-    key_size: int = 32
+    linear_key_head_dim: int = 32
     """Channels of a memory's query and key head."""
-    value_size: int = 32
+    linear_value_head_dim: int = 32
     """Channels of a memory's value head."""
-    taps: int = 4
+    linear_conv_kernel_dim: int = 4
     """Tokens that the convolution before a memory takes in, the token itself included."""
-    experts: int = 8
+    num_experts: int = 8
     """Feed-forward layers the router chooses from; 0 is one dense layer for all tokens."""
     experts_per_token: int = 2
     """Experts a token is sent to."""
-    expert_ffn: int = 256
+    moe_intermediate_size: int = 256
     """Inner width of an expert."""
-    shared_ffn: int = 256
+    shared_expert_intermediate_size: int = 256
     """Inner width of the expert that all tokens share."""
-    ffn: int = 688
+    intermediate_size: int = 688
     """Inner width of the dense feed-forward layer, where there are no experts."""
-    auxiliary_loss: float = 0.001
+    aux_loss_coef: float = 0.001
     """Coefficient of the loss that balances the load of the experts; 0 is none."""
     norm_eps: float = 1e-6
     """Added to the mean square in the norms."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "attention_every", "heads", "kv_heads", "head_size")
-        check_positive(self, "key_heads", "value_heads", "key_size", "value_size", "taps")
-        if not 2 <= self.rotary_size <= self.head_size:
+        check_positive(self, "full_attention_interval", "num_heads", "num_kv_heads", "head_dim")
+        check_positive(self, "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim")
+        if not 2 <= self.rotary_dim <= self.head_dim:
             raise ValueError(
-                f"model.rotary-share {self.rotary_share} of model.head-size {self.head_size} are {self.rotary_size} "
+                f"model.partial-rotary-factor {self.partial_rotary_factor} of model.head-dim {self.head_dim} are {self.rotary_dim} "
                 "channels; RoPE turns at least 2 and at most all: raise the share, or the head, up to a share of 1"
             )
-        check_heads(self, self.rotary_size)
-        check_divisible(self, "value_heads", "key_heads", "key heads")
-        if self.experts:
-            check_positive(self, "experts", "experts_per_token", "expert_ffn", "shared_ffn")
+        check_heads(self, self.rotary_dim)
+        check_divisible(self, "linear_num_value_heads", "linear_num_key_heads", "key heads")
+        if self.num_experts:
+            check_positive(self, "num_experts", "experts_per_token", "moe_intermediate_size", "shared_expert_intermediate_size")
             check_experts(self)
         else:
-            check_positive(self, "ffn")
+            check_positive(self, "intermediate_size")
 
     @property
-    def rotary_size(self) -> int:
+    def rotary_dim(self) -> int:
         """Channels of an attention head that RoPE turns."""
-        return int(self.head_size * self.rotary_share)
+        return int(self.head_dim * self.partial_rotary_factor)
 
     def has_attention(self, layer: int) -> bool:
         """Whether layer number `layer`, counted from 0, has attention and not a memory."""
-        return (layer + 1) % self.attention_every == 0
+        return (layer + 1) % self.full_attention_interval == 0
 
 
 class GatedAttention(GroupedQueryAttention):
@@ -110,10 +110,10 @@ class GatedAttention(GroupedQueryAttention):
     SHARDED: ClassVar = {**GroupedQueryAttention.SHARDED, "gate": 0}
 
     def __init__(self, config: Qwen3NextConfig) -> None:
-        super().__init__(config.width, config.heads, config.kv_heads, config.head_size)
-        self.query_norm = ZeroCentredRMSNorm(config.head_size, config.norm_eps)
-        self.key_norm = ZeroCentredRMSNorm(config.head_size, config.norm_eps)
-        self.gate = nn.Linear(config.width, config.heads * config.head_size, bias=False)
+        super().__init__(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim)
+        self.query_norm = ZeroCentredRMSNorm(config.head_dim, config.norm_eps)
+        self.key_norm = ZeroCentredRMSNorm(config.head_dim, config.norm_eps)
+        self.gate = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=False)
 
     def init_weights(self, std: float, output_std: float) -> None:
         super().init_weights(std, output_std)
@@ -144,37 +144,37 @@ class SharedExpert(SwiGLU):
 
 def build_memory(config: Qwen3NextConfig) -> GatedDeltaNet:
     return GatedDeltaNet(
-        config.width,
-        config.key_heads,
-        config.value_heads,
-        config.key_size,
-        config.value_size,
-        config.taps,
+        config.hidden_size,
+        config.linear_num_key_heads,
+        config.linear_num_value_heads,
+        config.linear_key_head_dim,
+        config.linear_value_head_dim,
+        config.linear_conv_kernel_dim,
         config.norm_eps,
     )
 
 
 def build_moe(config: Qwen3NextConfig) -> MoE:
     router = Router(
-        config.width, config.experts, config.experts_per_token, renormalize=True, auxiliary=config.auxiliary_loss
+        config.hidden_size, config.num_experts, config.experts_per_token, renormalize=True, auxiliary=config.aux_loss_coef
     )
-    experts = Experts(config.experts, config.width, config.expert_ffn)
-    return MoE(router, experts, SharedExpert(config.width, config.shared_ffn))
+    experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
+    return MoE(router, experts, SharedExpert(config.hidden_size, config.shared_expert_intermediate_size))
 
 
 class Qwen3Next(Decoder):
     def build_block(self, index: int) -> Block:
         config = self.config
         mixer = GatedAttention(config) if config.has_attention(index) else build_memory(config)
-        mlp = build_moe(config) if config.experts else SwiGLU(config.width, config.ffn)
+        mlp = build_moe(config) if config.num_experts else SwiGLU(config.hidden_size, config.intermediate_size)
         return Block(mixer, mlp, self.build_norm, names=("mixer", "mlp"))
 
     def build_norm(self) -> ZeroCentredRMSNorm:
-        return ZeroCentredRMSNorm(self.config.width, self.config.norm_eps)
+        return ZeroCentredRMSNorm(self.config.hidden_size, self.config.norm_eps)
 
     @property
-    def rotary_size(self) -> int:
-        return self.config.rotary_size
+    def rotary_dim(self) -> int:
+        return self.config.rotary_dim
 
 
 QWEN3_NEXT = Family(
@@ -184,33 +184,33 @@ QWEN3_NEXT = Family(
     presets={
         "debug": Qwen3NextConfig(
             vocab_size=512,
-            width=64,
-            head_size=16,
-            key_heads=2,
-            value_heads=4,
-            key_size=16,
-            value_size=16,
-            experts=4,
-            expert_ffn=32,
-            shared_ffn=32,
+            hidden_size=64,
+            head_dim=16,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+            num_experts=4,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
         ),
         "tiny": Qwen3NextConfig(),
         "80b-a3b": Qwen3NextConfig(
             vocab_size=151_936,
-            width=2048,
-            layers=48,
-            heads=16,
-            kv_heads=2,
-            head_size=256,
+            hidden_size=2048,
+            num_layers=48,
+            num_heads=16,
+            num_kv_heads=2,
+            head_dim=256,
             rope_theta=10_000_000.0,
-            key_heads=16,
-            value_heads=32,
-            key_size=128,
-            value_size=128,
-            experts=512,
+            linear_num_key_heads=16,
+            linear_num_value_heads=32,
+            linear_key_head_dim=128,
+            linear_value_head_dim=128,
+            num_experts=512,
             experts_per_token=10,
-            expert_ffn=512,
-            shared_ffn=512,
+            moe_intermediate_size=512,
+            shared_expert_intermediate_size=512,
         ),
     },
     hf=QWEN3_NEXT_HF,

@@ -14,13 +14,13 @@ image token all of its image. Where an image begins and ends is what `patch_grid
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sightline.batch import Batch, ImageSizes
-from sightline.config import Checkpoint, Optimizer, Training, Validation
+from sightline.config import CheckpointConfig, OptimizerConfig, TrainingConfig, ValidationConfig
 from sightline.config.recipes import DRAWINGS, on_gpus, template
 from sightline.layers import AttentionLayer, LayerCache, attention_layers
 from sightline.layers.vision import Projector, VisionConfig, VisionEncoder, place_patches
@@ -39,20 +39,20 @@ class VLMConfig(Llama3Config):
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     """The encoder of the images."""
-    merge: int = 2
+    spatial_merge_size: int = 2
     """An image token holds merge x merge patches."""
-    projector: int = 512
+    projector_hidden_size: int = 512
     """Inner width of the projector between encoder and decoder."""
-    image_token: int = 8191
+    image_token_id: int = 8191
     """The token an image stands as in the text; no text is ever encoded as it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "merge", "projector")
-        if not 0 <= self.image_token < self.vocab_size:
+        check_positive(self, "spatial_merge_size", "projector_hidden_size")
+        if not 0 <= self.image_token_id < self.vocab_size:
             raise ValueError(
-                f"model.image-token {self.image_token} is not in the vocabulary of {self.vocab_size} tokens; "
-                f"use --model.image-token {self.vocab_size - 1}"
+                f"model.image-token-id {self.image_token_id} is not in the vocabulary of {self.vocab_size} tokens; "
+                f"use --model.image-token-id {self.vocab_size - 1}"
             )
 
 
@@ -72,11 +72,11 @@ class VLM(Llama3):
 
     def __init__(self, config: VLMConfig, *, attention_backend: str = "auto") -> None:
         super().__init__(config, attention_backend=attention_backend)
-        self.unspoken = (config.image_token,)
-        self.image_sizes = ImageSizes(config.vision.patch_size, config.merge, config.image_token)
+        self.unspoken = (config.image_token_id,)
+        self.image_sizes = ImageSizes(config.vision.patch_size, config.spatial_merge_size, config.image_token_id)
         self.vision: VisionEncoder | None = VisionEncoder(config.vision)
         self.projector: Projector | None = Projector(
-            channels=config.vision.width, hidden=config.projector, width=config.width, merge=config.merge
+            channels=config.vision.hidden_size, hidden=config.projector_hidden_size, width=config.hidden_size, merge=config.spatial_merge_size
         )
 
     def build_block(self, index: int) -> Block:
@@ -97,11 +97,11 @@ class VLM(Llama3):
 
         Errors: ValueError where the image tokens of a row are not those that its `patch_grid` states.
         """
-        image_token = getattr(tokenizer, "image_id", self.config.image_token)
-        if image_token != self.config.image_token:
+        image_token = getattr(tokenizer, "image_id", self.config.image_token_id)
+        if image_token != self.config.image_token_id:
             raise ValueError(
-                f"the tokenizer's image token is {image_token}, the model's {self.config.image_token}; expected the "
-                f"same: use --model.image-token {image_token}"
+                f"the tokenizer's image token is {image_token}, the model's {self.config.image_token_id}; expected the "
+                f"same: use --model.image-token-id {image_token}"
             )
         rows, length = batch.shape
         text = causal(rows, length, device=batch.tokens.device)
@@ -117,7 +117,7 @@ class VLM(Llama3):
 
     def check_patches(self, patches: Tensor, patch_grid: Tensor) -> None:
         """Refuse patches and grids that do not fit each other or this model."""
-        merge, numbers = self.config.merge, self.config.vision.patch_channels
+        merge, numbers = self.config.spatial_merge_size, self.config.vision.patch_channels
         if patches.dim() != 3 or patches.shape[2] != numbers or patches.shape[1] % merge**2:
             raise ValueError(
                 f"patches must be [B, P, {numbers}] with P a multiple of {merge**2} (merge x merge patches make a "
@@ -139,15 +139,15 @@ class VLM(Llama3):
 
     def image_spans(self, batch: Batch, patch_grid: Tensor) -> Tensor:
         """Number of the image that each image token of its row belongs to, -1 for text: int64 [B, S]."""
-        is_image = batch.tokens == self.config.image_token
-        ends = (patch_grid.prod(dim=2) // self.config.merge**2).cumsum(dim=1).long()  # in image tokens of the row
+        is_image = batch.tokens == self.config.image_token_id
+        ends = (patch_grid.prod(dim=2) // self.config.spatial_merge_size**2).cumsum(dim=1).long()  # in image tokens of the row
         number = is_image.cumsum(dim=1) - 1
         stated = ends[:, -1] if ends.shape[1] else ends.new_zeros(len(ends))
         for row, (came, expected) in enumerate(zip(is_image.sum(dim=1).tolist(), stated.tolist(), strict=True)):
             if came != expected:
                 raise ValueError(
-                    f"row {row} has {came} image tokens ({self.config.image_token}), but its patch_grid states "
-                    f"{expected}: one for every {self.config.merge} x {self.config.merge} patches of its images"
+                    f"row {row} has {came} image tokens ({self.config.image_token_id}), but its patch_grid states "
+                    f"{expected}: one for every {self.config.spatial_merge_size} x {self.config.spatial_merge_size} patches of its images"
                 )
         span_ids = torch.searchsorted(ends, number.contiguous(), right=True).masked_fill(~is_image, -1)
         # A new run begins where the image or the document changes; every image must be exactly one.
@@ -163,7 +163,7 @@ class VLM(Llama3):
         return span_ids
 
     def token_facts(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        return {"image_index": number_image_tokens(inputs["tokens"] == self.config.image_token)}
+        return {"image_index": number_image_tokens(inputs["tokens"] == self.config.image_token_id)}
 
     def forward(
         self,
@@ -190,7 +190,7 @@ class VLM(Llama3):
         if self.embedding is not None and patches is not None and patch_grid is not None:
             seen = self.see(patches, patch_grid, masks["encoder"])
             if image_index is None:
-                image_index = number_image_tokens(tokens == self.config.image_token)
+                image_index = number_image_tokens(tokens == self.config.image_token_id)
             h = put_images(h, seen, image_index)
         masks = {"decoder": masks["decoder"]}
         return self.decode(
@@ -229,30 +229,30 @@ VLM_FAMILY = Family(
     presets={
         "debug": add_vision(
             LLAMA3.presets["debug"],
-            vision=VisionConfig(width=48, layers=2, heads=4, ffn=96, patch_size=4, side=4),
-            projector=96,
+            vision=VisionConfig(hidden_size=48, num_layers=2, num_heads=4, intermediate_size=96, patch_size=4, position_grid_size=4),
+            projector_hidden_size=96,
         ),
         "tiny": add_vision(LLAMA3.presets["tiny"]),
         "1.7b": add_vision(  # siglip2-so400m-patch16-naflex and Llama 3.2 1B
             LLAMA3.presets["1b"],
-            vision=VisionConfig(width=1152, layers=27, heads=16, ffn=4304, patch_size=16, side=16),
-            projector=2560,
+            vision=VisionConfig(hidden_size=1152, num_layers=27, num_heads=16, intermediate_size=4304, patch_size=16, position_grid_size=16),
+            projector_hidden_size=2560,
         ),
     },
     hf=VLM_HF,
     recipes={
         "debug": template(
-            training=Training(steps=50, sequence_length=128, global_batch_size=4, micro_batch_size=4),
-            optimizer=Optimizer(learning_rate=3e-3, warmup_steps=5),
-            validation=Validation(every=25, rows=4),
-            checkpoint=Checkpoint(every=25),
+            training=TrainingConfig(steps=50, sequence_length=128, global_batch_size=4, micro_batch_size=4),
+            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=5),
+            validation=ValidationConfig(every=25, rows=4),
+            checkpoint=CheckpointConfig(every=25),
             **DRAWINGS,
         ),
         "tiny": template(
-            training=Training(steps=80, sequence_length=512, global_batch_size=2, micro_batch_size=2),
-            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=10),
-            validation=Validation(every=20, rows=8),
-            checkpoint=Checkpoint(every=40),
+            training=TrainingConfig(steps=80, sequence_length=512, global_batch_size=2, micro_batch_size=2),
+            optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=10),
+            validation=ValidationConfig(every=20, rows=8),
+            checkpoint=CheckpointConfig(every=40),
             **DRAWINGS,
         ),
         "1.7b": on_gpus(1e-4, **DRAWINGS),

@@ -24,7 +24,7 @@ from sightline.parallel.tensor import apply_tensor
 
 
 def build_parallel(
-    model: Any, training: config.Training, mesh: Mesh, *, attention_backend: str = "auto"
+    model: Any, training: config.TrainingConfig, mesh: Mesh, *, attention_backend: str = "auto"
 ) -> ParallelModel:
     """The model of a config with fresh weights, as this process holds it: on any mesh the same ones as on one process.
 
@@ -45,7 +45,7 @@ def build_parallel(
     return Pipelined(mesh, whole, stages, dtype=training.dtype, micro_batch_size=training.micro_batch_size)
 
 
-def parallelize(model: Decoder, mesh: Mesh, training: config.Training) -> None:
+def parallelize(model: Decoder, mesh: Mesh, training: config.TrainingConfig) -> None:
     """Everything that is done to one stage of a model, still without memory, in the order in which it is done.
 
     Each sees what those before it have made: experts are dealt out as tensor parallelism has cut them, what is
@@ -71,7 +71,7 @@ def check_offload(mesh: Mesh) -> None:
         )
 
 
-def check_rows(training: config.Training, mesh: Mesh) -> None:
+def check_rows(training: config.TrainingConfig, mesh: Mesh) -> None:
     """Refuse rows that cannot be dealt out, naming numbers that can."""
     ranks, rows = mesh.size("data"), training.global_batch_size
     named = f"replicate {mesh.size('replicate')} x shard {mesh.size('shard')}"

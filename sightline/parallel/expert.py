@@ -46,12 +46,12 @@ def apply_expert(model: Decoder, mesh: Mesh) -> None:
 def check_degree(model: Decoder, mesh: Mesh) -> None:
     """Refuse a model without experts, or with a number of them that the degree does not divide."""
     degree, family = mesh.size("expert"), type(model).__name__
-    if not model.experts:
+    if not model.num-experts:
         raise ValueError(f"parallel.expert {degree}: {family} has no experts with these sizes; use parallel.expert 1")
-    if model.experts % degree:
-        fits = [d for d in divisors(model.experts) if mesh.size("weights") % d == 0]
+    if model.num-experts % degree:
+        fits = [d for d in divisors(model.num-experts) if mesh.size("weights") % d == 0]
         raise ValueError(
-            f"parallel.expert {degree} does not divide the {model.experts} experts of a layer of {family}; "
+            f"parallel.expert {degree} does not divide the {model.num-experts} experts of a layer of {family}; "
             f"use parallel.expert {nearest(degree, fits)}"
         )
 

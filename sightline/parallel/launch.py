@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from sightline.config import Parallel
+from sightline.config import ParallelConfig
 from sightline.errors import AnotherRankEnded, LostRank, exit_code_of
 from sightline.parallel.mesh import AXES, resolve
 
@@ -29,7 +29,7 @@ PRECEDENCE = 3.0
 class Job:
     """All processes of a run as one of them sees them, through a store they share."""
 
-    def __init__(self, store: dist.Store, parallel: Parallel, rank: int, world: int) -> None:
+    def __init__(self, store: dist.Store, parallel: ParallelConfig, rank: int, world: int) -> None:
         self.store, self.parallel, self.rank, self.world = store, parallel, rank, world
         self.step = 0
 
@@ -89,7 +89,7 @@ _job: Job | None = None  # as torch.distributed keeps its process group: a proce
 
 
 @contextlib.contextmanager
-def joined(parallel: Parallel, device: torch.device) -> Iterator[torch.device]:
+def joined(parallel: ParallelConfig, device: torch.device) -> Iterator[torch.device]:
     """While the block runs, this process is one of those torchrun started; gives the device that is its own.
 
     Without torchrun there is one process: nothing is started, and `device` comes back.
@@ -157,7 +157,7 @@ def own_device(device: torch.device) -> torch.device:
     return device
 
 
-def place(parallel: Parallel, rank: int, world: int) -> str:
+def place(parallel: ParallelConfig, rank: int, world: int) -> str:
     """Where a rank stands along each axis that has more than one process: ` (pipeline 1, shard 0)`, or nothing."""
     parallel = resolve(parallel, world)
     sizes = [getattr(parallel, axis) for axis in AXES]

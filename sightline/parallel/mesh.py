@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from sightline.config import Parallel
+from sightline.config import ParallelConfig
 from sightline.numbers import divisors
 from sightline.parallel.torch_private import flatten
 
@@ -26,7 +26,7 @@ SHOWN = 64
 """Ranks of a stage that the log names one by one."""
 
 
-def resolve(parallel: Parallel, world: int) -> Parallel:
+def resolve(parallel: ParallelConfig, world: int) -> ParallelConfig:
     """The degrees with shard's -1 replaced by what the others leave of `world` processes.
 
     Errors: ValueError where the degrees do not multiply to `world`, naming those that would; or where expert does not
@@ -78,7 +78,7 @@ class Mesh:
     in shard x context) or `expert_weights` (those that hold the same experts and share their weights).
     """
 
-    def __init__(self, parallel: Parallel, device: torch.device) -> None:
+    def __init__(self, parallel: ParallelConfig, device: torch.device) -> None:
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.parallel = resolve(parallel, self.world)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from sightline.config import Parallel
+from sightline.config import ParallelConfig
 from sightline.layers import Loss, routers_of
 from sightline.models.decoder import Decoder, Masks
 from sightline.parallel.context.apply import split_context
@@ -125,7 +125,7 @@ def reshard(stage: nn.Module) -> None:
 
 def on_one_process(model: Decoder, *, dtype: str = "float32") -> ParallelModel:
     """A model that is whole and alone."""
-    return ParallelModel(Mesh(Parallel(), next(model.parameters()).device), model, [model], dtype=dtype)
+    return ParallelModel(Mesh(ParallelConfig(), next(model.parameters()).device), model, [model], dtype=dtype)
 
 
 def to_device(inputs: Inputs, device: torch.device | str, *, labels: bool = False) -> Inputs:

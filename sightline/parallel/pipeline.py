@@ -92,7 +92,7 @@ class Pipelined(ParallelModel):
         torch.distributed.pipelining has this for as many rows as a schedule takes, and not for the V-shaped ones.
         """
         h = tokens
-        shape = (*tokens.shape, self.whole.config.width)
+        shape = (*tokens.shape, self.whole.config.hidden_size)
         group = self.mesh.group("pipeline")
         for index, stage in self.mine.items():
             if index > 0 and index - 1 not in self.mine:
@@ -121,7 +121,7 @@ class Stage(PipelineStage):
 
     def __init__(self, model: Pipelined, index: int, tokens: Tensor) -> None:
         """tokens: of a microbatch, on the meta device."""
-        shape = (*tokens.shape, model.whole.config.width)
+        shape = (*tokens.shape, model.whole.config.hidden_size)
         hidden = torch.empty(shape, dtype=model.hidden_dtype, device="meta", requires_grad=True)
         loss = torch.empty((), device="meta", requires_grad=True)
         stages = len(model.owners)

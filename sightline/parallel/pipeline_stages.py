@@ -8,7 +8,7 @@ from functools import cache
 from itertools import accumulate
 from typing import Any
 
-from sightline.config import Parallel, Training
+from sightline.config import ParallelConfig, TrainingConfig
 from sightline.layers import flops_per_token
 from sightline.models.decoder import Decoder
 from sightline.numbers import divisors, nearest
@@ -22,7 +22,7 @@ SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 """Schedules that compute the gradients of the weights apart from those of the activations, to fill waiting with."""
 
 
-def stages_of(parallel: Parallel, process: int) -> list[int]:
+def stages_of(parallel: ParallelConfig, process: int) -> list[int]:
     """The stages of a process, in the order of the model.
 
     Of 6 stages on 3 processes: 0 1 2 0 1 2, or under a V-shaped schedule 0 1 2 2 1 0.
@@ -33,12 +33,12 @@ def stages_of(parallel: Parallel, process: int) -> list[int]:
     return [process, 2 * n - 1 - process if parallel.pipeline_schedule in V_SHAPED else n + process]
 
 
-def count_stages(parallel: Parallel) -> int:
+def count_stages(parallel: ParallelConfig) -> int:
     """Stages of the whole pipeline."""
     return parallel.pipeline * len(stages_of(parallel, 0))
 
 
-def owners(parallel: Parallel) -> list[int]:
+def owners(parallel: ParallelConfig) -> list[int]:
     """The process of each stage."""
     held = {stage: process for process in range(parallel.pipeline) for stage in stages_of(parallel, process)}
     return [held[stage] for stage in range(len(held))]
@@ -121,7 +121,7 @@ def take_layers(whole: Decoder, layers: range, *, first: bool, last: bool) -> De
     return stage
 
 
-def count_microbatches(parallel: Parallel, training: Training, rows: int) -> int:
+def count_microbatches(parallel: ParallelConfig, training: TrainingConfig, rows: int) -> int:
     """Microbatches that a process's `rows` of a step are cut into.
 
     Errors: ValueError where they cannot be, or the schedule does not work with that many; it names sizes that work.
@@ -143,7 +143,7 @@ def count_microbatches(parallel: Parallel, training: Training, rows: int) -> int
     )
 
 
-def check_split_backward(parallel: Parallel, training: Training) -> None:
+def check_split_backward(parallel: ParallelConfig, training: TrainingConfig) -> None:
     """Refuse what goes through a layer's backward only once, where it is gone through twice."""
     if parallel.pipeline_schedule not in SPLIT_BACKWARD:
         return
@@ -157,7 +157,7 @@ def check_split_backward(parallel: Parallel, training: Training) -> None:
         )
 
 
-def which_counts(parallel: Parallel) -> tuple[Callable[[int], bool], str]:
+def which_counts(parallel: ParallelConfig) -> tuple[Callable[[int], bool], str]:
     """Whether the schedule works with a number of microbatches, and which numbers those are in words."""
     n = parallel.pipeline
     match parallel.pipeline_schedule:

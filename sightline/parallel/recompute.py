@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from sightline.config import Training
+from sightline.config import TrainingConfig
 from sightline.layers import Router, routers_of
 from sightline.parallel.patch import replace_forward
 from sightline.parallel.torch_private import ATTENTION_OPS, GROUPED_MM, RECEIVING_OPS
@@ -28,7 +28,7 @@ On a CPU the products of experts are not among them: they are written straight i
 """
 
 
-def apply_recompute(model: nn.Module, training: Training) -> None:
+def apply_recompute(model: nn.Module, training: TrainingConfig) -> None:
     """Let layers number 0, n, 2n, ... keep no more of a forward than `training.recompute` says, n being its
     `recompute_every`: layers of the decoder and of an encoder each counted by themselves, over all pipeline stages.
 

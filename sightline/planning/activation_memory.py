@@ -68,7 +68,7 @@ def trace(stage: Decoder, mesh: Mesh, shape: tuple[int, int], dtype: str, found:
     named = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         give_memory(stage, weights)
-        h = torch.empty(*shape, stage.config.width, dtype=weights)
+        h = torch.empty(*shape, stage.config.hidden_size, dtype=weights)
         if mesh.size("tensor") > 1:
             (h,) = take_own_tokens(mesh["tensor"], stage.layers, (h,))
         for name, layer in stage.layers.items():

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from sightline.config import OPTIMIZER_STATE, Run, Training
+from sightline.config import OPTIMIZER_STATE, Run, TrainingConfig
 from sightline.layers.facts import Role, attention_layers, parameter_facts
 from sightline.layers.loss import CHUNK_SIZE
 from sightline.models import build_skeleton
@@ -182,7 +182,7 @@ def _on_this_rank(
     )
 
 
-def _trace(training: Training, mesh: Mesh, stage: Decoder, found: Kinds) -> dict[str, ActivationMemory]:
+def _trace(training: TrainingConfig, mesh: Mesh, stage: Decoder, found: Kinds) -> dict[str, ActivationMemory]:
     apply_tensor(stage, mesh)
     apply_recompute(stage, training)
     shape = training.micro_batch_size, training.sequence_length // mesh.size("context")
@@ -226,16 +226,16 @@ def _gathered(stage: nn.Module, mesh: Mesh, dtype: str) -> float:
     return float(_width(dtype) * (outside + sum(of_layers)))
 
 
-def _ends_kept(stage: Decoder, training: Training, mesh: Mesh, tokens: float) -> float:
+def _ends_kept(stage: Decoder, training: TrainingConfig, mesh: Mesh, tokens: float) -> float:
     """Bytes that embedding, norm and loss keep: the embedded tokens, the normed ones, and the gradients that the loss
     computes in its forward, of the tokens and of the vocabulary's weights. The layers' results are the layers', but for
     the rows that tensor parallelism gathers behind them."""
     config = stage.config
-    hidden = tokens * config.width * (_width(training.dtype) if mesh.size("loss") > 1 else 4)
+    hidden = tokens * config.hidden_size * (_width(training.dtype) if mesh.size("loss") > 1 else 4)
     kept = hidden if stage.embedding is not None else 0.0
     if stage.norm is not None:
         rows = 2 if mesh.size("tensor") == 1 else 3
-        kept += rows * hidden + 4 * config.width * config.vocab_size / mesh.size("tensor")
+        kept += rows * hidden + 4 * config.hidden_size * config.vocab_size / mesh.size("tensor")
     return kept
 
 
@@ -252,7 +252,7 @@ def _traffic(
     traffic = dict.fromkeys(("weights gathered", "gradients scattered", "gradients of copies summed"), 0.0)
     if mesh.size("loss") > 1:
         _add_sharding(traffic, mesh, stages, narrow, microbatches)
-    hidden = tokens * stages[0].config.width * narrow
+    hidden = tokens * stages[0].config.hidden_size * narrow
     tensor = mesh.size("tensor")
     if tensor > 1:
         ends = sum(1 + (stage.embedding is not None) + (stage.norm is not None) for stage in stages)

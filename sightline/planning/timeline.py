@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
-from sightline.config import Parallel
+from sightline.config import ParallelConfig
 from sightline.parallel.pipeline_stages import ONE_STAGE, count_stages, stages_of
 from sightline.planning.torch_private import fake_process_group
 
@@ -36,7 +36,7 @@ class Timeline:
     held: list[dict[int, int]]
 
 
-def timeline(parallel: Parallel, microbatches: int) -> Timeline:
+def timeline(parallel: ParallelConfig, microbatches: int) -> Timeline:
     """Of a schedule on parallel.pipeline processes, all stages being equally long and messages taking no time."""
     orders = tasks(parallel, microbatches)
     last = count_stages(parallel) - 1
@@ -57,7 +57,7 @@ def timeline(parallel: Parallel, microbatches: int) -> Timeline:
     return Timeline(1 - sum(work) / (len(orders) * max(clock)), [_held(order) for order in orders])
 
 
-def tasks(parallel: Parallel, microbatches: int) -> list[list[Task]]:
+def tasks(parallel: ParallelConfig, microbatches: int) -> list[list[Task]]:
     """What each process does, in order."""
     if parallel.pipeline_schedule in ONE_STAGE:
         return [_one_stage(parallel, process, microbatches) for process in range(parallel.pipeline)]
@@ -71,7 +71,7 @@ def tasks(parallel: Parallel, microbatches: int) -> list[list[Task]]:
     return [_plain(order[process]) for process in range(parallel.pipeline)]
 
 
-def _one_stage(parallel: Parallel, process: int, microbatches: int) -> list[Task]:
+def _one_stage(parallel: ParallelConfig, process: int, microbatches: int) -> list[Task]:
     """GPipe: all forwards, then all backwards. 1F1B: as many forwards as there are processes from here on, then a
     backward for each forward."""
     ahead = microbatches

@@ -43,7 +43,7 @@ def announce_data(
 
 
 def announce_model(
-    terminal: Terminal, training: config.Training, model: ParallelModel, begun_from: Path | None, peak: Peak
+    terminal: Terminal, training: config.TrainingConfig, model: ParallelModel, begun_from: Path | None, peak: Peak
 ) -> None:
     """What is trained, from which pretrained weights, where, and in what portions."""
     mesh, device = model.mesh, model.mesh.device

@@ -80,7 +80,7 @@ def consequence(name: str) -> str:
 
 
 def option(name: str, value: Any) -> str:
-    """How the command line says that: `--model.ffn 64`, `--model.no-tied-embeddings`, `no --model-from` for None."""
+    """How the command line says that: `--model.intermediate-size 64`, `--model.no-tied-embeddings`, `no --model-from` for None."""
     group, _, field = name.replace("_", "-").rpartition(".")
     prefix = f"--{group}." if group else "--"
     if value is None:

@@ -31,7 +31,7 @@ class Saver:
     """
 
     def __init__(
-        self, directory: Path, run_files: list[Path], options: config.Checkpoint, warn: Callable[[str], None]
+        self, directory: Path, run_files: list[Path], options: config.CheckpointConfig, warn: Callable[[str], None]
     ) -> None:
         self.directory, self.run_files, self.options, self.warn = directory, run_files, options, warn
         # A group of its own, so that the thread's messages never meet those of a step; gloo, so that they need no GPU.

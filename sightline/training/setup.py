@@ -11,7 +11,7 @@ from sightline import config
 from sightline.data import Documents, Tokenizer, load_tokenizer, train_tokenizer
 
 
-def choose_device(options: config.Training) -> torch.device:
+def choose_device(options: config.TrainingConfig) -> torch.device:
     """The device `training.device` means here. Errors: ValueError where it asks for CUDA and there is none."""
     has_cuda = torch.cuda.is_available()
     if options.device == "cuda" and not has_cuda:

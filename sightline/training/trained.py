@@ -37,7 +37,7 @@ def load(
         ValueError: for a directory that is none of them, is not whole, or has no tokenizer.
     """
     directory = Path(directory).expanduser()
-    device = choose_device(config.Training()) if device is None else torch.device(device)
+    device = choose_device(config.TrainingConfig()) if device is None else torch.device(device)
     if holds_weights(directory):
         tokenizer = load_tokenizer(directory)
         dtype = torch.float32 if device.type == "cpu" else None

@@ -90,7 +90,7 @@ class Trainer:
         start, changes = mesh.from_first(lambda: self.begin(opened, described))
 
         documents = load_documents(run.data) if batches is None else Documents.from_texts([], source="your batches")
-        training, held_out = split_documents(documents, run.data.validation_share if documents else 0)
+        training, held_out = split_documents(documents, run.data.validation_fraction if documents else 0)
         path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or run.model_from, run.model.vocab_size
         announce_data(terminal, run.output_dir, documents, held_out, path, vocab_size, start)
         self.tokenizer = mesh.from_first(lambda: get_tokenizer(path, training, vocab_size))

@@ -249,7 +249,7 @@ def test_a_kernel_is_asked_with_all_that_the_layers_need(monkeypatch: pytest.Mon
     """When the model is built and when a mask is lowered: heads that varlen does not take must not reach it."""
     asked: list[Needs] = []
     monkeypatch.setattr(Tiled, "supports", lambda self, needs: asked.append(needs))
-    model = build_model(replace(config_of("gpt_oss-debug"), head_size=24))
+    model = build_model(replace(config_of("gpt_oss-debug"), head_dim=24))
     model.check_backend(torch.device("cpu"), torch.float32, training=True)
     batch = Batch.from_documents([[1, 2, 3], [4, 5]], length=8)
     model(batch.tokens, attention_masks=model.get_attention_masks(batch), positions=batch.positions)

@@ -38,7 +38,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(corpus, run directory) of a small llama."""
     directory = tmp_path_factory.mktemp("convert")
     corpus = write_corpus(directory / "corpus")
-    options = ("--model.vocab-size=320", "--model.width=32", "--model.ffn=48")
+    options = ("--model.vocab-size=320", "--model.hidden-size=32", "--model.intermediate-size=48")
     assert (
         run(["train", "llama3-debug", f"--data.source={corpus}", f"--output-dir={directory / 'run'}", *SHORT, *options])
         == 0
@@ -147,7 +147,7 @@ def test_an_encoder_and_a_decoder_become_one_model(trained, tmp_path) -> None:
     options = ["--vision", str(tmp_path / "vision")]
     assert run(["convert", str(tmp_path / "text"), str(tmp_path / "seeing"), *options]) == 0
     seeing, text = load_pretrained(tmp_path / "seeing"), load_pretrained(tmp_path / "text")
-    assert type(seeing) is VLM and seeing.config.image_token == 319
+    assert type(seeing) is VLM and seeing.config.image_token_id == 319
     assert torch.equal(seeing.vision.positions, theirs.embeddings.position_embedding.weight)
     torch.testing.assert_close(logits_of(seeing), logits_of(text), atol=0, rtol=0)
     assert (tmp_path / "seeing" / "tokenizer.json").is_file()
@@ -174,7 +174,7 @@ def test_a_start_that_does_not_fit_is_refused(trained, tmp_path, capsys) -> None
     corpus, llama = trained
     assert run(["convert", str(llama), str(tmp_path / "hf")]) == 0
     command = ["train", "llama3-debug", f"--model-from={tmp_path / 'hf'}", f"--data.source={corpus}", *SHORT]
-    assert run([*command, f"--output-dir={tmp_path / 'run'}", "--model.ffn=64"]) == 2
+    assert run([*command, f"--output-dir={tmp_path / 'run'}", "--model.intermediate-size=64"]) == 2
     told = capsys.readouterr().err
     assert "model.layers.0.mlp.gate_proj.weight in" in told
     assert "has the shape (48, 32); expected (64, 32)" in told

@@ -10,7 +10,7 @@ import torch
 
 from sightline.cli.masks import main
 from sightline.cli.show_masks import find_subject
-from sightline.config import Data, Run
+from sightline.config import DataConfig, Run
 from sightline.data import load_documents, open_loader, split_documents, train_tokenizer
 from sightline.masks import causal, document
 from sightline.numbers import flops
@@ -32,7 +32,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def small(recipe: Run, source: Path) -> Run:
-    return replace(recipe, data=Data(source=str(source)), training=replace(recipe.training, sequence_length=96))
+    return replace(recipe, data=DataConfig(source=str(source)), training=replace(recipe.training, sequence_length=96))
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_a_mask_that_no_layer_attends_under_costs_nothing(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = small(get_recipe("qwen3_next-debug"), source)
-    monkeypatch.setitem(RECIPES, "recurrent", replace(run, model=replace(run.model, attention_every=9)))
+    monkeypatch.setitem(RECIPES, "recurrent", replace(run, model=replace(run.model, full_attention_interval=9)))
     main(["recurrent", "--stats"])
     assert "0: no layer attends under this mask" in capsys.readouterr().out
 
@@ -91,7 +91,7 @@ def test_statistics_of_an_expression(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_a_recipe_shows_the_first_batch_of_its_training(recipe: str, source: Path) -> None:
     run = RECIPES[recipe]
-    training, _ = split_documents(load_documents(run.data), run.data.validation_share)
+    training, _ = split_documents(load_documents(run.data), run.data.validation_fraction)
     tokenizer = train_tokenizer(training, run.model.vocab_size)
     loader = open_loader(run.data, run.training, training, tokenizer, seed=run.seed)
     batch = next(loader)

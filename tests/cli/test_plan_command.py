@@ -12,7 +12,7 @@ import torch
 from sightline.cli.main import run as command
 from sightline.cli.plan import main
 from sightline.cli.show_plan import busiest, received
-from sightline.config import Data
+from sightline.config import DataConfig
 from sightline.masks import causal, document
 from sightline.parallel import plan_context
 from sightline.recipes import RECIPES, get_recipe
@@ -26,7 +26,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     for number in range(40):
         (folder / f"{number:02}.txt").write_text(f"document {number} says: " + "some words and more " * (number % 7))
     run = get_recipe("llama3-debug")
-    monkeypatch.setitem(RECIPES, "llama3-small", replace(run, data=Data(source=str(folder))))
+    monkeypatch.setitem(RECIPES, "llama3-small", replace(run, data=DataConfig(source=str(folder))))
     return "llama3-small"
 
 

@@ -21,7 +21,7 @@ def command(*arguments: str) -> list[str]:
 
 def start(directory: Path, source: Path) -> subprocess.Popen:
     arguments = [
-        "train", "llama3-debug", "--output-dir", str(directory), "--data.source", str(source), "--model.width", "32",
+        "train", "llama3-debug", "--output-dir", str(directory), "--data.source", str(source), "--model.hidden-size", "32",
         "--model.vocab-size", "320", "--training.steps", str(STEPS), "--training.sequence-length", "64",
         "--training.device", "cpu", "--checkpoint.every", "5", "--validation.every", "10", "--logging.sample-tokens",
         "8", "--logging.no-tensorboard",

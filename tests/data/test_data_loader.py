@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sightline.batch import IGNORE, Batch, ImageSizes
-from sightline.config import Data, Training, Validation
+from sightline.config import DataConfig, TrainingConfig, ValidationConfig
 from sightline.data import (
     SYNTHETIC_IMAGES,
     Documents,
@@ -21,11 +21,11 @@ from sightline.data import (
     train_tokenizer,
 )
 
-CAPTIONS = load_documents(Data(source=SYNTHETIC_IMAGES))
+CAPTIONS = load_documents(DataConfig(source=SYNTHETIC_IMAGES))
 TOKENIZER = train_tokenizer(CAPTIONS, 300)
 IMAGES = ImageSizes(patch_size=4, merge=2, image_token=511)
-DRAWINGS = Data(source=SYNTHETIC_IMAGES)
-TRAINING = Training(sequence_length=96, global_batch_size=4, micro_batch_size=2)
+DRAWINGS = DataConfig(source=SYNTHETIC_IMAGES)
+TRAINING = TrainingConfig(sequence_length=96, global_batch_size=4, micro_batch_size=2)
 
 
 def batch_of(step: int, rows: int = 2, length: int = 8) -> Batch:
@@ -51,9 +51,9 @@ class Numbered:
 
 
 def test_the_source_decides_the_loader() -> None:
-    text = open_loader(Data(), TRAINING, Documents.from_texts(["some text"]), TOKENIZER)
+    text = open_loader(DataConfig(), TRAINING, Documents.from_texts(["some text"]), TOKENIZER)
     drawings = open_loader(DRAWINGS, TRAINING, CAPTIONS, TOKENIZER, images=IMAGES)
-    own = open_loader(Data(), TRAINING, CAPTIONS, TOKENIZER, batches=[batch_of(1, 4, 96)])
+    own = open_loader(DataConfig(), TRAINING, CAPTIONS, TOKENIZER, batches=[batch_of(1, 4, 96)])
     assert [type(loader) for loader in (text, drawings, own)] == [Loader, ImageLoader, IterableLoader]
     for loader in (text, drawings, own):
         assert next(loader).shape == (4, 96)
@@ -65,10 +65,10 @@ def test_drawings_are_refused_to_a_model_that_reads_text_alone() -> None:
         open_loader(DRAWINGS, TRAINING, CAPTIONS, TOKENIZER)
 
 
-@pytest.mark.parametrize(("data", "documents"), [(DRAWINGS, CAPTIONS), (Data(), Documents.from_texts(["abc"] * 99))])
-def test_ranks_share_the_rows_of_a_validation(data: Data, documents: Documents) -> None:
+@pytest.mark.parametrize(("data", "documents"), [(DRAWINGS, CAPTIONS), (DataConfig(), Documents.from_texts(["abc"] * 99))])
+def test_ranks_share_the_rows_of_a_validation(data: DataConfig, documents: Documents) -> None:
     def batches(**options: int) -> list[Batch]:
-        return open_validation(data, TRAINING, Validation(rows=3), documents, TOKENIZER, images=IMAGES, **options)
+        return open_validation(data, TRAINING, ValidationConfig(rows=3), documents, TOKENIZER, images=IMAGES, **options)
 
     alone, (first,), (second,) = batches(), batches(rank=0, world=2), batches(rank=1, world=2)
     assert [batch.shape[0] for batch in (*alone, first, second)] == [2, 1, 2, 2]
@@ -76,7 +76,7 @@ def test_ranks_share_the_rows_of_a_validation(data: Data, documents: Documents) 
         whole, shared = (torch.cat([getattr(batch, name) for batch in rows]) for rows in (alone, [first, second]))
         assert torch.equal(shared[:3], whole)
     assert (second.labels[1] == IGNORE).all()
-    assert open_validation(data, TRAINING, Validation(every=0), documents, TOKENIZER, images=IMAGES) == []
+    assert open_validation(data, TRAINING, ValidationConfig(every=0), documents, TOKENIZER, images=IMAGES) == []
 
 
 def test_batches_with_a_state_go_on_where_they_were() -> None:

@@ -44,7 +44,7 @@ def test_the_held_out_documents_are_no_neighbours() -> None:
 
 
 def test_a_single_document_cannot_be_split() -> None:
-    with pytest.raises(ValueError, match=r"holds only 1, expected at least 2.*--data\.validation-share 0"):
+    with pytest.raises(ValueError, match=r"holds only 1, expected at least 2.*--data\.validation-fraction 0"):
         split_documents(documents(1), 0.05)
     training, validation = split_documents(documents(1), 0.0)
     assert (len(training), len(validation)) == (1, 0)

@@ -10,7 +10,7 @@ import torch
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
 from sightline.batch import PADDING, Batch, ImageSizes
-from sightline.config import Data
+from sightline.config import DataConfig
 from sightline.data import (
     ImageLoader,
     join_states,
@@ -23,7 +23,7 @@ from sightline.data import (
 from sightline.data.synthetic_images import COLOURS, SYNTHETIC_IMAGES, caption_documents, draw
 
 IMAGE = 511
-CAPTIONS = load_documents(Data(source=SYNTHETIC_IMAGES))
+CAPTIONS = load_documents(DataConfig(source=SYNTHETIC_IMAGES))
 TOKENIZER = train_tokenizer(CAPTIONS, IMAGE)
 SIZES = {"rows": 3, "sequence_length": 96, "images": ImageSizes(4, 2, IMAGE), "seed": 5}
 

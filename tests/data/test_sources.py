@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sightline.config import Data
+from sightline.config import DataConfig
 from sightline.data import Documents, load_documents, sources
 
 
@@ -20,7 +20,7 @@ def write(root: Path, **files: str | bytes) -> Path:
 
 
 def load(source: Path | str, **options: str) -> Documents:
-    return load_documents(Data(source=str(source), **options))
+    return load_documents(DataConfig(source=str(source), **options))
 
 
 def test_a_folder_is_read_whole_and_in_order(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from sightline.layers import AttentionLayer, attention_layers, flops_per_token
 from sightline.layers.facts import Role, matrices_of, parameter_facts
 from sightline.models import MODELS, build_skeleton
 
-MTP = replace(MODELS["deepseek_v3-debug"], prediction_weight=0.3)
+MTP = replace(MODELS["deepseek_v3-debug"], mtp_loss_weight=0.3)
 NORMS = {"attention_norm.weight", "mlp_norm.weight"}
 OTHER = {
     "llama3-debug": NORMS,
@@ -86,7 +86,7 @@ def test_a_module_that_states_nothing_is_refused_and_not_guessed() -> None:
 
 def test_experts_count_as_far_as_a_token_meets_them() -> None:
     config = MODELS["qwen3-debug-moe"]
-    assert (config.experts, config.experts_per_token, config.width, config.ffn) == (8, 2, 64, 64)
+    assert (config.num_experts, config.experts_per_token, config.hidden_size, config.intermediate_size) == (8, 2, 64, 64)
     attention = 64 * 32 * (4 + 2 + 2 + 4)
     assert flops_per_token(build_skeleton(config).layers["0"]) == 6 * (attention + 64 * 8 + 2 * 3 * 64 * 64)
 
@@ -122,6 +122,6 @@ def test_layers_and_head_groups_of_each_mask(config: object, shapes: dict[str, t
 
 def test_heads_of_recurrent_layers() -> None:
     config = MODELS["qwen3_next-debug"]
-    assert build_skeleton(config).row_heads == config.key_heads == 2
-    assert build_skeleton(replace(config, attention_every=1)).row_heads is None
+    assert build_skeleton(config).row_heads == config.linear_num_key_heads == 2
+    assert build_skeleton(replace(config, full_attention_interval=1)).row_heads is None
     assert build_skeleton("llama3-debug").row_heads is None

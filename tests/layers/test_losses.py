@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sightline import Batch
-from sightline.config import Training
+from sightline.config import TrainingConfig
 from sightline.layers import LOSSES, compute_loss, get_loss, linear_cross_entropy
 from sightline.models import build_skeleton
 from sightline.models.deepseek_v3 import look_further
@@ -19,8 +19,8 @@ DOCUMENTS = [[1, 2, 3, 4, 5], [6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16, 17]
 
 
 def test_the_option_offers_every_loss() -> None:
-    assert get_args(get_type_hints(Training)["loss"]) == tuple(one.name for one in LOSSES)
-    assert Training().loss == LOSSES[0].name == "token_mean"
+    assert get_args(get_type_hints(TrainingConfig)["loss"]) == tuple(one.name for one in LOSSES)
+    assert TrainingConfig().loss == LOSSES[0].name == "token_mean"
     with pytest.raises(ValueError, match=r"training\.loss is 'mean'; expected one of token_mean, document_mean"):
         get_loss("mean")
 

@@ -18,7 +18,7 @@ from sightline.masks import document
 from sightline.models.hf.vlm import vision_weights
 from tests.support.lowering import lowered
 
-CONFIG = VisionConfig(width=32, layers=2, heads=4, ffn=48, patch_size=2, side=4)
+CONFIG = VisionConfig(hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, patch_size=2, position_grid_size=4)
 NUMBERS = 12  # of a patch
 GRID = torch.tensor([[[3, 5], [1, 1], [2, 9]], [[6, 2], [0, 0], [0, 0]], [[0, 0], [0, 0], [0, 0]]])
 LENGTH = 40  # the rows hold 34, 12 and 0 patches
@@ -174,7 +174,7 @@ def test_a_projected_token_is_made_of_its_own_patches() -> None:
 
 def test_fresh_weights_have_the_stated_spread() -> None:
     torch.manual_seed(0)
-    encoder = VisionEncoder(VisionConfig(layers=2, side=16))
+    encoder = VisionEncoder(VisionConfig(num_layers=2, position_grid_size=16))
     for parameter in encoder.parameters():
         nn.init.constant_(parameter, torch.nan)
     encoder.init_weights()

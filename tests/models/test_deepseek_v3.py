@@ -80,19 +80,19 @@ CONFIGS = {
 CASES = {"one document": ([40], 40), "packed": ([1, 30, 2, 7, 17, 23, 8], 40)}
 WITH_PREDICTION = DeepseekV3Config(
     vocab_size=V,
-    width=32,
-    layers=2,
-    heads=2,
-    query_rank=24,
-    kv_rank=16,
-    plain_size=8,
-    rope_size=8,
-    value_size=8,
-    ffn=48,
-    expert_ffn=16,
-    experts=4,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_experts=4,
     experts_per_token=2,
-    prediction_weight=0.3,
+    mtp_loss_weight=0.3,
 )
 
 
@@ -140,7 +140,7 @@ def test_needle_no_other_document_changes(ours: Any, row: int, changed: int) -> 
 
 def test_padding_is_not_counted() -> None:
     """Two rows of 12: 17 tokens, 3 layers with experts, of which the last is told the next token."""
-    model = predicting(dataclasses.replace(WITH_PREDICTION, layers=3))
+    model = predicting(dataclasses.replace(WITH_PREDICTION, num_layers=3))
     batch = Batch.from_documents(random_documents([9, 8], V), length=12)
     run(model, batch, labels=True)
     counts = {name: layer.mlp.router.counts for name, layer in model.layers.items() if name != "0"}
@@ -172,7 +172,7 @@ def test_prediction_is_that_of_transformers(tmp_path: Path) -> None:
     config = TheirConfig.from_pretrained(tmp_path, attn_implementation="eager")
     theirs = DeepseekV3ForCausalLM.from_pretrained(tmp_path, config=config)
     one_more = TheirConfig.from_pretrained(tmp_path, num_hidden_layers=3, attn_implementation="eager")
-    last = DeepseekV3ForCausalLM.from_pretrained(tmp_path, config=one_more).model.layers[2]
+    last = DeepseekV3ForCausalLM.from_pretrained(tmp_path, config=one_more).model.num-layers[2]
     layer = MtpLayer(config, lambda *_: last, type(theirs.model.norm), 2)
     state = load_file(tmp_path / "model.safetensors")
     parts = {"enorm": layer.enorm, "hnorm": layer.hnorm, "eh_proj": layer.eh_proj, "shared_head.norm": layer.post_norm}
@@ -208,7 +208,7 @@ def test_prediction_is_that_of_transformers(tmp_path: Path) -> None:
         (ours.prediction.embedding_norm, layer.enorm),
         (ours.prediction.join, layer.eh_proj),
         (ours.prediction.block.mlp.router, last.mlp.gate),
-        (ours.layers["0"].mlp.down, theirs.model.layers[0].mlp.down_proj),
+        (ours.layers["0"].mlp.down, theirs.model.num-layers[0].mlp.down_proj),
     ):
         largest = other.weight.grad.abs().max().item()
         assert largest > 1e-3
@@ -240,13 +240,13 @@ def loss_and_prediction(model: Any, batch: Batch) -> tuple[Tensor, list[Tensor],
     predicted, count = model.predicted[-1]
     model.finish_step()
     model.prediction.block.mlp.router.balance.zero_()
-    model.layers["1"].mlp.router.balance.zero_()
+    model.num-layers["1"].mlp.router.balance.zero_()
     return loss.detach(), list(grads), predicted, int(count)
 
 
 def test_the_loss_that_is_told_is_that_of_the_next_token() -> None:
     model = predicting()
-    plain = predicting(dataclasses.replace(WITH_PREDICTION, prediction_weight=None))
+    plain = predicting(dataclasses.replace(WITH_PREDICTION, mtp_loss_weight=None))
     plain.load_state_dict({name: weight for name, weight in model.state_dict().items() if "prediction" not in name})
     batch = Batch.from_documents(random_documents([9, 20], V), length=32)
     assert torch.equal(run(model, batch, labels=True), run(plain, batch, labels=True))
@@ -346,12 +346,12 @@ def test_configs_of_other_models_are_refused(fields: dict[str, Any], text: str) 
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"kv_rank": 0}, "model.kv-rank must be greater than 0, got 0"),
-        ({"query_rank": 0}, "model.query-rank must be greater than 0, got 0"),
-        ({"rope_size": 15}, "model.rope-size must be even.*got 15"),
-        ({"dense_layers": 7}, "model.dense-layers must be 0 to 6, all layers, got 7"),
+        ({"kv_rank": 0}, "model.kv-lora-rank must be greater than 0, got 0"),
+        ({"query_rank": 0}, "model.q-lora-rank must be greater than 0, got 0"),
+        ({"rope_size": 15}, "model.qk-rope-head-dim must be even.*got 15"),
+        ({"dense_layers": 7}, "model.num-dense-layers must be 0 to 6, all layers, got 7"),
         ({"experts_per_token": 17}, "experts-per-token is 17, but there are only 16 experts"),
-        ({"expert_groups": 3}, r"experts 16 is not divisible by model.expert-groups 3; .*\[1, 2, 4, 8, 16\]"),
+        ({"expert_groups": 3}, r"experts 16 is not divisible by model.num-expert-groups 3; .*\[1, 2, 4, 8, 16\]"),
         ({"expert_groups": 4, "groups_per_token": 5}, "groups-per-token must be at most 4, all groups, got 5"),
         ({"expert_groups": 8, "groups_per_token": 1}, "groups-per-token 1 opens 2 experts.*sent to 4"),
         ({"expert_groups": 16, "groups_per_token": 8}, "16 in 16 groups leave one to each; lower"),
@@ -365,12 +365,12 @@ def test_config_refuses(fields: dict[str, Any], text: str) -> None:
 @pytest.mark.parametrize("prediction_weight", [None, 0.3])
 @pytest.mark.parametrize("dense_layers", [1, 2])
 def test_flops_are_those_of_the_matrices_a_token_meets(prediction_weight: float | None, dense_layers: int) -> None:
-    config = dataclasses.replace(WITH_PREDICTION, prediction_weight=prediction_weight, dense_layers=dense_layers)
+    config = dataclasses.replace(WITH_PREDICTION, mtp_loss_weight=prediction_weight, num_dense_layers=dense_layers)
     model = build_model(config)
     total = 0.0
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2 and name != "embedding.weight":
-            share = config.experts_per_token / config.experts if ".experts." in name else 1.0
+            share = config.experts_per_token / config.num_experts if ".experts." in name else 1.0
             outputs = 2 if name == "output.weight" and prediction_weight else 1
             total += parameter.numel() * share * outputs
     assert model.flops_per_token() == 6 * total
@@ -379,7 +379,7 @@ def test_flops_are_those_of_the_matrices_a_token_meets(prediction_weight: float 
 
 
 def small(tmp_path: Path, **changes: Any) -> Any:
-    model = dataclasses.replace(config_of("deepseek_v3-debug"), vocab_size=320, prediction_weight=0.3)
+    model = dataclasses.replace(config_of("deepseek_v3-debug"), vocab_size=320, mtp_loss_weight=0.3)
     return small_run(tmp_path / "run", write_corpus(tmp_path / "source"), model=model, **changes)
 
 

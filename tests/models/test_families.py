@@ -25,7 +25,7 @@ class Mine(Llama3):
 
 
 MINE = Family(name="llama3", model=Mine, config=MineConfig)  # a name that another family has does not matter
-SMALL = MineConfig(vocab_size=32, width=16, layers=1, heads=2, kv_heads=1, ffn=24)
+SMALL = MineConfig(vocab_size=32, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=24)
 
 
 @pytest.mark.parametrize("name", MODELS)

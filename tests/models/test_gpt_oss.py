@@ -149,10 +149,10 @@ def test_configs_of_other_models_are_refused(fields: dict[str, Any], text: str) 
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"window": 0}, "model.window must be greater than 0, got 0"),
+        ({"window": 0}, "model.sliding-window must be greater than 0, got 0"),
         ({"experts_per_token": 9}, "experts-per-token is 9, but there are only 8 experts"),
         ({"head_size": 15}, "head-size must be even, .*got 15"),
-        ({"heads": 6}, r"heads 6 is not divisible by model.kv-heads 4; .*\[1, 2, 3, 6\]"),
+        ({"heads": 6}, r"heads 6 is not divisible by model.num-kv-heads 4; .*\[1, 2, 3, 6\]"),
     ],
 )
 def test_config_refuses(fields: dict[str, Any], text: str) -> None:

@@ -11,11 +11,11 @@ from sightline.models import Llama3, Llama3Config, Llama3RopeScaling, build_mode
 
 CONFIG = Llama3Config(
     vocab_size=61,
-    width=32,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    ffn=48,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    intermediate_size=48,
     rope_theta=100.0,
     rope_scaling=Llama3RopeScaling(original_context=16),
 )
@@ -70,13 +70,13 @@ def naive(state: dict[str, Tensor], tokens: Tensor, positions: Tensor) -> Tensor
 
     h = state["embedding.weight"][tokens]
     causal = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
-    for i in range(config.layers):
+    for i in range(config.num_layers):
         p = f"layers.{i}."
         x = norm(h, p + "attention_norm.weight")
         q, k, v = ((x @ state[f"{p}attention.{name}.weight"].t()).split(size, 1) for name in ("query", "key", "value"))
         outs = []
-        for head in range(config.heads):
-            shared = head // (config.heads // config.kv_heads)
+        for head in range(config.num_heads):
+            shared = head // (config.num_heads // config.num_kv_heads)
             scores = rope(q[head]) @ rope(k[shared]).t() / size**0.5
             outs.append(scores.masked_fill(~causal, -torch.inf).softmax(-1) @ v[shared])
         h = h + torch.cat(outs, 1) @ state[p + "attention.output.weight"].t()
@@ -243,7 +243,7 @@ def test_tied_embeddings_are_one_parameter_with_both_gradients() -> None:
 
 def test_fresh_weights_have_the_stated_spread() -> None:
     torch.manual_seed(0)
-    tiny = Llama3Config(width=256, layers=2, heads=4, kv_heads=2, ffn=512)
+    tiny = Llama3Config(hidden_size=256, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=512)
     state = build_model(tiny).state_dict()
     inner, residual = 1 / 16, 1 / 16 / 2  # width^-0.5, and that / sqrt(2 layers)
     expected = {
@@ -286,7 +286,7 @@ def test_flops_against_the_matrix_products_that_run() -> None:
             from_linears += module.weight.numel()
     assert model.flops_per_token() == 6 * from_linears
     assert make_model(replace(CONFIG, tied_embeddings=True)).flops_per_token() == 6 * from_linears
-    wide_heads = make_model(replace(CONFIG, head_size=20))
+    wide_heads = make_model(replace(CONFIG, head_dim=20))
     assert wide_heads.flops_per_token() == 6 * (from_linears + 2 * 32 * (2 * 4 + 2 * 2) * (20 - 8))
     # llama3-tiny by hand: 6 layers of 256 x (256 + 128 + 128 + 256 + 3 x 688), and the head of 256 x 8192
     assert build_model("llama3-tiny").flops_per_token() == 6 * (6 * 256 * (768 + 2064) + 256 * 8192)
@@ -296,11 +296,11 @@ def test_flops_against_the_matrix_products_that_run() -> None:
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"heads": 6, "kv_heads": 4, "width": 96}, r"heads 6 is not divisible by model.kv-heads 4; .*\[1, 2, 3, 6\]"),
-        ({"width": 250}, "width 250 is not divisible by model.heads 8; .*head-size"),
+        ({"heads": 6, "kv_heads": 4, "width": 96}, r"heads 6 is not divisible by model.num-kv-heads 4; .*\[1, 2, 3, 6\]"),
+        ({"width": 250}, "width 250 is not divisible by model.num-heads 8; .*head-size"),
         ({"width": 24}, "must be even.*got 3"),
         ({"head_size": 0}, "must be even.*got 0"),
-        ({"layers": 0}, "model.layers must be greater than 0, got 0"),
+        ({"layers": 0}, "model.num-layers must be greater than 0, got 0"),
         ({"vocab_size": -5}, "model.vocab-size must be greater than 0, got -5"),
         ({"rope_theta": 0.0}, "model.rope-theta must be greater than 0, got 0.0"),
     ],

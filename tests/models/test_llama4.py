@@ -113,7 +113,7 @@ def test_masks_chunked_and_full(ours: Any) -> None:
 def test_a_carried_over_document_keeps_its_positions() -> None:
     """Its rest, in the next row, has the temperature and the chunks of the tokens it is made of."""
     torch.manual_seed(0)
-    config = dataclasses.replace(config_of("llama4-debug"), temperature_floor=4, temperature_scale=0.5, chunk=8)
+    config = dataclasses.replace(config_of("llama4-debug"), temperature_floor=4, temperature_scale=0.5, attention_chunk_size=8)
     model = build_model(config)
     document = random_documents([30], config.vocab_size)[0]
     batch = Batch.from_documents([document], length=20)
@@ -170,9 +170,9 @@ def test_configs_of_other_models_are_refused(fields: dict[str, Any], text: str) 
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"chunk": 0}, "model.chunk must be greater than 0, got 0"),
+        ({"chunk": 0}, "model.attention-chunk-size must be greater than 0, got 0"),
         ({"experts_per_token": 9}, "experts-per-token is 9, but there are only 8 experts"),
-        ({"full_every": -1}, "model.full-every must be greater than 0, got -1"),
+        ({"full_every": -1}, "model.no-rope-layer-interval must be greater than 0, got -1"),
     ],
 )
 def test_config_refuses(fields: dict[str, Any], text: str) -> None:

@@ -29,7 +29,7 @@ def test_an_unknown_name_lists_the_models() -> None:
 
 
 def test_build_takes_a_config() -> None:
-    config = Llama3Config(vocab_size=32, width=16, layers=1, heads=2, kv_heads=1, ffn=24)
+    config = Llama3Config(vocab_size=32, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=24)
     assert build_model(config, attention_backend="reference").attention_backend == "reference"
     assert build_model(config).config is config
 

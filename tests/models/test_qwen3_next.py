@@ -89,7 +89,7 @@ def make_batch() -> Batch:
 def test_needle_no_other_document_changes_by_one_bit(changed: int) -> None:
     """In float32, through convolution, memory and attention, with one dense layer in place of the experts."""
     torch.manual_seed(0)
-    model, batch = build_model(replace(QWEN3_NEXT.presets["debug"], experts=0, ffn=96)), make_batch()
+    model, batch = build_model(replace(QWEN3_NEXT.presets["debug"], num_experts=0, intermediate_size=96)), make_batch()
     tokens = batch.tokens.clone()
     tokens[0, changed] = 511 if tokens[0, changed] != 511 else 510
     needle = replace(batch, tokens=tokens)
@@ -115,7 +115,7 @@ def test_needle_no_other_document_changes_by_one_bit(changed: int) -> None:
 def test_packed_rows_equal_their_documents_run_one_by_one() -> None:
     torch.manual_seed(0)
     # Without the loss that balances the experts, which is of whole rows and not of documents.
-    model, batch = build_model(replace(QWEN3_NEXT.presets["debug"], auxiliary_loss=0.0)).double(), make_batch()
+    model, batch = build_model(replace(QWEN3_NEXT.presets["debug"], aux_loss_coef=0.0)).double(), make_batch()
     logits, loss = run(model, batch), run(model, batch, labels=True)
     grads = torch.autograd.grad(loss, list(model.parameters()))
     single_loss = torch.zeros((), dtype=torch.float64)
@@ -192,7 +192,7 @@ def test_flops_count_what_a_token_meets() -> None:
     parameters = dict(model.named_parameters())
     skipped = ("embedding", "norm", "A_log", "dt_bias", "convolution")
     matrices = sum(p.numel() for name, p in parameters.items() if not any(part in name for part in skipped))
-    mlp = model.layers["0"].mlp
+    mlp = model.num-layers["0"].mlp
     assert isinstance(mlp, MoE)
     unused = 48 * (512 - 10) * sum(p[0].numel() for p in mlp.experts.parameters())
     memory = 36 * 32 * 128 * 128
@@ -240,7 +240,7 @@ def test_the_published_config_is_the_published_size() -> None:
         "tie_word_embeddings": False,
         "vocab_size": 151936,
     }
-    assert replace(QWEN3_NEXT.config_from_hf(published), ffn=688) == config_of("qwen3_next-80b-a3b")
+    assert replace(QWEN3_NEXT.config_from_hf(published), intermediate_size=688) == config_of("qwen3_next-80b-a3b")
 
 
 @pytest.mark.parametrize(
@@ -266,15 +266,15 @@ def test_what_is_not_built_is_refused(fields: dict[str, Any], text: str) -> None
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"value_heads": 6}, r"value-heads 6 is not divisible by model.key-heads 4; .*\[1, 2, 3, 6\]"),
-        ({"kv_heads": 3}, r"heads 4 is not divisible by model.kv-heads 3"),
-        ({"rotary_share": 0.0}, "rotary-share 0.0 of model.head-size 64 are 0 channels"),
-        ({"rotary_share": 1.5}, "rotary-share 1.5 of model.head-size 64 are 96 channels"),
+        ({"value_heads": 6}, r"value-heads 6 is not divisible by model.linear-num-key-heads 4; .*\[1, 2, 3, 6\]"),
+        ({"kv_heads": 3}, r"heads 4 is not divisible by model.num-kv-heads 3"),
+        ({"rotary_share": 0.0}, "rotary-share 0.0 of model.head-dim 64 are 0 channels"),
+        ({"rotary_share": 1.5}, "rotary-share 1.5 of model.head-dim 64 are 96 channels"),
         ({"rotary_share": 0.05}, "must be even.*got 3"),
         ({"experts_per_token": 9}, "experts-per-token is 9, but there are only 8 experts"),
-        ({"experts": -1}, "model.experts must be greater than 0, got -1"),
-        ({"experts": 0, "ffn": 0}, "model.ffn must be greater than 0, got 0"),
-        ({"taps": 0}, "model.taps must be greater than 0, got 0"),
+        ({"experts": -1}, "model.num-experts must be greater than 0, got -1"),
+        ({"experts": 0, "ffn": 0}, "model.intermediate-size must be greater than 0, got 0"),
+        ({"taps": 0}, "model.linear-conv-kernel-dim must be greater than 0, got 0"),
     ],
 )
 def test_config_refuses(fields: dict[str, Any], text: str) -> None:

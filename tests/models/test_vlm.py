@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Lfm2VlConfig, Lfm2VlForConditionalGeneration
 
 from sightline import Batch
-from sightline.config import Logging, Validation
+from sightline.config import LoggingConfig, ValidationConfig
 from sightline.generation import SamplingConfig, generate
 from sightline.models import VLM, VisionConfig, VLMConfig, build_model, load_pretrained, save_pretrained
 from sightline.models.llama3 import LLAMA3
@@ -199,8 +199,8 @@ def test_the_way_back(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def ours() -> VLM:
     torch.manual_seed(0)
-    vision = VisionConfig(width=24, layers=2, heads=4, ffn=40, patch_size=2, side=3)
-    text = replace(LLAMA3.presets["debug"], vocab_size=96, width=32, ffn=48)
+    vision = VisionConfig(hidden_size=24, num_layers=2, num_heads=4, intermediate_size=40, patch_size=2, position_grid_size=3)
+    text = replace(LLAMA3.presets["debug"], vocab_size=96, hidden_size=32, intermediate_size=48)
     model = build_model(VLMConfig(**{**vars(text), "image_token": IMAGE, "vision": vision, "projector": 40}))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -397,8 +397,8 @@ def test_what_does_not_fit_is_refused(ours: VLM) -> None:
     ("fields", "text"),
     [
         ({"image_token": 8192}, "image-token 8192 is not in the vocabulary of 8192 tokens; use .* 8191"),
-        ({"merge": 0}, "model.merge must be greater than 0, got 0"),
-        ({"kv_heads": 3}, "not divisible by model.kv-heads 3"),
+        ({"merge": 0}, "model.spatial-merge-size must be greater than 0, got 0"),
+        ({"kv_heads": 3}, "not divisible by model.num-kv-heads 3"),
     ],
 )
 def test_config_refuses(fields: dict, text: str) -> None:
@@ -407,15 +407,15 @@ def test_config_refuses(fields: dict, text: str) -> None:
 
 
 def test_vision_config_refuses() -> None:
-    with pytest.raises(ValueError, match=r"model.vision.width 130 is not divisible by model.vision.heads 4"):
-        VisionConfig(width=130)
+    with pytest.raises(ValueError, match=r"model.vision.hidden-size 130 is not divisible by model.vision.num-heads 4"):
+        VisionConfig(hidden_size=130)
     with pytest.raises(ValueError, match=r"model.vision.patch-size must be greater than 0, got 0"):
         VisionConfig(patch_size=0)
 
 
 def test_a_config_of_another_model_is_refused() -> None:
     hf = VLM_FAMILY.hf.config_to_hf(VLM_FAMILY.presets["debug"])
-    assert VLM_FAMILY.config_from_hf(hf) == replace(VLM_FAMILY.presets["debug"], head_size=16)
+    assert VLM_FAMILY.config_from_hf(hf) == replace(VLM_FAMILY.presets["debug"], head_dim=16)
     for changed, text in [
         ({"text_config": {**hf["text_config"], "model_type": "lfm2"}}, "model_type = 'lfm2'.*expected 'llama'"),
         ({"vision_config": {**hf["vision_config"], "hidden_act": "gelu"}}, "hidden_act = 'gelu'"),
@@ -437,7 +437,7 @@ def test_as_many_parameters_as_their_model(size: str) -> None:
 
 def test_flops(ours: VLM) -> None:
     assert (ours.flops_per_pair("encoder"), ours.flops_per_pair("decoder")) == (12.0 * 24 * 2, 12.0 * 32 * 2)
-    text = build_model(replace(LLAMA3.presets["debug"], vocab_size=96, width=32, ffn=48))
+    text = build_model(replace(LLAMA3.presets["debug"], vocab_size=96, hidden_size=32, intermediate_size=48))
     assert ours.flops_per_token() == text.flops_per_token()
 
 
@@ -448,8 +448,8 @@ def test_the_tiny_recipe_learns(tmp_path: Path) -> None:
         recipe,
         output_dir=tmp_path,
         training=replace(recipe.training, steps=30, sequence_length=96, device="cpu"),
-        validation=Validation(every=30, rows=2),
-        logging=Logging(tensorboard=False, sample_tokens=4),
+        validation=ValidationConfig(every=30, rows=2),
+        logging=LoggingConfig(tensorboard=False, sample_tokens=4),
     )
     train_quietly(run)
     losses = [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sightline.config import Checkpoint, Parallel, Run
+from sightline.config import CheckpointConfig, ParallelConfig, Run
 from sightline.models import build_model, load_pretrained, save_pretrained
 from sightline.models.hf import files
 from sightline.models.hf.directory import read_pretrained
@@ -52,13 +52,13 @@ def run_of(
     **checkpoint: Any,
 ) -> Run:
     """A run whose learning rate does not depend on how many steps there will be."""
-    run = small_run(directory, source, family, Parallel(**degrees))
+    run = small_run(directory, source, family, ParallelConfig(**degrees))
     return dataclasses.replace(
         run,
         training=dataclasses.replace(run.training, steps=steps),
-        optimizer=dataclasses.replace(run.optimizer, name=optimizer, schedule="wsd", decay_share=0.0),
+        optimizer=dataclasses.replace(run.optimizer, name=optimizer, schedule="wsd", decay_ratio=0.0),
         validation=dataclasses.replace(run.validation, every=0),
-        checkpoint=Checkpoint(**{"every": 0, **checkpoint}),
+        checkpoint=CheckpointConfig(**{"every": 0, **checkpoint}),
         logging=dataclasses.replace(run.logging, sample_tokens=0),
     )
 

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from sightline import Batch
-from sightline.config import Parallel, Training
+from sightline.config import ParallelConfig, TrainingConfig
 from sightline.generation import SamplingConfig, generate
 from sightline.models import build_model, build_skeleton, draw_weights
 from sightline.parallel.compile import apply_compile
@@ -90,7 +90,7 @@ def test_with_recompute(name: str, backend: str, how: Literal["full", "selective
     compiled = build_model(name, attention_backend=backend)
     torch._dynamo.reset()
     counters.clear()
-    apply_recompute(compiled, Training(recompute=how))
+    apply_recompute(compiled, TrainingConfig(recompute=how))
     apply_compile(compiled, backend="aot_eager")
     for seed in range(3):
         assert_same(learn(compiled, rows(seed)), learn(model, rows(seed)))
@@ -98,7 +98,7 @@ def test_with_recompute(name: str, backend: str, how: Literal["full", "selective
 
 
 def learn_on_mesh(rank: int, name: str, compiled: bool) -> dict[str, torch.Tensor]:
-    mesh = Mesh(Parallel(expert=2 if "moe" in name else 1), torch.device("cpu"))
+    mesh = Mesh(ParallelConfig(expert=2 if "moe" in name else 1), torch.device("cpu"))
     model = build_skeleton(name)
     apply_expert(model, mesh)
     if compiled:

@@ -21,7 +21,7 @@ STEPS = 40
 def start(directory: Path, source: Path, *options: str) -> subprocess.Popen[str]:
     """A job of two processes that restarts once; what they say lies beside its directory."""
     arguments = [
-        "train", "llama3-debug", "--output-dir", str(directory), "--data.source", str(source), "--model.width", "32",
+        "train", "llama3-debug", "--output-dir", str(directory), "--data.source", str(source), "--model.hidden-size", "32",
         "--model.vocab-size", "320", "--training.steps", str(STEPS), "--training.sequence-length", "64",
         "--training.micro-batch-size", "2", "--training.device", "cpu", "--checkpoint.every", "5",
         "--validation.every", "0", "--logging.sample-tokens", "0", "--logging.no-tensorboard", *options,

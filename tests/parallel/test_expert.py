@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from sightline import Batch
 from sightline.batch import RowBuilder
-from sightline.config import Parallel, Training
+from sightline.config import ParallelConfig, TrainingConfig
 from sightline.layers import Router, routers_of
 from sightline.models import build_skeleton, config_of, draw_weights
 from sightline.models.drawing import draw
@@ -94,9 +94,9 @@ def step_of(
     rank: int, name: str, degrees: dict[str, int], batch: Batch, starved: bool = False, recompute: Any = "none"
 ) -> dict[str, Tensor]:
     """This process's part of a step."""
-    mesh = Mesh(Parallel(**degrees), CPU)
+    mesh = Mesh(ParallelConfig(**degrees), CPU)
     model = build(name, mesh)
-    apply_recompute(model, Training(recompute=recompute))
+    apply_recompute(model, TrainingConfig(recompute=recompute))
     if starved:
         starve(model)
     if mesh.world > mesh.size("expert"):
@@ -175,7 +175,7 @@ def test_a_process_with_nothing_but_padding() -> None:
 
 
 def refusals(rank: int) -> list[str]:
-    mesh = Mesh(Parallel(expert=4), CPU)
+    mesh = Mesh(ParallelConfig(expert=4), CPU)
     told = []
     for name, changes in (("llama3-debug", {}), ("qwen3-debug", {}), ("qwen3-debug-moe", {"experts": 6})):
         with pytest.raises(ValueError) as refused:
@@ -213,7 +213,7 @@ def router_and_tokens() -> tuple[Router, Tensor, Tensor]:
 
 
 def auxiliary_gradient_of_half(rank: int, shared: bool) -> Tensor:
-    mesh = Mesh(Parallel(context=2), CPU)
+    mesh = Mesh(ParallelConfig(context=2), CPU)
     router, x, seeing = router_and_tokens()
     if shared:
         apply_context(router, mesh)

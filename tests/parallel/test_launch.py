@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sightline.config import Parallel
+from sightline.config import ParallelConfig
 from sightline.errors import AnotherRankEnded, LostRank, exit_code_of
 from sightline.parallel.launch import joined, meet, place
 from sightline.parallel.mesh import Mesh
@@ -22,7 +22,7 @@ from tests.support.processes import CONTEXT
 CPU = torch.device("cpu")
 
 
-def started(world: int, body: Callable[[int], object], parallel: Parallel) -> list[object]:
+def started(world: int, body: Callable[[int], object], parallel: ParallelConfig) -> list[object]:
     """What `body(rank)` gives inside `joined`, or the error that came out of it, by rank; "gone" for one that died."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -50,7 +50,7 @@ def receive(pipe: Connection, process: BaseProcess) -> object:
     return pipe.recv()
 
 
-def _start(rank: int, world: int, port: int, body: Callable[[int], object], parallel: Parallel, pipe) -> None:
+def _start(rank: int, world: int, port: int, body: Callable[[int], object], parallel: ParallelConfig, pipe) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     try:
@@ -66,7 +66,7 @@ def _start(rank: int, world: int, port: int, body: Callable[[int], object], para
 
 def test_one_process_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined(Parallel(tensor=4), CPU) as device:  # the degrees are the mesh's to refuse
+    with joined(ParallelConfig(tensor=4), CPU) as device:  # the degrees are the mesh's to refuse
         assert device == CPU and not dist.is_initialized()
         assert meet(7, None) is None and meet(7, 15) == 15
 
@@ -74,11 +74,11 @@ def test_one_process_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def sum_of_ranks(rank: int) -> object:
     value = torch.tensor(rank)
     dist.all_reduce(value)
-    return int(value), Mesh(Parallel(tensor=2), CPU).index("tensor"), torch.get_num_threads() > 0
+    return int(value), Mesh(ParallelConfig(tensor=2), CPU).index("tensor"), torch.get_num_threads() > 0
 
 
 def test_processes_join_and_leave() -> None:
-    assert started(2, sum_of_ranks, Parallel(tensor=2)) == [(1, 0, True), (1, 1, True)]
+    assert started(2, sum_of_ranks, ParallelConfig(tensor=2)) == [(1, 0, True), (1, 1, True)]
 
 
 def stop_together(rank: int) -> object:
@@ -87,7 +87,7 @@ def stop_together(rank: int) -> object:
 
 
 def test_a_signal_to_one_process_reaches_all_at_the_same_step() -> None:
-    assert started(2, stop_together, Parallel()) == [[None, None, 15, 15]] * 2
+    assert started(2, stop_together, ParallelConfig()) == [[None, None, 15, 15]] * 2
 
 
 def fail_alone(rank: int) -> object:
@@ -98,7 +98,7 @@ def fail_alone(rank: int) -> object:
 
 
 def test_the_process_that_fails_speaks_and_the_others_are_silent() -> None:
-    told = started(3, fail_alone, Parallel())
+    told = started(3, fail_alone, ParallelConfig())
     assert told[1] == ("FileNotFoundError", "no such file", ["rank 1"], 1)
     assert told[0] == told[2] == ("AnotherRankEnded", "", [], 1)
 
@@ -108,12 +108,12 @@ def fail_alike(rank: int) -> object:
 
 
 def test_where_all_fail_alike_rank_0_speaks() -> None:
-    told = started(2, fail_alike, Parallel())
+    told = started(2, fail_alike, ParallelConfig())
     assert told == [("ValueError", "a wrong option", ["rank 0"], 2), ("AnotherRankEnded", "", [], 2)]
 
 
 def test_degrees_that_do_not_fit_are_told_once() -> None:
-    told = started(2, sum_of_ranks, Parallel(tensor=3))
+    told = started(2, sum_of_ranks, ParallelConfig(tensor=3))
     assert told[0][0] == "ValueError" and "does not divide the 2 processes" in told[0][1]  # type: ignore[index]
     assert told[1] == ("AnotherRankEnded", "", [], 2)
 
@@ -136,7 +136,7 @@ def sleep_inside_step_1(rank: int) -> object:
 
 @pytest.mark.parametrize(("late", "waits"), [(sleep_before_step_2, 2), (sleep_inside_step_1, 1)])
 def test_the_late_process_is_named_once(late: Callable[[int], object], waits: int) -> None:
-    told = started(4, late, Parallel(pipeline=2, shard=2, timeout=4))
+    told = started(4, late, ParallelConfig(pipeline=2, shard=2, timeout=4))
     lost = [error for error in told if error[0] == "LostRank"]  # type: ignore[index]
     assert len(lost) == 1 and sum(error[0] == "AnotherRankEnded" for error in told) == 3  # type: ignore[index]
     assert lost[0][1].startswith("rank 2 (pipeline 1, shard 0) is at step 1; rank ")  # type: ignore[index]
@@ -151,17 +151,17 @@ def die(rank: int) -> object:
 
 
 def test_a_process_that_is_gone_is_named() -> None:
-    told = started(2, die, Parallel())
+    told = started(2, die, ParallelConfig())
     assert told[1] == "gone"
     assert told[0][0] == "LostRank"  # type: ignore[index]
     assert told[0][1].startswith("rank 1 (shard 1) is at step 1; rank 0 (shard 0) waits at step 2")  # type: ignore[index]
 
 
 def test_places() -> None:
-    degrees = Parallel(pipeline=2, context=2, tensor=2)
+    degrees = ParallelConfig(pipeline=2, context=2, tensor=2)
     assert place(degrees, 0, 8) == " (pipeline 0, context 0, tensor 0)"
     assert place(degrees, 6, 8) == " (pipeline 1, context 1, tensor 0)"
-    assert place(Parallel(), 3, 4) == " (shard 3)" and place(Parallel(), 0, 1) == ""
+    assert place(ParallelConfig(), 3, 4) == " (shard 3)" and place(ParallelConfig(), 0, 1) == ""
 
 
 def test_exit_codes() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sightline import Batch
-from sightline.config import Optimizer, Parallel, Run, Training
+from sightline.config import OptimizerConfig, ParallelConfig, Run, TrainingConfig
 from sightline.layers import get_loss
 from sightline.models import config_of
 from sightline.parallel.apply import build_parallel
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 PAIRS, LENGTH, BETA = 2, 32, 0.5
 MODELS = {
     "llama3": config_of("llama3-debug"),
-    "routed": dataclasses.replace(config_of("qwen3-debug-moe"), auxiliary_loss=0.1),
+    "routed": dataclasses.replace(config_of("qwen3-debug-moe"), aux_loss_coef=0.1),
 }
 
 
@@ -85,8 +85,8 @@ def learn(rank: int, name: str, loss: str, degrees: dict[str, int]) -> dict[str,
     """Loss, gradient norm and whole gradients of a step, and the loss of the same rows in validation."""
     run = Run(
         model=MODELS[name],
-        parallel=Parallel(**degrees),  # type: ignore[arg-type]
-        training=Training(sequence_length=LENGTH, global_batch_size=4, micro_batch_size=1),
+        parallel=ParallelConfig(**degrees),  # type: ignore[arg-type]
+        training=TrainingConfig(sequence_length=LENGTH, global_batch_size=4, micro_batch_size=1),
     )
     torch.manual_seed(0)
     mesh = Mesh(run.parallel, CPU)
@@ -98,7 +98,7 @@ def learn(rank: int, name: str, loss: str, degrees: dict[str, int]) -> dict[str,
     if loss != "preference":
         batch = dataclasses.replace(batch, extra={})
     validated = torch.tensor(validate(model, [batch], None))
-    optimizer = build_optimizer(model, Optimizer())
+    optimizer = build_optimizer(model, OptimizerConfig())
     step = train_step(model, optimizer, batch, None, micro_batch_size=1, max_grad_norm=float("inf"))
     numbers = {"validated": validated, "loss": step.loss, "gradient norm": step.grad_norm}
     return numbers | {name: whole_of(p.grad) for name, p in model.named_parameters() if p.grad is not None}
@@ -135,7 +135,7 @@ def test_a_mesh_computes_what_one_process_computes(axis: str, alone: list[dict[s
 
 def test_a_preference_is_that_of_full_logits(alone: list[dict[str, Tensor]]) -> None:
     torch.manual_seed(0)
-    model, batch = build_parallel(MODELS["llama3"], Training(), Mesh(Parallel(), CPU)).whole, rows()
+    model, batch = build_parallel(MODELS["llama3"], TrainingConfig(), Mesh(ParallelConfig(), CPU)).whole, rows()
     masks = model.get_attention_masks(batch)
     logits = model(batch.tokens, attention_masks=masks, positions=batch.positions)
     log_probs = -F.cross_entropy(logits.mT, batch.labels, ignore_index=-100, reduction="none")

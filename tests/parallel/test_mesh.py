@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from sightline.config import Parallel
+from sightline.config import ParallelConfig
 from sightline.parallel.mesh import Mesh, resolve
 from tests.support.processes import on_processes
 
 
 def test_shard_takes_what_the_others_leave() -> None:
-    assert resolve(Parallel(), 1).shard == 1
-    assert resolve(Parallel(tensor=2), 8).shard == 4
-    assert resolve(Parallel(replicate=2, context=2, pipeline=2), 8).shard == 1
+    assert resolve(ParallelConfig(), 1).shard == 1
+    assert resolve(ParallelConfig(tensor=2), 8).shard == 4
+    assert resolve(ParallelConfig(replicate=2, context=2, pipeline=2), 8).shard == 1
 
 
 @pytest.mark.parametrize(
@@ -29,11 +29,11 @@ def test_shard_takes_what_the_others_leave() -> None:
 )
 def test_degrees_that_do_not_fit_are_named_with_those_that_do(degrees: dict[str, int], world: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        resolve(Parallel(**degrees), world)
+        resolve(ParallelConfig(**degrees), world)
 
 
 def place(rank: int, degrees: dict[str, int]) -> dict[str, tuple[int, int]]:
-    mesh = Mesh(Parallel(**degrees), torch.device("cpu"))
+    mesh = Mesh(ParallelConfig(**degrees), torch.device("cpu"))
     axes = (
         "pipeline",
         "replicate",
@@ -68,7 +68,7 @@ def test_pipeline_is_outermost() -> None:
 
 
 def grid(rank: int, degrees: dict[str, int]) -> dict[str, str]:
-    return Mesh(Parallel(**degrees), torch.device("cpu")).grid()
+    return Mesh(ParallelConfig(**degrees), torch.device("cpu")).grid()
 
 
 def test_grid_shows_every_rank() -> None:
@@ -88,7 +88,7 @@ def only_on_first(rank: int, fails: bool) -> str:
         return "made"
 
     try:
-        return Mesh(Parallel(), torch.device("cpu")).from_first(make)
+        return Mesh(ParallelConfig(), torch.device("cpu")).from_first(make)
     except ValueError as error:
         return f"refused: {error}"
 

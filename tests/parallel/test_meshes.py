@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from sightline import config
-from sightline.config import Checkpoint, Data, Logging, Optimizer, Parallel, Run, Training, Validation
+from sightline.config import CheckpointConfig, DataConfig, LoggingConfig, OptimizerConfig, ParallelConfig, Run, TrainingConfig, ValidationConfig
 from sightline.models import config_of
 from sightline.parallel.mesh import AXES
 from sightline.training.metrics import TIMES, read_metrics
@@ -25,8 +25,8 @@ MODELS = {
     **{name: config_of(f"{name}-debug") for name in ("llama3", "llama4", "qwen3", "deepseek_v3", "gpt_oss", "vlm")},
     "qwen3_next": config_of("qwen3_next-debug"),
     "qwen3_moe": config_of("qwen3-debug-moe"),
-    "llama3_of_4": dataclasses.replace(config_of("llama3-debug"), layers=4, kv_heads=4),
-    "deepseek_v3_mtp": dataclasses.replace(config_of("deepseek_v3-debug"), prediction_weight=0.3, auxiliary_loss=0.01),
+    "llama3_of_4": dataclasses.replace(config_of("llama3-debug"), num_layers=4, num_kv_heads=4),
+    "deepseek_v3_mtp": dataclasses.replace(config_of("deepseek_v3-debug"), mtp_loss_weight=0.3, aux_loss_coef=0.01),
 }
 DENSE = ("llama3", "qwen3", "vlm")
 EXPERTS = ("llama4", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
@@ -37,19 +37,19 @@ SCHEDULES = get_args(config.SCHEDULES)
 ILL_CONDITIONED = {("qwen3_next", "grad_norm"): 2e-4}
 
 
-def small_run(directory: Path, source: Path, family: str, parallel: Parallel, **training: Any) -> Run:
+def small_run(directory: Path, source: Path, family: str, parallel: ParallelConfig, **training: Any) -> Run:
     """Ten steps of 4 rows; no two rows of a batch are alike, so a mask from another microbatch would show."""
     options = {"global_batch_size": 4, "micro_batch_size": 1, **training}
     return Run(
         model=MODELS[family],
         output_dir=directory,
-        data=Data(source="synthetic-images" if family == "vlm" else str(source), validation_share=0.1),
-        training=Training(steps=STEPS, sequence_length=64, device="cpu", **options),
+        data=DataConfig(source="synthetic-images" if family == "vlm" else str(source), validation_fraction=0.1),
+        training=TrainingConfig(steps=STEPS, sequence_length=64, device="cpu", **options),
         parallel=parallel,
-        optimizer=Optimizer(learning_rate=1e-3, warmup_steps=2),
-        validation=Validation(every=5, rows=3),
-        checkpoint=Checkpoint(every=0),
-        logging=Logging(tensorboard=False, sample_tokens=3),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
+        validation=ValidationConfig(every=5, rows=3),
+        checkpoint=CheckpointConfig(every=0),
+        logging=LoggingConfig(tensorboard=False, sample_tokens=3),
     )
 
 
@@ -73,7 +73,7 @@ def alone(source, tmp_path_factory):
         key = json.dumps([family, training])
         if key not in made:
             directory = tmp_path_factory.mktemp(family) / "run"
-            on_processes(1, train_on, small_run(directory, source, family, Parallel(), **training))
+            on_processes(1, train_on, small_run(directory, source, family, ParallelConfig(), **training))
             made[key] = read_metrics(directory / "metrics.jsonl")
         return made[key]
 
@@ -82,7 +82,7 @@ def alone(source, tmp_path_factory):
 
 def check(family: str, degrees: dict[str, Any], source: Path, tmp_path: Path, alone: Any, **training: Any) -> None:
     world = math.prod(degrees.get(axis, 1) for axis in AXES)
-    run = small_run(tmp_path / "run", source, family, Parallel(**degrees), **training)
+    run = small_run(tmp_path / "run", source, family, ParallelConfig(**degrees), **training)
     said = on_processes(world, train_on, run, join=False)
     assert "a sample" in said[0] and not any(said[1:]), "rank 0 alone speaks"
     rows, expected = read_metrics(run.output_dir / "metrics.jsonl"), alone(family, **training)

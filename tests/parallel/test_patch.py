@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sightline.config import Parallel, Training
+from sightline.config import ParallelConfig, TrainingConfig
 from sightline.models import build_skeleton, config_of
 from sightline.models.decoder import Decoder
 from sightline.parallel.compile import apply_compile
@@ -27,7 +27,7 @@ CHANGES: dict[str, Callable[[Decoder, Mesh], None]] = {
     "tensor": apply_tensor,
     "expert": apply_expert,
     "context": apply_context,
-    "recompute": lambda model, mesh: apply_recompute(model, Training(recompute="selective")),
+    "recompute": lambda model, mesh: apply_recompute(model, TrainingConfig(recompute="selective")),
     "compile": lambda model, mesh: apply_compile(model, backend="eager"),
 }
 
@@ -35,12 +35,12 @@ CHANGES: dict[str, Callable[[Decoder, Mesh], None]] = {
 @pytest.fixture
 def mesh() -> Iterator[Mesh]:
     with fake_process_group(4, 0):
-        yield Mesh(Parallel(context=2, tensor=2, expert=2), torch.device("cpu"))
+        yield Mesh(ParallelConfig(context=2, tensor=2, expert=2), torch.device("cpu"))
 
 
 def skeleton() -> Decoder:
     """Dense layers and experts, routers with a loss of their own, two stacks."""
-    return build_skeleton(replace(config_of("deepseek_v3-debug"), prediction_weight=0.3, auxiliary_loss=0.01))
+    return build_skeleton(replace(config_of("deepseek_v3-debug"), mtp_loss_weight=0.3, aux_loss_coef=0.01))
 
 
 def seen_from_outside(model: nn.Module) -> dict[str, Any]:

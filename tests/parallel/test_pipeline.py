@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sightline import Batch
-from sightline.config import Parallel, Training
+from sightline.config import ParallelConfig, TrainingConfig
 from sightline.generation import SamplingConfig, generate
 from sightline.layers import routers_of
 from sightline.masks import AttentionMask
@@ -29,15 +29,15 @@ from tests.support.processes import on_processes
 ROWS, LENGTH, MICRO = 8, 32, 1
 SCALE = 1 / 200
 CONFIGS = {
-    "llama3": replace(MODELS["llama3-debug"], layers=4),
-    "llama4": replace(MODELS["llama4-debug"], auxiliary_loss=0.1),
-    "qwen3": replace(MODELS["qwen3-debug"], layers=4),
-    "qwen3-moe": replace(MODELS["qwen3-debug-moe"], layers=4, auxiliary_loss=0.1),
-    "qwen3_next": replace(MODELS["qwen3_next-debug"], auxiliary_loss=0.1),
-    "deepseek_v3": replace(MODELS["deepseek_v3-debug"], layers=4, auxiliary_loss=0.1),
-    "gpt_oss": replace(MODELS["gpt_oss-debug"], layers=4, auxiliary_loss=0.1),
-    "vlm": replace(MODELS["vlm-debug"], layers=4),
-    "deep": replace(MODELS["qwen3-debug-moe"], layers=9, width=32, auxiliary_loss=0.1),
+    "llama3": replace(MODELS["llama3-debug"], num_layers=4),
+    "llama4": replace(MODELS["llama4-debug"], aux_loss_coef=0.1),
+    "qwen3": replace(MODELS["qwen3-debug"], num_layers=4),
+    "qwen3-moe": replace(MODELS["qwen3-debug-moe"], num_layers=4, aux_loss_coef=0.1),
+    "qwen3_next": replace(MODELS["qwen3_next-debug"], aux_loss_coef=0.1),
+    "deepseek_v3": replace(MODELS["deepseek_v3-debug"], num_layers=4, aux_loss_coef=0.1),
+    "gpt_oss": replace(MODELS["gpt_oss-debug"], num_layers=4, aux_loss_coef=0.1),
+    "vlm": replace(MODELS["vlm-debug"], num_layers=4),
+    "deep": replace(MODELS["qwen3-debug-moe"], num_layers=9, hidden_size=32, aux_loss_coef=0.1),
 }
 SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
@@ -125,9 +125,9 @@ def on_one_process(name: str, dtype: str = "float32") -> dict[str, Any]:
     return done | {"text": say(model)}
 
 
-def build(config: Any, schedule: Any, training: Training, pipeline: int = 2) -> Pipelined:
+def build(config: Any, schedule: Any, training: TrainingConfig, pipeline: int = 2) -> Pipelined:
     """Processes that a pipeline of this degree leaves share the weights of a stage and its rows."""
-    mesh = Mesh(Parallel(pipeline=pipeline, pipeline_schedule=schedule), torch.device("cpu"))
+    mesh = Mesh(ParallelConfig(pipeline=pipeline, pipeline_schedule=schedule), torch.device("cpu"))
     whole = build_skeleton(config)
     stages = take_stages(whole, mesh)
     for stage in stages:
@@ -144,7 +144,7 @@ def on_a_pipeline(
     rank: int,
     name: str,
     schedule: str,
-    training: Training,
+    training: TrainingConfig,
     steps: int = 1,
     wrong_masks: bool = False,
     pipeline: int = 2,
@@ -200,7 +200,7 @@ MATRIX += [(family, schedule) for family in FAMILIES for schedule in SCHEDULES i
     [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in dict.fromkeys(MATRIX)],
 )
 def test_a_pipeline_is_one_process(family: str, schedule: str) -> None:
-    check(on_processes(2, on_a_pipeline, family, schedule, Training(), 2), on_one_process(family))
+    check(on_processes(2, on_a_pipeline, family, schedule, TrainingConfig(), 2), on_one_process(family))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_a_pipeline_is_one_process(family: str, schedule: str) -> None:
 )
 def test_a_pipeline_of_four(schedule: str) -> None:
     """Where most processes have neither the embedding nor the head."""
-    parts = on_processes(4, on_a_pipeline, "deep", schedule, Training(), 1, False, 4)
+    parts = on_processes(4, on_a_pipeline, "deep", schedule, TrainingConfig(), 1, False, 4)
     check(parts, on_one_process("deep"))
 
 
@@ -216,7 +216,7 @@ def test_a_pipeline_of_four(schedule: str) -> None:
 def test_a_mask_of_another_microbatch_would_be_noticed(family: str) -> None:
     """With the mask of the first microbatch for all, loss and gradients are off by far more than any tolerance here."""
     expected = on_one_process(family)
-    parts = on_processes(2, on_a_pipeline, family, "1F1B", Training(), 1, True)
+    parts = on_processes(2, on_a_pipeline, family, "1F1B", TrainingConfig(), 1, True)
     assert difference(sum(part["loss"] for part in parts), expected["loss"]) > 1e-3
     off = {
         name: difference(gradient, expected["gradients"][name])
@@ -226,7 +226,7 @@ def test_a_mask_of_another_microbatch_would_be_noticed(family: str) -> None:
     assert min(value for name, value in off.items() if "attention.query" in name) > 1e-2, off
 
 
-def on_shards(rank: int, name: str, schedule: str, training: Training) -> dict[str, Any]:
+def on_shards(rank: int, name: str, schedule: str, training: TrainingConfig) -> dict[str, Any]:
     """Each of two pipelines has half of the rows; the weights of a stage are shared by the two that have it."""
     model = build(CONFIGS[name], schedule, training)
     half = ROWS // 2
@@ -256,7 +256,7 @@ def on_shards(rank: int, name: str, schedule: str, training: Training) -> dict[s
 )
 def test_pipelines_that_share_weights(family: str, schedule: str) -> None:
     """Gradients are added up over the rows of both pipelines when the schedule has ended, once."""
-    expected, parts = on_one_process(family), on_processes(4, on_shards, family, schedule, Training())
+    expected, parts = on_one_process(family), on_processes(4, on_shards, family, schedule, TrainingConfig())
     for key in ("loss", "evaluated"):
         assert difference(sum(part[key] for part in parts), expected[key]) < 1e-5, key
     for part in parts:
@@ -275,14 +275,14 @@ RECOMPUTED = [("1F1B", "selective"), ("InterleavedZeroBubble", "full"), ("ZBVZer
 def test_layers_that_recompute(schedule: str, how: Any) -> None:
     """Several microbatches are on their way at once; and a layer may be computed again for the activations' gradients,
     and once more for those of the weights."""
-    parts = on_processes(2, on_a_pipeline, "qwen3-moe", schedule, Training(recompute=how))
+    parts = on_processes(2, on_a_pipeline, "qwen3-moe", schedule, TrainingConfig(recompute=how))
     check(parts, on_one_process("qwen3-moe"))
 
 
 def test_bfloat16_is_that_of_one_process() -> None:
     """Every stage is under autocast and no backward is; between stages the sum of the layers stays in float32."""
     expected = on_one_process("qwen3-moe", "bfloat16")
-    parts = on_processes(2, on_a_pipeline, "qwen3-moe", "Interleaved1F1B", Training(dtype="bfloat16"))
+    parts = on_processes(2, on_a_pipeline, "qwen3-moe", "Interleaved1F1B", TrainingConfig(dtype="bfloat16"))
     assert difference(sum(part["loss"] for part in parts), expected["loss"]) < 1e-5
     for part in parts:
         for name, gradient in part["gradients"].items():
@@ -295,7 +295,7 @@ def test_bfloat16_is_that_of_one_process() -> None:
 def test_weights_gathered_in_bfloat16() -> None:
     """FSDP's mixed precision: what passes between stages is bfloat16 too."""
     expected = on_one_process("llama3")
-    parts = on_processes(4, on_shards, "llama3", "Interleaved1F1B", Training(dtype="bfloat16"))
+    parts = on_processes(4, on_shards, "llama3", "Interleaved1F1B", TrainingConfig(dtype="bfloat16"))
     loss = sum(part["loss"] for part in parts)
     assert 1e-6 < difference(loss, expected["loss"]) < 1e-2
     for part in parts:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sightline.config import Parallel, Training
+from sightline.config import ParallelConfig, TrainingConfig
 from sightline.models import MODELS, build_skeleton
 from sightline.parallel.pipeline_stages import (
     check_ends,
@@ -39,7 +39,7 @@ def test_the_last_stage_has_fewer_layers_for_its_head() -> None:
 
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"5 pipeline stages need as many layers, and the model has 4; .*at most 4"):
-        cut(build_skeleton(replace(MODELS["llama3-debug"], layers=4)), 5)
+        cut(build_skeleton(replace(MODELS["llama3-debug"], num_layers=4)), 5)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_more_stages_than_layers_are_refused() -> None:
     ],
 )
 def test_which_process_has_which_stage(schedule: Any, placed: list[int]) -> None:
-    parallel = Parallel(pipeline=3, pipeline_schedule=schedule)
+    parallel = ParallelConfig(pipeline=3, pipeline_schedule=schedule)
     assert owners(parallel) == placed
     assert count_stages(parallel) == len(placed)
     assert [placed[stage] for stage in stages_of(parallel, 1)] == [1] * (len(placed) // 3)
@@ -79,8 +79,8 @@ def test_stages_are_the_model_with_parts_removed() -> None:
 def test_models_whose_ends_cannot_be_parted_are_refused() -> None:
     with pytest.raises(ValueError, match=r"--model.no-tied-embeddings"):
         check_ends(build_skeleton(replace(MODELS["llama3-debug"], tied_embeddings=True)))
-    with pytest.raises(ValueError, match=r"model.prediction-weight is 0.1, .*--model.prediction-weight None"):
-        check_ends(build_skeleton(replace(MODELS["deepseek_v3-debug"], prediction_weight=0.1)))
+    with pytest.raises(ValueError, match=r"model.mtp-loss-weight is 0.1, .*--model.mtp-loss-weight None"):
+        check_ends(build_skeleton(replace(MODELS["deepseek_v3-debug"], mtp_loss_weight=0.1)))
     check_ends(build_skeleton("deepseek_v3-debug"))
 
 
@@ -97,8 +97,8 @@ def test_models_whose_ends_cannot_be_parted_are_refused() -> None:
     ],
 )
 def test_microbatches(schedule: Any, pipeline: int, rows: int, size: int, microbatches: int) -> None:
-    parallel = Parallel(pipeline=pipeline, pipeline_schedule=schedule)
-    training = Training(global_batch_size=rows, micro_batch_size=size)
+    parallel = ParallelConfig(pipeline=pipeline, pipeline_schedule=schedule)
+    training = TrainingConfig(global_batch_size=rows, micro_batch_size=size)
     assert count_microbatches(parallel, training, rows) == microbatches
 
 
@@ -122,8 +122,8 @@ def test_microbatches(schedule: Any, pipeline: int, rows: int, size: int, microb
 def test_microbatches_that_do_not_fit_are_refused(
     schedule: Any, pipeline: int, rows: int, size: int, words: str
 ) -> None:
-    parallel = Parallel(pipeline=pipeline, pipeline_schedule=schedule)
-    training = Training(global_batch_size=2 * rows * size, micro_batch_size=size)
+    parallel = ParallelConfig(pipeline=pipeline, pipeline_schedule=schedule)
+    training = TrainingConfig(global_batch_size=2 * rows * size, micro_batch_size=size)
     with pytest.raises(ValueError, match=words):
         count_microbatches(parallel, training, rows)
 
@@ -137,7 +137,7 @@ def test_microbatches_that_do_not_fit_are_refused(
     ],
 )
 def test_what_allows_one_backward_is_refused_where_there_are_two(schedule: Any, came: Any, words: str) -> None:
-    training = Training(global_batch_size=8, micro_batch_size=1, **came)
+    training = TrainingConfig(global_batch_size=8, micro_batch_size=1, **came)
     with pytest.raises(ValueError, match=words):
-        count_microbatches(Parallel(pipeline=2, pipeline_schedule=schedule), training, 8)
-    assert count_microbatches(Parallel(pipeline=2, pipeline_schedule="LoopedBFS"), training, 8) == 8
+        count_microbatches(ParallelConfig(pipeline=2, pipeline_schedule=schedule), training, 8)
+    assert count_microbatches(ParallelConfig(pipeline=2, pipeline_schedule="LoopedBFS"), training, 8) == 8

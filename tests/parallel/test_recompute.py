@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sightline import Batch
-from sightline.config import Training
+from sightline.config import TrainingConfig
 from sightline.layers import routers_of
 from sightline.models import build_model, config_of
 from sightline.parallel.recompute import apply_recompute
@@ -21,7 +21,7 @@ from sightline.parallel.recompute import apply_recompute
 MODELS: dict[str, Any] = {
     name: config_of(name)
     for name in ("llama3-debug", "llama4-debug", "qwen3-debug-moe", "qwen3_next-debug", "gpt_oss-debug", "vlm-debug")
-} | {"deepseek_v3-debug": replace(config_of("deepseek_v3-debug"), prediction_weight=0.3, auxiliary_loss=0.01)}
+} | {"deepseek_v3-debug": replace(config_of("deepseek_v3-debug"), mtp_loss_weight=0.3, aux_loss_coef=0.01)}
 
 
 def two_rows(name: str) -> Batch:
@@ -36,7 +36,7 @@ def two_rows(name: str) -> Batch:
     return batch
 
 
-def build(config: Any, training: Training) -> Any:
+def build(config: Any, training: TrainingConfig) -> Any:
     torch.manual_seed(0)
     model = build_model(config)
     apply_recompute(model, training)
@@ -53,7 +53,7 @@ def forward(model: Any, batch: Batch) -> Tensor:
     )
 
 
-def learn(name: str, training: Training) -> dict[str, Tensor]:
+def learn(name: str, training: TrainingConfig) -> dict[str, Tensor]:
     """Loss, gradients and what the routers have counted in a step of two forwards."""
     model, batch = build(MODELS[name], training), two_rows(name)
     told = {}
@@ -70,8 +70,8 @@ def learn(name: str, training: Training) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 def test_everything_is_as_without(name: str, how: Literal["full", "selective"]) -> None:
     """Names of parameters, gradients, and the routers' counts, which a second forward might add to."""
-    expected = learn(name, Training())
-    got = learn(name, Training(recompute=how))
+    expected = learn(name, TrainingConfig())
+    got = learn(name, TrainingConfig(recompute=how))
     assert got.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(got[key], value, rtol=1e-6, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
@@ -98,11 +98,11 @@ class Kept(TorchDispatchMode):
         return sum(self.sizes[storage] for storage in made if not storage.expired())
 
 
-def floats_a_layer_keeps(training: Training) -> float:
+def floats_a_layer_keeps(training: TrainingConfig) -> float:
     """Of each token, in Llama 3's debug size: from models of 2 and of 4 layers, so that the ends do not count."""
     kept = []
     for layers in (2, 4):
-        model = build(replace(config_of("llama3-debug"), layers=layers), training)
+        model = build(replace(config_of("llama3-debug"), num_layers=layers), training)
         batch = Batch.from_documents([list(range(2, 130))], length=128)
         inputs = {"positions": batch.positions, "labels": batch.labels}
         with Kept(model) as memory:
@@ -114,10 +114,10 @@ def floats_a_layer_keeps(training: Training) -> float:
 
 def test_what_a_layer_keeps() -> None:
     """Width 64, 4 query and 2 key heads of 16, inner width 128."""
-    everything = floats_a_layer_keeps(Training())
-    selective = floats_a_layer_keeps(Training(recompute="selective"))
-    full = floats_a_layer_keeps(Training(recompute="full"))
-    half = floats_a_layer_keeps(Training(recompute="full", recompute_every=2))
+    everything = floats_a_layer_keeps(TrainingConfig())
+    selective = floats_a_layer_keeps(TrainingConfig(recompute="selective"))
+    full = floats_a_layer_keeps(TrainingConfig(recompute="full"))
+    half = floats_a_layer_keeps(TrainingConfig(recompute="full", recompute_every=2))
     assert full == 64, "its input"
     products = 64 + 32 + 32 + 64 + 128 + 128 + 64  # query, key, value, output, gate, up, down
     assert selective == 64 + products + 64 + 4, "and the results of attention: its output and a log-sum-exp a head"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sightline import Batch
-from sightline.config import Parallel
+from sightline.config import ParallelConfig
 from sightline.generation import SamplingConfig, generate
 from sightline.layers import Divisible, GatedDeltaNet, GroupedQueryAttention, MoE, MultiHeadLatentAttention, SwiGLU
 from sightline.models import VLMConfig, build_skeleton, config_of, draw_weights
@@ -50,7 +50,7 @@ def rows_of(config: Any, dtype: torch.dtype) -> Batch:
     batch = packed()
     if not isinstance(config, VLMConfig):
         return batch
-    batch.tokens[:, 3:7] = config.image_token
+    batch.tokens[:, 3:7] = config.image_token_id
     batch.labels[:, 2:6] = -100
     generator = torch.Generator().manual_seed(2)
     patches = torch.randn(2, 20, config.vision.patch_channels, generator=generator, dtype=dtype)
@@ -118,7 +118,7 @@ def learn_together(
     rank: int, names: list[str], degrees: dict[str, int], dtype: torch.dtype, sizes: dict[str, int]
 ) -> dict[str, dict[str, float]]:
     """For each model, how far this process is from one that is alone."""
-    mesh = Mesh(Parallel(**degrees), CPU)
+    mesh = Mesh(ParallelConfig(**degrees), CPU)
     found = {}
     for name in names:
         known = vars(config_of(name))
@@ -187,7 +187,7 @@ class Numbers:
 
 def speak(rank: int, names: list[str]) -> list[str]:
     """What each model says, on several processes or alone."""
-    mesh = Mesh(Parallel(tensor=2), CPU) if torch.distributed.is_initialized() else None
+    mesh = Mesh(ParallelConfig(tensor=2), CPU) if torch.distributed.is_initialized() else None
     models = [build(replace(config_of(name), **MODELS[name]), mesh) for name in names]
     return [generate(model, Numbers(), "3 1 4 1 5", SamplingConfig(max_new_tokens=9, seed=1)) for model in models]
 
@@ -202,7 +202,7 @@ def test_processes_say_together_what_one_says() -> None:
 
 def train_in(rank: int, length: int) -> str:
     """What training rows of a length says."""
-    model = build(config_of("llama3-debug"), Mesh(Parallel(tensor=2), CPU))
+    model = build(config_of("llama3-debug"), Mesh(ParallelConfig(tensor=2), CPU))
     batch = Batch.from_documents([list(range(1, length + 1))], length=length)
     with pytest.raises(ValueError) as error:
         run(model, batch, labels=True)
@@ -251,7 +251,7 @@ def test_every_name_of_a_plan_is_that_of_a_weight() -> None:
 def compile_layers(rank: int, layers: int) -> tuple[float, int]:
     """The greatest difference that compiling makes to a gradient, and the graphs it takes."""
     torch._dynamo.reset()
-    config, mesh = replace(config_of("llama3-debug"), layers=layers), Mesh(Parallel(tensor=2), CPU)
+    config, mesh = replace(config_of("llama3-debug"), num_layers=layers), Mesh(ParallelConfig(tensor=2), CPU)
     eager, compiled = build(config, mesh), build(config, mesh)
     apply_compile(compiled, backend="eager")
     found = differences(learn(compiled, packed()), learn(eager, packed()))
@@ -270,7 +270,7 @@ def held(rank: int) -> tuple[int, int]:
     """Numbers of the weights of this process, and of all."""
     model = build_skeleton("qwen3-30b-a3b")
     whole = sum(parameter.numel() for parameter in model.parameters())
-    apply_tensor(model, Mesh(Parallel(tensor=2), CPU))
+    apply_tensor(model, Mesh(ParallelConfig(tensor=2), CPU))
     return sum(parameter.to_local().numel() for parameter in model.parameters()), whole
 
 

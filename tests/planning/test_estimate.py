@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sightline import Batch
-from sightline.config import Optimizer, Parallel, Run, Training
+from sightline.config import OptimizerConfig, ParallelConfig, Run, TrainingConfig
 from sightline.models import build_skeleton, config_of
 from sightline.parallel.apply import build_parallel
 from sightline.parallel.mesh import Mesh
@@ -31,7 +31,7 @@ FAMILIES = [
 
 def run_of(name: str, degrees: dict[str, Any], **training: Any) -> Run:
     options = {"sequence_length": 64, "global_batch_size": 4, "micro_batch_size": 2, "device": "cpu", **training}
-    return Run(model=config_of(name), parallel=Parallel(**degrees), training=Training(**options))
+    return Run(model=config_of(name), parallel=ParallelConfig(**degrees), training=TrainingConfig(**options))
 
 
 def rows_of(run: Run, mesh: Mesh) -> Batch:
@@ -169,7 +169,7 @@ def test_counts_of_a_published_size() -> None:
 
 def test_muon_keeps_one_number_where_adamw_keeps_two() -> None:
     run = run_of("llama3-8b", {}, global_batch_size=8, micro_batch_size=1)
-    largest = estimate(replace(run, optimizer=Optimizer(name="muon")), 8).largest
+    largest = estimate(replace(run, optimizer=OptimizerConfig(name="muon")), 8).largest
     outside = 2 * 128_256 * 4096 + 65 * 4096  # embedding, output projection, norms
     assert largest.memory.moments == 4 * (8_030_261_248 + outside) / 8
 
@@ -183,9 +183,9 @@ def test_traffic_of_the_other_axes_by_hand() -> None:
     found = estimate(run_of("llama3-debug", {"pipeline": 2}, micro_batch_size=1), 2).largest.traffic
     assert found["pipeline, stage to stage"] == 4 * 64 * 64 * 4  # the gradient of each of 4 rows
     run = run_of("qwen3-debug-moe", {"expert": 2}, micro_batch_size=2, global_batch_size=4)
-    top_k, layers = run.model.experts_per_token, run.model.layers
+    top_k, layers = run.model.experts_per_token, run.model.num_layers
     found = estimate(run, 2).largest.traffic
-    assert found["expert all-to-all, even load"] == layers * 4 * top_k * tokens * run.model.width * 4 / 2
+    assert found["expert all-to-all, even load"] == layers * 4 * top_k * tokens * run.model.hidden_size * 4 / 2
     found = estimate(run_of("llama3-debug", {"context": 2}, global_batch_size=2), 2).largest.traffic
     assert found["context exchange, at most"] == 2 * 2 * 64 * (
         2 * 2 * 16 * 4
@@ -204,7 +204,7 @@ def test_what_training_refuses_is_refused() -> None:
 
 
 def test_orders_of_one_stage() -> None:
-    assert tasks(Parallel(pipeline=2), 3) == [
+    assert tasks(ParallelConfig(pipeline=2), 3) == [
         [("F", 0, 0), ("F", 0, 1), ("B", 0, 0), ("F", 0, 2), ("B", 0, 1), ("B", 0, 2)],
         [("F", 1, 0), ("B", 1, 0), ("F", 1, 1), ("B", 1, 1), ("F", 1, 2), ("B", 1, 2)],
     ]
@@ -223,14 +223,14 @@ def test_orders_of_one_stage() -> None:
     ],
 )
 def test_waiting_and_holding_of_every_schedule(schedule: Any, bubble: float, first_holds: int) -> None:
-    found = timeline(Parallel(pipeline=4, pipeline_schedule=schedule), 8)
+    found = timeline(ParallelConfig(pipeline=4, pipeline_schedule=schedule), 8)
     assert found.bubble == pytest.approx(bubble)
     assert sum(found.held[0].values()) == first_holds
 
 
 def test_a_pipeline_holds_more_at_its_beginning() -> None:
     run = run_of("llama3-debug", {"pipeline": 2}, micro_batch_size=1)
-    run = replace(run, model=replace(run.model, layers=4))
+    run = replace(run, model=replace(run.model, num_layers=4))
     first, last = estimate(run, 2).processes
     assert first.layers + last.layers == 4 and (first.rank, last.rank) == (0, 1)
     assert first.memory.activations / first.layers > 1.5 * last.memory.activations / last.layers - 4 * 64 * 512

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sightline.config import Checkpoint, Logging, Run, Validation
+from sightline.config import CheckpointConfig, LoggingConfig, Run, ValidationConfig
 from sightline.data import SYNTHETIC_IMAGES
 from sightline.models import MODELS
 from sightline.models.llama3 import LLAMA3
@@ -29,9 +29,9 @@ def losses_of(recipe: Run, directory: Path, **training: int) -> list[float]:
         output_dir=directory,
         data=recipe.data if recipe.data.source == SYNTHETIC_IMAGES else replace(recipe.data, source=few),
         training=replace(recipe.training, steps=STEPS, device="cpu", **training),
-        validation=Validation(every=0),
-        checkpoint=Checkpoint(every=0),
-        logging=Logging(tensorboard=False, sample_tokens=0),
+        validation=ValidationConfig(every=0),
+        checkpoint=CheckpointConfig(every=0),
+        logging=LoggingConfig(tensorboard=False, sample_tokens=0),
     )
     train_quietly(run)
     losses = [row["loss"] for row in read_metrics(directory / "metrics.jsonl")]

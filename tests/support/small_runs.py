@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from sightline.config import Checkpoint, Data, Logging, Optimizer, Run, Training, Validation
+from sightline.config import CheckpointConfig, DataConfig, LoggingConfig, OptimizerConfig, Run, TrainingConfig, ValidationConfig
 from sightline.data import Batches
 from sightline.models import Llama3Config
 from sightline.training.metrics import TIMES, read_metrics
@@ -22,7 +22,7 @@ from sightline.training.terminal import Terminal
 from sightline.training.trained import load
 from sightline.training.trainer import Trainer, train
 
-MODEL = Llama3Config(vocab_size=320, width=32, layers=2, heads=4, kv_heads=2, ffn=64)
+MODEL = Llama3Config(vocab_size=320, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=64)
 STEPS = 8
 
 
@@ -42,12 +42,12 @@ def small_run(output_dir: Path, source: Path, **changes: Any) -> Run:
     run = Run(
         model=MODEL,
         output_dir=output_dir,
-        data=Data(source=str(source), validation_share=0.1),
-        training=Training(steps=STEPS, sequence_length=48, global_batch_size=2, micro_batch_size=1, device="cpu"),
-        optimizer=Optimizer(learning_rate=3e-3, warmup_steps=2),
-        validation=Validation(every=4, rows=2),
-        checkpoint=Checkpoint(every=3),
-        logging=Logging(tensorboard=False, sample_tokens=0),
+        data=DataConfig(source=str(source), validation_fraction=0.1),
+        training=TrainingConfig(steps=STEPS, sequence_length=48, global_batch_size=2, micro_batch_size=1, device="cpu"),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+        validation=ValidationConfig(every=4, rows=2),
+        checkpoint=CheckpointConfig(every=3),
+        logging=LoggingConfig(tensorboard=False, sample_tokens=0),
     )
     for name, value in changes.items():
         group, _, field = name.partition("__")

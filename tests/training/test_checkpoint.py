@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sightline import Batch
-from sightline.config import Optimizer
+from sightline.config import OptimizerConfig
 from sightline.models import build_model
 from sightline.parallel.parallel_model import on_one_process
 from sightline.training import checkpoint as checkpoints
@@ -34,7 +34,7 @@ LOADER = {"identity": {"seed": 0}, "step": 2, "lanes": {"0": {"epoch": 1, "place
 def build(seed: int, config=MODEL):
     torch.manual_seed(seed)
     model = build_model(config)
-    return model, build_optimizer(model, Optimizer())
+    return model, build_optimizer(model, OptimizerConfig())
 
 
 def trained(seed: int = 0, config=MODEL):
@@ -74,7 +74,7 @@ def test_what_goes_in_comes_out(config, tmp_path) -> None:
 def test_options_of_the_optimizer_are_the_config_s(tmp_path) -> None:
     saved = save(tmp_path / "checkpoints", *trained())
     model, _ = build(1)
-    optimizer = build_optimizer(model, Optimizer(weight_decay=0.7))
+    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.7))
     load_checkpoint(saved, tensors(model, optimizer, CPU), CPU)
     assert optimizer.param_groups[0]["weight_decay"] == 0.7
 
@@ -155,7 +155,7 @@ def test_not_a_checkpoint_is_refused(tmp_path) -> None:
 
 def test_another_shape_is_refused(tmp_path) -> None:
     saved = save(tmp_path / "checkpoints", *trained())
-    wider = dataclasses.replace(MODEL, ffn=96)
+    wider = dataclasses.replace(MODEL, intermediate_size=96)
     with pytest.raises(ValueError, match=r"cannot be read: .*expected a whole checkpoint of this model"):
         load_checkpoint(saved, tensors(*build(1, wider), CPU), CPU)
 

@@ -71,11 +71,11 @@ def scalars(directory: Path, name: str) -> list[tuple[int, float]]:
 
 
 def test_tensorboard_shows_a_resumed_run_once(tmp_path) -> None:
-    first = Metrics(tmp_path, config.Logging(), 0, {})
+    first = Metrics(tmp_path, config.LoggingConfig(), 0, {})
     for step in (1, 2, 3, 4):
         first.write({"step": step, "loss": 10.0 + step})
     first.close()
-    second = Metrics(tmp_path, config.Logging(), 2, {})
+    second = Metrics(tmp_path, config.LoggingConfig(), 2, {})
     for step in (3, 4):
         second.write({"step": step, "loss": 20.0 + step})
     second.close()
@@ -83,7 +83,7 @@ def test_tensorboard_shows_a_resumed_run_once(tmp_path) -> None:
 
 
 def test_without_tensorboard_there_is_none(tmp_path) -> None:
-    Metrics(tmp_path, config.Logging(tensorboard=False), 0, {}).close()
+    Metrics(tmp_path, config.LoggingConfig(tensorboard=False), 0, {}).close()
     assert not (tmp_path / "tensorboard").exists()
 
 

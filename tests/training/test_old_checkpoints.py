@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sightline import Batch
-from sightline.config import Optimizer
+from sightline.config import OptimizerConfig
 from sightline.parallel.parallel_model import on_one_process
 from sightline.training.checkpoint import read_tensors, tensors
 from sightline.training.optimizer import build_optimizer
@@ -36,7 +36,7 @@ def test_a_checkpoint_of_0_2_0_continues(archive: Path, tmp_path: Path) -> None:
     directory = tmp_path / archive.name.split(".")[0]
     expected = json.loads((directory / "expected.json").read_text())
     model = load(directory / "step-2", device=CPU).model.train()
-    optimizer = build_optimizer(model, Optimizer(learning_rate=1e-2))
+    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=1e-2))
     read_tensors(directory / "step-2", tensors(model, optimizer, CPU))
     result = train_step(on_one_process(model), optimizer, fixed_batch(), None, micro_batch_size=1, max_grad_norm=1.0)
     assert result.loss.item() == pytest.approx(expected["loss"], rel=1e-6)

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from sightline.config import OPTIMIZER_STATE, Optimizer
+from sightline.config import OPTIMIZER_STATE, OptimizerConfig
 from sightline.layers import Experts
 from sightline.layers.facts import ParameterFacts, Role, parameter_facts
 from sightline.models import build_model
@@ -27,7 +27,7 @@ FAMILIES = (
 
 def test_matrices_decay_and_vectors_do_not() -> None:
     model = build_model(MODEL)
-    matrices, vectors = build_optimizer(model, Optimizer(weight_decay=0.3)).param_groups
+    matrices, vectors = build_optimizer(model, OptimizerConfig(weight_decay=0.3)).param_groups
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
     assert {p.ndim for p in matrices["params"]} == {2}
     assert {p.ndim for p in vectors["params"]} == {1}
@@ -38,7 +38,7 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 
 def test_a_tied_weight_is_in_one_group_once() -> None:
     model = build_model(dataclasses.replace(MODEL, tied_embeddings=True))
-    optimizer = build_optimizer(model, Optimizer())
+    optimizer = build_optimizer(model, OptimizerConfig())
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(grouped) == len(set(grouped))
     assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == sum(
@@ -50,7 +50,7 @@ def test_moments_that_exist_from_the_start_are_those_torch_would_make() -> None:
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Linear(3, 2) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    options = Optimizer(learning_rate=0.1)
+    options = OptimizerConfig(learning_rate=0.1)
     mine = build_optimizer(ours, options)
     plain = torch.optim.AdamW(
         [{"params": [theirs.weight]}, {"params": [theirs.bias], "weight_decay": 0.0}],
@@ -73,16 +73,16 @@ def test_without_gradients_a_step_moves_what_decays_and_nothing_else(name: str, 
     for p in model.parameters():
         nn.init.ones_(p)  # decay shows on anything that is not 0
         p.grad = torch.zeros_like(p)
-    build_optimizer(model, Optimizer(name=optimizer, weight_decay=0.5, learning_rate=0.1)).step()
+    build_optimizer(model, OptimizerConfig(name=optimizer, weight_decay=0.5, learning_rate=0.1)).step()
     for key, p, role in parameter_facts(model):
         assert torch.equal(p, torch.full_like(p, 0.95 if role.decays else 1.0)), key
 
 
 def test_the_config_knows_every_optimizer_and_what_it_keeps() -> None:
-    assert get_args(get_type_hints(Optimizer)["name"]) == tuple(OPTIMIZERS) == tuple(OPTIMIZER_STATE)
+    assert get_args(get_type_hints(OptimizerConfig)["name"]) == tuple(OPTIMIZERS) == tuple(OPTIMIZER_STATE)
     model = build_model("gpt_oss-debug")
     for name, (of_matrix, of_other) in OPTIMIZER_STATE.items():
-        state = optimizer_state(model, build_optimizer(model, Optimizer(name=name)))  # type: ignore[arg-type]
+        state = optimizer_state(model, build_optimizer(model, OptimizerConfig(name=name)))  # type: ignore[arg-type]
         for key, p, role in parameter_facts(model):
             numbers = sum(value.numel() for value in state[key].values() if value.ndim)
             assert numbers == p.numel() * (of_matrix if role is Role.MATRIX else of_other), (name, key)
@@ -92,7 +92,7 @@ def test_the_config_knows_every_optimizer_and_what_it_keeps() -> None:
 def test_a_step_with_what_is_not_finite_changes_nothing(name: Any) -> None:
     torch.manual_seed(0)
     model = build_model(MODEL)
-    optimizer = build_optimizer(model, Optimizer(name=name, learning_rate=0.1))
+    optimizer = build_optimizer(model, OptimizerConfig(name=name, learning_rate=0.1))
 
     def step(gradient: float, found: float) -> dict[str, torch.Tensor]:
         for p in model.parameters():
@@ -118,7 +118,7 @@ def test_a_step_reads_nothing_from_the_device(name: Any) -> None:
     """With fake tensors, where reading a number raises."""
     with FakeTensorMode():
         model = nn.ModuleList([Experts(4, 8, 16, bias=True), nn.Linear(16, 8), nn.Embedding(9, 8)])
-        optimizer = build_optimizer(model, Optimizer(name=name))
+        optimizer = build_optimizer(model, OptimizerConfig(name=name))
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         optimizer.found_inf = torch.zeros(())
@@ -159,7 +159,7 @@ def test_muon_is_torch_s_muon_and_adamw() -> None:
     ours = build_model(MODEL)
     theirs = build_model(MODEL)
     theirs.load_state_dict(ours.state_dict())
-    options = Optimizer(name="muon", learning_rate=0.02, weight_decay=0.3, momentum=0.9)
+    options = OptimizerConfig(name="muon", learning_rate=0.02, weight_decay=0.3, momentum=0.9)
     mine = build_optimizer(ours, options)
     by_role = {role: [p for _, p, r in parameter_facts(theirs) if r is role] for role in Role}
     muon = torch.optim.Muon(
@@ -187,11 +187,11 @@ def test_muon_is_torch_s_muon_and_adamw() -> None:
 def test_each_expert_is_a_matrix_by_itself() -> None:
     torch.manual_seed(0)
     model = build_model("gpt_oss-debug")
-    gate = model.layers["0"].moe.experts.gate
+    gate = model.num-layers["0"].moe.experts.gate
     before = gate.detach().clone()
     for p in model.parameters():
         p.grad = torch.randn_like(p)
-    build_optimizer(model, Optimizer(name="muon", learning_rate=0.1, weight_decay=0.0)).step()
+    build_optimizer(model, OptimizerConfig(name="muon", learning_rate=0.1, weight_decay=0.0)).step()
     for expert, (old, new) in enumerate(zip(before, gate.detach(), strict=True)):
         assert torch.allclose(old - new, 0.1 * 0.2 * 8 * orthogonalize(gate.grad[expert]), atol=1e-6)  # 8 = 64^0.5
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sightline.config import Optimizer
+from sightline.config import OptimizerConfig
 from sightline.data import Documents, load_tokenizer, train_tokenizer
 from sightline.errors import NonFiniteLoss, SaveFailed
 from sightline.training import saver
@@ -37,8 +37,8 @@ def everything_in(directory: Path) -> dict[str, bytes]:
 
 
 CHANGES = {
-    "model.layers": ({"model": dataclasses.replace(MODEL, layers=3)}, "3, expected 2", "--model.layers 2"),
-    "model.ffn": ({"model": dataclasses.replace(MODEL, ffn=96)}, "96, expected 64", "--model.ffn 64"),
+    "model.num-layers": ({"model": dataclasses.replace(MODEL, num_layers=3)}, "3, expected 2", "--model.num-layers 2"),
+    "model.intermediate-size": ({"model": dataclasses.replace(MODEL, intermediate_size=96)}, "96, expected 64", "--model.intermediate-size 64"),
     "model.tied_embeddings": (
         {"model": dataclasses.replace(MODEL, tied_embeddings=True)},
         "True, expected False",
@@ -47,7 +47,7 @@ CHANGES = {
     "model_from": ({"model_from": Path("hf")}, "'hf', expected None", "(no --model-from)"),
     "seed": ({"seed": 5}, "5, expected 0", "--seed 0"),
     "data.packing": ({"data__packing": "best_fit"}, "'best_fit', expected 'stream'", "--data.packing stream"),
-    "data.validation_share": ({"data__validation_share": 0.2}, "0.2, expected 0.1", "--data.validation-share 0.1"),
+    "data.validation_fraction": ({"data__validation_share": 0.2}, "0.2, expected 0.1", "--data.validation-fraction 0.1"),
     "training.sequence_length": ({"training__sequence_length": 32}, "32, expected 48", "--training.sequence-length 48"),
     "training.global_batch_size": (
         {"training__global_batch_size": 4},
@@ -150,7 +150,7 @@ def test_a_loss_that_is_no_number_ends_the_run(source, tmp_path) -> None:
     run = small_run(tmp_path / "run", source)
     train_quietly(dataclasses.replace(run, training=dataclasses.replace(run.training, steps=3)))
     weights = load(tmp_path / "run", device="cpu").model.state_dict()
-    wild = dataclasses.replace(run, optimizer=Optimizer(learning_rate=1e38, warmup_steps=2))
+    wild = dataclasses.replace(run, optimizer=OptimizerConfig(learning_rate=1e38, warmup_steps=2))
     with pytest.raises(NonFiniteLoss) as error:
         train_quietly(wild)
     step = error.value.step

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sightline.config import Data, Logging, Run
+from sightline.config import DataConfig, LoggingConfig, Run
 from sightline.models.llama3 import LLAMA3
 from sightline.recipes import RECIPES
 from sightline.training.run_directory import RunDirectory, decode, encode, find_checkpoint, load_config, settings
@@ -21,7 +21,7 @@ def through_json(run: Run, path: Path) -> Run:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_goes_through_json(name, tmp_path) -> None:
     run = dataclasses.replace(
-        RECIPES[name], data=Data(tokenizer=Path("a/tokenizer.json")), logging=Logging(wandb="p"), output_dir=Path("x/y")
+        RECIPES[name], data=DataConfig(tokenizer=Path("a/tokenizer.json")), logging=LoggingConfig(wandb="p"), output_dir=Path("x/y")
     )
     back = through_json(run, tmp_path / "config.json")
     assert back == run

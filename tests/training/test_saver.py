@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from sightline.config import Checkpoint
+from sightline.config import CheckpointConfig
 from sightline.errors import SaveFailed
 from sightline.training import saver as savers
 from sightline.training.checkpoint import CannotSave, Progress, find_latest, load_checkpoint, tensors
@@ -33,7 +33,7 @@ def opened(tmp_path, warned):
     def open_saver(asynchronous: bool) -> Saver:
         run_file = tmp_path / "config.json"
         run_file.write_text("{}")
-        options = Checkpoint(every=2, keep=2, asynchronous=asynchronous)
+        options = CheckpointConfig(every=2, keep=2, asynchronous=asynchronous)
         savers_opened.append(Saver(tmp_path / "checkpoints", [run_file], options, warned.append))
         return savers_opened[-1]
 
@@ -153,6 +153,6 @@ def test_a_saver_knows_what_is_there(opened, model_and_optimizer) -> None:
 
 
 def test_a_checkpoint_is_due_every_so_many_steps(tmp_path) -> None:
-    due = {every: Saver(tmp_path, [], Checkpoint(every=every), print) for every in (0, 3)}
+    due = {every: Saver(tmp_path, [], CheckpointConfig(every=every), print) for every in (0, 3)}
     assert [step for step in range(1, 8) if due[3].is_due(step)] == [3, 6]
     assert not any(due[0].is_due(step) for step in range(1, 8))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from sightline import Batch
-from sightline.config import Optimizer
+from sightline.config import OptimizerConfig
 from sightline.layers import get_loss
 from sightline.layers.losses import WeightedLoss
 from sightline.models import build_model, config_of
@@ -50,7 +50,7 @@ def mean_loss_of_documents(model) -> float:
 
 
 def step(model, batch, micro_batch_size, max_grad_norm=1e9, dtype="float32"):
-    optimizer = build_optimizer(model, Optimizer())
+    optimizer = build_optimizer(model, OptimizerConfig())
     alone = on_one_process(model, dtype=dtype)
     return optimizer, train_step(
         alone, optimizer, batch, None, micro_batch_size=micro_batch_size, max_grad_norm=max_grad_norm

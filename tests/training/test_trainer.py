@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sightline.config import Logging
+from sightline.config import LoggingConfig
 from sightline.training import step, trainer
 from sightline.training.checkpoint import list_checkpoints
 from sightline.training.metrics import read_metrics
@@ -28,7 +28,7 @@ def source(tmp_path_factory) -> Path:
 def run(source, tmp_path_factory):
     """A whole run with everything a run writes."""
     run = small_run(tmp_path_factory.mktemp("run") / "run", source, validation__every=3)
-    return dataclasses.replace(run, logging=Logging(tensorboard=True, sample_tokens=8, sample_prompt="def "))
+    return dataclasses.replace(run, logging=LoggingConfig(tensorboard=True, sample_tokens=8, sample_prompt="def "))
 
 
 @pytest.fixture(scope="module")

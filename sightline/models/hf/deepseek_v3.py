@@ -23,21 +23,21 @@ from sightline.models.hf.rope import rope_fields, write_rope
 
 FIELDS = {
     **DECODER,
-    "dense_layers": "first_k_dense_replace",
-    "heads": "num_attention_heads",
-    "query_rank": "q_lora_rank",
-    "kv_rank": "kv_lora_rank",
-    "plain_size": "qk_nope_head_dim",
-    "rope_size": "qk_rope_head_dim",
-    "value_size": "v_head_dim",
-    "ffn": "intermediate_size",
-    "expert_ffn": "moe_intermediate_size",
-    "experts": "n_routed_experts",
+    "num_dense_layers": "first_k_dense_replace",
+    "num_heads": "num_attention_heads",
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_nope_head_dim": "qk_nope_head_dim",
+    "qk_rope_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+    "intermediate_size": "intermediate_size",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "num_experts": "n_routed_experts",
     "experts_per_token": "num_experts_per_tok",
-    "shared_experts": "n_shared_experts",
-    "expert_groups": "n_group",
-    "groups_per_token": "topk_group",
-    "expert_scale": "routed_scaling_factor",
+    "num_shared_experts": "n_shared_experts",
+    "num_expert_groups": "n_group",
+    "num_limited_groups": "topk_group",
+    "routed_scaling_factor": "routed_scaling_factor",
 }
 
 
@@ -50,18 +50,18 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     expect(hf, hidden_act="silu", attention_bias=False, norm_topk_prob=True, rope_interleave=True)
     expect(hf, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
     fields = read_fields(hf, FIELDS, tied_embeddings=False)
-    return {**fields, "prediction_weight": hf.get("mtp_loss_weight"), **rope_fields(hf, "yarn")}
+    return {**fields, "mtp_loss_weight": hf.get("mtp_loss_weight"), **rope_fields(hf, "yarn")}
 
 
 def config_to_hf(config: Any) -> dict[str, Any]:
     prediction: dict[str, Any] = {"num_nextn_predict_layers": 0}
-    if config.prediction_weight is not None:
-        prediction = {"num_nextn_predict_layers": 1, "mtp_loss_weight": config.prediction_weight}
+    if config.mtp_loss_weight is not None:
+        prediction = {"num_nextn_predict_layers": 1, "mtp_loss_weight": config.mtp_loss_weight}
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
         **write_fields(config, FIELDS),
-        "num_key_value_heads": config.heads,
+        "num_key_value_heads": config.num_heads,
         **prediction,
         **write_rope(config.rope_theta, config.rope_scaling),
     }
@@ -69,10 +69,10 @@ def config_to_hf(config: Any) -> dict[str, Any]:
 
 def weights(config: Any) -> Iterator[Weight]:
     yield from decoder_weights(config, _layer_weights)
-    if config.prediction_weight is not None:
-        theirs = f"model.layers.{config.layers}"
+    if config.mtp_loss_weight is not None:
+        theirs = f"model.layers.{config.num_layers}"
         # The layer that looks further has experts where the model's last layer has.
-        yield from _layer_weights(config, config.layers - 1, theirs, "prediction.block")
+        yield from _layer_weights(config, config.num_layers - 1, theirs, "prediction.block")
         further = {"enorm": "embedding_norm", "hnorm": "hidden_norm", "eh_proj": "join", "shared_head.norm": "norm"}
         yield from rename(theirs, "prediction", further)
 
@@ -81,11 +81,11 @@ def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[
     yield from rename(theirs, ours, NORMS)
     yield from _attention_weights(config, f"{theirs}.self_attn", f"{ours}.attention")
     theirs, ours = f"{theirs}.mlp", f"{ours}.mlp"
-    if index < config.dense_layers:
+    if index < config.num_dense_layers:
         yield from rename(theirs, ours, MLP)
         return
     yield from rename(f"{theirs}.shared_experts", f"{ours}.shared", MLP)
-    yield from rename_experts(f"{theirs}.experts", f"{ours}.experts", config.experts)
+    yield from rename_experts(f"{theirs}.experts", f"{ours}.experts", config.num_experts)
     yield Weight(f"{theirs}.gate.weight", f"{ours}.router.weight")
     yield Weight(f"{theirs}.gate.e_score_correction_bias", f"{ours}.router.balance")
 
@@ -93,14 +93,14 @@ def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[
 def _attention_weights(config: Any, theirs: str, ours: str) -> Iterator[Weight]:
     yield from rename(theirs, ours, {"kv_a_layernorm": "kv_norm", "kv_b_proj": "kv", "o_proj": "output"})
     query = "q_proj"
-    if config.query_rank is not None:
+    if config.q_lora_rank is not None:
         query = "q_b_proj"
         yield from rename(theirs, ours, {"q_a_proj": "query_down", "q_a_layernorm": "query_norm"})
-    shape = (config.heads * (config.plain_size + config.rope_size), config.query_rank or config.width)
+    shape = (config.num_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim), config.q_lora_rank or config.hidden_size)
     names = f"{theirs}.{query}.weight", f"{ours}.query.weight"
-    yield from rename_turned(*names, config.heads, shape, plain=config.plain_size)
+    yield from rename_turned(*names, config.num_heads, shape, plain=config.qk_nope_head_dim)
     names = f"{theirs}.kv_a_proj_with_mqa.weight", f"{ours}.kv_down.weight"
-    yield from rename_turned(*names, 1, (config.kv_rank + config.rope_size, config.width), plain=config.kv_rank)
+    yield from rename_turned(*names, 1, (config.kv_lora_rank + config.qk_rope_head_dim, config.hidden_size), plain=config.kv_lora_rank)
 
 
 DEEPSEEK_V3_HF = HuggingFace(

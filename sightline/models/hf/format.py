@@ -86,13 +86,13 @@ class HuggingFace:
 
 DECODER = {
     "vocab_size": "vocab_size",
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
     "norm_eps": "rms_norm_eps",
     "tied_embeddings": "tie_word_embeddings",
 }
 """Fields of our config, and what config.json calls them: those of every decoder."""
-HEADS = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_size": "head_dim"}
+HEADS = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
 """Those of grouped-query attention."""
 
 
@@ -149,7 +149,7 @@ def rename_experts(theirs: str, ours: str, experts: int) -> Iterator[Weight]:
 
 def rename_joined_experts(config: Any, theirs: str, ours: str, halves: Mapping[str, View]) -> Iterator[Weight]:
     """Theirs has all experts in one too, but input dims first, and gate and up in one, of which `halves` are views."""
-    shape = (config.experts, config.width, 2 * config.ffn)
+    shape = (config.num_experts, config.hidden_size, 2 * config.intermediate_size)
     for name, half in halves.items():
         yield Weight(f"{theirs}.gate_up_proj", f"{ours}.{name}", half, lambda t: t.mT, shape)
     yield Weight(f"{theirs}.down_proj", f"{ours}.down", of_ours=lambda t: t.mT)
@@ -181,7 +181,7 @@ def rename_turned(theirs: str, ours: str, heads: int, shape: tuple[int, int], *,
 def decoder_weights(config: Any, layer: Callable[[Any, int, str, str], Iterable[Weight]]) -> Iterator[Weight]:
     """Embedding, layers, norm and head. `layer(config, index, theirs, ours)` gives the weights of one layer."""
     yield Weight("model.embed_tokens.weight", "embedding.weight")
-    for index in range(config.layers):
+    for index in range(config.num_layers):
         yield from layer(config, index, f"model.layers.{index}", f"layers.{index}")
     yield Weight("model.norm.weight", "norm.weight")
     if not config.tied_embeddings:

@@ -24,11 +24,11 @@ from sightline.models.hf.rope import rope_fields, write_rope
 FIELDS = {
     **DECODER,
     **HEADS,
-    "window": "sliding_window",
-    "ffn": "intermediate_size",
-    "experts": "num_local_experts",
+    "sliding_window": "sliding_window",
+    "intermediate_size": "intermediate_size",
+    "num_experts": "num_local_experts",
     "experts_per_token": "num_experts_per_tok",
-    "auxiliary_loss": "router_aux_loss_coef",
+    "aux_loss_coef": "router_aux_loss_coef",
 }
 HALVES: dict[str, View] = {"gate": lambda t: t[..., 0::2], "up": lambda t: t[..., 1::2]}
 """Theirs has gate and up in one, channel by channel."""
@@ -36,8 +36,8 @@ HALVES: dict[str, View] = {"gate": lambda t: t[..., 0::2], "up": lambda t: t[...
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     expect(hf, hidden_act="silu", attention_bias=True, swiglu_alpha=1.702, swiglu_limit=7.0)
-    fields = read_fields(hf, FIELDS, auxiliary_loss=0.001, norm_eps=1e-5, tied_embeddings=False)
-    expect(hf, layer_types=["full_attention" if i % 2 else "sliding_attention" for i in range(fields["layers"])])
+    fields = read_fields(hf, FIELDS, aux_loss_coef=0.001, norm_eps=1e-5, tied_embeddings=False)
+    expect(hf, layer_types=["full_attention" if i % 2 else "sliding_attention" for i in range(fields["num_layers"])])
     return {**fields, **rope_fields(hf, "yarn")}
 
 
@@ -61,7 +61,7 @@ def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[
     theirs, ours = f"{theirs}.mlp.experts", f"{ours}.moe.experts"
     yield from rename_joined_experts(config, theirs, ours, HALVES)
     for name, half in HALVES.items():
-        shape = (config.experts, 2 * config.ffn)
+        shape = (config.num_experts, 2 * config.intermediate_size)
         yield Weight(f"{theirs}.gate_up_proj_bias", f"{ours}.{name}_bias", of_theirs=half, shape=shape)
     yield Weight(f"{theirs}.down_proj_bias", f"{ours}.down_bias")
 

@@ -21,13 +21,13 @@ from sightline.models.hf.format import (
 )
 from sightline.models.hf.rope import rope_fields, write_rope
 
-FIELDS = {**DECODER, **HEADS, "ffn": "intermediate_size"}
+FIELDS = {**DECODER, **HEADS, "intermediate_size": "intermediate_size"}
 
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     expect(hf, hidden_act="silu", attention_bias=False, mlp_bias=False)
-    fields = read_fields(hf, FIELDS, kv_heads=None, head_size=None, norm_eps=1e-6, tied_embeddings=False)
-    return {**fields, "kv_heads": fields["kv_heads"] or fields["heads"], **rope_fields(hf, "llama3")}
+    fields = read_fields(hf, FIELDS, num_kv_heads=None, head_dim=None, norm_eps=1e-6, tied_embeddings=False)
+    return {**fields, "num_kv_heads": fields["num_kv_heads"] or fields["num_heads"], **rope_fields(hf, "llama3")}
 
 
 def config_to_hf(config: Any) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def config_to_hf(config: Any) -> dict[str, Any]:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         **write_fields(config, FIELDS),
-        "head_dim": config.resolved_head_size,
+        "head_dim": config.resolved_head_dim,
         **write_rope(config.rope_theta, config.rope_scaling),
     }
 

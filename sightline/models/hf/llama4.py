@@ -26,29 +26,29 @@ from sightline.models.hf.rope import rope_fields, write_rope
 FIELDS = {
     **DECODER,
     **HEADS,
-    "full_every": "no_rope_layer_interval",
-    "chunk": "attention_chunk_size",
+    "no_rope_layer_interval": "no_rope_layer_interval",
+    "attention_chunk_size": "attention_chunk_size",
     "qk_norm": "use_qk_norm",
     "temperature_scale": "attn_scale",
     "temperature_floor": "floor_scale",
-    "experts_every": "interleave_moe_layer_step",
-    "dense_ffn": "intermediate_size_mlp",
-    "ffn": "intermediate_size",
-    "experts": "num_local_experts",
+    "moe_layer_interval": "interleave_moe_layer_step",
+    "intermediate_size_mlp": "intermediate_size_mlp",
+    "intermediate_size": "intermediate_size",
+    "num_experts": "num_local_experts",
     "experts_per_token": "num_experts_per_tok",
-    "auxiliary_loss": "router_aux_loss_coef",
+    "aux_loss_coef": "router_aux_loss_coef",
 }
 
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     """From the fields of a config.json of the text model."""
     expect(hf, hidden_act="silu", attention_bias=False)
-    missing = {"full_every": 4, "temperature_scale": 0.1, "temperature_floor": 8192}
-    fields = read_fields(hf, FIELDS, auxiliary_loss=0.001, tied_embeddings=False, **missing)
+    missing = {"no_rope_layer_interval": 4, "temperature_scale": 0.1, "temperature_floor": 8192}
+    fields = read_fields(hf, FIELDS, aux_loss_coef=0.001, tied_embeddings=False, **missing)
     fields |= rope_fields(hf, "llama3")
     if not hf.get("attn_temperature_tuning", True):
         fields["temperature_scale"] = 0.0
-    layers, full_every, experts_every = range(fields["layers"]), fields["full_every"], fields["experts_every"]
+    layers, full_every, experts_every = range(fields["num_layers"]), fields["no_rope_layer_interval"], fields["moe_layer_interval"]
     full = layers[full_every - 1 :: full_every]
     if hf.get("no_rope_layers"):  # [] in published files, for what the interval says
         expect(hf, no_rope_layers=[int(i not in full) for i in layers])
@@ -73,15 +73,15 @@ def config_to_hf(config: Any) -> dict[str, Any]:
 def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[Weight]:
     yield from rename(theirs, ours, NORMS)
     # Scores are sums over all channels of a query and a key: the full layers, where nothing turns, lie so too.
-    for their_name, name, heads in (("q_proj", "query", config.heads), ("k_proj", "key", config.kv_heads)):
+    for their_name, name, heads in (("q_proj", "query", config.num_heads), ("k_proj", "key", config.num_kv_heads)):
         names = f"{theirs}.self_attn.{their_name}.weight", f"{ours}.attention.{name}.weight"
-        yield from rename_turned(*names, heads, (heads * config.head_size, config.width))
+        yield from rename_turned(*names, heads, (heads * config.head_dim, config.hidden_size))
     yield from rename(f"{theirs}.self_attn", f"{ours}.attention", {"v_proj": "value", "o_proj": "output"})
     theirs, ours = f"{theirs}.feed_forward", f"{ours}.mlp"
     if config.has_experts(index):
         yield Weight(f"{theirs}.router.weight", f"{ours}.router.weight")
         # Theirs has gate and up in one, first all channels of gate.
-        halves: dict[str, View] = {"gate": lambda t: t[..., : config.ffn], "up": lambda t: t[..., config.ffn :]}
+        halves: dict[str, View] = {"gate": lambda t: t[..., : config.intermediate_size], "up": lambda t: t[..., config.intermediate_size :]}
         yield from rename_joined_experts(config, f"{theirs}.experts", f"{ours}.experts", halves)
         theirs, ours = f"{theirs}.shared_expert", f"{ours}.shared"
     yield from rename(theirs, ours, MLP)

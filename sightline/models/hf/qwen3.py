@@ -22,14 +22,14 @@ from sightline.models.hf.format import (
 )
 from sightline.models.hf.rope import rope_fields, write_rope
 
-DENSE = {**DECODER, **HEADS, "ffn": "intermediate_size"}
+DENSE = {**DECODER, **HEADS, "intermediate_size": "intermediate_size"}
 MIXTURE = {
     **DECODER,
     **HEADS,
-    "ffn": "moe_intermediate_size",
-    "experts": "num_experts",
+    "intermediate_size": "moe_intermediate_size",
+    "num_experts": "num_experts",
     "experts_per_token": "num_experts_per_tok",
-    "auxiliary_loss": "router_aux_loss_coef",
+    "aux_loss_coef": "router_aux_loss_coef",
 }
 
 
@@ -39,19 +39,19 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     if hf["architectures"][0] == "Qwen3MoeForCausalLM":
         expect(hf, decoder_sparse_step=1, norm_topk_prob=True)
         expect({**hf, "mlp_only_layers": hf.get("mlp_only_layers") or []}, mlp_only_layers=[])
-        names = MIXTURE if "num_experts" in hf else {**MIXTURE, "experts": "num_local_experts"}
-    fields = read_fields(hf, names, norm_eps=1e-6, tied_embeddings=False, auxiliary_loss=0.001)
+        names = MIXTURE if "num_experts" in hf else {**MIXTURE, "num_experts": "num_local_experts"}
+    fields = read_fields(hf, names, norm_eps=1e-6, tied_embeddings=False, aux_loss_coef=0.001)
     return {**fields, **rope_fields(hf, "yarn")}
 
 
 def config_to_hf(config: Any) -> dict[str, Any]:
-    if config.experts:
+    if config.num_experts:
         kind = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "norm_topk_prob": True}
     else:
         kind = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
     return {
         **kind,
-        **write_fields(config, MIXTURE if config.experts else DENSE),
+        **write_fields(config, MIXTURE if config.num_experts else DENSE),
         **write_rope(config.rope_theta, config.rope_scaling),
     }
 
@@ -60,9 +60,9 @@ def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[
     yield from rename(theirs, ours, NORMS)
     attention = {**ATTENTION, "q_norm": "query_norm", "k_norm": "key_norm"}
     yield from rename(f"{theirs}.self_attn", f"{ours}.attention", attention)
-    if config.experts:
+    if config.num_experts:
         yield Weight(f"{theirs}.mlp.gate.weight", f"{ours}.mlp.router.weight")
-        yield from rename_experts(f"{theirs}.mlp.experts", f"{ours}.mlp.experts", config.experts)
+        yield from rename_experts(f"{theirs}.mlp.experts", f"{ours}.mlp.experts", config.num_experts)
     else:
         yield from rename(f"{theirs}.mlp", f"{ours}.mlp", MLP)
 

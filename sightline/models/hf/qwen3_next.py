@@ -24,17 +24,17 @@ from sightline.models.hf.rope import read_rope
 FIELDS = {
     **DECODER,
     **HEADS,
-    "key_heads": "linear_num_key_heads",
-    "value_heads": "linear_num_value_heads",
-    "key_size": "linear_key_head_dim",
-    "value_size": "linear_value_head_dim",
-    "taps": "linear_conv_kernel_dim",
-    "experts": "num_experts",
+    "linear_num_key_heads": "linear_num_key_heads",
+    "linear_num_value_heads": "linear_num_value_heads",
+    "linear_key_head_dim": "linear_key_head_dim",
+    "linear_value_head_dim": "linear_value_head_dim",
+    "linear_conv_kernel_dim": "linear_conv_kernel_dim",
+    "num_experts": "num_experts",
     "experts_per_token": "num_experts_per_tok",
-    "expert_ffn": "moe_intermediate_size",
-    "shared_ffn": "shared_expert_intermediate_size",
-    "ffn": "intermediate_size",
-    "auxiliary_loss": "router_aux_loss_coef",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "shared_expert_intermediate_size": "shared_expert_intermediate_size",
+    "intermediate_size": "intermediate_size",
+    "aux_loss_coef": "router_aux_loss_coef",
 }
 
 
@@ -42,13 +42,13 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     expect(hf, hidden_act="silu", attention_bias=False, decoder_sparse_step=1, norm_topk_prob=True)
     expect({**hf, "mlp_only_layers": hf.get("mlp_only_layers") or []}, mlp_only_layers=[])
     rope = read_rope(hf)
-    fields = read_fields(hf, FIELDS, auxiliary_loss=0.001, norm_eps=1e-6, tied_embeddings=False)
+    fields = read_fields(hf, FIELDS, aux_loss_coef=0.001, norm_eps=1e-6, tied_embeddings=False)
     every = _attention_every(hf)
-    expect(hf, layer_types=_layer_types(fields["layers"], every))
+    expect(hf, layer_types=_layer_types(fields["num_layers"], every))
     return {
         **fields,
-        "attention_every": every,
-        "rotary_share": rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor", 0.25),
+        "full_attention_interval": every,
+        "partial_rotary_factor": rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor", 0.25),
         "rope_theta": rope["rope_theta"],
     }
 
@@ -70,8 +70,8 @@ def config_to_hf(config: Any) -> dict[str, Any]:
         "architectures": ["Qwen3NextForCausalLM"],
         "model_type": "qwen3_next",
         **write_fields(config, FIELDS),
-        "layer_types": _layer_types(config.layers, config.attention_every),
-        "partial_rotary_factor": config.rotary_share,
+        "layer_types": _layer_types(config.num_layers, config.full_attention_interval),
+        "partial_rotary_factor": config.partial_rotary_factor,
         "rope_theta": config.rope_theta,
     }
 
@@ -83,19 +83,19 @@ def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[
     else:
         yield from _memory_weights(config, f"{theirs}.linear_attn", f"{ours}.mixer")
     theirs, ours = f"{theirs}.mlp", f"{ours}.mlp"
-    if not config.experts:
+    if not config.num_experts:
         yield from rename(theirs, ours, MLP)
         return
     yield Weight(f"{theirs}.gate.weight", f"{ours}.router.weight")
-    yield from rename_experts(f"{theirs}.experts", f"{ours}.experts", config.experts)
+    yield from rename_experts(f"{theirs}.experts", f"{ours}.experts", config.num_experts)
     yield from rename(f"{theirs}.shared_expert", f"{ours}.shared", MLP)
     yield Weight(f"{theirs}.shared_expert_gate.weight", f"{ours}.shared.share.weight")
 
 
 def _attention_weights(config: Any, theirs: str, ours: str) -> Iterator[Weight]:
     """Theirs has one projection for queries and gates: of each head the query's channels, then the gate's."""
-    parts = [(f"{ours}.{name}.weight", config.head_size) for name in ("query", "gate")]
-    yield from _interleaved(f"{theirs}.q_proj.weight", config.width, config.heads, parts)
+    parts = [(f"{ours}.{name}.weight", config.head_dim) for name in ("query", "gate")]
+    yield from _interleaved(f"{theirs}.q_proj.weight", config.hidden_size, config.num_heads, parts)
     norms = {"q_norm": "query_norm", "k_norm": "key_norm"}
     yield from rename(theirs, ours, {"k_proj": "key", "v_proj": "value", "o_proj": "output", **norms})
 
@@ -103,13 +103,13 @@ def _attention_weights(config: Any, theirs: str, ours: str) -> Iterator[Weight]:
 def _memory_weights(config: Any, theirs: str, ours: str) -> Iterator[Weight]:
     """Theirs has one projection for queries, keys, values and gates, and one for betas and decays: of each key head its
     query and key, then the values (betas) and gates (decays) of the value heads that it serves."""
-    heads, keys = config.key_heads, config.key_size
-    served = config.value_heads // heads
-    values = served * config.value_size
+    heads, keys = config.linear_num_key_heads, config.linear_key_head_dim
+    served = config.linear_num_value_heads // heads
+    values = served * config.linear_value_head_dim
     parts = [(f"{ours}.qkv.weight", 2 * keys + values), (f"{ours}.gate.weight", values)]
-    yield from _interleaved(f"{theirs}.in_proj_qkvz.weight", config.width, heads, parts)
+    yield from _interleaved(f"{theirs}.in_proj_qkvz.weight", config.hidden_size, heads, parts)
     parts = [(f"{ours}.{name}.weight", served) for name in ("beta", "decay")]
-    yield from _interleaved(f"{theirs}.in_proj_ba.weight", config.width, heads, parts)
+    yield from _interleaved(f"{theirs}.in_proj_ba.weight", config.hidden_size, heads, parts)
     yield from _taps(config, f"{theirs}.conv1d.weight", f"{ours}.convolution.weight")
     for name in ("A_log", "dt_bias", "norm.weight"):
         yield Weight(f"{theirs}.{name}", f"{ours}.{name}")
@@ -134,8 +134,8 @@ def _interleaved(theirs: str, width: int, heads: int, parts: list[tuple[str, int
 
 def _taps(config: Any, theirs: str, ours: str) -> Iterator[Weight]:
     """Theirs holds the taps of all queries, then those of all keys, then of all values; ours lie by key head."""
-    heads, keys = config.key_heads, config.key_size
-    sizes = [keys, keys, config.value_heads // heads * config.value_size]  # rows a key head
+    heads, keys = config.linear_num_key_heads, config.linear_key_head_dim
+    sizes = [keys, keys, config.linear_num_value_heads // heads * config.linear_value_head_dim]  # rows a key head
     for i, size in enumerate(sizes):
         before = sum(sizes[:i])
         yield Weight(
@@ -143,7 +143,7 @@ def _taps(config: Any, theirs: str, ours: str) -> Iterator[Weight]:
             ours,
             of_theirs=_rows_of_heads(heads * before, heads, size, slice(None)),
             of_ours=_with_channel(_rows_of_heads(0, heads, sum(sizes), slice(before, before + size))),
-            shape=(heads * sum(sizes), 1, config.taps),
+            shape=(heads * sum(sizes), 1, config.linear_conv_kernel_dim),
         )
 
 

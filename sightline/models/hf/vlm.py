@@ -9,14 +9,14 @@ from sightline.layers.vision import VisionConfig
 from sightline.models.hf import llama3
 from sightline.models.hf.format import HuggingFace, Weight, expect, read_fields, rename, write_fields
 
-FIELDS = {"merge": "downsample_factor", "projector": "projector_hidden_size", "image_token": "image_token_id"}
+FIELDS = {"spatial_merge_size": "downsample_factor", "projector_hidden_size": "projector_hidden_size", "image_token_id": "image_token_id"}
 VISION_FIELDS = {
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "ffn": "intermediate_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
     "patch_size": "patch_size",
-    "channels": "num_channels",
+    "num_channels": "num_channels",
     "norm_eps": "layer_norm_eps",
 }
 VISION_LAYER = {
@@ -39,16 +39,16 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     return {
         **llama3.config_from_hf(text),
         "vision": vision_from_hf({**hf["vision_config"], "architectures": architectures}),
-        **read_fields(hf, FIELDS, merge=2, projector=2560, image_token=396),
+        **read_fields(hf, FIELDS, spatial_merge_size=2, projector_hidden_size=2560, image_token_id=396),
     }
 
 
 def vision_from_hf(hf: dict[str, Any]) -> VisionConfig:
     """From the fields of a Siglip2VisionModel's config.json."""
     expect(hf, model_type="siglip2_vision_model", hidden_act="gelu_pytorch_tanh")
-    missing = {"width": 768, "layers": 12, "heads": 12, "ffn": 3072, "patch_size": 16, "channels": 3, "norm_eps": 1e-6}
+    missing = {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "intermediate_size": 3072, "patch_size": 16, "num_channels": 3, "norm_eps": 1e-6}
     side = round(hf.get("num_patches", 256) ** 0.5)
-    return VisionConfig(side=side, **read_fields(hf, VISION_FIELDS, **missing))
+    return VisionConfig(position_grid_size=side, **read_fields(hf, VISION_FIELDS, **missing))
 
 
 def config_to_hf(config: Any) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def config_to_hf(config: Any) -> dict[str, Any]:
             "architectures": ["Siglip2VisionModel"],
             "model_type": "siglip2_vision_model",
             **write_fields(config.vision, VISION_FIELDS),
-            "num_patches": config.vision.side**2,
+            "num_patches": config.vision.position_grid_size**2,
             "vision_use_head": False,
         },
         **write_fields(config, FIELDS),
@@ -82,7 +82,7 @@ def vision_weights(config: VisionConfig, prefix: str) -> Iterator[Weight]:
     ends = {"embeddings.patch_embedding": "embedding", "post_layernorm": "norm"}
     layers = {
         f"encoder.layers.{i}.{theirs}": f"layers.{i}.{ours}"
-        for i in range(config.layers)
+        for i in range(config.num_layers)
         for theirs, ours in VISION_LAYER.items()
     }
     for theirs, ours in {**ends, **layers}.items():

@@ -39,11 +39,11 @@ class Optimizer(Protocol):
     def zero_grad(self, set_to_none: bool = True) -> None: ...
 
 
-OPTIMIZERS: dict[str, Callable[[list[ParameterFacts], config.Optimizer], Optimizer]] = {"adamw": AdamW, "muon": Muon}
+OPTIMIZERS: dict[str, Callable[[list[ParameterFacts], config.OptimizerConfig], Optimizer]] = {"adamw": AdamW, "muon": Muon}
 """By their name in the config."""
 
 
-def build_optimizer(model: HasModules, options: config.Optimizer) -> Optimizer:
+def build_optimizer(model: HasModules, options: config.OptimizerConfig) -> Optimizer:
     """The optimizer that the options name, over every trained parameter once.
 
     Raises:

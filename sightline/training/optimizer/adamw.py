@@ -18,7 +18,7 @@ class AdamW(torch.optim.AdamW):
 
     found_inf: Tensor | None = None
 
-    def __init__(self, parameters: list[ParameterFacts], options: config.Optimizer) -> None:
+    def __init__(self, parameters: list[ParameterFacts], options: config.OptimizerConfig) -> None:
         # One kernel takes many tensors at a time, but only of one mesh: experts lie on another than the rest.
         groups: dict[tuple[bool, Any], list[nn.Parameter]] = defaultdict(list)
         for _, p, role in parameters:

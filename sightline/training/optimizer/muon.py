@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
         ValueError: the parameters lie in the CPU's memory and their mesh is of GPUs.
     """
 
-    def __init__(self, parameters: list[ParameterFacts], options: config.Optimizer) -> None:
+    def __init__(self, parameters: list[ParameterFacts], options: config.OptimizerConfig) -> None:
         check_offload(parameters)
         matrices = [p for _, p, role in parameters if role is Role.MATRIX]
         self.found_inf: Tensor | None = None

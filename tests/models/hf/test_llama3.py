@@ -107,7 +107,7 @@ PUBLISHED = {
 
 def test_a_published_config_is_our_size() -> None:
     config = LLAMA3.config_from_hf(PUBLISHED)
-    assert config == LLAMA3.presets["1b"].__class__(**{**vars(LLAMA3.presets["1b"]), "head_size": 64})
+    assert config == LLAMA3.presets["1b"].__class__(**{**vars(LLAMA3.presets["1b"]), "head_dim": 64})
     assert all(PUBLISHED[name] == value for name, value in LLAMA3.hf.config_to_hf(config).items())
 
 
@@ -115,7 +115,7 @@ def test_the_config_goes_there_and_back() -> None:
     for size in LLAMA3.presets:
         config = config_of(f"llama3-{size}")
         back = LLAMA3.config_from_hf(LLAMA3.hf.config_to_hf(config))
-        assert back.head_size == config.resolved_head_size
+        assert back.head_size == config.resolved_head_dim
         assert LLAMA3.hf.config_to_hf(back) == LLAMA3.hf.config_to_hf(config)
     assert LLAMA3.config_from_hf(LLAMA3.hf.config_to_hf(LLAMA3.presets["8b"])).rope_scaling == Llama3RopeScaling(
         factor=8

@@ -42,7 +42,7 @@ def pack_images(config: VLMConfig) -> Batch:
     tokens, labels = batch.tokens.clone(), batch.labels.clone()
     for row, placed in enumerate(images):
         for number, (at, height, width) in enumerate(placed):
-            tokens[row, at : at + height * width // config.merge**2] = config.image_token
+            tokens[row, at : at + height * width // config.spatial_merge_size**2] = config.image_token_id
             grid[row, number] = torch.tensor([height, width])
     labels[:, :-1] = torch.where(labels[:, :-1] == IGNORE, IGNORE, tokens[:, 1:])
     return replace(batch, tokens=tokens, labels=labels, extra={"patches": patches, "patch_grid": grid})

@@ -14,7 +14,7 @@ from torch.distributed.pipelining.microbatch import split_args_kwargs_into_chunk
 from torch.utils import _pytree as pytree
 
 from sightline.attention import Exchange, LocalExchanges, attend
-from sightline.config import Parallel
+from sightline.config import ParallelConfig
 from sightline.masks import AttentionMask, causal, document, sliding_window
 from sightline.models import build_model, build_skeleton
 from sightline.parallel import plan_context
@@ -44,7 +44,7 @@ def share(
     whole: AttentionMask, degree: int, order: Any, family: str = "llama3-debug"
 ) -> tuple[ContextShard, Exchange, Tensor]:
     """This process's part of a mask, as split_context makes it, its exchange, and its tokens [B, S / degree]."""
-    mesh = Mesh(Parallel(context=degree, context_order=order), CPU)
+    mesh = Mesh(ParallelConfig(context=degree, context_order=order), CPU)
     inputs = {"tokens": torch.arange(LENGTH).expand(ROWS, -1), "attention_masks": whole}
     inputs = split_context(inputs, build_skeleton(family), mesh)
     shard = inputs["attention_masks"]["attention"]
@@ -199,7 +199,7 @@ def looks(rank: int, degree: int, order: str) -> None:
     """Change one token: what may not see it keeps every bit, in the outputs and in the gradients."""
     torch.manual_seed(0)
     model = build_model("llama3-debug")
-    mesh = Mesh(Parallel(context=degree, context_order=order), CPU)
+    mesh = Mesh(ParallelConfig(context=degree, context_order=order), CPU)
     apply_context(model, mesh)
     batch = pack(LENGTHS)
     facts = {"positions": batch.positions, "attention_masks": model.get_attention_masks(batch)}
@@ -293,7 +293,7 @@ def test_one_process_keeps_its_rows() -> None:
     mask = masks_of_rows()["causal"]
     tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
     inputs = {"tokens": tokens, "attention_masks": {"attention": mask}}
-    assert split_context(inputs, build_skeleton("llama3-debug"), Mesh(Parallel(shard=1), CPU)) == inputs
+    assert split_context(inputs, build_skeleton("llama3-debug"), Mesh(ParallelConfig(shard=1), CPU)) == inputs
     bound, exchange = LocalExchanges().bind(mask, CPU)
     assert bound is mask and exchange.whole_mask is mask
     assert exchange.start(tokens).wait()[0] is tokens and exchange.to_whole_rows(tokens)[0] is tokens

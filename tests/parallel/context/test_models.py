@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from sightline import Batch
-from sightline.config import Parallel, Training
+from sightline.config import ParallelConfig, TrainingConfig
 from sightline.masks import (
     AttentionMask,
     causal,
@@ -35,8 +35,8 @@ CONFIGS: dict[str, Any] = {
     "llama4": MODELS["llama4-debug"],
     "qwen3": MODELS["qwen3-debug"],
     "qwen3-moe": MODELS["qwen3-debug-moe"],
-    "qwen3_next": replace(MODELS["qwen3_next-debug"], key_heads=4, key_size=8),
-    "deepseek_v3": replace(MODELS["deepseek_v3-debug"], prediction_weight=0.3, auxiliary_loss=0.01),
+    "qwen3_next": replace(MODELS["qwen3_next-debug"], linear_num_key_heads=4, linear_key_head_dim=8),
+    "deepseek_v3": replace(MODELS["deepseek_v3-debug"], mtp_loss_weight=0.3, aux_loss_coef=0.01),
     "gpt_oss": MODELS["gpt_oss-debug"],
     "vlm": MODELS["vlm-debug"],
 }
@@ -119,9 +119,9 @@ def compare(rank: int, degree: int, case: Case, **training: Any) -> tuple[str, f
     model = build_model(CONFIGS[case.family], attention_backend=case.backend)
     inputs = inputs_of(model, batch_of(model.config, case.seed), case.rule)
     truth = measure(model, inputs)
-    mesh = Mesh(Parallel(context=degree, context_order=case.order), torch.device("cpu"))
+    mesh = Mesh(ParallelConfig(context=degree, context_order=case.order), torch.device("cpu"))
     apply_context(model, mesh)
-    apply_recompute(model, Training(**training))
+    apply_recompute(model, TrainingConfig(**training))
     return furthest(measure(model, split_context(inputs, model, mesh)), truth)
 
 
@@ -181,7 +181,7 @@ def test_layers_that_recompute_exchange_again(kept: str) -> None:
 def compiled(rank: int, seeds: int) -> list[int]:
     """How many graphs there are after each of several layouts."""
     model = build_model("llama3-debug", attention_backend="reference")
-    mesh = Mesh(Parallel(context=2), torch.device("cpu"))
+    mesh = Mesh(ParallelConfig(context=2), torch.device("cpu"))
     apply_context(model, mesh)
     for layer in model.layers.values():
         layer.compile(backend="eager", dynamic=False)
