@@ -29,8 +29,8 @@ from torch.distributed.tensor.experimental._context_parallel._load_balancer impo
 from benchmarks.timing import lognormal_documents, machine, positions_of, save
 from sightline.masks import AttentionMask, causal, chunked, document, sliding_window
 from sightline.parallel import plan_context
-from sightline.parallel.context.needs import build_pieces, find_needs, find_transfers
 from sightline.parallel.context.plan import ORDERS, ContextPlan
+from sightline.parallel.context.transfers import build_pieces, find_key_ranges, find_transfers
 from sightline.plots.context_png import plot_context_plan
 
 PICTURE = Path(__file__).parent.parent / "docs" / "context_plan.png"
@@ -156,7 +156,7 @@ def plan_of(masks: dict[str, AttentionMask], owner: Tensor, degree: int) -> Cont
     """The plan for given owners: int64 [S], one row."""
     edges = [0, *(owner.diff().nonzero().flatten() + 1).tolist(), len(owner)]
     pieces = build_pieces([[(first, last, int(owner[first])) for first, last in pairwise(edges)]])
-    needs = {name: find_needs(mask, pieces) for name, mask in masks.items()}
+    needs = {name: find_key_ranges(mask, pieces) for name, mask in masks.items()}
     transfers = {name: find_transfers(need, pieces, len(owner)) for name, need in needs.items()}
     return ContextPlan(masks, degree, pieces, needs, transfers)
 

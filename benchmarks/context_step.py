@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_single_autograd
 
 from benchmarks.timing import lognormal_documents, machine, positions_of, processes_in_turn, save
-from sightline.attention.exchange import Arrived
+from sightline.attention.exchange import CompletedExchange
 from sightline.batch import IGNORE, Batch
 from sightline.config import OptimizerConfig, ParallelConfig, TrainingConfig
 from sightline.masks import AttentionMask
@@ -47,14 +47,14 @@ ROWS = 4  # different ones, which the steps take in turn
 class SendsAll(ParallelModel):
     """Shares the rows in the same order, but not the keys: all of the row travel to every process."""
 
-    def own_tokens(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def local_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         degree, rank = self.mesh.size("context"), self.mesh.index("context")
         (mask,) = inputs["attention_masks"].values()
         plan = plan_context(mask, degree)
         place = torch.cat([plan.queries(peer) for peer in range(degree)], dim=1).argsort(dim=1)
         self.stages[0].exchanges = AllKeys(place, self.mesh.group("context"))
         cut = {"attention": mask.take_queries(plan.queries(rank))}
-        return {**super().own_tokens(inputs), "attention_masks": cut}
+        return {**super().local_inputs(inputs), "attention_masks": cut}
 
 
 class AllKeys(NamedTuple):
@@ -69,12 +69,12 @@ class AllKeys(NamedTuple):
     def bind(self, mask: AttentionMask, device: torch.device) -> tuple[AttentionMask, AllKeys]:
         return mask, self
 
-    def start(self, *tensors: Tensor) -> Arrived:
+    def start(self, *tensors: Tensor) -> CompletedExchange:
         rows = torch.cat([t.transpose(1, 2).flatten(2) for t in tensors], dim=-1)  # [B, S / degree, C]
         came = all_gather_single_autograd(rows.transpose(0, 1).contiguous(), 0, self.group).transpose(0, 1)
         came = came.gather(1, self.place[..., None].expand(-1, -1, came.shape[2]))
         parts = came.split([t.shape[1] * t.shape[3] for t in tensors], dim=-1)
-        return Arrived(
+        return CompletedExchange(
             tuple(p.unflatten(-1, (t.shape[1], -1)).transpose(1, 2) for p, t in zip(parts, tensors, strict=True))
         )
 
@@ -96,7 +96,7 @@ def step_of(kind: str, length: int, documents: str, parallel: ParallelConfig) ->
     torch.manual_seed(0)
     model = build_parallel(config_of("llama3-tiny"), options, Mesh(parallel, CPU))
     if kind == "all keys":
-        model = SendsAll(model.mesh, model.whole, model.stages)
+        model = SendsAll(model.mesh, model.full_model, model.stages)
     optimizer = build_optimizer(model, OptimizerConfig(learning_rate=1e-5))
     rows, taken = batches(length, documents), 0
 

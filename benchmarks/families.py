@@ -38,7 +38,7 @@ from sightline.config import OptimizerConfig
 from sightline.data import Tokenizer, load_documents, open_loader
 from sightline.models import VLM, VLMConfig, build_model, build_skeleton, config_of, load_pretrained, save_pretrained
 from sightline.models.hf.directory import read_config
-from sightline.parallel.parallel_model import on_one_process
+from sightline.parallel.parallel_model import single_process_model
 from sightline.recipes import get_recipe
 from sightline.training.optimizer import build_optimizer
 from sightline.training.setup import get_tokenizer
@@ -135,7 +135,7 @@ def their_step(model: Any, batch: Callable[[], Batch], arrange: Callable[[Batch]
 
 
 def our_step(model: Any, batch: Callable[[], Batch], tokenizer: Tokenizer) -> Callable[[], float]:
-    alone, optimizer = on_one_process(model), build_optimizer(model, OptimizerConfig(learning_rate=RATE))
+    alone, optimizer = single_process_model(model), build_optimizer(model, OptimizerConfig(learning_rate=RATE))
 
     def step() -> float:
         result = train_step(alone, optimizer, batch(), tokenizer, micro_batch_size=1, max_grad_norm=1.0)
@@ -156,7 +156,7 @@ def load_theirs(directory: Path) -> Any:
 def write_model(name: str, directory: Path) -> None:
     """Fresh weights, for both to read. Theirs have no multi-token prediction, so ours goes without."""
     config = config_of(name)
-    if getattr(config, "prediction_weight", None) is not None:
+    if getattr(config, "mtp_loss_weight", None) is not None:
         config = dataclasses.replace(config, mtp_loss_weight=None)
     torch.manual_seed(0)
     save_pretrained(build_model(config), directory)

@@ -20,9 +20,9 @@ from benchmarks.training_step import cycle, rows_of
 from sightline.config import OptimizerConfig, ParallelConfig, TrainingConfig
 from sightline.models import build_model, config_of
 from sightline.parallel.apply import build_parallel
-from sightline.parallel.launch import joined
+from sightline.parallel.launch import distributed_session
 from sightline.parallel.mesh import Mesh
-from sightline.parallel.parallel_model import ParallelModel, on_one_process
+from sightline.parallel.parallel_model import ParallelModel, single_process_model
 from sightline.training.optimizer import build_optimizer
 from sightline.training.step import prepare_batch, train_step
 
@@ -34,7 +34,7 @@ def through_the_mesh(length: int, threads: int) -> Callable[[], float]:
     torch.set_num_threads(threads)
     tokenizer, rows = rows_of(length)
     model = build_model("llama3-tiny")
-    alone, optimizer, following = on_one_process(model), build_optimizer(model, OptimizerConfig()), cycle(rows)
+    alone, optimizer, following = single_process_model(model), build_optimizer(model, OptimizerConfig()), cycle(rows)
     return lambda: train_step(
         alone, optimizer, following(), tokenizer, micro_batch_size=1, max_grad_norm=1.0
     ).loss.item()
@@ -83,12 +83,12 @@ def held_bytes(model: ParallelModel) -> dict[str, int]:
 
 
 def measure_memory(model: str) -> None:
-    with joined(ParallelConfig(), CPU) as device:
+    with distributed_session(ParallelConfig(), CPU) as device:
         mesh = Mesh(ParallelConfig(), device)
         here = sum(held_bytes(build_parallel(config_of(model), TrainingConfig(device="cpu"), mesh)).values())
         most = torch.tensor(here)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        alone = sum(held_bytes(on_one_process(build_model(model))).values())
+        alone = sum(held_bytes(single_process_model(build_model(model))).values())
         if mesh.rank == 0:
             print(f"{model}: one process holds {alone / 2**20:.1f} MiB of weights, gradients and moments")
             print(f"shard {mesh.size('shard')}: the fullest holds {int(most) / 2**20:.1f} MiB, {int(most) / alone:.1%}")

@@ -4,7 +4,7 @@
 
 Each token meets the same matrices in number and size: K experts of F inner channels and the router, or one SwiGLU of
 K * F. The experts' weights are E / K times as many, of which all are read and all have a gradient. `of it grouped`
-are the matrix products alone, with tokens that are spread evenly and lie sorted already: what routing adds is the rest.
+are the matrix products alone, with tokens that are permute evenly and lie sorted already: what routing adds is the rest.
 """
 
 from __future__ import annotations

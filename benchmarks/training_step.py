@@ -30,7 +30,7 @@ from sightline.config import DataConfig, OptimizerConfig
 from sightline.data import Loader, Tokenizer, load_documents, train_tokenizer
 from sightline.models import build_model
 from sightline.models.llama3 import Llama3, Llama3Config
-from sightline.parallel.parallel_model import on_one_process
+from sightline.parallel.parallel_model import single_process_model
 from sightline.training.optimizer import build_optimizer
 from sightline.training.step import train_step
 
@@ -115,7 +115,7 @@ def ours(length: int, threads: int) -> Callable[[], float]:
     tokenizer, rows = rows_of(length)
     model = build_model("llama3-tiny")
     optimizer = build_optimizer(model, OptimizerConfig(learning_rate=1e-5))
-    alone, following = on_one_process(model), cycle(rows)
+    alone, following = single_process_model(model), cycle(rows)
 
     def step() -> float:
         batch = following()

@@ -41,7 +41,7 @@ class MinistralConfig(DecoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "heads", "kv_heads", "head_size", "window", "ffn")
+        check_positive(self, "num_heads", "num_kv_heads", "head_dim", "sliding_window", "intermediate_size")
         check_heads(self, self.head_dim)
         if self.anchors < 0:
             raise ValueError(f"model.anchors must be at least 0, got {self.anchors}")
@@ -65,13 +65,13 @@ class Ministral(Decoder):
         return {"window": (window | anchors) & past, "full": past}
 
 
-FIELDS = {**DECODER, **HEADS, "window": "sliding_window", "ffn": "intermediate_size"}
+FIELDS = {**DECODER, **HEADS, "sliding_window": "sliding_window", "intermediate_size": "intermediate_size"}
 
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     """The fields of our config from those of a config.json."""
     fields = read_fields(hf, FIELDS, norm_eps=1e-6, tied_embeddings=False)
-    expect(hf, hidden_act="silu", layer_types=layer_types(fields["layers"]))
+    expect(hf, hidden_act="silu", layer_types=layer_types(fields["num_layers"]))
     return {**fields, "rope_theta": read_rope(hf)["rope_theta"]}
 
 
@@ -99,7 +99,15 @@ MINISTRAL = Family(
     config=MinistralConfig,
     presets={
         "debug": MinistralConfig(
-            vocab_size=512, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, sliding_window=16, anchors=2, intermediate_size=128
+            vocab_size=512,
+            hidden_size=64,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            sliding_window=16,
+            anchors=2,
+            intermediate_size=128,
         ),
         "tiny": MinistralConfig(anchors=4),
     },

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sightline.batch import Batch
-    from sightline.training.trained import LoadedModel, load
+    from sightline.training.loading import LoadedModel, load
     from sightline.training.trainer import train
 
 __version__ = "0.2.0"
@@ -15,8 +15,8 @@ __all__ = ["Batch", "LoadedModel", "__version__", "load", "train"]
 
 MODULES = {
     "Batch": "sightline.batch",
-    "LoadedModel": "sightline.training.trained",
-    "load": "sightline.training.trained",
+    "LoadedModel": "sightline.training.loading",
+    "load": "sightline.training.loading",
     "train": "sightline.training.trainer",
 }
 """Where each public name is defined."""

@@ -18,10 +18,10 @@ class ImageSizes:
 
     patch_size: int
     """Pixels a side of a patch."""
-    merge: int
-    """An image token stands for merge x merge patches."""
-    image_token: int
-    """The token an image stands as in the text."""
+    spatial_merge_size: int
+    """Patches a side of the square that one image token stands for."""
+    image_token_id: int
+    """Id of the token that stands for images in the text."""
 
 
 @dataclass(frozen=True, kw_only=True)

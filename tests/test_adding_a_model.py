@@ -219,7 +219,9 @@ def test_two_processes_train_as_one(degrees: dict[str, int], tmp_path: Path) -> 
     changes = {"model": MINISTRAL.presets["debug"], "optimizer__eps": 1e-5}
     alone = small_run(tmp_path / "alone", write_corpus(tmp_path / "texts"), **changes)
     train_quietly(alone)
-    on_processes(2, train_on, replace(alone, output_dir=tmp_path / "two", parallel=ParallelConfig(**degrees)), join=False)
+    on_processes(
+        2, train_on, replace(alone, output_dir=tmp_path / "two", parallel=ParallelConfig(**degrees)), join=False
+    )
     rows, expected = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("two", "alone"))
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
     assert [row["visible_pairs"] for row in rows] == [row["visible_pairs"] for row in expected]

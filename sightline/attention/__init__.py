@@ -1,7 +1,7 @@
 """Attention that honors a mask exactly, whatever the kernel."""
 
 from sightline.attention.attend import BACKENDS, CHOICES, Lowered, attend, check_backend, lower
-from sightline.attention.backend import Needs
+from sightline.attention.backend import KernelRequirements
 from sightline.attention.exchange import Exchange, Exchanges, LocalExchanges
 
 __all__ = [
@@ -9,9 +9,9 @@ __all__ = [
     "CHOICES",
     "Exchange",
     "Exchanges",
+    "KernelRequirements",
     "LocalExchanges",
     "Lowered",
-    "Needs",
     "attend",
     "check_backend",
     "lower",

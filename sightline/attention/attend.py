@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sightline.attention.backend import Backend, Needs, Unsupported
+from sightline.attention.backend import Backend, KernelRequirements, Unsupported
 from sightline.attention.exchange import Exchange, LocalExchange
 from sightline.attention.flex import Flex
 from sightline.attention.reference import Reference
@@ -65,20 +65,24 @@ def lower(
     exchange  where the keys come from; without it they are local
     segments  whether recurrent layers will read where documents begin
 
-    The other options are those of `Needs`. A mask that lies on a device costs one read of it; one on the CPU none.
+    The other options are those of `KernelRequirements`. A mask that lies on a device costs one read of it; one on the CPU none.
 
     Raises:
         ValueError: the backend is unknown or cannot honor the mask there; the text names those that can.
     """
-    needs = Needs(device=torch.device(device), dtype=dtype, training=training, sinks=sinks, head_dim=head_dim)
+    needs = KernelRequirements(
+        device=torch.device(device), dtype=dtype, training=training, sinks=sinks, head_dim=head_dim
+    )
     mask = mask.cpu()
     exchange = exchange or LocalExchange(mask)
     chosen, inputs, reason = _choose(mask, needs, backend)
-    numbered = number_segments(exchange.whole_mask).to(device, non_blocking=True) if segments else None
-    return Lowered(mask, chosen, reason, inputs, exchange, mask.seeing().to(device, non_blocking=True), numbered)
+    numbered = number_segments(exchange.full_mask).to(device, non_blocking=True) if segments else None
+    return Lowered(
+        mask, chosen, reason, inputs, exchange, mask.visible_queries().to(device, non_blocking=True), numbered
+    )
 
 
-def check_backend(backend: str, needs: Needs) -> None:
+def check_backend(backend: str, needs: KernelRequirements) -> None:
     """Refuse a backend that cannot serve such layers, whatever the mask; the error names those that can."""
     refused = [candidate.supports(needs) for candidate in find_backends(backend, needs.device)]
     if all(refused):
@@ -99,7 +103,7 @@ def find_backends(backend: str, device: torch.device) -> list[Backend]:
     return [candidate for name in names for candidate in BACKENDS if candidate.name == name]
 
 
-def _choose(mask: AttentionMask, needs: Needs, backend: str) -> tuple[Backend, Any, str]:
+def _choose(mask: AttentionMask, needs: KernelRequirements, backend: str) -> tuple[Backend, Any, str]:
     """The first backend that takes the mask, its inputs, and why it was taken."""
     refused: list[str] = []
     for candidate in find_backends(backend, needs.device):
@@ -116,7 +120,7 @@ def _choose(mask: AttentionMask, needs: Needs, backend: str) -> tuple[Backend, A
     )
 
 
-def _alternatives(needs: Needs, mask: AttentionMask | None = None) -> str:
+def _alternatives(needs: KernelRequirements, mask: AttentionMask | None = None) -> str:
     able = [
         backend.name
         for backend in BACKENDS

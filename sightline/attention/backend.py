@@ -12,7 +12,7 @@ from sightline.masks import AttentionMask
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needs:
+class KernelRequirements:
     """What attention layers ask of a kernel, whatever the mask.
 
     device, dtype  of the queries
@@ -44,14 +44,14 @@ class Backend(Protocol):
     name: str
     why: str
 
-    def supports(self, needs: Needs) -> str | None:
+    def supports(self, needs: KernelRequirements) -> str | None:
         """Why the kernel cannot serve such layers, whatever the mask; None where it can.
 
         The reason is a clause that begins with the backend's name: "varlen runs on CUDA only, and this is cpu".
         """
         ...
 
-    def lower(self, mask: AttentionMask, needs: Needs) -> Any:
+    def lower(self, mask: AttentionMask, needs: KernelRequirements) -> Any:
         """The kernel's inputs for a mask on the CPU, copied to `needs.device` without a wait for it, or Unsupported."""
         ...
 

@@ -21,27 +21,27 @@ class Pending(Protocol):
 class Exchange(Protocol):
     """What attention and recurrent layers do with one mask's tokens where several processes may share a row.
 
-    whole_mask  the mask of all tokens of the rows
+    full_mask  the mask of all tokens of the rows
     """
 
     @property
-    def whole_mask(self) -> AttentionMask: ...
+    def full_mask(self) -> AttentionMask: ...
 
     def start(self, *tensors: Tensor) -> Pending:
         """Start to bring the keys that the mask's intervals index: [B, heads, S, D] of the local tokens ->
         [B, heads, T, D] each. What is computed before `wait` hides the communication."""
         ...
 
-    def to_whole_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def to_full_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """[B, local tokens, channels] -> [B, S, local channels] each."""
         ...
 
     def to_local_tokens(self, x: Tensor) -> Tensor:
-        """Inverse of `to_whole_rows`."""
+        """Inverse of `to_full_rows`."""
         ...
 
     def local_channels(self, weight: Tensor) -> Tensor:
-        """The part of a weight [channels, ...] that belongs to the channels of `to_whole_rows`."""
+        """The part of a weight [channels, ...] that belongs to the channels of `to_full_rows`."""
         ...
 
 
@@ -53,7 +53,7 @@ class Exchanges(Protocol):
         ...
 
 
-class Arrived(NamedTuple):
+class CompletedExchange(NamedTuple):
     """Tensors that nobody has to send."""
 
     tensors: tuple[Tensor, ...]
@@ -65,12 +65,12 @@ class Arrived(NamedTuple):
 class LocalExchange(NamedTuple):
     """All tokens of the rows are on this process: nothing is sent."""
 
-    whole_mask: AttentionMask
+    full_mask: AttentionMask
 
-    def start(self, *tensors: Tensor) -> Arrived:
-        return Arrived(tensors)
+    def start(self, *tensors: Tensor) -> CompletedExchange:
+        return CompletedExchange(tensors)
 
-    def to_whole_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def to_full_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
 
     def to_local_tokens(self, x: Tensor) -> Tensor:

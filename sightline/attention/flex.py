@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from sightline.attention.backend import Needs
+from sightline.attention.backend import KernelRequirements
 from sightline.masks import AttentionMask
 
 
@@ -18,14 +18,14 @@ class Flex:
     name = "flex"
     why = "it takes every mask on CUDA"
 
-    def supports(self, needs: Needs) -> str | None:
+    def supports(self, needs: KernelRequirements) -> str | None:
         if needs.device.type != "cpu":
             return None
         if needs.training:
             return "flex cannot train on a CPU, where FlexAttention has no backward"
         return "flex cannot honor sinks on a CPU, where it returns no log-sum-exp" if needs.sinks else None
 
-    def lower(self, mask: AttentionMask, needs: Needs) -> BlockMask:
+    def lower(self, mask: AttentionMask, needs: KernelRequirements) -> BlockMask:
         """Built on the device, by operations that read nothing back."""
         return mask.to(needs.device).to_block_mask(compute_q_blocks=needs.training)
 

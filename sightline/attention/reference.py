@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sightline.attention.backend import Needs
+from sightline.attention.backend import KernelRequirements
 from sightline.masks import AttentionMask
 
 
@@ -13,10 +13,10 @@ class Reference:
     name = "reference"
     why = "it takes every mask everywhere"
 
-    def supports(self, needs: Needs) -> str | None:
+    def supports(self, needs: KernelRequirements) -> str | None:
         return None
 
-    def lower(self, mask: AttentionMask, needs: Needs) -> Tensor:
+    def lower(self, mask: AttentionMask, needs: KernelRequirements) -> Tensor:
         """bool [B, 1, Q, T]."""
         return mask.to(needs.device).to_dense().unsqueeze(1)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sightline.attention.backend import Needs
+from sightline.attention.backend import KernelRequirements
 from sightline.masks import AttentionMask
 
 # The order in which CUDA's kernels are tried, fastest first.
@@ -20,28 +20,28 @@ class Dense(NamedTuple):
     """Plain causal attention over whole rows, or bool [B, 1, Q, T] and the queries that see nothing."""
 
     visible: Tensor | None
-    unseeing: Tensor | None
+    fully_masked: Tensor | None
 
 
 class Sdpa:
     name = "sdpa"
     why = "it takes every mask on every device"
 
-    def supports(self, needs: Needs) -> str | None:
+    def supports(self, needs: KernelRequirements) -> str | None:
         return None
 
-    def lower(self, mask: AttentionMask, needs: Needs) -> Dense:
+    def lower(self, mask: AttentionMask, needs: KernelRequirements) -> Dense:
         _, queries, keys = mask.shape
         if mask.intervals == 1 and queries == keys:
             index = torch.arange(1, queries + 1, dtype=torch.int32)
             if bool((mask.start == 0).all()) and bool((mask.stop[..., 0] == index).all()):
                 return Dense(None, None)
-        any_unseeing = not bool(mask.seeing().all())
+        any_unseeing = not bool(mask.visible_queries().all())
         visible = mask.to(needs.device).to_dense().unsqueeze(1)
-        unseeing = ~visible.any(dim=3, keepdim=True)
+        fully_masked = ~visible.any(dim=3, keepdim=True)
         # A query that sees nothing would turn to NaN: it sees the first key, and its output is taken away again.
-        visible[..., :1] |= unseeing
-        return Dense(visible, unseeing if any_unseeing else None)
+        visible[..., :1] |= fully_masked
+        return Dense(visible, fully_masked if any_unseeing else None)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Dense, scale: float, sinks: Tensor | None) -> Tensor:
         bias = inputs.visible
@@ -51,7 +51,7 @@ class Sdpa:
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, is_causal=bias is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
-        return out if inputs.unseeing is None else out.masked_fill(inputs.unseeing, 0.0)
+        return out if inputs.fully_masked is None else out.masked_fill(inputs.fully_masked, 0.0)
 
 
 def _with_sink_key(q: Tensor, k: Tensor, v: Tensor, inputs: Dense, sinks: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sightline.attention.backend import Needs
+from sightline.attention.backend import KernelRequirements
 from sightline.attention.tiles import Segment, build_tiles
 from sightline.attention.torch_private import flash_backward, flash_forward
 from sightline.masks import AttentionMask
@@ -31,17 +31,17 @@ class Tiles:
     """A mask for the CPU: (row, first query, end of queries, slices), and whether any query lies in no tile."""
 
     tiles: list[tuple[int, int, int, list[Slice]]]
-    has_unseeing: bool
+    has_fully_masked: bool
 
 
 class Tiled:
     name = "tiled"
     why = "on a CPU it is the fast backend that trains, tile by tile"
 
-    def supports(self, needs: Needs) -> str | None:
+    def supports(self, needs: KernelRequirements) -> str | None:
         return None if needs.device.type == "cpu" else f"tiled runs on a CPU, and this is {needs.device.type}"
 
-    def lower(self, mask: AttentionMask, needs: Needs) -> Tiles:
+    def lower(self, mask: AttentionMask, needs: KernelRequirements) -> Tiles:
         tiles = build_tiles(mask.start, mask.stop)
         biases: dict[int, Tensor] = {}  # tiles of a sliding window share one pattern, so they share one bias
 
@@ -77,7 +77,7 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, inputs: Tiles, scale: float) -> Tensor:
-        out = torch.zeros_like(q) if inputs.has_unseeing else torch.empty_like(q)
+        out = torch.zeros_like(q) if inputs.has_fully_masked else torch.empty_like(q)
         lse = torch.zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         heads = k.shape[1]
         for row, first, last, slices in inputs.tiles:
@@ -104,7 +104,7 @@ class _TiledAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, out, lse = ctx.saved_tensors
-        d_q = torch.zeros_like(q) if ctx.inputs.has_unseeing else torch.empty_like(q)
+        d_q = torch.zeros_like(q) if ctx.inputs.has_fully_masked else torch.empty_like(q)
         d_k, d_v = torch.zeros_like(k), torch.zeros_like(v)
         heads = k.shape[1]
         for row, first, last, slices in ctx.inputs.tiles:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 TILE = 128  # queries of a tile that needs a pattern
-SHORT = 32  # runs shorter than this share a tile: one masked call is cheaper than many small ones
-WORTH_A_CALL = 256  # keys everyone sees get a call of their own, without a pattern, from this many on
+SHORT_RUN = 32  # runs shorter than this share a tile: one masked call is cheaper than many small ones
+MIN_UNMASKED_KEYS = 256  # keys everyone sees get a call of their own, without a pattern, from this many on
 SMALL_GAP = 32  # hidden keys between two slices that are cheaper to compute than to leave out
 
 
@@ -49,7 +49,7 @@ def build_tiles(start: Tensor, stop: Tensor) -> list[Tile]:
     at = 0
     while at < len(runs):
         end = at + 1
-        if runs[at].length < SHORT:
+        if runs[at].length < SHORT_RUN:
             while end < len(runs) and _may_share(runs[at], runs[end - 1], runs[end]):
                 end += 1
         row, first, last = runs[at].row, runs[at].first, runs[end - 1].last
@@ -87,7 +87,7 @@ class _Run(NamedTuple):
 def _may_share(opening: _Run, before: _Run, run: _Run) -> bool:
     """Whether a short run that follows another lies in the tile the opening run began."""
     adjacent = run.row == before.row and run.first == before.last
-    return adjacent and run.length < SHORT and run.last - opening.first <= TILE
+    return adjacent and run.length < SHORT_RUN and run.last - opening.first <= TILE
 
 
 def _find_runs(start: Tensor, stop: Tensor) -> list[_Run]:
@@ -118,10 +118,10 @@ def _find_runs(start: Tensor, stop: Tensor) -> list[_Run]:
         row.tolist(), first.tolist(), last.tolist(), start[row, first].tolist(), stop[row, first].tolist(), *moves,
         strict=True,
     )  # fmt: skip
-    return [_only_seen(*head) for head in heads if head[4][0] > head[3][0]]
+    return [_drop_empty_intervals(*head) for head in heads if head[4][0] > head[3][0]]
 
 
-def _only_seen(
+def _drop_empty_intervals(
     row: int, first: int, last: int, start: list[int], stop: list[int], slides: list[bool], grows: list[bool]
 ) -> _Run:
     kept = [k for k in range(len(start)) if stop[k] > start[k]]
@@ -179,7 +179,7 @@ def _irregular(start: Tensor, stop: Tensor) -> list[Segment]:
     counts, points = change.cumsum(0).tolist(), edges.tolist()
     pieces: list[tuple[int, int, bool]] = []  # first, last, whether all queries see all of it
     for first, last, count in zip(points, points[1:], counts, strict=False):
-        whole = count == len(start) and last - first >= WORTH_A_CALL
+        whole = count == len(start) and last - first >= MIN_UNMASKED_KEYS
         if count == 0:
             continue
         if pieces and not whole and not pieces[-1][2] and first - pieces[-1][1] <= SMALL_GAP:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sightline.attention.backend import Needs, Unsupported
+from sightline.attention.backend import KernelRequirements, Unsupported
 from sightline.attention.torch_private import varlen_backward, varlen_forward
 from sightline.masks import AttentionMask
 from sightline.masks.varlen import VarlenLayout
@@ -26,7 +26,7 @@ class Varlen:
     name = "varlen"
     why = "the mask is documents with at most one window, in half precision on CUDA"
 
-    def supports(self, needs: Needs) -> str | None:
+    def supports(self, needs: KernelRequirements) -> str | None:
         if needs.device.type != "cuda":
             return f"varlen runs on CUDA only, and this is {needs.device.type}"
         if needs.dtype not in DTYPES:
@@ -35,7 +35,7 @@ class Varlen:
             return f"varlen takes heads of at most {MAX_HEAD_DIM} channels, got {needs.head_dim}"
         return None
 
-    def lower(self, mask: AttentionMask, needs: Needs) -> VarlenLayout | Unsupported:
+    def lower(self, mask: AttentionMask, needs: KernelRequirements) -> VarlenLayout | Unsupported:
         """Built once, on the CPU, where nothing waits for the device."""
         importlib.import_module("torch.nn.attention.varlen")  # takes a second, which only a run on CUDA has to wait
         try:

@@ -20,7 +20,7 @@ from sightline.training.step import Model, prepare_batch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class MaskSource:
     """What there is to draw: named masks, and for a recipe or a run the model and the batch they are of."""
 
     title: str
@@ -29,7 +29,7 @@ class Subject:
     batch: Batch | None = None
 
 
-def first_batch(title: str, run: Run, directory: Path | None, sequence_length: int | None) -> Subject:
+def first_batch(title: str, run: Run, directory: Path | None, sequence_length: int | None) -> MaskSource:
     """The masks that training would see first, on its data, with its tokenizer: that of the run, else a new one."""
     if sequence_length is not None:
         run = replace(run, training=replace(run.training, sequence_length=sequence_length))
@@ -43,4 +43,4 @@ def first_batch(title: str, run: Run, directory: Path | None, sequence_length: i
         with closing(open_loader(run.data, run.training, documents, tokenizer, images=images, seed=run.seed)) as loader:
             batch = next(loader)
         masks = prepare_batch(model, batch, tokenizer, "cpu")["attention_masks"]
-    return Subject(title=f"{title}, first batch", masks=masks, model=model, batch=batch)
+    return MaskSource(title=f"{title}, first batch", masks=masks, model=model, batch=batch)

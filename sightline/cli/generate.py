@@ -19,7 +19,7 @@ from sightline.generation import SamplingConfig, stream
 from sightline.models import VLMConfig
 from sightline.training.setup import choose_device
 
-PLACE = "<image>"
+IMAGE_PLACEHOLDER = "<image>"
 """Where an image stands in a prompt."""
 
 
@@ -77,19 +77,22 @@ def read_prompt(
                 f"--image {images[0]}: a {family} reads text alone; take a model of the family vlm, or leave it out"
             )
         return prompt, {}
-    texts = prompt.split(PLACE)
+    texts = prompt.split(IMAGE_PLACEHOLDER)
     if len(texts) - 1 != len(images):
         raise ValueError(
             f"the prompt {prompt!r} has {len(texts) - 1} places for images and --image was given {len(images)} times; "
-            f'write {PLACE} where each one stands: --prompt "{PLACE * max(1, len(images))}a"'
+            f'write {IMAGE_PLACEHOLDER} where each one stands: --prompt "{IMAGE_PLACEHOLDER * max(1, len(images))}a"'
         )
     if not images:
         return prompt, {}
-    size, merge = model.vision.patch_size, model.spatial-merge-size
-    read = [read_image(path, patch_size=size, merge=merge, most_patches=model.vision.position-grid-size**2) for path in images]
+    size, merge = model.vision.patch_size, model.spatial_merge_size
+    read = [
+        read_image(path, patch_size=size, merge=merge, most_patches=model.vision.position_grid_size**2)
+        for path in images
+    ]
     ids = tokenizer.encode_prompt(texts[0])
     for image, text in zip(read, texts[1:], strict=True):
         height, width = image.shape[0] // (size * merge), image.shape[1] // (size * merge)
-        ids += [model.image_token] * (height * width)
+        ids += [model.image_token_id] * (height * width)
         ids += tokenizer.encode_prompt(text)[0 if tokenizer.bos_id is None else 1 :]
     return ids, pack_patches([read], size)

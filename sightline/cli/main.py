@@ -59,18 +59,18 @@ def run(argv: list[str]) -> int:
     except AnotherRankEnded as ended:
         return ended.exit_code
     except Stopped as stopped:
-        tell(stopped, str(stopped), style="yellow")
+        print_error(stopped, str(stopped), style="yellow")
         return stopped.exit_code
     except (RunEnded, LostRank, ValueError) as error:
-        tell(error, f"error: {error}")
+        print_error(error, f"error: {error}")
         return exit_code_of(error)
     except KeyboardInterrupt as interrupt:
-        tell(interrupt, "left at once; checkpoints are as they were", style="yellow")
+        print_error(interrupt, "left at once; checkpoints are as they were", style="yellow")
         return 130
     return 0
 
 
-def tell(error: BaseException, message: str, style: str = "red") -> None:
+def print_error(error: BaseException, message: str, style: str = "red") -> None:
     """Say why the process ends, with its rank where it is not the first.
 
     An error that `joined` let pass is for its process alone to say; before that, all processes of a machine fail alike,

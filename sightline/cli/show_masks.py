@@ -10,7 +10,7 @@ from rich.text import Text
 
 from sightline.batch import PADDING
 from sightline.cli.expression import evaluate
-from sightline.cli.first_batch import Subject, first_batch
+from sightline.cli.first_batch import MaskSource, first_batch
 from sightline.cli.masks import Masks
 from sightline.cli.output import tabulate, writing
 from sightline.masks import AttentionMask
@@ -30,7 +30,7 @@ def show_masks(options: Masks) -> None:
     """Print the masks and their counts, and write the files that the options name."""
     console = Console(highlight=False)
     family = None if options.family is None else get_family(options.family)
-    subject = find_subject(options.what, options.sequence_length, family)
+    subject = find_mask_source(options.what, options.sequence_length, family)
     for mask in subject.masks.values():
         check_row(mask, options.row)
     counted = {name: get_statistics(mask, options.block_size) for name, mask in subject.masks.items()}
@@ -53,7 +53,7 @@ def show_masks(options: Masks) -> None:
             options.html.write_text(page, encoding="utf-8")
 
 
-def find_subject(what: str, sequence_length: int | None, family: Family | None = None) -> Subject:
+def find_mask_source(what: str, sequence_length: int | None, family: Family | None = None) -> MaskSource:
     """The masks of a recipe, of the directory of a run (`family` as in `load_config`), or of an expression.
 
     Errors: ValueError where `what` is none of them, or cannot be read as what it is.
@@ -70,7 +70,7 @@ def find_subject(what: str, sequence_length: int | None, family: Family | None =
     if "(" in what:
         if sequence_length is not None:
             raise ValueError("--sequence-length is for recipes and runs; an expression of rules states its own lengths")
-        return Subject(title=what, masks={"attention": evaluate(what)})
+        return MaskSource(title=what, masks={"attention": evaluate(what)})
     if ":" in what:
         return first_batch(what, get_recipe(what), None, sequence_length)
     raise ValueError(
@@ -94,7 +94,7 @@ def show(console: Console, name: str, mask: AttentionMask, options: Masks) -> No
     console.print()
 
 
-def describe(counts: Statistics, subject: Subject, name: str) -> dict[str, str]:
+def describe(counts: Statistics, subject: MaskSource, name: str) -> dict[str, str]:
     """What there is to count of one mask, over all rows of the batch."""
     pairs, blocks = counts.visible_pairs, counts.blocks
     spread = f" ({min(pairs):,} to {max(pairs):,})" if len(pairs) > 1 else ""
@@ -113,7 +113,7 @@ def describe(counts: Statistics, subject: Subject, name: str) -> dict[str, str]:
     }
 
 
-def describe_flops(counts: Statistics, subject: Subject, name: str) -> dict[str, str]:
+def describe_flops(counts: Statistics, subject: MaskSource, name: str) -> dict[str, str]:
     """Forward and backward FLOPs of attention under one mask, over all rows; nothing for a mask without a model."""
     if subject.model is None:
         return {}
@@ -128,7 +128,7 @@ def describe_flops(counts: Statistics, subject: Subject, name: str) -> dict[str,
     }
 
 
-def describe_step(counted: dict[str, Statistics], subject: Subject) -> dict[str, str]:
+def describe_step(counted: dict[str, Statistics], subject: MaskSource) -> dict[str, str]:
     """Forward and backward FLOPs of the whole batch: what MFU counts, and what it would count without the masks."""
     assert subject.model is not None and subject.batch is not None
     attention = causal = 0.0

@@ -68,10 +68,10 @@ def describe_memory(process: ProcessEstimate) -> dict[str, str]:
     return {
         "weights": f"{size(memory.weights)}   {process.parameters:,} of the parameters",
         "gradients": size(memory.gradients),
-        "moments": size(memory.moments),
-        "weights gathered": f"{size(memory.gathered)}   about",
+        "moments": size(memory.optimizer_state),
+        "weights gathered": f"{size(memory.unsharded_weights)}   about",
         "activations": f"{size(memory.activations)}   about",
-        "at work": f"{size(memory.working)}   about",
+        "at work": f"{size(memory.workspace)}   about",
         "together": size(memory.total) + ("" if memory.accumulates else "   gradients grow while activations go"),
     }
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 import sightline
 from sightline.attention import CHOICES
 from sightline.config import Run
+from sightline.config.renamed import old_names
 from sightline.config.run import BackendName
 from sightline.models import FAMILIES, family_of
 from sightline.models.hf.directory import read_model_config
@@ -24,7 +28,7 @@ EXAMPLES = """examples:
   sightline train llama3-tiny --output-dir runs/mine --data.source ~/texts --training.steps 500
   sightline train llama3-tiny --training.sequence-length 4096 --training.global-batch-size 1 \\
       --training.micro-batch-size 1
-  sightline train llama3-debug --model.num-layers 4 --optimizer.schedule wsd
+  sightline train llama3-debug --model.num_layers 4 --optimizer.schedule wsd
   sightline train qwen3-0.6b --model-from ~/Qwen3-0.6B --data.source ~/texts
   sightline train package.module:RUN        a recipe of your own, of any model: docs/adding_a_model.md"""
 
@@ -67,12 +71,40 @@ def parse(argv: list[str]) -> Run:
     return tyro.cli(
         kind,
         default=recipe,
-        args=argv[1:],
+        args=use_new_options(recipe, argv[1:]),
         prog=f"sightline train {argv[0]}",
         description=f"Train {argv[0]}. The defaults are the recipe's.\n\n{EXAMPLES}",
         config=(tyro.conf.AvoidSubcommands,),
         registry=CONSTRUCTORS,
     )
+
+
+def use_new_options(recipe: Run, options: list[str]) -> list[str]:
+    """The options with each old name replaced by the new one, with a warning on the standard error."""
+    renamed = dict(_renamed_options("--", recipe))
+    current = []
+    for option in options:
+        name, equals, value = option.partition("=")
+        name = name.replace("_", "-")
+        if name in renamed:
+            if os.environ.get("RANK", "0") == "0":
+                print(
+                    f"warning: {name} is now called {renamed[name]}; the old name will be removed in version 0.4",
+                    file=sys.stderr,
+                )
+            option = renamed[name] + equals + value
+        current.append(option)
+    return current
+
+
+def _renamed_options(prefix: str, section: Any) -> Iterator[tuple[str, str]]:
+    """(old option, new option) of every renamed field of a config and of the configs in it."""
+    for old, new in old_names(type(section)).items():
+        yield f"{prefix}{old}".replace("_", "-"), f"{prefix}{new}".replace("_", "-")
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _renamed_options(f"{prefix}{field.name}.", value)
 
 
 def _model_from(options: list[str]) -> Path | None:
@@ -87,7 +119,7 @@ def usage() -> str:
     for name, run in RECIPES.items():
         training, model = run.training, run.model
         lines.append(
-            f"  {name:<14} {model.num-layers} layers of width {model.hidden-size:,}; {training.steps:,} steps of "
+            f"  {name:<14} {model.num_layers} layers of width {model.hidden_size:,}; {training.steps:,} steps of "
             f"{count(training.global_batch_size * training.sequence_length)} tokens"
         )
     return "\n".join([*lines, "", "options: sightline train RECIPE --help", "", EXAMPLES])

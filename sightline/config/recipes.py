@@ -9,7 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sightline.config.run import CheckpointConfig, DataConfig, LoggingConfig, OptimizerConfig, Run, TrainingConfig, ValidationConfig
+from sightline.config.run import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    Run,
+    TrainingConfig,
+    ValidationConfig,
+)
 
 RecipeTemplate = Callable[[str, Any], Run]
 """Called with the name of a recipe and the config of its model."""
@@ -41,7 +49,7 @@ tiny = template(
 """About a minute on two CPU cores, in which the loss falls by a quarter: small batches take more steps from the same
 tokens."""
 
-DRAWINGS: dict[str, Any] = {
+IMAGE_SECTIONS: dict[str, Any] = {
     "data": DataConfig(source="synthetic-images"),
     "logging": LoggingConfig(sample_prompt="a large", sample_tokens=20),
 }
@@ -54,7 +62,9 @@ def on_gpus(learning_rate: float, **sections: Any) -> RecipeTemplate:
     The sequence length is that of the Llama 3 report (arXiv 2407.21783, table 3), the batch what one machine
     accumulates; `--data.source` and `--data.tokenizer` are yours to give.
     """
-    training = TrainingConfig(steps=20_000, sequence_length=8192, global_batch_size=64, micro_batch_size=1, dtype="bfloat16")
+    training = TrainingConfig(
+        steps=20_000, sequence_length=8192, global_batch_size=64, micro_batch_size=1, dtype="bfloat16"
+    )
     return template(
         training=training,
         optimizer=OptimizerConfig(learning_rate=learning_rate, warmup_steps=1000),

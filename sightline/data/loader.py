@@ -1,14 +1,14 @@
-"""Batches of packed rows without end, and the exact place in them to go on from.
+"""Batches of packed rows without end, and the exact cursor in them to go on from.
 
-The rows of a run are dealt out over lanes. A lane is a stream of its own: in every epoch it reads its section of that
-epoch's random order of all documents, and packs it. Row after row comes from lane after lane:
+The rows of a run are dealt out over shards. A shard is a stream of its own: in every epoch it reads its section of that
+epoch's random order of all documents, and packs it. Row after row comes from shard after shard:
 
-    3 rows a step, 9 lanes       step 0   lanes 0 1 2
-                                 step 1   lanes 3 4 5
-                                 step 2   lanes 6 7 8
-                                 step 3   lanes 0 1 2    where they stopped in step 0
+    3 rows a step, 9 shards       step 0   shards 0 1 2
+                                 step 1   shards 3 4 5
+                                 step 2   shards 6 7 8
+                                 step 3   shards 0 1 2    where they stopped in step 0
 
-So a long document is spread over many steps, and no step sees little else. And a data-parallel rank packs the lanes of
+So a long document is spread over many steps, and no step sees little else. And a data-parallel rank packs the shards of
 its own rows and no other: on any number of ranks a run has the same rows, and it may go on with another number.
 """
 
@@ -32,8 +32,8 @@ from sightline.numbers import divisors
 
 State = dict[str, Any]  # plain ints, strings, lists and dicts: json and torch write it and read it back
 
-LANES = 8
-"""The fewest lanes of a run: also a run of one row a step mixes as many places of the text."""
+MIN_SHARDS = 8
+"""The fewest shards of a run: also a run of one row a step mixes as many cursors of the text."""
 
 NAMES = {
     "documents": "number of training documents",
@@ -45,7 +45,7 @@ NAMES = {
     "seed": "--seed",
     "ranks": "number of data-parallel ranks",
 }
-"""Fields of a loader's `identity`, in words: a state means the same place only where all that it has are equal."""
+"""Fields of a loader's `identity`, in words: a state means the same cursor only where all that it has are equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,13 +116,13 @@ class Loader:
             rows=rows,
             seed=seed,
         )
-        self._count = rows * -(-LANES // rows)
+        self._count = rows * -(-MIN_SHARDS // rows)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sightline-loader")
         self._state: State
-        self._lanes: dict[int, _Lane]
+        self._shards: dict[int, _Shard]
         self._prepared: Future[tuple[Batch, State]] | None
-        beginning: State = {"epoch": 0, "place": 0, "waiting": []}
-        self._start({"step": 0, "lanes": {str(lane): beginning for lane in self._own_lanes()}})
+        beginning: State = {"epoch": 0, "next_document": 0, "waiting": []}
+        self._start({"step": 0, "shards": {str(shard): beginning for shard in self._local_shards()}})
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -136,16 +136,16 @@ class Loader:
         return batch
 
     def _prepare(self) -> Future[tuple[Batch, State]]:
-        self._prepared = self._thread.submit(self._next_batch, self._lanes, self._state)
+        self._prepared = self._thread.submit(self._next_batch, self._shards, self._state)
         return self._prepared
 
-    def _next_batch(self, lanes: dict[int, _Lane], before: State) -> tuple[Batch, State]:
-        """A batch, and the state after it. In the background thread: it may outlive the loader's own lanes."""
+    def _next_batch(self, shards: dict[int, _Shard], before: State) -> tuple[Batch, State]:
+        """A batch, and the state after it. In the background thread: it may outlive the loader's own shards."""
         first = before["step"] * self._config.rows
         turn = [(first + row) % self._count for row in self._mine]
-        batch = Batch.from_rows([lanes[lane].next_row() for lane in turn])
-        places = before["lanes"] | {str(lane): lanes[lane].place() for lane in turn}
-        return batch, {"step": before["step"] + 1, "lanes": places}
+        batch = Batch.from_rows([shards[shard].next_row() for shard in turn])
+        cursors = before["shards"] | {str(shard): shards[shard].cursor() for shard in turn}
+        return batch, {"step": before["step"] + 1, "shards": cursors}
 
     def state_dict(self) -> State:
         """Where the batch after the one handed out last begins; `join_states` joins those of all ranks."""
@@ -153,30 +153,44 @@ class Loader:
 
     def load_state_dict(self, state: State) -> None:
         """Go on from the joined state of all ranks, however many there were. Raises as `check_state`."""
+        state = _use_new_names(state)
         check_state(asdict(self._config), state)
-        places = {str(lane): state["lanes"][str(lane)] for lane in self._own_lanes()}
-        self._start({"step": state["step"], "lanes": places})
+        cursors = {str(shard): state["shards"][str(shard)] for shard in self._local_shards()}
+        self._start({"step": state["step"], "shards": cursors})
 
     def close(self) -> None:
         """Stop the background thread. A loader that is never closed does not keep the process from ending."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _own_lanes(self) -> list[int]:
-        return [lane for lane in range(self._count) if lane % self._config.rows in self._mine]
+    def _local_shards(self) -> list[int]:
+        return [shard for shard in range(self._count) if shard % self._config.rows in self._mine]
 
     def _start(self, state: State) -> None:
         self._state = state
-        self._lanes = {
-            lane: _Lane(self._documents, self._tokenizer, self._config, lane, self._count, state["lanes"][str(lane)])
-            for lane in self._own_lanes()
+        self._shards = {
+            shard: _Shard(
+                self._documents, self._tokenizer, self._config, shard, self._count, state["shards"][str(shard)]
+            )
+            for shard in self._local_shards()
         }
         self._prepared = None
 
 
 def join_states(states: Sequence[State]) -> State:
     """What the loaders of any number of ranks load, from the states of all ranks' loaders after the same step."""
-    lanes: State = {lane: place for state in states for lane, place in state["lanes"].items()}
-    return {**states[0], "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
+    shards: State = {shard: cursor for state in states for shard, cursor in state["shards"].items()}
+    return {**states[0], "shards": dict(sorted(shards.items(), key=lambda item: int(item[0])))}
+
+
+def _use_new_names(state: State) -> State:
+    """A state as this version writes it: before version 0.3 `shards` was called lanes and `next_document` place."""
+    if "lanes" not in state:
+        return state
+    shards = {
+        shard: {"next_document" if name == "place" else name: value for name, value in old.items()}
+        for shard, old in state["lanes"].items()
+    }
+    return {**{name: value for name, value in state.items() if name != "lanes"}, "shards": shards}
 
 
 def rows_of_rank(rows: int, rank: int, world: int) -> range:
@@ -197,20 +211,20 @@ def rows_of_rank(rows: int, rank: int, world: int) -> range:
     return range(rank * share, (rank + 1) * share)
 
 
-class _Lane:
-    """The rows of one lane from some place on."""
+class _Shard:
+    """The rows of one shard from some cursor on."""
 
     def __init__(
-        self, documents: Documents, tokenizer: Tokenizer, config: LoaderConfig, lane: int, lanes: int, place: State
+        self, documents: Documents, tokenizer: Tokenizer, config: LoaderConfig, shard: int, shards: int, cursor: State
     ) -> None:
         self.documents, self.tokenizer, self.seed = documents, tokenizer, config.seed
-        # Of N documents a lane takes every `lanes`-th. Where there are fewer than lanes, lane, lane + N, ... would read
+        # Of N documents a shard takes every `shards`-th. Where there are fewer than shards, shard, shard + N, ... would read
         # the same ones: each then reads its part of them.
-        self.section = slice(lane % len(documents), None, lanes)
-        self.part, self.parts = lane // len(documents), len(range(lane % len(documents), lanes, len(documents)))
-        self.epoch, self.next_document = place["epoch"], place["place"]
-        whole = {document: self._piece(document) for document in {document for document, _ in place["waiting"]}}
-        waiting = [whole[document]._replace(at=at) for document, at in place["waiting"]]
+        self.section = slice(shard % len(documents), None, shards)
+        self.part, self.parts = shard // len(documents), len(range(shard % len(documents), shards, len(documents)))
+        self.epoch, self.next_document = cursor["epoch"], cursor["next_document"]
+        whole = {document: self._piece(document) for document in {document for document, _ in cursor["waiting"]}}
+        waiting = [whole[document]._replace(at=at) for document, at in cursor["waiting"]]
         self.packer = PACKERS[config.packing](config.sequence_length, tokenizer.eos_id, waiting)
         self.pieces = self._endless()
 
@@ -219,13 +233,13 @@ class _Lane:
         assert row is not None, "the documents never end"
         return row
 
-    def place(self) -> State:
+    def cursor(self) -> State:
         """What comes next, and what waits: enough to go on from."""
         waiting = [[piece.document, piece.at] for piece in self.packer.waiting]
-        return {"epoch": self.epoch, "place": self.next_document, "waiting": waiting}
+        return {"epoch": self.epoch, "next_document": self.next_document, "waiting": waiting}
 
     def _endless(self) -> Iterator[Piece]:
-        """The documents of this lane, epoch after epoch. `epoch` and `next_document` always say what comes next."""
+        """The documents of this shard, epoch after epoch. `epoch` and `next_document` always say what comes next."""
         while True:
             section = _shuffled(self.seed, self.epoch, len(self.documents))[self.section]
             while self.next_document < len(section):
@@ -242,7 +256,7 @@ class _Lane:
 
 @lru_cache(maxsize=2)
 def _shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order of an epoch, int64 [count]. Kept for the lanes that come to it later; they are never far apart."""
+    """The order of an epoch, int64 [count]. Kept for the shards that come to it later; they are never far apart."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 

@@ -18,7 +18,7 @@ from sightline.data.patches import pack_patches
 from sightline.data.tokenizer import Tokenizer
 
 SYNTHETIC_IMAGES = "synthetic-images"
-COLOURS = {
+COLORS = {
     "red": (220, 40, 40),
     "green": (40, 160, 60),
     "blue": (40, 70, 220),
@@ -42,15 +42,15 @@ def caption_documents() -> Documents:
     captions = [
         f"a {size} {colour} {shape} on {ground}"
         for size in SIZES
-        for colour in COLOURS
+        for colour in COLORS
         for shape in SHAPES
-        for ground in COLOURS
+        for ground in COLORS
         if ground != colour
     ]
     return Documents.from_texts(captions, source=SYNTHETIC_IMAGES)
 
 
-def draw(caption: str, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+def render(caption: str, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """What the caption says, somewhere in the image: uint8 [height, width, 3], in pixels."""
     _, size, colour, shape, _, ground = caption.split()
     half = SIZES[size] * min(height, width) / 2
@@ -62,7 +62,7 @@ def draw(caption: str, height: int, width: int, rng: np.random.Generator) -> np.
         "triangle": (abs(y) <= half) & (2 * abs(x) <= y + half),
         "cross": (np.minimum(abs(x), abs(y)) <= half / 4) & (np.maximum(abs(x), abs(y)) <= half),
     }[shape]
-    return np.where(inside[..., None], COLOURS[colour], COLOURS[ground]).astype(np.uint8)
+    return np.where(inside[..., None], COLORS[colour], COLORS[ground]).astype(np.uint8)
 
 
 class ImageLoader:
@@ -90,9 +90,9 @@ class ImageLoader:
                 f"data.source {SYNTHETIC_IMAGES!r} holds images, and this model reads text alone; take a recipe of the "
                 "family vlm, or another --data.source"
             )
-        if tokenizer.vocab_size > images.image_token:
+        if tokenizer.vocab_size > images.image_token_id:
             raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, so token {images.image_token} may stand for text; "
+                f"the tokenizer has {tokenizer.vocab_size} tokens, so token {images.image_token_id} may stand for text; "
                 "an image needs a token of its own: raise --model.vocab-size and set --model.image-token-id to its last "
                 "token"
             )
@@ -124,7 +124,7 @@ class ImageLoader:
         batch = Batch.from_rows(rows)
         return replace(
             batch,
-            labels=batch.labels.masked_fill(batch.labels == self._images.image_token, IGNORE),
+            labels=batch.labels.masked_fill(batch.labels == self._images.image_token_id, IGNORE),
             extra=pack_patches(images, self._images.patch_size),
         )
 
@@ -157,11 +157,11 @@ class ImageLoader:
         images = []
         for number in rng.integers(len(self._texts), size=rng.integers(1, MOST_IMAGES, endpoint=True)).tolist():
             height, width = rng.integers(1, MOST_STEPS, size=2, endpoint=True).tolist()
-            side = self._images.merge * self._images.patch_size
-            images.append(draw(self._texts[number], height * side, width * side, rng))
+            side = self._images.spatial_merge_size * self._images.patch_size
+            images.append(render(self._texts[number], height * side, width * side, rng))
             caption = self._captions[number]
             begin = 0 if self._tokenizer.bos_id is None else 1
-            image = [self._images.image_token] * (height * width)
+            image = [self._images.image_token_id] * (height * width)
             ids += [*(caption[:begin] if not ids else ()), *image, *caption[begin:-1]]
         return [*ids, self._tokenizer.eos_id], images
 

@@ -19,7 +19,7 @@ BYTES = 256  # the alphabet of a byte-level BPE: with it any text can be written
 BEGIN_NAMES = (BEGIN, "<s>", "<bos>", "<|startoftext|>")
 END_NAMES = (END, "</s>", "<eos>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>")
 """Looked for in this order where no tokenizer_config.json says which tokens begin and end a document."""
-TRAINED_ON = 200_000_000  # characters; more of a source adds minutes to the training and nothing to the merges
+TRAINING_CHARACTERS = 200_000_000  # characters; more of a source adds minutes to the training and nothing to the merges
 
 
 class Tokenizer:
@@ -113,7 +113,7 @@ def train_tokenizer(documents: Documents, vocab_size: int) -> Tokenizer:
 
 
 def _sample(documents: Documents) -> Iterator[str]:
-    step = 1 + documents.characters // TRAINED_ON
+    step = 1 + documents.characters // TRAINING_CHARACTERS
     return (documents[index] for index in range(0, len(documents), step))
 
 

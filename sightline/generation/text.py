@@ -120,7 +120,7 @@ def _continue(
         tokens, positions = batch.tokens[:, new].to(device), batch.positions[:, new].to(device)
         given = {} if seen else {name: value.to(device) for name, value in extra.items()}
         logits = model(tokens, attention_masks=masks, positions=positions, cache=cache, **given)[0, -1]
-        logits[list(model.unspoken)] = -float("inf")
+        logits[list(model.suppress_tokens)] = -float("inf")
         token = sample(logits, sampling, generator)
         if token == tokenizer.eos_id:
             return

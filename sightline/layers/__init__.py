@@ -1,28 +1,27 @@
 """The parts models are built of. Each takes plain tensors; attention takes the mask its caller lowered."""
 
 from sightline.layers.attention import GroupedQueryAttention
-from sightline.layers.cache import KeyValueCache, LayerCache, RecurrentCache
-from sightline.layers.facts import (
+from sightline.layers.base import (
     AttentionLayer,
-    Divisible,
     OutputProjection,
     RecurrentLayer,
+    TensorParallelLayer,
     attention_layers,
     flops_per_token,
 )
+from sightline.layers.cache import KeyValueCache, LayerCache, RecurrentCache
 from sightline.layers.loss import linear_cross_entropy, with_gradient_of
 from sightline.layers.losses import LOSSES, Loss, compute_loss, get_loss
 from sightline.layers.mla import MultiHeadLatentAttention
 from sightline.layers.mlp import SwiGLU
 from sightline.layers.moe import Experts, MoE, Router, routers_of
-from sightline.layers.norm import RMSNorm, ZeroCentredRMSNorm
+from sightline.layers.norm import RMSNorm, ZeroCenteredRMSNorm
 from sightline.layers.recurrence import GatedDeltaNet
 from sightline.layers.rope import Llama3RopeScaling, Rotation, YarnScaling, build_rotation, rope_frequencies, rotate
 
 __all__ = [
     "LOSSES",
     "AttentionLayer",
-    "Divisible",
     "Experts",
     "GatedDeltaNet",
     "GroupedQueryAttention",
@@ -39,8 +38,9 @@ __all__ = [
     "Rotation",
     "Router",
     "SwiGLU",
+    "TensorParallelLayer",
     "YarnScaling",
-    "ZeroCentredRMSNorm",
+    "ZeroCenteredRMSNorm",
     "attention_layers",
     "build_rotation",
     "compute_loss",

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sightline.attention import Lowered, attend
+from sightline.layers.base import AttentionLayer
 from sightline.layers.cache import KeyValueCache
-from sightline.layers.facts import AttentionLayer
 from sightline.layers.norm import RMSNorm
 from sightline.layers.rope import rotate
 
@@ -27,29 +27,29 @@ class GroupedQueryAttention(AttentionLayer):
     """
 
     MATRICES: ClassVar = ()  # of its own it has only the sinks
-    SHARDED: ClassVar = {"query": 0, "key": 0, "value": 0, "sinks": 0, "output.weight": 1}
-    SUMMED = ("output.bias",)
+    SHARD_DIMS: ClassVar = {"query": 0, "key": 0, "value": 0, "sinks": 0, "output.weight": 1}
+    PARTIAL_SUMS = ("output.bias",)
 
     def __init__(
         self,
-        width: int,
-        heads: int,
-        kv_heads: int,
-        head_size: int,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
         *,
         bias: bool = False,
         qk_norm_eps: float | None = None,
         sinks: bool = False,
     ) -> None:
         super().__init__()
-        self.head_size = head_size
-        self.query = nn.Linear(width, heads * head_size, bias=bias)
-        self.key = nn.Linear(width, kv_heads * head_size, bias=bias)
-        self.value = nn.Linear(width, kv_heads * head_size, bias=bias)
-        self.output = nn.Linear(heads * head_size, width, bias=bias)
-        self.query_norm = None if qk_norm_eps is None else RMSNorm(head_size, qk_norm_eps)
-        self.key_norm = None if qk_norm_eps is None else RMSNorm(head_size, qk_norm_eps)
-        self.sinks = nn.Parameter(torch.empty(heads)) if sinks else None
+        self.head_dim = head_dim
+        self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.value = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.output = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+        self.query_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
+        self.key_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
+        self.sinks = nn.Parameter(torch.empty(num_heads)) if sinks else None
 
     def init_weights(self, std: float, output_std: float) -> None:
         """Weights normal with these spreads; norms 1; biases and sinks 0."""
@@ -63,14 +63,14 @@ class GroupedQueryAttention(AttentionLayer):
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
 
-    def attention_needs(self) -> dict[str, Any]:
-        return {"sinks": self.sinks is not None, "head_dim": self.head_size}
+    def kernel_requirements(self) -> dict[str, Any]:
+        return {"sinks": self.sinks is not None, "head_dim": self.head_dim}
 
-    def parts(self) -> dict[str, int]:
-        return {"key/value heads": self.head_groups()}
+    def tensor_parallel_units(self) -> dict[str, int]:
+        return {"key/value heads": self.num_kv_heads()}
 
-    def head_groups(self) -> int:
-        return self.key.out_features // self.head_size
+    def num_kv_heads(self) -> int:
+        return self.key.out_features // self.head_dim
 
     def flops_per_pair(self) -> float:
         """12 a channel of every query head."""
@@ -110,4 +110,4 @@ class GroupedQueryAttention(AttentionLayer):
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, S, heads * D] -> [B, S, heads, D], for as many heads as this process holds."""
-        return x.unflatten(-1, (-1, self.head_size))
+        return x.unflatten(-1, (-1, self.head_dim))

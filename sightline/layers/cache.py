@@ -30,7 +30,7 @@ class RecurrentCache:
         """[B, H, D, E], the memory after the last token."""
         self._inputs: Tensor | None = None
 
-    def remember_inputs(self, x: Tensor, count: int) -> Tensor:
+    def append_inputs(self, x: Tensor, count: int) -> Tensor:
         """Add new tokens [B, S, C]; returns the `count` tokens before them, 0 where there were none."""
         past = x.new_zeros(x.shape[0], count, x.shape[2]) if self._inputs is None else self._inputs
         self._inputs = torch.cat([past, x], dim=1)[:, x.shape[1] :]

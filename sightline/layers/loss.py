@@ -83,7 +83,7 @@ def with_gradient_of(loss: Tensor, auxiliary: Tensor) -> Tensor:
     return loss + (auxiliary - auxiliary.detach())
 
 
-class Chosen(NamedTuple):
+class SelectedTokens(NamedTuple):
     """The tokens to compute, on the device that computes them: which of the N they are, their labels and weights."""
 
     tokens: Tensor
@@ -95,7 +95,7 @@ class Chosen(NamedTuple):
         return zip(self.tokens.split(size), self.labels.split(size), weights, strict=False)
 
 
-def select_tokens(labels: Tensor, weights: Tensor | None, device: torch.device, vocab_size: int) -> Chosen:
+def select_tokens(labels: Tensor, weights: Tensor | None, device: torch.device, vocab_size: int) -> SelectedTokens:
     """The tokens that have a label, from labels on the CPU: the device is not waited for."""
     tokens = (labels != IGNORE).nonzero().squeeze(1)
     labels = labels[tokens]
@@ -107,20 +107,24 @@ def select_tokens(labels: Tensor, weights: Tensor | None, device: torch.device, 
                 f"a label is 0 to {vocab_size - 1}, or {IGNORE} for no loss: give the model the tokenizer's vocabulary"
             )
     tokens, labels = tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-    return Chosen(tokens, labels, None if weights is None else weights.to(device, non_blocking=True)[tokens])
+    return SelectedTokens(tokens, labels, None if weights is None else weights.to(device, non_blocking=True)[tokens])
 
 
-def mask_tokens(labels: Tensor, weights: Tensor | None, device: torch.device, vocab_size: int) -> Chosen:
+def mask_tokens(labels: Tensor, weights: Tensor | None, device: torch.device, vocab_size: int) -> SelectedTokens:
     """All tokens, those without a label at a weight of 0 and those with an impossible one at nan: nothing is read."""
     labels = labels.to(device, non_blocking=True)
     ones = labels.new_ones(labels.shape, dtype=torch.float32)
     weights = ones if weights is None else weights.to(device, non_blocking=True)
     weights = weights.masked_fill((labels < 0) | (labels >= vocab_size), float("nan")).masked_fill(labels == IGNORE, 0)
-    return Chosen(torch.arange(len(labels), device=device), labels.clamp(0, vocab_size - 1), weights)
+    return SelectedTokens(torch.arange(len(labels), device=device), labels.clamp(0, vocab_size - 1), weights)
 
 
 def _each_loss(
-    hidden: Tensor, weight: Tensor, chosen: Chosen, chunk_size: int, losses_to_grads: Callable[[Tensor, Tensor], Tensor]
+    hidden: Tensor,
+    weight: Tensor,
+    chosen: SelectedTokens,
+    chunk_size: int,
+    losses_to_grads: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     losses = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
     for tokens, labels, weights in chosen.split(chunk_size):
@@ -137,7 +141,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx,
         hidden: Tensor,
         weight: Tensor,
-        chosen: Chosen,
+        chosen: SelectedTokens,
         chunk_size: int,
         with_grads: bool,
         losses_to_grads: Callable[[Tensor, Tensor], Tensor],

@@ -27,7 +27,7 @@ class Loss(Protocol):
         Weights add up over rows, so neither accumulation nor the number of processes changes the loss.
         """
 
-    def token_facts(self, batch: Batch) -> dict[str, Tensor]:
+    def per_token_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What else the loss needs to know of each token, [B, S] by name, made from whole rows.
 
         Context parallelism and pipelines split it like labels. An entry of `batch.extra` that is named here goes to the
@@ -35,13 +35,13 @@ class Loss(Protocol):
         """
 
     def __call__(
-        self, log_probs: Tensor, labels: Tensor, facts: dict[str, Tensor], group: ProcessGroup | None
+        self, log_probs: Tensor, labels: Tensor, loss_inputs: dict[str, Tensor], group: ProcessGroup | None
     ) -> Tensor:
         """The sum over these tokens, a scalar that is differentiable in `log_probs`.
 
         log_probs  float32 [B, S], of each label; 0 where there is none
         labels     int64 [B, S], -100 where no loss is wanted
-        facts      from `token_facts`
+        facts      from `per_token_inputs`
         group      the processes that have the other tokens of the same rows, for sums over whole rows by a
                    differentiable all-reduce; None where rows are whole. What its processes return is added up
         """
@@ -50,14 +50,14 @@ class Loss(Protocol):
 class WeightedLoss:
     """A `Loss` whose tokens have weights known before the forward, so that one pass computes loss and gradients."""
 
-    def token_weights(self, facts: dict[str, Tensor]) -> Tensor | None:
+    def token_weights(self, loss_inputs: dict[str, Tensor]) -> Tensor | None:
         """float [B, S], factor of each token's -log p; None is 1 for all."""
         raise NotImplementedError
 
     def __call__(
-        self, log_probs: Tensor, labels: Tensor, facts: dict[str, Tensor], group: ProcessGroup | None
+        self, log_probs: Tensor, labels: Tensor, loss_inputs: dict[str, Tensor], group: ProcessGroup | None
     ) -> Tensor:
-        weights = self.token_weights(facts)
+        weights = self.token_weights(loss_inputs)
         return -(log_probs if weights is None else log_probs * weights).sum()
 
 
@@ -69,10 +69,10 @@ class TokenMean(WeightedLoss):
     def weight(self, batch: Batch) -> float:
         return batch.valid_tokens()
 
-    def token_facts(self, batch: Batch) -> dict[str, Tensor]:
+    def per_token_inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {}
 
-    def token_weights(self, facts: dict[str, Tensor]) -> None:
+    def token_weights(self, loss_inputs: dict[str, Tensor]) -> None:
         return None
 
 
@@ -87,17 +87,17 @@ class DocumentMean(WeightedLoss):
     def weight(self, batch: Batch) -> float:
         return int((self._labels_of_documents(batch) > 0).sum())
 
-    def token_facts(self, batch: Batch) -> dict[str, Tensor]:
+    def per_token_inputs(self, batch: Batch) -> dict[str, Tensor]:
         labels = self._labels_of_documents(batch).gather(1, self._columns(batch))
         return {"document_share": (batch.labels != IGNORE) / labels.clamp(min=1)}
 
-    def token_weights(self, facts: dict[str, Tensor]) -> Tensor:
-        if "document_share" not in facts:
+    def token_weights(self, loss_inputs: dict[str, Tensor]) -> Tensor:
+        if "document_share" not in loss_inputs:
             raise ValueError(
-                f"the loss {self.name} needs document_share of each token, got {sorted(facts) or 'no facts'}; give "
-                "forward loss_facts=model.loss.token_facts(batch), as prepare_batch does"
+                f"the loss {self.name} needs document_share of each token, got {sorted(loss_inputs) or 'nothing'}; give "
+                "forward loss_inputs=model.loss.per_token_inputs(batch), as prepare_batch does"
             )
-        return facts["document_share"]
+        return loss_inputs["document_share"]
 
     def _columns(self, batch: Batch) -> Tensor:
         return batch.document_ids.long() + 1  # padding is -1
@@ -127,7 +127,7 @@ def compute_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    facts: dict[str, Tensor],
+    loss_inputs: dict[str, Tensor],
     group: ProcessGroup | None,
 ) -> Tensor:
     """The loss's sum over these tokens, without the logits of all tokens.
@@ -142,12 +142,12 @@ def compute_loss(
     """
     inputs = hidden.flatten(0, 1), weight, labels.flatten()
     if isinstance(loss, WeightedLoss):
-        weights = loss.token_weights(facts)
+        weights = loss.token_weights(loss_inputs)
         return token_losses(*inputs, token_weights=None if weights is None else weights.flatten())
     log_probs = -token_losses(*inputs, reduction="none").view(labels.shape)
     labels = labels.to(hidden.device, non_blocking=True)
     if not torch.is_grad_enabled():
-        return loss(log_probs, labels, facts, group)
-    value = loss(log_probs.requires_grad_(), labels, facts, group)
+        return loss(log_probs, labels, loss_inputs, group)
+    value = loss(log_probs.requires_grad_(), labels, loss_inputs, group)
     (gradient,) = torch.autograd.grad(value, log_probs)
     return with_gradient_of(value.detach(), token_losses(*inputs, token_weights=-gradient.flatten()))

@@ -7,26 +7,26 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sightline.layers.facts import Divisible
+from sightline.layers.base import TensorParallelLayer
 
 
-class SwiGLU(Divisible):
+class SwiGLU(TensorParallelLayer):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
-    SHARDED: ClassVar = {"gate": 0, "up": 0, "down": 1}
+    SHARD_DIMS: ClassVar = {"gate": 0, "up": 0, "down": 1}
 
-    def __init__(self, width: int, ffn: int) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(width, ffn, bias=False)
-        self.up = nn.Linear(width, ffn, bias=False)
-        self.down = nn.Linear(ffn, width, bias=False)
+        self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def init_weights(self, std: float, output_std: float) -> None:
         for linear in (self.gate, self.up):
             nn.init.normal_(linear.weight, std=std)
         nn.init.normal_(self.down.weight, std=output_std)
 
-    def parts(self) -> dict[str, int]:
+    def tensor_parallel_units(self) -> dict[str, int]:
         return {"channels of a feed-forward layer": self.gate.out_features}
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sightline.layers.facts import Divisible, flops_per_token
+from sightline.layers.base import TensorParallelLayer, flops_per_token
 from sightline.layers.grouped import grouped_linear, grouped_linears
 from sightline.layers.precision import no_autocast
 
@@ -40,12 +40,12 @@ class Router(nn.Module):
     renormalize   the chosen weights sum to 1; with softmax that is the softmax over the chosen logits (gpt-oss)
     scale         the weights are multiplied by it
     bias          learned, added to the logits
-    groups        the experts stand in so many groups of equal size, of which only the `kept_groups` are open to a token
+    groups        the experts stand in so many groups of equal size, of which only the `num_limited_groups` are open to a token
                   whose two best experts have the greatest sum of scores (DeepSeek V3)
-    balance_rate  balances the load without a loss (arXiv 2408.15664): an expert with less than the mean load of a step
+    expert_bias_update_rate  balances the load without a loss (arXiv 2408.15664): an expert with less than the mean load of a step
                   gets so much added to the score that chooses it, one with more so much subtracted. Its weight stays
                   as it was. See `finish_step`
-    auxiliary     coefficient of a loss that balances too (arXiv 2101.03961): E * sum over experts of (its share of the
+    aux_loss_coef coefficient of a loss that balances too (arXiv 2101.03961): E * sum over experts of (its share of the
                   choices * its mean share of the scores), which is 1 where all are equal. The decoder adds its
                   gradient to that of the token losses, whose value stays as it was
 
@@ -56,7 +56,7 @@ class Router(nn.Module):
 
     def __init__(
         self,
-        width: int,
+        hidden_size: int,
         experts: int,
         top_k: int,
         *,
@@ -64,45 +64,45 @@ class Router(nn.Module):
         renormalize: bool = False,
         scale: float = 1.0,
         bias: bool = False,
-        groups: int = 1,
-        kept_groups: int = 1,
-        balance_rate: float | None = None,
-        auxiliary: float = 0.0,
+        num_groups: int = 1,
+        num_limited_groups: int = 1,
+        expert_bias_update_rate: float | None = None,
+        aux_loss_coef: float = 0.0,
     ) -> None:
         super().__init__()
         self.top_k, self.score, self.renormalize, self.scale = top_k, score, renormalize, scale
-        self.groups, self.kept_groups = groups, kept_groups
-        self.balance_rate, self.auxiliary = balance_rate, auxiliary
-        self.weight = nn.Parameter(torch.empty(experts, width))
+        self.num_groups, self.num_limited_groups = num_groups, num_limited_groups
+        self.expert_bias_update_rate, self.aux_loss_coef = expert_bias_update_rate, aux_loss_coef
+        self.weight = nn.Parameter(torch.empty(experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(experts)) if bias else None
         # Checkpoints keep the balance. The counts of a step live only until its end, where there are no checkpoints.
-        self.register_buffer("balance", None if balance_rate is None else torch.empty(experts))
-        self.balance: Tensor | None
+        self.register_buffer("expert_bias", None if expert_bias_update_rate is None else torch.empty(experts))
+        self.expert_bias: Tensor | None
         self.counts: Tensor | None = None
-        self.auxiliary_loss: Tensor | None = None
+        self.aux_loss: Tensor | None = None
 
     def init_weights(self, std: float) -> None:
         nn.init.normal_(self.weight, std=std)
-        for start_at_zero in (self.bias, self.balance):
+        for start_at_zero in (self.bias, self.expert_bias):
             if start_at_zero is not None:
                 nn.init.zeros_(start_at_zero)
 
-    def forward(self, x: Tensor, seeing: Tensor | None = None) -> Routing:
-        """x [N, W], seeing bool [N]: False for padding, which is not routed and not counted."""
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> Routing:
+        """x [N, W], visible bool [N]: False for padding, which is not routed and not counted."""
         scores = self._scores(x)
-        choice = scores.detach() if self.balance is None else scores.detach() + self.balance
+        choice = scores.detach() if self.expert_bias is None else scores.detach() + self.expert_bias
         experts = self._open_groups(choice).topk(self.top_k, dim=-1, sorted=False).indices
         weights = scores.gather(1, experts)
         if self.renormalize:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
         weights = weights * self.scale
-        if seeing is not None:
-            weights = weights.masked_fill(~seeing[:, None], 0.0)
-            experts = experts.masked_fill(~seeing[:, None], len(self.weight))
+        if visible is not None:
+            weights = weights.masked_fill(~visible[:, None], 0.0)
+            experts = experts.masked_fill(~visible[:, None], len(self.weight))
         counts = torch.zeros(len(self.weight) + 1, dtype=torch.int64, device=x.device)
         counts = counts.scatter_add_(0, experts.flatten(), torch.ones_like(experts).flatten())[:-1]
         if self.training and torch.is_grad_enabled():
-            self._note(counts, scores, seeing)
+            self._note(counts, scores, visible)
         return Routing(weights.to(x.dtype), experts, counts)
 
     def _scores(self, x: Tensor) -> Tensor:
@@ -115,26 +115,26 @@ class Router(nn.Module):
 
     def _open_groups(self, choice: Tensor) -> Tensor:
         """The scores [N, E], -inf in the groups that are closed to the token."""
-        if self.kept_groups == self.groups:
+        if self.num_limited_groups == self.num_groups:
             return choice
-        grouped = choice.unflatten(1, (self.groups, -1))
-        best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(self.kept_groups, dim=-1, sorted=False).indices
+        grouped = choice.unflatten(1, (self.num_groups, -1))
+        best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(self.num_limited_groups, dim=-1, sorted=False).indices
         closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
         return grouped.masked_fill(closed[..., None], -torch.inf).flatten(1)
 
-    def _note(self, counts: Tensor, scores: Tensor, seeing: Tensor | None) -> None:
+    def _note(self, counts: Tensor, scores: Tensor, visible: Tensor | None) -> None:
         """Keep what a training step wants to know later."""
         self.counts = counts if self.counts is None else self.counts + counts
-        if self.auxiliary:
+        if self.aux_loss_coef:
             shares = scores / scores.sum(dim=-1, keepdim=True)
-            if seeing is not None:
-                shares = shares * seeing[:, None]
-            counts = self.choices_of_rows(counts)
+            if visible is not None:
+                shares = shares * visible[:, None]
+            counts = self.full_row_counts(counts)
             chosen = counts.to(shares.dtype) / counts.sum().clamp(min=1)
             # The mean over the tokens would be a loss of each; their sum joins the sum of the token losses.
-            self.auxiliary_loss = self.auxiliary * len(counts) * (chosen @ shares.sum(dim=0))
+            self.aux_loss = self.aux_loss_coef * len(counts) * (chosen @ shares.sum(dim=0))
 
-    def choices_of_rows(self, counts: Tensor) -> Tensor:
+    def full_row_counts(self, counts: Tensor) -> Tensor:
         """The counts of whole rows: here they are those of this forward. Parts of rows replace this by a sum."""
         return counts
 
@@ -149,8 +149,8 @@ class Router(nn.Module):
         if counts is None:
             return None
         load = counts.float()
-        if self.balance is not None and self.balance_rate is not None:
-            self.balance += self.balance_rate * (load.mean() - load).sign()
+        if self.expert_bias is not None and self.expert_bias_update_rate is not None:
+            self.expert_bias += self.expert_bias_update_rate * (load.mean() - load).sign()
         return load.max() / load.mean().clamp(min=1e-9)
 
 
@@ -170,20 +170,20 @@ class Experts(nn.Module):
     def __init__(
         self,
         experts: int,
-        width: int,
-        ffn: int,
+        hidden_size: int,
+        intermediate_size: int,
         *,
         bias: bool = False,
         activation: Callable[[Tensor, Tensor], Tensor] = swiglu,
     ) -> None:
         super().__init__()
         self.activation = activation
-        self.gate = nn.Parameter(torch.empty(experts, ffn, width))
-        self.up = nn.Parameter(torch.empty(experts, ffn, width))
-        self.down = nn.Parameter(torch.empty(experts, width, ffn))
-        self.gate_bias = nn.Parameter(torch.empty(experts, ffn)) if bias else None
-        self.up_bias = nn.Parameter(torch.empty(experts, ffn)) if bias else None
-        self.down_bias = nn.Parameter(torch.empty(experts, width)) if bias else None
+        self.gate = nn.Parameter(torch.empty(experts, intermediate_size, hidden_size))
+        self.up = nn.Parameter(torch.empty(experts, intermediate_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
+        self.gate_bias = nn.Parameter(torch.empty(experts, intermediate_size)) if bias else None
+        self.up_bias = nn.Parameter(torch.empty(experts, intermediate_size)) if bias else None
+        self.down_bias = nn.Parameter(torch.empty(experts, hidden_size)) if bias else None
 
     def init_weights(self, std: float, output_std: float) -> None:
         for weight in (self.gate, self.up):
@@ -199,24 +199,24 @@ class Experts(nn.Module):
         return grouped_linear(self.activation(gate, up), self.down, counts, self.down_bias)
 
 
-class MoE(Divisible):
+class MoE(TensorParallelLayer):
     """The weighted sum of each token's experts, and of one expert that all tokens share where there is one.
 
-    weigh_inputs  a weight multiplies what comes into its expert and not what comes out (Llama 4)
+    score_before_experts  a weight multiplies what comes into its expert and not what comes out (Llama 4)
     """
 
-    SHARDED: ClassVar = {
+    SHARD_DIMS: ClassVar = {
         **{"experts.gate": 1, "experts.up": 1, "experts.gate_bias": 1, "experts.up_bias": 1, "experts.down": 2},
         **{"shared.gate": 0, "shared.up": 0, "shared.down": 1},
     }
-    SUMMED = ("experts.down_bias",)
+    PARTIAL_SUMS = ("experts.down_bias",)
 
     def __init__(
-        self, router: Router, experts: nn.Module, shared: nn.Module | None = None, *, weigh_inputs: bool = False
+        self, router: Router, experts: nn.Module, shared: nn.Module | None = None, *, score_before_experts: bool = False
     ) -> None:
         super().__init__()
         self.router, self.experts, self.shared = router, experts, shared
-        self.weigh_inputs = weigh_inputs
+        self.score_before_experts = score_before_experts
 
     def init_weights(self, std: float, output_std: float) -> None:
         self.router.init_weights(std)
@@ -224,7 +224,7 @@ class MoE(Divisible):
             if part is not None:
                 part.init_weights(std, output_std)  # type: ignore[operator]
 
-    def parts(self) -> dict[str, int]:
+    def tensor_parallel_units(self) -> dict[str, int]:
         experts: Any = self.experts
         shared: Any = self.shared
         parts = {"channels of an expert": experts.gate.shape[1]}
@@ -236,17 +236,17 @@ class MoE(Divisible):
         shared = 0.0 if self.shared is None else flops_per_token(self.shared)
         return flops_per_token(self.router) + sent + shared
 
-    def forward(self, x: Tensor, seeing: Tensor | None = None) -> Tensor:
-        """x [B, S, W] -> [B, S, W]. seeing bool [B, S], a mask's `seeing()`: padding has only the shared expert."""
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        """x [B, S, W] -> [B, S, W]. visible bool [B, S], a mask's `visible_queries()`: padding has only the shared expert."""
         tokens = x.flatten(0, 1)
-        routing = self.router(tokens, None if seeing is None else seeing.flatten())
-        # A slot is one of a token's K choices. Sorted by expert, unrouted ones last, the slots are the experts' rows.
-        slots = routing.experts.flatten().argsort(stable=True)
-        rows = spread(tokens, slots, self.router.top_k)
+        routing = self.router(tokens, None if visible is None else visible.flatten())
+        # A slot is one of a token's K choices. Sorted by expert, unrouted ones last, the permutation are the experts' rows.
+        permutation = routing.experts.flatten().argsort(stable=True)
+        rows = permute(tokens, permutation, self.router.top_k)
         weights = routing.weights
-        if self.weigh_inputs:
-            rows, weights = rows * weights.flatten()[slots, None], torch.ones_like(weights)
-        out = collect(self.experts(rows, routing.counts), weights, slots).view_as(x)
+        if self.score_before_experts:
+            rows, weights = rows * weights.flatten()[permutation, None], torch.ones_like(weights)
+        out = unpermute(self.experts(rows, routing.counts), weights, permutation).view_as(x)
         return out if self.shared is None else out + self.shared(x)
 
 
@@ -254,51 +254,51 @@ class MoE(Divisible):
 # and the way back the sum over K in a fixed order, which embedding_bag takes without writing down what it sums.
 
 
-def spread(tokens: Tensor, slots: Tensor, top_k: int) -> Tensor:
-    """tokens [N, W], slots a permutation of N * K: row i of the result [N * K, W] is the token that slot i is of."""
-    return _Spread.apply(tokens, slots, top_k)
+def permute(tokens: Tensor, permutation: Tensor, top_k: int) -> Tensor:
+    """tokens [N, W], permutation a permutation of N * K: row i of the result [N * K, W] is the token that slot i is of."""
+    return _Permute.apply(tokens, permutation, top_k)
 
 
-def collect(rows: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
-    """The way back: the sum of each token's K rows, weighted by weights [N, K], in the order of its slots: [N, W]."""
-    return _Collect.apply(rows, weights.to(rows.dtype), slots)
+def unpermute(rows: Tensor, weights: Tensor, permutation: Tensor) -> Tensor:
+    """The way back: the sum of each token's K rows, weighted by weights [N, K], in the order of its permutation: [N, W]."""
+    return _Unpermute.apply(rows, weights.to(rows.dtype), permutation)
 
 
-def _places(slots: Tensor, top_k: int) -> Tensor:
-    """The rows of each token's slots: the inverse permutation, [N, K]."""
-    index = torch.arange(len(slots), device=slots.device)
-    return torch.empty_like(slots).scatter_(0, slots, index).view(-1, top_k)
+def _inverse_permutation(permutation: Tensor, top_k: int) -> Tensor:
+    """The rows of each token's permutation: the inverse permutation, [N, K]."""
+    index = torch.arange(len(permutation), device=permutation.device)
+    return torch.empty_like(permutation).scatter_(0, permutation, index).view(-1, top_k)
 
 
-class _Spread(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, slots: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(slots)
+    def forward(ctx: Any, tokens: Tensor, permutation: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(permutation)
         ctx.top_k = top_k
-        return tokens.index_select(0, slots // top_k)
+        return tokens.index_select(0, permutation // top_k)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
-        (slots,) = ctx.saved_tensors
-        return F.embedding_bag(_places(slots, ctx.top_k), grad, mode="sum"), None, None
+        (permutation,) = ctx.saved_tensors
+        return F.embedding_bag(_inverse_permutation(permutation, ctx.top_k), grad, mode="sum"), None, None
 
 
-class _Collect(torch.autograd.Function):
+class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weights, slots)
-        places = _places(slots, weights.shape[1])
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, permutation: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, permutation)
+        places = _inverse_permutation(permutation, weights.shape[1])
         return F.embedding_bag(places, rows, mode="sum", per_sample_weights=weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
-        rows, weights, slots = ctx.saved_tensors
-        grad_rows = grad.index_select(0, slots // weights.shape[1])
+        rows, weights, permutation = ctx.saved_tensors
+        grad_rows = grad.index_select(0, permutation // weights.shape[1])
         grad_weights = torch.empty_like(weights).flatten()
-        grad_weights[slots] = torch.einsum("mw,mw->m", rows, grad_rows)  # vecdot would write every product down
-        grad_rows *= weights.flatten()[slots, None]
+        grad_weights[permutation] = torch.einsum("mw,mw->m", rows, grad_rows)  # vecdot would write every product down
+        grad_rows *= weights.flatten()[permutation, None]
         return grad_rows, grad_weights.view_as(weights), None
 
 

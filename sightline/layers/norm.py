@@ -14,10 +14,10 @@ class RMSNorm(nn.Module):
 
     MATRICES: ClassVar = ()
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(width))
+        self.weight = nn.Parameter(torch.empty(hidden_size))
 
     def init_weights(self) -> None:
         nn.init.ones_(self.weight)
@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class ZeroCentredRMSNorm(RMSNorm):
+class ZeroCenteredRMSNorm(RMSNorm):
     """RMSNorm whose weight is the difference from 1, so that a decay of the weight pulls it to 1 and not to 0."""
 
     def init_weights(self) -> None:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sightline.attention import Lowered
+from sightline.layers.base import RecurrentLayer
 from sightline.layers.cache import RecurrentCache
-from sightline.layers.facts import RecurrentLayer
 from sightline.layers.norm import RMSNorm
 from sightline.layers.precision import no_autocast
 from sightline.masks import AttentionMask
@@ -136,20 +136,20 @@ def _wide(t: Tensor) -> Tensor:
 
 
 class CausalConvolution(nn.Module):
-    """A convolution of each channel with K learned taps, and silu."""
+    """A convolution of each channel with K learned conv_kernel, and silu."""
 
     MATRICES: ClassVar = ()
 
-    def __init__(self, channels: int, taps: int) -> None:
+    def __init__(self, channels: int, conv_kernel: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, taps))
+        self.weight = nn.Parameter(torch.empty(channels, conv_kernel))
 
     def init_weights(self) -> None:
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
     def forward(self, x: Tensor, mask: Lowered, segments: Tensor, cache: RecurrentCache | None = None) -> Tensor:
-        """x [B, S, C] -> [B, S, C]: all channels or, as `exchange.to_whole_rows` made x, the local ones."""
-        past = None if cache is None else cache.remember_inputs(x, self.weight.shape[1] - 1)
+        """x [B, S, C] -> [B, S, C]: all channels or, as `exchange.to_full_rows` made x, the local ones."""
+        past = None if cache is None else cache.append_inputs(x, self.weight.shape[1] - 1)
         return F.silu(causal_convolution(x, mask.exchange.local_channels(self.weight), segments, past))
 
 
@@ -162,31 +162,38 @@ class GatedDeltaNet(RecurrentLayer):
     """
 
     MATRICES: ClassVar = ()  # of its own it has only A_log and dt_bias
-    SHARDED: ClassVar = {
+    SHARD_DIMS: ClassVar = {
         **{"qkv": 0, "convolution": 0, "beta": 0, "decay": 0, "A_log": 0, "dt_bias": 0, "gate": 0},
         "output": 1,
     }
 
     def __init__(
-        self, width: int, key_heads: int, value_heads: int, key_size: int, value_size: int, taps: int, norm_eps: float
+        self,
+        hidden_size: int,
+        num_key_heads: int,
+        num_value_heads: int,
+        key_head_dim: int,
+        value_head_dim: int,
+        conv_kernel: int,
+        norm_eps: float,
     ) -> None:
         super().__init__()
-        self.key_size, self.value_size = key_size, value_size
-        values = value_heads * value_size
+        self.key_head_dim, self.value_head_dim = key_head_dim, value_head_dim
+        values = num_value_heads * value_head_dim
         # Of each key head its query and its key, then the values of the heads that it serves.
-        self.sizes = [key_size, key_size, values // key_heads]
-        self.qkv = nn.Linear(width, key_heads * sum(self.sizes), bias=False)
-        self.convolution = CausalConvolution(key_heads * sum(self.sizes), taps)
-        self.beta = nn.Linear(width, value_heads, bias=False)
-        self.decay = nn.Linear(width, value_heads, bias=False)
-        self.A_log = nn.Parameter(torch.empty(value_heads))
-        self.dt_bias = nn.Parameter(torch.empty(value_heads))
-        self.norm = RMSNorm(value_size, norm_eps)
-        self.gate = nn.Linear(width, values, bias=False)
-        self.output = nn.Linear(values, width, bias=False)
+        self.sizes = [key_head_dim, key_head_dim, values // num_key_heads]
+        self.qkv = nn.Linear(hidden_size, num_key_heads * sum(self.sizes), bias=False)
+        self.convolution = CausalConvolution(num_key_heads * sum(self.sizes), conv_kernel)
+        self.beta = nn.Linear(hidden_size, num_value_heads, bias=False)
+        self.decay = nn.Linear(hidden_size, num_value_heads, bias=False)
+        self.A_log = nn.Parameter(torch.empty(num_value_heads))
+        self.dt_bias = nn.Parameter(torch.empty(num_value_heads))
+        self.norm = RMSNorm(value_head_dim, norm_eps)
+        self.gate = nn.Linear(hidden_size, values, bias=False)
+        self.output = nn.Linear(values, hidden_size, bias=False)
 
     def init_weights(self, std: float, output_std: float) -> None:
-        """Weights normal with these spreads, the taps with K^-0.5; norm and dt_bias 1; exp(A_log) uniform from 0.01 to
+        """Weights normal with these spreads, the conv_kernel with K^-0.5; norm and dt_bias 1; exp(A_log) uniform from 0.01 to
         16: some heads keep for hundreds of tokens, some for one."""
         for linear in (self.qkv, self.beta, self.decay, self.gate):
             nn.init.normal_(linear.weight, std=std)
@@ -201,17 +208,17 @@ class GatedDeltaNet(RecurrentLayer):
         """An empty cache for generation."""
         return RecurrentCache()
 
-    def parts(self) -> dict[str, int]:
-        return {"key heads of a memory": self.row_heads()}
+    def tensor_parallel_units(self) -> dict[str, int]:
+        return {"key heads of a memory": self.context_parallel_heads()}
 
-    def row_heads(self) -> int:
+    def context_parallel_heads(self) -> int:
         """Key heads, each with the value heads that it serves."""
         return self.qkv.out_features // sum(self.sizes)
 
     def flops_per_token(self) -> float:
         """Of its matrices, and 18 a number of each value head's memory: it is read by a key, corrected by an outer
         product and read by a query. The chunked form computes more."""
-        return super().flops_per_token() + 18.0 * self.gate.out_features * self.key_size
+        return super().flops_per_token() + 18.0 * self.gate.out_features * self.key_head_dim
 
     def forward(self, x: Tensor, mask: Lowered, encoding: Any = None, cache: RecurrentCache | None = None) -> Tensor:
         """x [B, S, W] -> [B, S, W]. With a cache the mask's queries are these S tokens, its keys all tokens so far.
@@ -220,21 +227,21 @@ class GatedDeltaNet(RecurrentLayer):
         """
         exchange, segments = mask.exchange, mask.segments
         assert segments is not None, "a mask for recurrent layers is lowered with its segments"
-        _check_whole(exchange.whole_mask, cache)
+        _check_whole(exchange.full_mask, cache)
         # Where processes share a row, each had all heads of some tokens, and now has some heads of all tokens.
-        qkv, decay, beta = exchange.to_whole_rows(self.qkv(x), self.decay(x), self.beta(x))
+        qkv, decay, beta = exchange.to_full_rows(self.qkv(x), self.decay(x), self.beta(x))
         qkv = self.convolution(qkv, mask, segments, cache).unflatten(-1, (-1, sum(self.sizes)))
         q, k, v = qkv.split(self.sizes, dim=-1)
         q, k = _unit(_wide(q)), _unit(_wide(k))
-        v = v.unflatten(-1, (-1, self.value_size)).flatten(2, 3)
+        v = v.unflatten(-1, (-1, self.value_head_dim)).flatten(2, 3)
         fading, bias = exchange.local_channels(self.A_log), exchange.local_channels(self.dt_bias)
         decay = -_wide(fading).exp() * F.softplus(_wide(decay) + bias)
         state = None if cache is None else cache.state
-        o, state = gated_delta_rule(q * self.key_size**-0.5, k, v, decay, beta.sigmoid(), segments, state)
+        o, state = gated_delta_rule(q * self.key_head_dim**-0.5, k, v, decay, beta.sigmoid(), segments, state)
         if cache is not None:
             cache.state = state
-        o = exchange.to_local_tokens(o.flatten(2)).unflatten(-1, (-1, self.value_size))
-        gate = F.silu(self.gate(x)).unflatten(-1, (-1, self.value_size))
+        o = exchange.to_local_tokens(o.flatten(2)).unflatten(-1, (-1, self.value_head_dim))
+        gate = F.silu(self.gate(x)).unflatten(-1, (-1, self.value_head_dim))
         return self.output((self.norm(o) * gate).flatten(2))
 
 

@@ -103,19 +103,19 @@ class Rotation(NamedTuple):
 
 
 def rope_frequencies(
-    head_size: int,
+    head_dim: int,
     theta: float,
     scaling: Llama3RopeScaling | YarnScaling | None = None,
     *,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Radians a token of each channel pair: float32 [D/2], from 1 down to about 1 / theta."""
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     frequencies = 1.0 / theta**exponents
     if scaling is None:
         return frequencies
     if isinstance(scaling, YarnScaling):
-        kept = _kept_by_yarn(head_size, theta, scaling, device)
+        kept = _kept_by_yarn(head_dim, theta, scaling, device)
     else:
         turns = scaling.original_context * frequencies / (2 * math.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -123,18 +123,18 @@ def rope_frequencies(
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-def _kept_by_yarn(head_size: int, theta: float, scaling: YarnScaling, device: torch.device | str) -> Tensor:
+def _kept_by_yarn(head_dim: int, theta: float, scaling: YarnScaling, device: torch.device | str) -> Tensor:
     """The share of each pair's frequency that stays: float32 [D/2], a line from 1 at fast pairs to 0 at slow ones."""
 
     def pair_of(turns: float) -> float:
         """The pair, in between two mostly, that turns so often over the original context."""
-        return head_size * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return head_dim * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, head_size - 1)  # sic, not head_size / 2 - 1: the models were trained so
-    pairs = torch.arange(head_size // 2, dtype=torch.float32, device=device)
+    first, last = max(first, 0), min(last, head_dim - 1)  # sic, not head_dim / 2 - 1: the models were trained so
+    pairs = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
     return 1 - ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
 
 

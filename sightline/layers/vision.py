@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sightline.config.renamed import RenamedFields
 from sightline.attention import Lowered
+from sightline.config.renamed import RenamedFields
 from sightline.layers.attention import GroupedQueryAttention
 
 
@@ -44,7 +44,8 @@ class VisionConfig(RenamedFields):
     """Added to the variance in its norms."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "ffn", "patch_size", "channels", "side", "norm_eps"):
+        sizes = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "patch_size", "num_channels")
+        for name in (*sizes, "position_grid_size", "norm_eps"):
             if getattr(self, name) <= 0:
                 option = name.replace("_", "-")
                 raise ValueError(f"model.vision.{option} must be greater than 0, got {getattr(self, name)}")
@@ -60,7 +61,7 @@ class VisionConfig(RenamedFields):
         return self.patch_size**2 * self.num_channels
 
 
-class Places(NamedTuple):
+class PatchPositions(NamedTuple):
     """Where each patch of a row lies: int64 [B, P] each, made once per forward.
 
     image          number of its image in the row, -1 for padding
@@ -77,8 +78,8 @@ class Places(NamedTuple):
     width: Tensor
 
 
-def place_patches(patch_grid: Tensor, length: int) -> Places:
-    """patch_grid int [B, N, 2], length P -> Places. Nothing waits for the device."""
+def locate_patches(patch_grid: Tensor, length: int) -> PatchPositions:
+    """patch_grid int [B, N, 2], length P -> PatchPositions. Nothing waits for the device."""
     grid = patch_grid.long()
     # The padding is one more image: a line of all the patches there could be.
     rest = grid.new_ones(len(grid), 1, 2)
@@ -91,10 +92,10 @@ def place_patches(patch_grid: Tensor, length: int) -> Places:
     first = (ends - sizes).gather(1, image)
     height, width = grid[..., 0].gather(1, image), grid[..., 1].gather(1, image)
     image = image.masked_fill(image == patch_grid.shape[1], -1)
-    return Places(image, first, (index - first) // width, (index - first) % width, height, width)
+    return PatchPositions(image, first, (index - first) // width, (index - first) % width, height, width)
 
 
-def interpolation_weights(places: Places, side: int) -> Tensor:
+def interpolation_weights(places: PatchPositions, side: int) -> Tensor:
     """How much of each learned position every patch takes: float32 [B, P, side * side], a patch's sum is 1.
 
     The learned positions are a grid of side x side, laid over each image whatever its size. This is the antialiased
@@ -144,7 +145,9 @@ class VisionEncoder(nn.Module):
         self.side = config.position_grid_size
         self.embedding = nn.Linear(config.patch_channels, width)
         self.positions = nn.Parameter(torch.empty(config.position_grid_size**2, width))
-        self.layers = nn.ModuleDict({str(i): VisionBlock(width, heads, ffn, norm_eps) for i in range(config.num_layers)})
+        self.layers = nn.ModuleDict(
+            {str(i): VisionBlock(width, heads, ffn, norm_eps) for i in range(config.num_layers)}
+        )
         self.norm = nn.LayerNorm(width, norm_eps)
 
     def init_weights(self) -> None:
@@ -157,7 +160,7 @@ class VisionEncoder(nn.Module):
                 for linear in (layer.attention.output, layer.down):  # type: ignore[union-attr]
                     linear.weight /= (2 * len(self.layers)) ** 0.5  # type: ignore[union-attr]
 
-    def forward(self, patches: Tensor, places: Places, mask: Lowered) -> Tensor:
+    def forward(self, patches: Tensor, places: PatchPositions, mask: Lowered) -> Tensor:
         """patches [B, P, patch_channels] -> features [B, P, C]. In the mask a patch sees all of its own image."""
         h = self.embedding(patches.to(self.embedding.weight.dtype))
         h = h + interpolation_weights(places, self.side).to(h.dtype) @ self.positions
@@ -179,7 +182,7 @@ class Projector(nn.Module):
     def init_weights(self) -> None:
         init_linears(self)
 
-    def forward(self, features: Tensor, places: Places) -> Tensor:
+    def forward(self, features: Tensor, places: PatchPositions) -> Tensor:
         """features [B, P, C] -> [B, P / merge^2, W], image by image, from left to right and from top to bottom.
 
         P and the height and width of every image must be multiples of `merge`.
@@ -189,7 +192,7 @@ class Projector(nn.Module):
         return self.down(F.gelu(self.up(self.norm(neighbours.flatten(2)))))
 
 
-def merge_order(places: Places, merge: int) -> Tensor:
+def merge_order(places: PatchPositions, merge: int) -> Tensor:
     """The patches so ordered that the merge x merge of one token stand together: indices int64 [B, P].
 
     an image of 2 x 4 patches, merge 2:  0 1 2 3

@@ -86,7 +86,7 @@ def segment_bounds(begins: Tensor) -> tuple[Tensor, Tensor]:
     return first, end
 
 
-def document_begins(positions: Tensor) -> Tensor:
+def document_starts(positions: Tensor) -> Tensor:
     """bool [B, S]: true where a token does not continue the one before it, so a document begins."""
     begins = torch.ones_like(positions, dtype=torch.bool)
     begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1

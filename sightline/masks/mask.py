@@ -177,7 +177,7 @@ class AttentionMask:
         start, stop = torch.stack([self.start, self.stop]).cpu()
         return AttentionMask(start, stop, self.key_length)
 
-    def seeing(self) -> Tensor:
+    def visible_queries(self) -> Tensor:
         """bool [B, Q]: queries that see at least one key; padding does not."""
         return self.stop[..., 0] > self.start[..., 0]
 

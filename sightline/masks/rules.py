@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sightline.masks.intervals import document_begins, find_runs, segment_bounds
+from sightline.masks.intervals import document_starts, find_runs, segment_bounds
 from sightline.masks.mask import AttentionMask
 
 __all__ = [  # noqa: RUF022  # in the order in which errors and help name them
@@ -75,7 +75,7 @@ def chunked(positions: Tensor, chunk: int) -> AttentionMask:
     if chunk < 1:
         raise ValueError(f"a chunk holds at least 1 token, got {chunk}")
     number = positions // chunk
-    begins = document_begins(positions)
+    begins = document_starts(positions)
     begins[:, 1:] |= number[:, 1:] != number[:, :-1]
     return _single(*segment_bounds(begins), positions.shape[1])
 
@@ -88,7 +88,7 @@ def prefix_lm(positions: Tensor, prefix_lengths: Tensor) -> AttentionMask:
     Join with `| causal(...)` for what follows the prefix and `& document(...)` for padding.
     """
     _check_facts("prefix_lm", positions=positions, prefix_lengths=prefix_lengths)
-    first, end = segment_bounds(document_begins(positions))
+    first, end = segment_bounds(document_starts(positions))
     index = torch.arange(positions.shape[1], dtype=torch.int32, device=positions.device)
     # The document's position 0 lies at index - position, which for a carried-over document is before the row.
     stop = torch.minimum(index - positions + prefix_lengths, end).to(torch.int32)

@@ -25,6 +25,6 @@ def number_segments(mask: AttentionMask) -> Tensor:
         )
     _, queries, keys = mask.shape
     index = torch.arange(keys - queries, keys, dtype=torch.int32, device=mask.device)
-    seeing = mask.seeing()
+    seeing = mask.visible_queries()
     after_padding = F.pad(~seeing[:, :-1], (1, 0))  # the first token here comes after whatever the cache holds
     return torch.where(seeing, mask.start[..., 0] == index, ~after_padding).cumsum(dim=1)

@@ -3,7 +3,6 @@
 from sightline.models.block import Block
 from sightline.models.decoder import Decoder, DecoderConfig
 from sightline.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
-from sightline.models.drawing import draw_weights
 from sightline.models.families import FAMILIES, MODELS, build_model, build_skeleton, config_of, family_of
 from sightline.models.family import Family
 from sightline.models.gpt_oss import GptOss, GptOssConfig
@@ -13,6 +12,7 @@ from sightline.models.llama4 import Llama4, Llama4Config
 from sightline.models.qwen3 import Qwen3, Qwen3Config
 from sightline.models.qwen3_next import Qwen3Next, Qwen3NextConfig
 from sightline.models.vlm import VLM, VisionConfig, VLMConfig
+from sightline.models.weight_init import init_model_weights
 
 __all__ = [
     "FAMILIES",
@@ -40,8 +40,8 @@ __all__ = [
     "build_model",
     "build_skeleton",
     "config_of",
-    "draw_weights",
     "family_of",
+    "init_model_weights",
     "load_pretrained",
     "save_pretrained",
 ]

@@ -24,10 +24,10 @@ def check_divisible(config: Any, whole: str, part: str, noun: str) -> None:
     numbers.check_divisible(option(whole), getattr(config, whole), option(part), getattr(config, part), noun)
 
 
-def check_heads(config: Any, head_size: int) -> None:
+def check_heads(config: Any, head_dim: int) -> None:
     """ValueError for key/value heads that query heads cannot share, and for a head size that RoPE cannot rotate."""
-    check_divisible(config, "heads", "kv_heads", "key/value heads")
-    check_rotary("head_size", head_size)
+    check_divisible(config, "num_heads", "num_kv_heads", "key/value heads")
+    check_rotary("head_dim", head_dim)
 
 
 def check_rotary(field: str, channels: int) -> None:

@@ -6,16 +6,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from sightline.config.renamed import RenamedFields
-from sightline.attention import Exchanges, LocalExchanges, Lowered, Needs, check_backend, lower
+from sightline.attention import Exchanges, KernelRequirements, LocalExchanges, Lowered, check_backend, lower
 from sightline.batch import Batch, ImageSizes
+from sightline.config.renamed import RenamedFields
 from sightline.layers import (
     LOSSES,
     AttentionLayer,
@@ -78,7 +78,7 @@ class Decoder(nn.Module):
     the embedding serves.
     """
 
-    unspoken: tuple[int, ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
     """Tokens that stand for something else than text, and are never generated."""
     image_sizes: ImageSizes | None = None
     """How images stand in the model's rows; None where it reads text alone."""
@@ -88,7 +88,9 @@ class Decoder(nn.Module):
         self.config = config
         self.attention_backend = attention_backend
         self.exchanges: Exchanges = LocalExchanges()  # context parallelism sets its own
-        self.kernels: dict[str, str] = {}  # by mask, the kernel that the last forward used and why, for the log
+        self.attention_kernels: dict[
+            str, str
+        ] = {}  # by mask, the kernel that the last forward used and why, for the log
         self.embedding: nn.Embedding | None = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = Layers({str(index): self.build_block(index) for index in range(config.num_layers)})
         self.norm: RMSNorm | None = self.build_norm()
@@ -96,15 +98,17 @@ class Decoder(nn.Module):
         if not config.tied_embeddings:
             self.output = OutputProjection(config.hidden_size, config.vocab_size, bias=False)
         # Of a layer of the whole model, also for a stage that has none of them; 0 where all layers are dense.
-        self.experts = max((len(part.gate) for part in self.layers.modules() if isinstance(part, Experts)), default=0)
+        self.num_experts = max(
+            (len(part.gate) for part in self.layers.modules() if isinstance(part, Experts)), default=0
+        )
         # Called with the projection's weight. Where processes share the vocabulary, others take the place of these.
         self.logits: Callable[[Tensor, Tensor], Tensor] = F.linear
         self.token_losses: Callable[..., Tensor] = linear_cross_entropy
         self.loss: Loss = LOSSES[0]
-        self.row_group: ProcessGroup | None = None  # the processes that share the rows, where there are several
+        self.context_group: ProcessGroup | None = None  # the processes that share the rows, where there are several
         # Factor of the auxiliary losses, which are sums over tokens as the default loss is: where a step divides by
         # another weight than its valid tokens, the weight of one token. A training step sets it.
-        self.auxiliary_scale = 1.0
+        self.aux_loss_scale = 1.0
 
     def build_block(self, index: int) -> nn.Module:
         """Layer number `index`, counted from 0."""
@@ -144,7 +148,7 @@ class Decoder(nn.Module):
         rows, length = batch.shape
         return causal(rows, length, device=batch.tokens.device) & document(batch.document_ids)
 
-    def token_facts(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def per_token_inputs(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """What `forward` has to know of each token and can tell from whole rows only: [B, S] each, by name.
 
         inputs: what `forward` takes, of whole rows. It takes these facts too, and finds them itself without them: only
@@ -173,7 +177,7 @@ class Decoder(nn.Module):
         positions: Tensor,
         labels: Tensor | None = None,
         cache: dict[str, LayerCache] | None = None,
-        loss_facts: dict[str, Tensor] | None = None,
+        loss_inputs: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """Logits [B, S, V], or with labels the float32 sum of the loss, for which no logits are kept.
 
@@ -182,20 +186,20 @@ class Decoder(nn.Module):
         positions        int [B, S], position inside the document
         labels           int64 [B, S], -100 where no loss is wanted
         cache            by layer name, from `new_cache`, for generation; this call's tokens are appended
-        loss_facts       [B, S] by name, from `loss.token_facts`, where the loss needs any
+        loss_inputs       [B, S] by name, from `loss.per_token_inputs`, where the loss needs any
         Where `norm` is removed, the hidden states [B, S, W] after the last layer.
         """
         h = tokens if self.embedding is None else self.embedding(tokens)
-        return self.decode(
+        return self.forward_embedded(
             h,
             attention_masks=attention_masks,
             positions=positions,
             labels=labels,
             cache=cache,
-            loss_facts=loss_facts,
+            loss_inputs=loss_inputs,
         )
 
-    def decode(
+    def forward_embedded(
         self,
         h: Tensor,
         *,
@@ -203,25 +207,25 @@ class Decoder(nn.Module):
         positions: Tensor,
         labels: Tensor | None,
         cache: dict[str, LayerCache] | None,
-        loss_facts: dict[str, Tensor] | None = None,
+        loss_inputs: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """`forward` from the embedded tokens h [B, S, W] on, for families that embed in a way of their own."""
         lowered = self.lower_masks(named_masks(attention_masks), h)
         h = self.layers(h, lowered, self.encode_positions(positions), cache)
         if self.norm is None:
             return h
-        return self.head(self.norm(h), labels, loss_facts)
+        return self.head(self.norm(h), labels, loss_inputs)
 
-    def stacks(self) -> list[nn.Module]:
+    def hidden_state_modules(self) -> list[nn.Module]:
         """The modules that hold all there is between the embedding and the last norm: here the layers, as one.
 
         Each takes hidden states [B, S, W] as its only Tensor arguments and returns them; what it does to a token
-        depends on other tokens only inside `Divisible` layers.
+        depends on other tokens only inside `TensorParallelLayer` layers.
         """
         return [self.layers]
 
     @property
-    def ends_together(self) -> str | None:
+    def pipeline_unsupported_reason(self) -> str | None:
         """Why the embedding has to be where the head is, and the option that would part them; None if it has not."""
         if self.config.tied_embeddings:
             return (
@@ -230,22 +234,24 @@ class Decoder(nn.Module):
             )
         return None
 
-    def head(self, h: Tensor, labels: Tensor | None, loss_facts: dict[str, Tensor] | None = None) -> Tensor:
+    def head(self, h: Tensor, labels: Tensor | None, loss_inputs: dict[str, Tensor] | None = None) -> Tensor:
         """From the normed hidden states [B, S, W] to logits, or with labels to the loss's sum."""
         output = self.output if self.output is not None else self.embedding
         assert output is not None, "a stage that keeps the norm also keeps the output projection"
         if labels is None:
             return self.logits(h, output.weight)
-        loss = compute_loss(self.loss, self.token_losses, h, output.weight, labels, loss_facts or {}, self.row_group)
+        loss = compute_loss(
+            self.loss, self.token_losses, h, output.weight, labels, loss_inputs or {}, self.context_group
+        )
         for router in routers_of(self).values():
-            if router.auxiliary_loss is not None:
-                loss = with_gradient_of(loss, self.auxiliary_scale * router.auxiliary_loss)
+            if router.aux_loss is not None:
+                loss = with_gradient_of(loss, self.aux_loss_scale * router.aux_loss)
         return loss
 
     @cached_property
-    def attention_needs(self) -> dict[str, Any]:
-        """What a kernel must offer to serve all attention layers: fields of `Needs`."""
-        needs = [layer.attention_needs() for layer in attention_layers(self)]
+    def kernel_requirements(self) -> dict[str, Any]:
+        """What a kernel must offer to serve all attention layers: fields of `KernelRequirements`."""
+        needs = [layer.kernel_requirements() for layer in attention_layers(self)]
         return {
             "sinks": any(own["sinks"] for own in needs),
             "head_dim": max((own["head_dim"] for own in needs), default=None),
@@ -257,7 +263,7 @@ class Decoder(nn.Module):
         Raises:
             ValueError: with the reason and the backends that can.
         """
-        needs = Needs(device=device, dtype=dtype, training=training, **self.attention_needs)
+        needs = KernelRequirements(device=device, dtype=dtype, training=training, **self.kernel_requirements)
         check_backend(self.attention_backend, needs)
 
     def lower_masks(self, masks: Mapping[str, Any], h: Tensor) -> dict[str, Lowered]:
@@ -274,10 +280,10 @@ class Decoder(nn.Module):
                 dtype=dtype,
                 training=training,
                 exchange=exchange,
-                segments=self.row_heads is not None,
-                **self.attention_needs,
+                segments=self.context_parallel_heads is not None,
+                **self.kernel_requirements,
             )
-        self.kernels |= {name: f"{one.backend.name}: {one.reason}" for name, one in lowered.items()}
+        self.attention_kernels |= {name: f"{one.backend.name}: {one.reason}" for name, one in lowered.items()}
         return lowered
 
     def flops_per_token(self) -> float:
@@ -285,7 +291,7 @@ class Decoder(nn.Module):
 
         Those of the layers and of the output projection, also where it is the embedding.
         """
-        return sum(flops_per_token(stack) for stack in self.stacks()) + self.output_flops_per_token()
+        return sum(flops_per_token(stack) for stack in self.hidden_state_modules()) + self.output_flops_per_token()
 
     def output_flops_per_token(self) -> float:
         """Of one use of the output projection."""
@@ -293,23 +299,23 @@ class Decoder(nn.Module):
 
     def flops_per_pair(self, mask_name: str) -> float:
         """Forward and backward FLOPs of one visible pair of a mask, over all layers that use it."""
-        return sum(layer.flops_per_pair() for layer in self.layers_under(mask_name))
+        return sum(layer.flops_per_pair() for layer in self.attention_layers_with_mask(mask_name))
 
     def attention_shape(self, mask_name: str) -> tuple[int, int]:
         """How many layers attend under a mask, and how many head groups each of them has."""
-        layers = self.layers_under(mask_name)
-        return len(layers), layers[0].head_groups() if layers else 0
+        layers = self.attention_layers_with_mask(mask_name)
+        return len(layers), layers[0].num_kv_heads() if layers else 0
 
-    def layers_under(self, mask_name: str) -> list[AttentionLayer]:
+    def attention_layers_with_mask(self, mask_name: str) -> list[AttentionLayer]:
         """The attention layers that use a mask, in order."""
-        layers = (part for stack in self.stacks() for part in stack.modules() if isinstance(part, Layer))
+        layers = (part for stack in self.hidden_state_modules() for part in stack.modules() if isinstance(part, Layer))
         return [found for layer in layers if layer.mask_name == mask_name for found in attention_layers(layer)]
 
     @cached_property
-    def row_heads(self) -> int | None:
+    def context_parallel_heads(self) -> int | None:
         """Heads that processes which share rows can deal out in each recurrent layer; None where there is no such
         layer."""
-        heads = [part.row_heads() for part in self.modules() if isinstance(part, RecurrentLayer)]
+        heads = [part.context_parallel_heads() for part in self.modules() if isinstance(part, RecurrentLayer)]
         return math.gcd(*heads) if heads else None
 
     def finish_step(self, add: Callable[[Tensor], Tensor] = lambda total: total) -> dict[str, Tensor]:

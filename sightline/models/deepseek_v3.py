@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,14 +81,27 @@ class DeepseekV3Config(DecoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size", "moe_intermediate_size")
-        check_positive(self, "num_experts", "experts_per_token", "num_shared_experts", "num_expert_groups", "num_limited_groups")
+        check_positive(
+            self,
+            "num_heads",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+            "intermediate_size",
+            "moe_intermediate_size",
+        )
+        check_positive(
+            self, "num_experts", "experts_per_token", "num_shared_experts", "num_expert_groups", "num_limited_groups"
+        )
         check_experts(self)
         if self.q_lora_rank is not None:
             check_positive(self, "q_lora_rank")
         check_rotary("qk_rope_head_dim", self.qk_rope_head_dim)
         if not 0 <= self.num_dense_layers <= self.num_layers:
-            raise ValueError(f"model.num-dense-layers must be 0 to {self.num_layers}, all layers, got {self.num_dense_layers}")
+            raise ValueError(
+                f"model.num-dense-layers must be 0 to {self.num_layers}, all layers, got {self.num_dense_layers}"
+            )
         check_divisible(self, "num_experts", "num_expert_groups", "groups")
         self._check_groups()
 
@@ -119,16 +132,16 @@ def build_moe(config: DeepseekV3Config) -> MoE:
         score="sigmoid",
         renormalize=True,
         scale=config.routed_scaling_factor,
-        groups=config.num_expert_groups,
-        kept_groups=config.num_limited_groups,
-        balance_rate=config.expert_bias_update_rate,
-        auxiliary=config.aux_loss_coef,
+        num_groups=config.num_expert_groups,
+        num_limited_groups=config.num_limited_groups,
+        expert_bias_update_rate=config.expert_bias_update_rate,
+        aux_loss_coef=config.aux_loss_coef,
     )
     experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
     return MoE(router, experts, SwiGLU(config.hidden_size, config.num_shared_experts * config.moe_intermediate_size))
 
 
-class Prediction(nn.Module):
+class MTPModule(nn.Module):
     """The layer that looks one token further (section 2.2): from what the model knows at a token, and the next token,
     it predicts the one after that. Embedding and output projection are the model's own."""
 
@@ -155,24 +168,28 @@ class Prediction(nn.Module):
 class DeepseekV3(Decoder):
     def __init__(self, config: DeepseekV3Config, *, attention_backend: str = "auto") -> None:
         super().__init__(config, attention_backend=attention_backend)
-        self.prediction: Prediction | None = None
+        self.prediction: MTPModule | None = None
         if config.mtp_loss_weight is not None:
-            self.prediction = Prediction(config, self.build_block(config.num_layers - 1))
-        self.predicted: list[Tensor] = []  # (sum of losses, tokens) of each forward of a step
+            self.prediction = MTPModule(config, self.build_block(config.num_layers - 1))
+        self.mtp_losses: list[Tensor] = []  # (sum of losses, tokens) of each forward of a step
 
     def build_block(self, index: int) -> Block:
         config = self.config
         attention = MultiHeadLatentAttention(
             config.hidden_size,
             config.num_heads,
-            query_rank=config.q_lora_rank,
-            kv_rank=config.kv_lora_rank,
-            plain_size=config.qk_nope_head_dim,
-            rope_size=config.qk_rope_head_dim,
-            value_size=config.v_head_dim,
+            q_lora_rank=config.q_lora_rank,
+            kv_lora_rank=config.kv_lora_rank,
+            qk_nope_head_dim=config.qk_nope_head_dim,
+            qk_rope_head_dim=config.qk_rope_head_dim,
+            v_head_dim=config.v_head_dim,
             score_factor=1.0 if config.rope_scaling is None else config.rope_scaling.score_factor,
         )
-        mlp = SwiGLU(config.hidden_size, config.intermediate_size) if index < config.num_dense_layers else build_moe(config)
+        mlp = (
+            SwiGLU(config.hidden_size, config.intermediate_size)
+            if index < config.num_dense_layers
+            else build_moe(config)
+        )
         return Block(attention, mlp, self.build_norm)
 
     @property
@@ -185,18 +202,18 @@ class DeepseekV3(Decoder):
             std = self.config.hidden_size**-0.5
             self.prediction.init_weights(std, std / 2**0.5)
 
-    def token_facts(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def per_token_inputs(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         if self.prediction is None or inputs.get("labels") is None:
             return {}
-        return dict(zip(("next_tokens", "next_labels"), look_further(inputs["tokens"], inputs["labels"]), strict=True))
+        return dict(zip(("next_tokens", "next_labels"), shift_for_mtp(inputs["tokens"], inputs["labels"]), strict=True))
 
-    def stacks(self) -> list[nn.Module]:
-        return super().stacks() + ([] if self.prediction is None else [self.prediction])
+    def hidden_state_modules(self) -> list[nn.Module]:
+        return super().hidden_state_modules() + ([] if self.prediction is None else [self.prediction])
 
     @property
-    def ends_together(self) -> str | None:
+    def pipeline_unsupported_reason(self) -> str | None:
         if self.prediction is None:
-            return super().ends_together
+            return super().pipeline_unsupported_reason
         return (
             f"model.mtp-loss-weight is {self.config.mtp_loss_weight}, and predicting a token further takes the "
             "embedding and the head together; expected None: use --model.mtp-loss-weight None"
@@ -210,14 +227,14 @@ class DeepseekV3(Decoder):
         positions: Tensor,
         labels: Tensor | None = None,
         cache: dict[str, LayerCache] | None = None,
-        loss_facts: dict[str, Tensor] | None = None,
+        loss_inputs: dict[str, Tensor] | None = None,
         next_tokens: Tensor | None = None,
         next_labels: Tensor | None = None,
     ) -> Tensor:
         """As in every decoder. In training with labels, the token after the next is learnt too where that is wanted:
         its gradients are there, its loss is not in the sum.
 
-        next_tokens, next_labels  int64 [B, S], from `look_further`; without them, `tokens` are whole rows
+        next_tokens, next_labels  int64 [B, S], from `shift_for_mtp`; without them, `tokens` are whole rows
         """
         if self.prediction is None or labels is None or not self.training:
             return super().forward(
@@ -226,29 +243,29 @@ class DeepseekV3(Decoder):
                 positions=positions,
                 labels=labels,
                 cache=cache,
-                loss_facts=loss_facts,
+                loss_inputs=loss_inputs,
             )
         assert self.embedding is not None and self.norm is not None, "prediction needs both ends of the model"
         h = self.embedding(tokens)
         lowered, rotation = self.lower_masks(named_masks(attention_masks), h), self.encode_positions(positions)
         h = self.norm(self.layers(h, lowered, rotation, None))
         if next_tokens is None or next_labels is None:
-            next_tokens, next_labels = look_further(tokens, labels)
+            next_tokens, next_labels = shift_for_mtp(tokens, labels)
         further = self.prediction(h, self.embedding(next_tokens), lowered["attention"], rotation)
         output = self.embedding if self.output is None else self.output
         loss = self.token_losses(further.flatten(0, 1), output.weight, next_labels.flatten())
         predicted = (next_labels != IGNORE).sum().to(loss.device, non_blocking=True)
-        self.predicted.append(torch.stack([loss.detach(), predicted]))
-        weight = self.config.mtp_loss_weight * self.auxiliary_scale
-        return with_gradient_of(self.head(h, labels, loss_facts), weight * loss)
+        self.mtp_losses.append(torch.stack([loss.detach(), predicted]))
+        weight = self.config.mtp_loss_weight * self.aux_loss_scale
+        return with_gradient_of(self.head(h, labels, loss_inputs), weight * loss)
 
     def finish_step(self, add: Callable[[Tensor], Tensor] = lambda total: total) -> dict[str, Tensor]:
-        """As in every decoder, and `prediction_loss`: the mean loss of the token after the next."""
+        """As in every decoder, and `mtp_loss`: the mean loss of the token after the next."""
         metrics = super().finish_step(add)
-        if self.predicted:
-            loss, tokens = add(torch.stack(self.predicted).sum(dim=0))
-            metrics["prediction_loss"] = loss / tokens.clamp(min=1)
-            self.predicted.clear()
+        if self.mtp_losses:
+            loss, tokens = add(torch.stack(self.mtp_losses).sum(dim=0))
+            metrics["mtp_loss"] = loss / tokens.clamp(min=1)
+            self.mtp_losses.clear()
         return metrics
 
     def flops_per_token(self) -> float:
@@ -256,7 +273,7 @@ class DeepseekV3(Decoder):
         return super().flops_per_token() + (0.0 if self.prediction is None else self.output_flops_per_token())
 
 
-def look_further(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def shift_for_mtp(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The next token of each token, and its label: what comes after the next, int64 [B, S] each.
 
     A label says both that the next token is of the same document and which one it is, also where the row ends. Where

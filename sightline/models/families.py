@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from sightline.models.deepseek_v3 import DEEPSEEK_V3
-from sightline.models.drawing import draw_weights
 from sightline.models.family import Family
 from sightline.models.gpt_oss import GPT_OSS
 from sightline.models.llama3 import LLAMA3
@@ -16,6 +15,7 @@ from sightline.models.llama4 import LLAMA4
 from sightline.models.qwen3 import QWEN3
 from sightline.models.qwen3_next import QWEN3_NEXT
 from sightline.models.vlm import VLM_FAMILY
+from sightline.models.weight_init import init_model_weights
 
 FAMILIES: tuple[Family, ...] = (LLAMA3, LLAMA4, QWEN3, QWEN3_NEXT, DEEPSEEK_V3, GPT_OSS, VLM_FAMILY)
 
@@ -77,7 +77,7 @@ def _values(module: str) -> dict[str, Any]:
 
 
 def build_skeleton(name_or_config: Any, *, attention_backend: str = "auto") -> Any:
-    """A model on the meta device, without memory for its weights: `model.to_empty(device=...)`, then `draw_weights`."""
+    """A model on the meta device, without memory for its weights: `model.to_empty(device=...)`, then `init_model_weights`."""
     config = config_of(name_or_config) if isinstance(name_or_config, str) else name_or_config
     with torch.device("meta"):
         return family_of(config).model(config, attention_backend=attention_backend)
@@ -90,5 +90,5 @@ def build_model(name_or_config: Any, *, attention_backend: str = "auto") -> Any:
     """
     model = build_skeleton(name_or_config, attention_backend=attention_backend)
     model.to_empty(device=torch.get_default_device())
-    draw_weights(model)
+    init_model_weights(model)
     return model

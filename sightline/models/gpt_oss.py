@@ -46,7 +46,16 @@ class GptOssConfig(DecoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "num_heads", "num_kv_heads", "head_dim", "sliding_window", "intermediate_size", "num_experts", "experts_per_token")
+        check_positive(
+            self,
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "sliding_window",
+            "intermediate_size",
+            "num_experts",
+            "experts_per_token",
+        )
         check_heads(self, self.head_dim)
         check_experts(self)
 
@@ -64,9 +73,12 @@ def build_moe(config: GptOssConfig) -> MoE:
         config.experts_per_token,
         renormalize=True,
         bias=True,
-        auxiliary=config.aux_loss_coef,
+        aux_loss_coef=config.aux_loss_coef,
     )
-    return MoE(router, Experts(config.num_experts, config.hidden_size, config.intermediate_size, bias=True, activation=clamped_swiglu))
+    return MoE(
+        router,
+        Experts(config.num_experts, config.hidden_size, config.intermediate_size, bias=True, activation=clamped_swiglu),
+    )
 
 
 class GptOss(Decoder):
@@ -83,7 +95,8 @@ class GptOss(Decoder):
         rows, length = batch.shape
         own_document = document(batch.document_ids)
         return {
-            "window": sliding_window(rows, length, self.config.sliding_window, device=batch.tokens.device) & own_document,
+            "window": sliding_window(rows, length, self.config.sliding_window, device=batch.tokens.device)
+            & own_document,
             "full": causal(rows, length, device=batch.tokens.device) & own_document,
         }
 
@@ -108,7 +121,15 @@ GPT_OSS = Family(
     config=GptOssConfig,
     presets={
         "debug": GptOssConfig(
-            vocab_size=512, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, sliding_window=16, intermediate_size=64, num_experts=4
+            vocab_size=512,
+            hidden_size=64,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            sliding_window=16,
+            intermediate_size=64,
+            num_experts=4,
         ),
         "tiny": GptOssConfig(),
         "20b": published(num_layers=24, num_experts=32),

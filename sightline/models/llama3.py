@@ -49,7 +49,9 @@ class Llama3Config(DecoderConfig):
 class Llama3(Decoder):
     def build_block(self, index: int) -> Block:
         config = self.config
-        attention = GroupedQueryAttention(config.hidden_size, config.num_heads, config.num_kv_heads, config.resolved_head_dim)
+        attention = GroupedQueryAttention(
+            config.hidden_size, config.num_heads, config.num_kv_heads, config.resolved_head_dim
+        )
         return Block(attention, SwiGLU(config.hidden_size, config.intermediate_size), self.build_norm)
 
     @property
@@ -67,8 +69,12 @@ LLAMA3 = Family(
     model=Llama3,
     config=Llama3Config,
     presets={
-        "debug": Llama3Config(vocab_size=512, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=128),
-        "tiny": Llama3Config(vocab_size=8192, hidden_size=256, num_layers=6, num_heads=8, num_kv_heads=4, intermediate_size=688),
+        "debug": Llama3Config(
+            vocab_size=512, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=128
+        ),
+        "tiny": Llama3Config(
+            vocab_size=8192, hidden_size=256, num_layers=6, num_heads=8, num_kv_heads=4, intermediate_size=688
+        ),
         "1b": llama_3_2(hidden_size=2048, num_layers=16, num_heads=32, intermediate_size=8192),
         "3b": llama_3_2(hidden_size=3072, num_layers=28, num_heads=24, intermediate_size=8192),
         "8b": llama_3_1(hidden_size=4096, num_layers=32, num_heads=32, intermediate_size=14_336),

@@ -60,8 +60,18 @@ class Llama4Config(DecoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "num_heads", "num_kv_heads", "head_dim", "no_rope_layer_interval", "attention_chunk_size", "temperature_floor")
-        check_positive(self, "moe_layer_interval", "intermediate_size_mlp", "intermediate_size", "num_experts", "experts_per_token")
+        check_positive(
+            self,
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "no_rope_layer_interval",
+            "attention_chunk_size",
+            "temperature_floor",
+        )
+        check_positive(
+            self, "moe_layer_interval", "intermediate_size_mlp", "intermediate_size", "num_experts", "experts_per_token"
+        )
         check_heads(self, self.head_dim)
         check_experts(self)
 
@@ -92,7 +102,7 @@ class ChunkedAttention(GroupedQueryAttention):
 
     def encode_keys(self, k_BSGD: Tensor, positions: Positions) -> Tensor:
         k = super().encode_keys(k_BSGD, positions.rotation)
-        return k if self.qk_norm_eps is None else F.rms_norm(k, (self.head_size,), eps=self.qk_norm_eps)
+        return k if self.qk_norm_eps is None else F.rms_norm(k, (self.head_dim,), eps=self.qk_norm_eps)
 
 
 class FullAttention(GroupedQueryAttention):
@@ -111,10 +121,14 @@ class FullAttention(GroupedQueryAttention):
 def build_moe(config: Llama4Config) -> MoE:
     """A token's weight for an expert is a sigmoid by itself, and multiplies what the expert gets."""
     router = Router(
-        config.hidden_size, config.num_experts, config.experts_per_token, score="sigmoid", auxiliary=config.aux_loss_coef
+        config.hidden_size,
+        config.num_experts,
+        config.experts_per_token,
+        score="sigmoid",
+        aux_loss_coef=config.aux_loss_coef,
     )
     experts = Experts(config.num_experts, config.hidden_size, config.intermediate_size)
-    return MoE(router, experts, SwiGLU(config.hidden_size, config.intermediate_size), weigh_inputs=True)
+    return MoE(router, experts, SwiGLU(config.hidden_size, config.intermediate_size), score_before_experts=True)
 
 
 class Llama4(Decoder):
@@ -122,7 +136,9 @@ class Llama4(Decoder):
         config = self.config
         full = config.is_full(index)
         attention = FullAttention(config) if full else ChunkedAttention(config)
-        mlp = build_moe(config) if config.has_experts(index) else SwiGLU(config.hidden_size, config.intermediate_size_mlp)
+        mlp = (
+            build_moe(config) if config.has_experts(index) else SwiGLU(config.hidden_size, config.intermediate_size_mlp)
+        )
         return Block(attention, mlp, self.build_norm, mask_name="full" if full else "chunked")
 
     def get_attention_masks(self, batch: Batch, tokenizer: object = None) -> dict[str, AttentionMask]:

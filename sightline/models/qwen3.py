@@ -51,7 +51,11 @@ class Qwen3Config(DecoderConfig):
 
 def build_moe(config: Qwen3Config) -> MoE:
     router = Router(
-        config.hidden_size, config.num_experts, config.experts_per_token, renormalize=True, auxiliary=config.aux_loss_coef
+        config.hidden_size,
+        config.num_experts,
+        config.experts_per_token,
+        renormalize=True,
+        aux_loss_coef=config.aux_loss_coef,
     )
     return MoE(router, Experts(config.num_experts, config.hidden_size, config.intermediate_size))
 
@@ -84,8 +88,12 @@ QWEN3 = Family(
         "8b": published(hidden_size=4096, num_layers=36, num_heads=32, intermediate_size=12_288),
         "14b": published(hidden_size=5120, num_layers=40, num_heads=40, intermediate_size=17_408),
         "32b": published(hidden_size=5120, num_layers=64, num_heads=64, intermediate_size=25_600),
-        "30b-a3b": published(hidden_size=2048, num_layers=48, num_heads=32, num_kv_heads=4, intermediate_size=768, num_experts=128),
-        "235b-a22b": published(hidden_size=4096, num_layers=94, num_heads=64, num_kv_heads=4, intermediate_size=1536, num_experts=128),
+        "30b-a3b": published(
+            hidden_size=2048, num_layers=48, num_heads=32, num_kv_heads=4, intermediate_size=768, num_experts=128
+        ),
+        "235b-a22b": published(
+            hidden_size=4096, num_layers=94, num_heads=64, num_kv_heads=4, intermediate_size=1536, num_experts=128
+        ),
     },
     hf=QWEN3_HF,
     recipes={

@@ -23,7 +23,7 @@ from sightline.layers import (
     Rotation,
     Router,
     SwiGLU,
-    ZeroCentredRMSNorm,
+    ZeroCenteredRMSNorm,
     rotate,
 )
 from sightline.models.block import Block
@@ -77,7 +77,14 @@ class Qwen3NextConfig(DecoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "full_attention_interval", "num_heads", "num_kv_heads", "head_dim")
-        check_positive(self, "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim")
+        check_positive(
+            self,
+            "linear_num_key_heads",
+            "linear_num_value_heads",
+            "linear_key_head_dim",
+            "linear_value_head_dim",
+            "linear_conv_kernel_dim",
+        )
         if not 2 <= self.rotary_dim <= self.head_dim:
             raise ValueError(
                 f"model.partial-rotary-factor {self.partial_rotary_factor} of model.head-dim {self.head_dim} are {self.rotary_dim} "
@@ -86,7 +93,9 @@ class Qwen3NextConfig(DecoderConfig):
         check_heads(self, self.rotary_dim)
         check_divisible(self, "linear_num_value_heads", "linear_num_key_heads", "key heads")
         if self.num_experts:
-            check_positive(self, "num_experts", "experts_per_token", "moe_intermediate_size", "shared_expert_intermediate_size")
+            check_positive(
+                self, "num_experts", "experts_per_token", "moe_intermediate_size", "shared_expert_intermediate_size"
+            )
             check_experts(self)
         else:
             check_positive(self, "intermediate_size")
@@ -107,12 +116,12 @@ class GatedAttention(GroupedQueryAttention):
     Queries and keys are normed over their head, and RoPE turns only the first of their channels.
     """
 
-    SHARDED: ClassVar = {**GroupedQueryAttention.SHARDED, "gate": 0}
+    SHARD_DIMS: ClassVar = {**GroupedQueryAttention.SHARD_DIMS, "gate": 0}
 
     def __init__(self, config: Qwen3NextConfig) -> None:
         super().__init__(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim)
-        self.query_norm = ZeroCentredRMSNorm(config.head_dim, config.norm_eps)
-        self.key_norm = ZeroCentredRMSNorm(config.head_dim, config.norm_eps)
+        self.query_norm = ZeroCenteredRMSNorm(config.head_dim, config.norm_eps)
+        self.key_norm = ZeroCenteredRMSNorm(config.head_dim, config.norm_eps)
         self.gate = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=False)
 
     def init_weights(self, std: float, output_std: float) -> None:
@@ -156,7 +165,11 @@ def build_memory(config: Qwen3NextConfig) -> GatedDeltaNet:
 
 def build_moe(config: Qwen3NextConfig) -> MoE:
     router = Router(
-        config.hidden_size, config.num_experts, config.experts_per_token, renormalize=True, auxiliary=config.aux_loss_coef
+        config.hidden_size,
+        config.num_experts,
+        config.experts_per_token,
+        renormalize=True,
+        aux_loss_coef=config.aux_loss_coef,
     )
     experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
     return MoE(router, experts, SharedExpert(config.hidden_size, config.shared_expert_intermediate_size))
@@ -169,8 +182,8 @@ class Qwen3Next(Decoder):
         mlp = build_moe(config) if config.num_experts else SwiGLU(config.hidden_size, config.intermediate_size)
         return Block(mixer, mlp, self.build_norm, names=("mixer", "mlp"))
 
-    def build_norm(self) -> ZeroCentredRMSNorm:
-        return ZeroCentredRMSNorm(self.config.hidden_size, self.config.norm_eps)
+    def build_norm(self) -> ZeroCenteredRMSNorm:
+        return ZeroCenteredRMSNorm(self.config.hidden_size, self.config.norm_eps)
 
     @property
     def rotary_dim(self) -> int:

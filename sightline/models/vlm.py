@@ -14,16 +14,16 @@ image token all of its image. Where an image begins and ends is what `patch_grid
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sightline.batch import Batch, ImageSizes
 from sightline.config import CheckpointConfig, OptimizerConfig, TrainingConfig, ValidationConfig
-from sightline.config.recipes import DRAWINGS, on_gpus, template
+from sightline.config.recipes import IMAGE_SECTIONS, on_gpus, template
 from sightline.layers import AttentionLayer, LayerCache, attention_layers
-from sightline.layers.vision import Projector, VisionConfig, VisionEncoder, place_patches
+from sightline.layers.vision import Projector, VisionConfig, VisionEncoder, locate_patches
 from sightline.masks import AttentionMask, bidirectional, causal, document, named_masks
 from sightline.models.block import Block
 from sightline.models.checks import check_positive
@@ -58,7 +58,7 @@ class VLMConfig(Llama3Config):
 
 def add_vision(text: Llama3Config, **fields: Any) -> VLMConfig:
     """A Llama 3 of these sizes that sees; the last token of its vocabulary is the image token, unless `fields` say."""
-    return VLMConfig(**{**vars(text), "image_token": text.vocab_size - 1, **fields})
+    return VLMConfig(**{**vars(text), "image_token_id": text.vocab_size - 1, **fields})
 
 
 class VLM(Llama3):
@@ -72,11 +72,14 @@ class VLM(Llama3):
 
     def __init__(self, config: VLMConfig, *, attention_backend: str = "auto") -> None:
         super().__init__(config, attention_backend=attention_backend)
-        self.unspoken = (config.image_token_id,)
+        self.suppress_tokens = (config.image_token_id,)
         self.image_sizes = ImageSizes(config.vision.patch_size, config.spatial_merge_size, config.image_token_id)
         self.vision: VisionEncoder | None = VisionEncoder(config.vision)
         self.projector: Projector | None = Projector(
-            channels=config.vision.hidden_size, hidden=config.projector_hidden_size, width=config.hidden_size, merge=config.spatial_merge_size
+            channels=config.vision.hidden_size,
+            hidden=config.projector_hidden_size,
+            width=config.hidden_size,
+            merge=config.spatial_merge_size,
         )
 
     def build_block(self, index: int) -> Block:
@@ -111,7 +114,7 @@ class VLM(Llama3):
         self.check_patches(patches, patch_grid)
         span_ids = self.image_spans(batch, patch_grid)
         return {
-            "encoder": document(place_patches(patch_grid, patches.shape[1]).image),
+            "encoder": document(locate_patches(patch_grid, patches.shape[1]).image),
             "decoder": (text | bidirectional(span_ids)) & document(batch.document_ids),
         }
 
@@ -140,7 +143,9 @@ class VLM(Llama3):
     def image_spans(self, batch: Batch, patch_grid: Tensor) -> Tensor:
         """Number of the image that each image token of its row belongs to, -1 for text: int64 [B, S]."""
         is_image = batch.tokens == self.config.image_token_id
-        ends = (patch_grid.prod(dim=2) // self.config.spatial_merge_size**2).cumsum(dim=1).long()  # in image tokens of the row
+        ends = (
+            (patch_grid.prod(dim=2) // self.config.spatial_merge_size**2).cumsum(dim=1).long()
+        )  # in image tokens of the row
         number = is_image.cumsum(dim=1) - 1
         stated = ends[:, -1] if ends.shape[1] else ends.new_zeros(len(ends))
         for row, (came, expected) in enumerate(zip(is_image.sum(dim=1).tolist(), stated.tolist(), strict=True)):
@@ -162,8 +167,8 @@ class VLM(Llama3):
             )
         return span_ids
 
-    def token_facts(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        return {"image_index": number_image_tokens(inputs["tokens"] == self.config.image_token_id)}
+    def per_token_inputs(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        return {"image_index": index_image_tokens(inputs["tokens"] == self.config.image_token_id)}
 
     def forward(
         self,
@@ -173,7 +178,7 @@ class VLM(Llama3):
         positions: Tensor,
         labels: Tensor | None = None,
         cache: dict[str, LayerCache] | None = None,
-        loss_facts: dict[str, Tensor] | None = None,
+        loss_inputs: dict[str, Tensor] | None = None,
         patches: Tensor | None = None,
         patch_grid: Tensor | None = None,
         image_index: Tensor | None = None,
@@ -182,39 +187,39 @@ class VLM(Llama3):
 
         patches      float [B, P, patch_size^2 * channels], the patches of a row's images one image after the other
         patch_grid   int [B, N, 2], height and width of each image in patches, 0 where a row has fewer than N
-        image_index  int64 [B, S], from `number_image_tokens`; without it, `tokens` are whole rows
+        image_index  int64 [B, S], from `index_image_tokens`; without it, `tokens` are whole rows
         With a cache they belong to the call that brings their image tokens, and to no later one.
         """
         masks = named_masks(attention_masks)
         h = tokens if self.embedding is None else self.embedding(tokens)
         if self.embedding is not None and patches is not None and patch_grid is not None:
-            seen = self.see(patches, patch_grid, masks["encoder"])
+            seen = self.encode_images(patches, patch_grid, masks["encoder"])
             if image_index is None:
-                image_index = number_image_tokens(tokens == self.config.image_token_id)
-            h = put_images(h, seen, image_index)
+                image_index = index_image_tokens(tokens == self.config.image_token_id)
+            h = insert_image_features(h, seen, image_index)
         masks = {"decoder": masks["decoder"]}
-        return self.decode(
-            h, attention_masks=masks, positions=positions, labels=labels, cache=cache, loss_facts=loss_facts
+        return self.forward_embedded(
+            h, attention_masks=masks, positions=positions, labels=labels, cache=cache, loss_inputs=loss_inputs
         )
 
-    def see(self, patches: Tensor, patch_grid: Tensor, mask: AttentionMask) -> Tensor:
+    def encode_images(self, patches: Tensor, patch_grid: Tensor, mask: AttentionMask) -> Tensor:
         """Patches [B, P, ...] -> what stands for the image tokens of each row, in order: [B, P / merge^2, W]."""
         assert self.vision is not None and self.projector is not None, "a stage with the embedding sees images"
-        places = place_patches(patch_grid, patches.shape[1])
+        places = locate_patches(patch_grid, patches.shape[1])
         lowered = self.lower_masks({"encoder": mask}, self.vision.positions)["encoder"]
         return self.projector(self.vision(patches, places, lowered), places)
 
-    def layers_under(self, mask_name: str) -> list[AttentionLayer]:
+    def attention_layers_with_mask(self, mask_name: str) -> list[AttentionLayer]:
         encoder = [] if self.vision is None else attention_layers(self.vision)
-        return encoder if mask_name == "encoder" else super().layers_under(mask_name)
+        return encoder if mask_name == "encoder" else super().attention_layers_with_mask(mask_name)
 
 
-def number_image_tokens(is_image: Tensor) -> Tensor:
+def index_image_tokens(is_image: Tensor) -> Tensor:
     """Number of each image token in its row, from 0, and -1 for text: bool [B, S] -> int64 [B, S]."""
     return (is_image.cumsum(dim=1) - 1).masked_fill(~is_image, -1)
 
 
-def put_images(h: Tensor, seen: Tensor, image_index: Tensor) -> Tensor:
+def insert_image_features(h: Tensor, seen: Tensor, image_index: Tensor) -> Tensor:
     """h [B, S, W] with every image token, by image_index int64 [B, S], replaced by the one of that number of seen
     [B, M, W]."""
     number = image_index.clamp(min=0, max=seen.shape[1] - 1)
@@ -229,13 +234,22 @@ VLM_FAMILY = Family(
     presets={
         "debug": add_vision(
             LLAMA3.presets["debug"],
-            vision=VisionConfig(hidden_size=48, num_layers=2, num_heads=4, intermediate_size=96, patch_size=4, position_grid_size=4),
+            vision=VisionConfig(
+                hidden_size=48, num_layers=2, num_heads=4, intermediate_size=96, patch_size=4, position_grid_size=4
+            ),
             projector_hidden_size=96,
         ),
         "tiny": add_vision(LLAMA3.presets["tiny"]),
         "1.7b": add_vision(  # siglip2-so400m-patch16-naflex and Llama 3.2 1B
             LLAMA3.presets["1b"],
-            vision=VisionConfig(hidden_size=1152, num_layers=27, num_heads=16, intermediate_size=4304, patch_size=16, position_grid_size=16),
+            vision=VisionConfig(
+                hidden_size=1152,
+                num_layers=27,
+                num_heads=16,
+                intermediate_size=4304,
+                patch_size=16,
+                position_grid_size=16,
+            ),
             projector_hidden_size=2560,
         ),
     },
@@ -246,15 +260,15 @@ VLM_FAMILY = Family(
             optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=5),
             validation=ValidationConfig(every=25, rows=4),
             checkpoint=CheckpointConfig(every=25),
-            **DRAWINGS,
+            **IMAGE_SECTIONS,
         ),
         "tiny": template(
             training=TrainingConfig(steps=80, sequence_length=512, global_batch_size=2, micro_batch_size=2),
             optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=10),
             validation=ValidationConfig(every=20, rows=8),
             checkpoint=CheckpointConfig(every=40),
-            **DRAWINGS,
+            **IMAGE_SECTIONS,
         ),
-        "1.7b": on_gpus(1e-4, **DRAWINGS),
+        "1.7b": on_gpus(1e-4, **IMAGE_SECTIONS),
     },
 )

@@ -8,7 +8,7 @@ import torch
 
 from sightline import config
 from sightline.layers import get_loss
-from sightline.models import build_skeleton, draw_weights
+from sightline.models import build_skeleton, init_model_weights
 from sightline.models.decoder import Decoder
 from sightline.numbers import divisors
 from sightline.parallel.compile import apply_compile
@@ -16,8 +16,8 @@ from sightline.parallel.context.apply import apply_context, check_context
 from sightline.parallel.expert import apply_expert
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.parallel_model import ParallelModel
-from sightline.parallel.pipeline import Pipelined
-from sightline.parallel.pipeline_stages import count_microbatches, take_stages
+from sightline.parallel.pipeline import PipelinedModel
+from sightline.parallel.pipeline_stages import build_local_stages, count_microbatches
 from sightline.parallel.recompute import apply_recompute
 from sightline.parallel.shard import apply_shard
 from sightline.parallel.tensor import apply_tensor
@@ -31,18 +31,18 @@ def build_parallel(
     Errors: ValueError for degrees the model cannot be cut by, naming those that it can.
     """
     check_offload(mesh)
-    whole: Decoder = build_skeleton(model, attention_backend=attention_backend)
-    whole.loss = get_loss(training.loss)
-    whole.check_backend(mesh.device, getattr(torch, training.dtype), training=True)
-    check_context(whole, mesh, training.sequence_length)
-    stages = [whole] if mesh.world == 1 else take_stages(whole, mesh)
+    full_model: Decoder = build_skeleton(model, attention_backend=attention_backend)
+    full_model.loss = get_loss(training.loss)
+    full_model.check_backend(mesh.device, getattr(torch, training.dtype), training=True)
+    check_context(full_model, mesh, training.sequence_length)
+    stages = [full_model] if mesh.world == 1 else build_local_stages(full_model, mesh)
     for stage in stages:
         parallelize(stage, mesh, training)
         stage.to_empty(device="cpu" if mesh.parallel.offload else mesh.device)
-    draw_weights(*stages)
+    init_model_weights(*stages)
     if mesh.size("pipeline") == 1:
-        return ParallelModel(mesh, whole, stages, dtype=training.dtype)
-    return Pipelined(mesh, whole, stages, dtype=training.dtype, micro_batch_size=training.micro_batch_size)
+        return ParallelModel(mesh, full_model, stages, dtype=training.dtype)
+    return PipelinedModel(mesh, full_model, stages, dtype=training.dtype, micro_batch_size=training.micro_batch_size)
 
 
 def parallelize(model: Decoder, mesh: Mesh, training: config.TrainingConfig) -> None:

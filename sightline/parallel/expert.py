@@ -18,7 +18,7 @@ from sightline.layers.precision import autocast_dtype
 from sightline.models.decoder import Decoder
 from sightline.numbers import divisors, nearest
 from sightline.parallel.mesh import Mesh
-from sightline.parallel.patch import as_it_is, replace_forward, replace_parameter, show_local
+from sightline.parallel.patch import expose_local_parameters, identity_view, replace_forward, replace_parameter
 from sightline.parallel.torch_private import all_to_all_single_autograd
 
 
@@ -37,26 +37,26 @@ def apply_expert(model: Decoder, mesh: Mesh) -> None:
         if isinstance(experts, Experts):
             weights = dict(experts.named_parameters(recurse=False))
             for name, weight in weights.items():
-                replace_parameter(experts, name, deal_out(weight, mesh))
+                replace_parameter(experts, name, shard_experts(weight, mesh))
             if mesh.size("tensor") == 1:  # else tensor parallelism has said how the layer sees them
-                show_local(experts, **dict.fromkeys(weights, as_it_is))
+                expose_local_parameters(experts, **dict.fromkeys(weights, identity_view))
             replace_forward(experts, lambda run: functools.partial(dispatch, run, group))
 
 
 def check_degree(model: Decoder, mesh: Mesh) -> None:
     """Refuse a model without experts, or with a number of them that the degree does not divide."""
     degree, family = mesh.size("expert"), type(model).__name__
-    if not model.num-experts:
+    if not model.num_experts:
         raise ValueError(f"parallel.expert {degree}: {family} has no experts with these sizes; use parallel.expert 1")
-    if model.num-experts % degree:
-        fits = [d for d in divisors(model.num-experts) if mesh.size("weights") % d == 0]
+    if model.num_experts % degree:
+        fits = [d for d in divisors(model.num_experts) if mesh.size("weights") % d == 0]
         raise ValueError(
-            f"parallel.expert {degree} does not divide the {model.num-experts} experts of a layer of {family}; "
+            f"parallel.expert {degree} does not divide the {model.num_experts} experts of a layer of {family}; "
             f"use parallel.expert {nearest(degree, fits)}"
         )
 
 
-def deal_out(weight: Tensor, mesh: Mesh) -> DTensor:
+def shard_experts(weight: Tensor, mesh: Mesh) -> DTensor:
     """A layer's stacked weights [E, ...], whole or cut by tensor parallelism, cut by their experts too."""
     axes, placements, part = mesh["expert"], [], weight
     if isinstance(weight, DTensor):

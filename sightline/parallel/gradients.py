@@ -33,7 +33,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Me
         for dim in dims:
             torch.distributed.all_reduce(summed, group=device_mesh.get_group(dim))
         total += summed
-    norm = mesh.sum(total, "pipeline").sqrt()
+    norm = mesh.all_reduce(total, "pipeline").sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     if gradients:
         foreach_multiply_([local_part(gradient) for gradient in gradients], scale)

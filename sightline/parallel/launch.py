@@ -33,12 +33,12 @@ class Job:
         self.store, self.parallel, self.rank, self.world = store, parallel, rank, world
         self.step = 0
 
-    def note(self, step: int) -> None:
+    def record_step(self, step: int) -> None:
         """Tell the others where this process is."""
         self.step = step
         self.store.set(f"step/{self.rank}", str(step))
 
-    def claim(self) -> bool:
+    def claim_report(self) -> bool:
         """Whether this process is the one to say why the job ends.
 
         Where all fail alike (a wrong degree, SIGTERM) it is rank 0, which the others give time.
@@ -49,14 +49,14 @@ class Job:
         mine = str(self.rank)
         return self.store.compare_set("speaker", "", mine).decode() == mine
 
-    def stuck(self) -> LostRank | None:
+    def diagnose_hang(self) -> LostRank | None:
         """Called by all whose collective failed; one of them returns what to say.
 
         Whoever waits too says so within GRACE seconds. The process that does not is the one they wait for: it sleeps,
         works on, or is gone.
         """
         self.store.set(f"waits/{self.rank}", "")
-        if not self.claim():
+        if not self.claim_report():
             # The store may live in this process, and the speaker reads it.
             self.store.wait(["spoken"], timedelta(seconds=5 * GRACE))
             return None
@@ -82,14 +82,14 @@ class Job:
         return f"{self._named(rank)} is {where}"
 
     def _named(self, rank: int) -> str:
-        return f"rank {rank}{place(self.parallel, rank, self.world)}"
+        return f"rank {rank}{rank_label(self.parallel, rank, self.world)}"
 
 
 _job: Job | None = None  # as torch.distributed keeps its process group: a process is part of at most one
 
 
 @contextlib.contextmanager
-def joined(parallel: ParallelConfig, device: torch.device) -> Iterator[torch.device]:
+def distributed_session(parallel: ParallelConfig, device: torch.device) -> Iterator[torch.device]:
     """While the block runs, this process is one of those torchrun started; gives the device that is its own.
 
     Without torchrun there is one process: nothing is started, and `device` comes back.
@@ -110,7 +110,7 @@ def joined(parallel: ParallelConfig, device: torch.device) -> Iterator[torch.dev
     lost_gpus = False
     try:
         resolve(parallel, world)
-        device = own_device(device)
+        device = local_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         yield device
@@ -126,20 +126,20 @@ def joined(parallel: ParallelConfig, device: torch.device) -> Iterator[torch.dev
             dist.destroy_process_group()
 
 
-def meet(step: int, signal: int | None) -> int | None:
+def sync_stop_signal(step: int, signal: int | None) -> int | None:
     """Between two steps: note the step, and learn of a signal that any process has received, so that all stop alike.
 
     One integer summed up on the CPU; with one process, nothing.
     """
     if _job is None:
         return signal
-    _job.note(step)
+    _job.record_step(step)
     received = torch.tensor(signal or 0)
     dist.all_reduce(received, dist.ReduceOp.MAX)
     return int(received) or None
 
 
-def own_device(device: torch.device) -> torch.device:
+def local_device(device: torch.device) -> torch.device:
     """This process's GPU of the machine's, or its share of the CPU's cores where OMP_NUM_THREADS does not say more."""
     local, processes = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if device.type != "cuda":
@@ -157,7 +157,7 @@ def own_device(device: torch.device) -> torch.device:
     return device
 
 
-def place(parallel: ParallelConfig, rank: int, world: int) -> str:
+def rank_label(parallel: ParallelConfig, rank: int, world: int) -> str:
     """Where a rank stands along each axis that has more than one process: ` (pipeline 1, shard 0)`, or nothing."""
     parallel = resolve(parallel, world)
     sizes = [getattr(parallel, axis) for axis in AXES]
@@ -172,8 +172,8 @@ def _why(job: Job, error: BaseException) -> BaseException:
     try:
         # A collective failed: gloo raises a plain RuntimeError, with the path of its source in the text.
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
-            said = job.stuck()
-        elif job.claim():
+            said = job.diagnose_hang()
+        elif job.claim_report():
             job.store.set("spoken", "")
             said = error
     except dist.DistError:

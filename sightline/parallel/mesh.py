@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 """Outermost first: neighbours in the last axis have neighbouring ranks, and so the fastest links."""
-JOINED = {"data": ("replicate", "shard"), "weights": ("shard", "context"), "loss": ("replicate", "shard", "context")}
+FLATTENED = {"data": ("replicate", "shard"), "weights": ("shard", "context"), "loss": ("replicate", "shard", "context")}
 """data: processes with different rows; weights: those that share one copy of the weights; loss: those whose token
 losses add up to the loss of all rows."""
 SHOWN = 64
@@ -38,12 +38,12 @@ def resolve(parallel: ParallelConfig, world: int) -> ParallelConfig:
     if parallel.shard == -1:
         if world % product:
             raise ValueError(
-                f"{named} is {product}, which does not divide the {world} processes started; {fits(others, world)}, "
+                f"{named} is {product}, which does not divide the {world} processes started; {describe_valid_degrees(others, world)}, "
                 f"or start a multiple of {product} processes"
             )
         parallel = replace(parallel, shard=world // product)
     elif product * parallel.shard != world:
-        remedy = f"shard {world // product}" if world % product == 0 else fits(others, world)
+        remedy = f"shard {world // product}" if world % product == 0 else describe_valid_degrees(others, world)
         raise ValueError(
             f"{named} with shard {parallel.shard} needs {product * parallel.shard} processes, but {world} were "
             f"started; use {remedy}, or torchrun --nproc-per-node {product * parallel.shard}"
@@ -57,7 +57,7 @@ def resolve(parallel: ParallelConfig, world: int) -> ParallelConfig:
     return parallel
 
 
-def fits(degrees: dict[str, int], world: int) -> str:
+def describe_valid_degrees(degrees: dict[str, int], world: int) -> str:
     """Which value each degree above 1 could have instead."""
     product = math.prod(degrees.values())
     choices = []
@@ -74,7 +74,7 @@ class Mesh:
 
     One process has no groups: every axis has size 1. With more, torch.distributed must be running.
 
-    An axis is one of AXES, of JOINED, `expert` (the processes among which a layer's experts are dealt out, neighbours
+    An axis is one of AXES, of FLATTENED, `expert` (the processes among which a layer's experts are dealt out, neighbours
     in shard x context) or `expert_weights` (those that hold the same experts and share their weights).
     """
 
@@ -84,7 +84,7 @@ class Mesh:
         self.parallel = resolve(parallel, self.world)
         self.device = device
         self._sizes = {axis: getattr(self.parallel, axis) for axis in AXES}
-        self._sizes |= {name: math.prod(self._sizes[axis] for axis in axes) for name, axes in JOINED.items()}
+        self._sizes |= {name: math.prod(self._sizes[axis] for axis in axes) for name, axes in FLATTENED.items()}
         self._sizes["expert"] = self.parallel.expert
         self._sizes["expert_weights"] = self._sizes["weights"] // self.parallel.expert
         self._roots: list[DeviceMesh] = []
@@ -92,7 +92,9 @@ class Mesh:
         if self.world > 1:
             # Tensors cut by several axes want these side by side in one mesh, so there is one for each way to cut.
             self._roots = [self._lay_out("pipeline", "replicate", "weights", "tensor"), self._lay_out(*AXES)]
-            self._joined = {name: flatten(self._roots[1][axes]) for name, axes in JOINED.items() if name != "weights"}
+            self._joined = {
+                name: flatten(self._roots[1][axes]) for name, axes in FLATTENED.items() if name != "weights"
+            }
         if self.parallel.expert > 1:
             self._roots.append(self._lay_out("pipeline", "replicate", "expert_weights", "expert", "tensor"))
 
@@ -120,7 +122,7 @@ class Mesh:
         root = next(root for root in self._roots if set(names) <= set(root.mesh_dim_names or ()))
         return root[names]
 
-    def grid(self) -> dict[str, str]:
+    def describe_layout(self) -> dict[str, str]:
         """Who is where, for the log: the degrees, then the ranks of each pipeline stage, all that have the same rows
         side by side: tensor neighbours joined by a plus, context ones by a space, data ranks by a bar."""
         several = [f"{axis} {self._sizes[axis]}" for axis in AXES if self._sizes[axis] > 1]
@@ -135,7 +137,7 @@ class Mesh:
             told[f"stage {stage}" if len(ranks) > 1 else "ranks"] = " | ".join(cells)
         return told
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def from_rank_zero(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every rank; an error of it is raised on all of them."""
         if self.world == 1:
             return make()
@@ -150,7 +152,7 @@ class Mesh:
             raise outcome[1]
         return outcome[0]
 
-    def sum(self, value: torch.Tensor, axis: str) -> torch.Tensor:
+    def all_reduce(self, value: torch.Tensor, axis: str) -> torch.Tensor:
         """`value` added up over an axis, in place; the same on all its processes."""
         if self._sizes[axis] > 1:
             dist.all_reduce(value, group=self.group(axis))

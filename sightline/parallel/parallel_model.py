@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from sightline.config import ParallelConfig
 from sightline.layers import Loss, routers_of
 from sightline.models.decoder import Decoder, Masks
-from sightline.parallel.context.apply import split_context
+from sightline.parallel.context.apply import shard_inputs
 from sightline.parallel.mesh import Mesh
 
 Inputs = dict[str, Any]
@@ -29,13 +29,13 @@ class ParallelModel:
     dtype   precision of forward and backward
     """
 
-    def __init__(self, mesh: Mesh, whole: Decoder, stages: list[Decoder], *, dtype: str = "float32") -> None:
-        self.mesh, self.whole, self.stages, self.dtype = mesh, whole, stages, dtype
+    def __init__(self, mesh: Mesh, full_model: Decoder, stages: list[Decoder], *, dtype: str = "float32") -> None:
+        self.mesh, self.full_model, self.stages, self.dtype = mesh, full_model, stages, dtype
 
     @property
-    def kernels(self) -> dict[str, str]:
+    def attention_kernels(self) -> dict[str, str]:
         """By mask, the attention kernel that this process's last forward used and why."""
-        return {name: kernel for stage in self.stages for name, kernel in stage.kernels.items()}
+        return {name: kernel for stage in self.stages for name, kernel in stage.attention_kernels.items()}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Those of this process, a tied weight once."""
@@ -55,14 +55,14 @@ class ParallelModel:
         for stage in self.stages:
             stage.train(mode)
 
-    def rows_at_once(self, rows: int, micro_batch_size: int) -> int:
+    def rows_per_call(self, rows: int, micro_batch_size: int) -> int:
         """How many of this process's rows a `forward_backward` takes; a pipeline cuts them up by itself."""
         return micro_batch_size
 
-    def own_tokens(self, inputs: Inputs) -> Inputs:
+    def local_inputs(self, inputs: Inputs) -> Inputs:
         """From whole rows on the CPU to what this process computes of them, on its device."""
         sharded = isinstance(self.stages[0], FSDPModule)
-        return to_device(split_context(inputs, self.whole, self.mesh), self.mesh.device, labels=sharded)
+        return to_device(shard_inputs(inputs, self.full_model, self.mesh), self.mesh.device, labels=sharded)
 
     def forward_backward(self, inputs: Inputs, scale: float, *, last: bool = True) -> Tensor:
         """Add the gradients of scale * the sum of the token losses; returns that number, of this process's tokens.
@@ -91,7 +91,7 @@ class ParallelModel:
         return torch.autocast(self.mesh.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
 
     @property
-    def speaker(self) -> Any:
+    def generation_model(self) -> Any:
         """What `generate` takes as the model. All processes generate the same text together."""
         return self.stages[0]
 
@@ -100,20 +100,20 @@ class ParallelModel:
         mesh = self.mesh
         told: dict[str, Tensor] = {}
         for stage in self.stages:
-            told |= stage.finish_step(lambda total: mesh.sum(total, "loss"))
-        names = [f"expert_load/{name}" for name in routers_of(self.whole)]
+            told |= stage.finish_step(lambda total: mesh.all_reduce(total, "loss"))
+        names = [f"expert_load/{name}" for name in routers_of(self.full_model)]
         if mesh.size("pipeline") == 1 or not names:
             return told
         nothing = torch.zeros((), device=mesh.device)
         loads = torch.stack([told.get(name, nothing) for name in names])
-        return dict(zip(names, mesh.sum(loads, "pipeline"), strict=True))
+        return dict(zip(names, mesh.all_reduce(loads, "pipeline"), strict=True))
 
     @property
     def loss(self) -> Loss:
-        return self.whole.loss
+        return self.full_model.loss
 
     def get_attention_masks(self, batch: Any, tokenizer: object = None) -> Masks:
-        return self.whole.get_attention_masks(batch, tokenizer)
+        return self.full_model.get_attention_masks(batch, tokenizer)
 
 
 def reshard(stage: nn.Module) -> None:
@@ -123,7 +123,7 @@ def reshard(stage: nn.Module) -> None:
             module.reshard()
 
 
-def on_one_process(model: Decoder, *, dtype: str = "float32") -> ParallelModel:
+def single_process_model(model: Decoder, *, dtype: str = "float32") -> ParallelModel:
     """A model that is whole and alone."""
     return ParallelModel(Mesh(ParallelConfig(), next(model.parameters()).device), model, [model], dtype=dtype)
 
@@ -137,6 +137,6 @@ def to_device(inputs: Inputs, device: torch.device | str, *, labels: bool = Fals
     def move(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
             return value if name.endswith("labels") and not labels else value.to(device, non_blocking=True)
-        return to_device(value, device) if name == "loss_facts" else value
+        return to_device(value, device) if name == "loss_inputs" else value
 
     return {name: move(name, value) for name, value in inputs.items()}

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from sightline.models.drawing import is_drawing
+from sightline.models.weight_init import is_initializing
 
 View = Callable[[Tensor], Tensor]
 AXES = {"tensor", "expert"}
@@ -71,17 +71,17 @@ def after_forward(module: nn.Module, change: Callable[[nn.Module, tuple[Any, ...
 
 def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     """Put another tensor in a parameter's place, under its name. `undo` leaves it there."""
-    old = module._parameters[name]  # and not get_parameter, which returns what `show_local` shows
+    old = module._parameters[name]  # and not get_parameter, which returns what `expose_local_parameters` shows
     assert old is not None
     module.register_parameter(name, nn.Parameter(value, requires_grad=old.requires_grad))
 
 
-def as_it_is(part: Tensor) -> Tensor:
+def identity_view(part: Tensor) -> Tensor:
     """The view of a cut parameter: the gradient of the part is that of no other."""
     return part
 
 
-def show_local(module: nn.Module, **views: View) -> None:
+def expose_local_parameters(module: nn.Module, **views: View) -> None:
     """`module.NAME` becomes `views[NAME]` of this process's part of the DTensor that the parameter NAME is.
 
     Outside, a parameter is a DTensor: FSDP, the optimizer and checkpoints know from it which part this process holds.
@@ -93,17 +93,17 @@ def show_local(module: nn.Module, **views: View) -> None:
     """
     # Not by hooks around the module's forward: the weight of the output projection is read outside of it.
     _changes(module).callback(setattr, module, "__class__", type(module))
-    module.__class__ = _showing(type(module), tuple(views.items()))  # type: ignore[assignment,arg-type]
+    module.__class__ = _local_class(type(module), tuple(views.items()))  # type: ignore[assignment,arg-type]
 
 
 @functools.cache
-def _showing(kind: type, views: tuple[tuple[str, View], ...]) -> type:
+def _local_class(kind: type, views: tuple[tuple[str, View], ...]) -> type:
     """The class of such modules: the same for all layers, so that what is compiled for one serves the next."""
 
     def reader(name: str, view: View) -> property:
         def read(self: nn.Module) -> Tensor:
             parameter: Any = self._parameters[name]
-            if is_drawing() or not AXES.issuperset(parameter.device_mesh.mesh_dim_names):
+            if is_initializing() or not AXES.issuperset(parameter.device_mesh.mesh_dim_names):
                 return parameter
             return view(parameter.to_local())
 

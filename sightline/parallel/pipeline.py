@@ -21,23 +21,23 @@ from sightline.layers import LayerCache, routers_of
 from sightline.models.decoder import Decoder, Masks
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.parallel_model import Inputs, ParallelModel, reshard
-from sightline.parallel.pipeline_stages import owners, stages_of
+from sightline.parallel.pipeline_stages import stage_owners, stages_of
 
 
-class Pipelined(ParallelModel):
-    """A model of which this process has some stages; see `take_stages`.
+class PipelinedModel(ParallelModel):
+    """A model of which this process has some stages; see `build_local_stages`.
 
     micro_batch_size  rows of a microbatch. All rows of a step come at once, and `count_microbatches` has said that the
                       schedule takes that many
     """
 
     def __init__(
-        self, mesh: Mesh, whole: Decoder, stages: list[Decoder], *, dtype: str = "float32", micro_batch_size: int
+        self, mesh: Mesh, full_model: Decoder, stages: list[Decoder], *, dtype: str = "float32", micro_batch_size: int
     ) -> None:
-        super().__init__(mesh, whole, stages, dtype=dtype)
+        super().__init__(mesh, full_model, stages, dtype=dtype)
         self.micro_batch_size = micro_batch_size
-        self.owners = owners(mesh.parallel)
-        self.mine = dict(zip(stages_of(mesh.parallel, mesh.index("pipeline")), stages, strict=True))
+        self.stage_owners = stage_owners(mesh.parallel)
+        self.local_stages = dict(zip(stages_of(mesh.parallel, mesh.index("pipeline")), stages, strict=True))
         self.scale = 1.0  # of the forward_backward that is running
         self._schedules: dict[torch.Size, Any] = {}  # by the shape of the rows: it decides the buffers
 
@@ -48,7 +48,7 @@ class Pipelined(ParallelModel):
         narrow = self.dtype == "bfloat16" and isinstance(self.stages[0], FSDPModule)
         return torch.bfloat16 if narrow else torch.float32
 
-    def rows_at_once(self, rows: int, micro_batch_size: int) -> int:
+    def rows_per_call(self, rows: int, micro_batch_size: int) -> int:
         return rows
 
     def forward_backward(self, inputs: Inputs, scale: float, *, last: bool = True) -> Tensor:
@@ -67,7 +67,7 @@ class Pipelined(ParallelModel):
             rows, length = shape
             assert rows % self.micro_batch_size == 0, "rows are cut into equal microbatches"
             tokens = torch.empty(self.micro_batch_size, length, dtype=torch.int64, device="meta")
-            stages = [Stage(self, index, tokens) for index in self.mine]
+            stages = [Stage(self, index, tokens) for index in self.local_stages]
             self._schedules[shape] = get_schedule_class(self.mesh.parallel.pipeline_schedule)(
                 stages if len(stages) > 1 else stages[0],
                 rows // self.micro_batch_size,
@@ -92,24 +92,24 @@ class Pipelined(ParallelModel):
         torch.distributed.pipelining has this for as many rows as a schedule takes, and not for the V-shaped ones.
         """
         h = tokens
-        shape = (*tokens.shape, self.whole.config.hidden_size)
+        shape = (*tokens.shape, self.full_model.config.hidden_size)
         group = self.mesh.group("pipeline")
-        for index, stage in self.mine.items():
-            if index > 0 and index - 1 not in self.mine:
+        for index, stage in self.local_stages.items():
+            if index > 0 and index - 1 not in self.local_stages:
                 h = torch.empty(shape, dtype=self.hidden_dtype, device=self.mesh.device)
-                dist.recv(h, group=group, group_src=self.owners[index - 1])
+                dist.recv(h, group=group, group_src=self.stage_owners[index - 1])
             h = stage(h, **inputs)
             reshard(stage)
-            if index == len(self.owners) - 1:
+            if index == len(self.stage_owners) - 1:
                 return h
             h = h.to(self.hidden_dtype)
-            if index + 1 not in self.mine:
-                dist.send(h, group=group, group_dst=self.owners[index + 1])
+            if index + 1 not in self.local_stages:
+                dist.send(h, group=group, group_dst=self.stage_owners[index + 1])
         return None
 
     @property
-    def speaker(self) -> Speaker:
-        return Speaker(self)
+    def generation_model(self) -> PipelineGenerationModel:
+        return PipelineGenerationModel(self)
 
 
 class Stage(PipelineStage):
@@ -119,14 +119,14 @@ class Stage(PipelineStage):
     would count the tokens of the first microbatch once more.
     """
 
-    def __init__(self, model: Pipelined, index: int, tokens: Tensor) -> None:
+    def __init__(self, model: PipelinedModel, index: int, tokens: Tensor) -> None:
         """tokens: of a microbatch, on the meta device."""
-        shape = (*tokens.shape, model.whole.config.hidden_size)
+        shape = (*tokens.shape, model.full_model.config.hidden_size)
         hidden = torch.empty(shape, dtype=model.hidden_dtype, device="meta", requires_grad=True)
         loss = torch.empty((), device="meta", requires_grad=True)
-        stages = len(model.owners)
+        stages = len(model.stage_owners)
         super().__init__(
-            model.mine[index],
+            model.local_stages[index],
             index,
             stages,
             model.mesh.device,
@@ -142,16 +142,16 @@ class Stage(PipelineStage):
             out = super().forward_maybe_with_nosync(*args, **kwargs)
         if self.is_last:
             return out * self.model.scale
-        return with_losses(out.to(self.model.hidden_dtype), self.submod, self.model.scale)
+        return attach_aux_losses(out.to(self.model.hidden_dtype), self.submod, self.model.scale)
 
 
-def with_losses(h: Tensor, stage: Any, scale: float) -> Tensor:
+def attach_aux_losses(h: Tensor, stage: Any, scale: float) -> Tensor:
     """The hidden states that leave a stage without a head, and with them the gradients of its routers' own losses.
 
     The decoder's head joins these losses with that of the tokens; here no loss is at hand, but a gradient comes by.
     """
-    losses = [router.auxiliary_loss for router in routers_of(stage).values() if router.auxiliary_loss is not None]
-    return _WithLosses.apply(h, scale * stage.auxiliary_scale, *losses) if losses and torch.is_grad_enabled() else h
+    losses = [router.aux_loss for router in routers_of(stage).values() if router.aux_loss is not None]
+    return _WithLosses.apply(h, scale * stage.aux_loss_scale, *losses) if losses and torch.is_grad_enabled() else h
 
 
 class _WithLosses(torch.autograd.Function):
@@ -167,12 +167,12 @@ class _WithLosses(torch.autograd.Function):
         return grad, None, *ctx.scales
 
 
-class Speaker:
+class PipelineGenerationModel:
     """A pipelined model as `generate` takes it: every process calls it with the same and gets the same."""
 
-    def __init__(self, model: Pipelined) -> None:
+    def __init__(self, model: PipelinedModel) -> None:
         self.model = model
-        self.unspoken, self.layers = model.whole.unspoken, model.whole.layers
+        self.suppress_tokens, self.layers = model.full_model.suppress_tokens, model.full_model.layers
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.model.stages[0].parameters()
@@ -186,11 +186,11 @@ class Speaker:
 
     def __call__(self, tokens: Tensor, **inputs: Any) -> Tensor:
         """Logits of the last token alone, float32 [B, 1, V]: all that generation reads, and all that travels."""
-        pipeline, config = self.model, self.model.whole.config
+        pipeline, config = self.model, self.model.full_model.config
         logits = pipeline.run_stages(tokens, **inputs)
         if logits is None:
             last = torch.empty(len(tokens), 1, config.vocab_size, device=tokens.device)
         else:
             last = logits[:, -1:].float().contiguous()
-        dist.broadcast(last, group=pipeline.mesh.group("pipeline"), group_src=pipeline.owners[-1])
+        dist.broadcast(last, group=pipeline.mesh.group("pipeline"), group_src=pipeline.stage_owners[-1])
         return last

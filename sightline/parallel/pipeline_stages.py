@@ -38,13 +38,13 @@ def count_stages(parallel: ParallelConfig) -> int:
     return parallel.pipeline * len(stages_of(parallel, 0))
 
 
-def owners(parallel: ParallelConfig) -> list[int]:
+def stage_owners(parallel: ParallelConfig) -> list[int]:
     """The process of each stage."""
     held = {stage: process for process in range(parallel.pipeline) for stage in stages_of(parallel, process)}
     return [held[stage] for stage in range(len(held))]
 
 
-def cut(whole: Decoder, stages: int) -> list[range]:
+def split_stages(full_model: Decoder, stages: int) -> list[range]:
     """The layers of each stage: every stage at least one, the busiest with as little work as can be.
 
     Work is what a token takes in matrix products. So the embedding, which is only looked up, counts nothing, and the
@@ -53,17 +53,19 @@ def cut(whole: Decoder, stages: int) -> list[range]:
 
     Errors: ValueError for more stages than layers.
     """
-    if stages > len(whole.layers):
+    if stages > len(full_model.layers):
         raise ValueError(
-            f"{stages} pipeline stages need as many layers, and the model has {len(whole.layers)}; expected at most "
-            f"{len(whole.layers)} stages: --parallel.pipeline times one with the schedules {' and '.join(ONE_STAGE)}, "
+            f"{stages} pipeline stages need as many layers, and the model has {len(full_model.layers)}; expected at most "
+            f"{len(full_model.layers)} stages: --parallel.pipeline times one with the schedules {' and '.join(ONE_STAGE)}, "
             "times two with the others"
         )
-    total = list(accumulate((flops_per_token(layer) for layer in whole.layers.values()), initial=0.0))
-    end = len(whole.layers)
+    total = list(accumulate((flops_per_token(layer) for layer in full_model.layers.values()), initial=0.0))
+    end = len(full_model.layers)
     layers = total[-1]
-    head = whole.output_flops_per_token()
-    before = sum(flops_per_token(part) for name, part in whole.named_children() if name not in ("layers", "output"))
+    head = full_model.output_flops_per_token()
+    before = sum(
+        flops_per_token(part) for name, part in full_model.named_children() if name not in ("layers", "output")
+    )
 
     @cache
     def best(first: int, left: int) -> tuple[float, float, tuple[int, ...]]:
@@ -83,35 +85,35 @@ def cut(whole: Decoder, stages: int) -> list[range]:
     return [range(first, stop) for first, stop in zip(begins, (*begins[1:], end), strict=True)]
 
 
-def take_stages(whole: Decoder, mesh: Mesh) -> list[Decoder]:
+def build_local_stages(full_model: Decoder, mesh: Mesh) -> list[Decoder]:
     """This process's stages of a skeleton: copies without the parts that lie elsewhere, whose names are as they were.
 
     Errors: ValueError for more stages than layers, and for a model whose ends cannot be parted.
     """
     if mesh.size("pipeline") == 1:
-        return [deepcopy(whole)]
-    check_ends(whole)
+        return [deepcopy(full_model)]
+    check_pipeline_support(full_model)
     parallel = mesh.parallel
-    ranges = cut(whole, count_stages(parallel))
+    ranges = split_stages(full_model, count_stages(parallel))
     return [
-        take_layers(whole, ranges[stage], first=stage == 0, last=stage == len(ranges) - 1)
+        extract_stage(full_model, ranges[stage], first=stage == 0, last=stage == len(ranges) - 1)
         for stage in stages_of(parallel, mesh.index("pipeline"))
     ]
 
 
-def check_ends(whole: Decoder) -> None:
+def check_pipeline_support(full_model: Decoder) -> None:
     """Refuse a model that needs its embedding where its head is."""
-    if whole.ends_together:
+    if full_model.pipeline_unsupported_reason:
         raise ValueError(
-            f"{whole.ends_together}, or --parallel.pipeline 1: a pipeline has the embedding on its first process and "
+            f"{full_model.pipeline_unsupported_reason}, or --parallel.pipeline 1: a pipeline has the embedding on its first process and "
             "the output projection on its last"
         )
 
 
-def take_layers(whole: Decoder, layers: range, *, first: bool, last: bool) -> Decoder:
+def extract_stage(full_model: Decoder, layers: range, *, first: bool, last: bool) -> Decoder:
     """A copy of a skeleton with these layers alone; first and last: also with what stands before and behind them."""
-    stage: Any = deepcopy(whole)
-    for index, name in enumerate(whole.layers):
+    stage: Any = deepcopy(full_model)
+    for index, name in enumerate(full_model.layers):
         if index not in layers:
             del stage.layers[name]
     for name, part in list(stage.named_children()):
@@ -128,7 +130,7 @@ def count_microbatches(parallel: ParallelConfig, training: TrainingConfig, rows:
     """
     size, schedule, processes = training.micro_batch_size, parallel.pipeline_schedule, parallel.pipeline
     check_split_backward(parallel, training)
-    fits, wanted = which_counts(parallel)
+    fits, wanted = valid_microbatch_counts(parallel)
     if rows % size == 0 and fits(rows // size):
         return rows // size
     sizes = [n for n in divisors(rows) if fits(rows // n)]
@@ -157,7 +159,7 @@ def check_split_backward(parallel: ParallelConfig, training: TrainingConfig) -> 
         )
 
 
-def which_counts(parallel: ParallelConfig) -> tuple[Callable[[int], bool], str]:
+def valid_microbatch_counts(parallel: ParallelConfig) -> tuple[Callable[[int], bool], str]:
     """Whether the schedule works with a number of microbatches, and which numbers those are in words."""
     n = parallel.pipeline
     match parallel.pipeline_schedule:

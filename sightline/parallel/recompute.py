@@ -17,7 +17,7 @@ from sightline.parallel.patch import replace_forward
 from sightline.parallel.torch_private import ATTENTION_OPS, GROUPED_MM, RECEIVING_OPS
 
 ops = torch.ops.aten
-KEPT: list[Any] = [
+SAVED_OPS: list[Any] = [
     *(ops.mm.default, ops.addmm.default, ops.bmm.default, ops.baddbmm.default, GROUPED_MM),
     *ATTENTION_OPS,
     *RECEIVING_OPS,  # what other processes have sent or summed need not be sent again
@@ -50,14 +50,14 @@ def recompute(layer: nn.Module, selective: bool) -> None:
     # Nothing in a layer is random.
     compiled: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if selective:
-        compiled["context_fn"] = functools.partial(create_selective_checkpoint_contexts, KEPT)
+        compiled["context_fn"] = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
     eager = compiled
     if routers:
         contexts = compiled.get("context_fn", noop_context_fn)
 
         def count_once() -> tuple[Any, AbstractContextManager]:
             forward, again = contexts()
-            return forward, _AsBefore(routers, again)
+            return forward, _RestoreRouterState(routers, again)
 
         eager = {**compiled, "context_fn": count_once}
 
@@ -71,7 +71,7 @@ def recompute(layer: nn.Module, selective: bool) -> None:
     replace_forward(layer, wrap)
 
 
-class _AsBefore(AbstractContextManager):
+class _RestoreRouterState(AbstractContextManager):
     """The context, behind which the routers know what they knew before it. A pipeline that computes the gradients of
     the weights apart enters it twice."""
 
@@ -79,10 +79,10 @@ class _AsBefore(AbstractContextManager):
         self.routers, self.context = routers, context
 
     def __enter__(self) -> None:
-        self.known = [(router, router.counts, router.auxiliary_loss) for router in self.routers]
+        self.known = [(router, router.counts, router.aux_loss) for router in self.routers]
         self.context.__enter__()
 
     def __exit__(self, *error: Any) -> bool | None:
-        for router, counts, auxiliary_loss in self.known:
-            router.counts, router.auxiliary_loss = counts, auxiliary_loss
+        for router, counts, aux_loss in self.known:
+            router.counts, router.aux_loss = counts, aux_loss
         return self.context.__exit__(*error)

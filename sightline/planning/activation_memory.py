@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sightline.attention import Lowered
-from sightline.attention.exchange import Arrived
+from sightline.attention.exchange import CompletedExchange
 from sightline.attention.tiled import Slice, Tiled, Tiles
 from sightline.layers import Experts
 from sightline.masks import AttentionMask
@@ -25,7 +25,7 @@ from sightline.models.decoder import Decoder
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.patch import forward_is_replaced, replace_parameter
 from sightline.parallel.redistribute import local_part
-from sightline.parallel.tensor import take_own_tokens
+from sightline.parallel.tensor import shard_tokens
 from sightline.planning.torch_private import (
     FakeTensorMode,
     TorchDispatchMode,
@@ -46,11 +46,11 @@ class ActivationMemory:
     routed    the rows of all chosen experts
     """
 
-    kept: float
-    working: float
+    saved: float
+    workspace: float
     tensor: float
     keys: float
-    routed: float
+    routed_tokens: float
 
 
 Kinds = dict[Hashable, ActivationMemory]
@@ -67,10 +67,10 @@ def trace(stage: Decoder, mesh: Mesh, shape: tuple[int, int], dtype: str, found:
     weights = torch.bfloat16 if mesh.size("loss") > 1 and dtype == "bfloat16" else torch.float32
     named = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        give_memory(stage, weights)
+        materialize(stage, weights)
         h = torch.empty(*shape, stage.config.hidden_size, dtype=weights)
         if mesh.size("tensor") > 1:
-            (h,) = take_own_tokens(mesh["tensor"], stage.layers, (h,))
+            (h,) = shard_tokens(mesh["tensor"], stage.layers, (h,))
         for name, layer in stage.layers.items():
             kind = _kind(layer)
             if kind not in found:
@@ -79,7 +79,7 @@ def trace(stage: Decoder, mesh: Mesh, shape: tuple[int, int], dtype: str, found:
     return named
 
 
-def give_memory(module: nn.Module, dtype: torch.dtype) -> None:
+def materialize(module: nn.Module, dtype: torch.dtype) -> None:
     """Parameters and buffers from the meta device to fake tensors of a CPU."""
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
@@ -110,7 +110,7 @@ def _run(stage: Decoder, layer: nn.Module, x: Tensor, shape: tuple[int, int], dt
     mask = AttentionMask(torch.zeros(*shape, 1, dtype=torch.int32), torch.ones(*shape, 1, dtype=torch.int32), length)
     exchange = CountingExchange(mask)
     tiles = Tiles([(row, 0, length, [Slice(0, length, True, None)]) for row in range(rows)], False)
-    lowered = Lowered(mask, Tiled(), "", tiles, exchange, mask.seeing(), torch.zeros(shape, dtype=torch.int64))
+    lowered = Lowered(mask, Tiled(), "", tiles, exchange, mask.visible_queries(), torch.zeros(shape, dtype=torch.int64))
     encoding = stage.encode_positions(torch.zeros(shape, dtype=torch.int64))
     routed: list[float] = []
 
@@ -133,24 +133,24 @@ def _run(stage: Decoder, layer: nn.Module, x: Tensor, shape: tuple[int, int], dt
     for parameter in layer.parameters():
         parameter.grad = None
     return ActivationMemory(
-        kept=kept,
-        working=tracker.peak - kept,
+        saved=kept,
+        workspace=tracker.peak - kept,
         tensor=tracker.received,
         keys=exchange.bytes,
-        routed=routed[0] if routed else 0.0,  # a recompute routes once more
+        routed_tokens=routed[0] if routed else 0.0,  # a recompute routes once more
     )
 
 
 class CountingExchange:
     """Sends nothing, and counts the bytes that other processes of `context` would be sent."""
 
-    def __init__(self, whole_mask: AttentionMask) -> None:
-        self.whole_mask, self.bytes = whole_mask, 0.0
+    def __init__(self, full_mask: AttentionMask) -> None:
+        self.full_mask, self.bytes = full_mask, 0.0
 
-    def start(self, *tensors: Tensor) -> Arrived:
-        return Arrived(self._count(*tensors))
+    def start(self, *tensors: Tensor) -> CompletedExchange:
+        return CompletedExchange(self._count(*tensors))
 
-    def to_whole_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def to_full_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return self._count(*tensors)
 
     def to_local_tokens(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from sightline.config import OPTIMIZER_STATE, Run, TrainingConfig
-from sightline.layers.facts import Role, attention_layers, parameter_facts
+from sightline.layers.base import Role, attention_layers, parameter_info
 from sightline.layers.loss import CHUNK_SIZE
 from sightline.models import build_skeleton
 from sightline.models.decoder import Decoder
@@ -23,7 +23,7 @@ from sightline.parallel.apply import check_rows, parallelize
 from sightline.parallel.context.apply import check_context
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.patch import AXES
-from sightline.parallel.pipeline_stages import stages_of, take_stages
+from sightline.parallel.pipeline_stages import build_local_stages, stages_of
 from sightline.parallel.recompute import apply_recompute
 from sightline.parallel.redistribute import local_part
 from sightline.parallel.shard import layers_of
@@ -39,12 +39,12 @@ class Memory:
 
     weights: int
     gradients: int
-    moments: int
-    gathered: float
+    optimizer_state: int
+    unsharded_weights: float
     """The weights of the layer at work and of the next one, whole, and those that belong to no layer."""
     activations: float
     """What waits for the backward, of as many microbatches as are under way."""
-    working: float
+    workspace: float
     """What a layer's backward needs on top of that, its gradients before they are shared out among them, or the loss
     for its logits."""
     accumulates: bool
@@ -53,15 +53,15 @@ class Memory:
     @property
     def state(self) -> int:
         """What stays from step to step."""
-        return self.weights + self.gradients + self.moments
+        return self.weights + self.gradients + self.optimizer_state
 
     @property
     def total(self) -> float:
         """What the process holds at its height."""
-        passing = self.activations + self.working
+        passing = self.activations + self.workspace
         if self.accumulates:
-            return self.state + self.gathered + passing
-        return self.state - self.gradients + self.gathered + max(self.gradients, passing)
+            return self.state + self.unsharded_weights + passing
+        return self.state - self.gradients + self.unsharded_weights + max(self.gradients, passing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +110,10 @@ def estimate(run: Run, world: int) -> Estimate:
     parallel = replace(run.parallel, offload=False)  # where the shards lie does not change their size
     training = replace(run.training, compile=False)
     run = replace(run, parallel=parallel, training=training)
-    whole = build_skeleton(run.model)
+    full_model = build_skeleton(run.model)
     with fake_process_group(world, 0):
         mesh = Mesh(parallel, torch.device("cpu"))
-        check_context(whole, mesh, training.sequence_length)
+        check_context(full_model, mesh, training.sequence_length)
         check_rows(training, mesh)
     stages = mesh.size("pipeline")
     rows = training.global_batch_size // mesh.size("data")
@@ -124,29 +124,29 @@ def estimate(run: Run, world: int) -> Estimate:
     key_bytes: dict[str, float] = {}
     for process in range(stages):
         with fake_process_group(world, process * (world // stages)):
-            processes.append(_on_this_rank(run, whole, microbatches, times.held[process], found, key_bytes))
+            processes.append(_on_this_rank(run, full_model, microbatches, times.in_flight[process], found, key_bytes))
     pairs = training.sequence_length * (training.sequence_length + 1) / 2 * training.global_batch_size
     return Estimate(
         mesh=mesh,
         processes=processes,
-        parameters=sum(p.numel() for p in whole.parameters()),
+        parameters=sum(p.numel() for p in full_model.parameters()),
         microbatches=microbatches,
         timeline=times,
-        matmul_flops=whole.flops_per_token() * training.global_batch_size * training.sequence_length,
-        causal_flops=pairs * sum(layer.flops_per_pair() for layer in attention_layers(whole)),
+        matmul_flops=full_model.flops_per_token() * training.global_batch_size * training.sequence_length,
+        causal_flops=pairs * sum(layer.flops_per_pair() for layer in attention_layers(full_model)),
         key_bytes=key_bytes,
     )
 
 
 def _on_this_rank(
-    run: Run, whole: Decoder, microbatches: int, held: dict[int, int], found: Kinds, key_bytes: dict[str, float]
+    run: Run, full_model: Decoder, microbatches: int, held: dict[int, int], found: Kinds, key_bytes: dict[str, float]
 ) -> ProcessEstimate:
     """The process that this one pretends to be.
 
     key_bytes  by mask, of a token's keys in all layers of the processes so far; grows
     """
     mesh, training = Mesh(run.parallel, torch.device("cpu")), run.training
-    skeletons = take_stages(whole, mesh)
+    skeletons = build_local_stages(full_model, mesh)
     traced = [_trace(training, mesh, deepcopy(stage), found) for stage in skeletons]
     for stage in skeletons:
         parallelize(stage, mesh, training)
@@ -158,15 +158,15 @@ def _on_this_rank(
     memory = Memory(
         weights=weights,
         gradients=weights,
-        moments=sum(_moments(stage, run.optimizer.name) for stage in skeletons),
-        gathered=sum(_gathered(stage, mesh, training.dtype) for stage in skeletons),
+        optimizer_state=sum(_optimizer_state(stage, run.optimizer.name) for stage in skeletons),
+        unsharded_weights=sum(_gathered(stage, mesh, training.dtype) for stage in skeletons),
         activations=sum(
-            held[number] * (sum(layer.kept for layer in layers.values()) + _ends_kept(stage, training, mesh, tokens))
+            held[number] * (sum(layer.saved for layer in layers.values()) + _ends_kept(stage, training, mesh, tokens))
             for number, layers, stage in zip(numbers, traced, skeletons, strict=True)
         ),
         accumulates=microbatches > 1,
-        working=max(
-            *(layer.working for layer in traced_layers), *(_logits(stage, mesh, tokens) for stage in skeletons)
+        workspace=max(
+            *(layer.workspace for layer in traced_layers), *(_logits(stage, mesh, tokens) for stage in skeletons)
         ),
     )
     for stage, layers in zip(skeletons, traced, strict=True):
@@ -189,12 +189,12 @@ def _trace(training: TrainingConfig, mesh: Mesh, stage: Decoder, found: Kinds) -
     return trace(stage, mesh, shape, training.dtype, found)
 
 
-def _moments(stage: nn.Module, optimizer: str) -> int:
+def _optimizer_state(stage: nn.Module, optimizer: str) -> int:
     """Bytes of the optimizer's state on this process."""
     of_matrix, of_other = OPTIMIZER_STATE[optimizer]
     return sum(
         (of_matrix if role is Role.MATRIX else of_other) * local_part(p).numel() * p.element_size()
-        for _, p, role in parameter_facts(stage)
+        for _, p, role in parameter_info(stage)
     )
 
 
@@ -266,7 +266,7 @@ def _traffic(
         traffic["pipeline, stage to stage"] = microbatches * borders * hidden
     expert = mesh.size("expert")
     if expert > 1:  # to the experts and back, forward and backward
-        routed = sum(layer.routed for layer in layers)
+        routed = sum(layer.routed_tokens for layer in layers)
         traffic["expert all-to-all, even load"] = microbatches * 4 * routed * (expert - 1) / expert
     context = mesh.size("context")
     if context > 1:  # all other processes' keys, and all other processes' gradients of one's own

@@ -33,7 +33,7 @@ class Timeline:
     """
 
     bubble: float
-    held: list[dict[int, int]]
+    in_flight: list[dict[int, int]]
 
 
 def timeline(parallel: ParallelConfig, microbatches: int) -> Timeline:
@@ -54,7 +54,7 @@ def timeline(parallel: ParallelConfig, microbatches: int) -> Timeline:
                 at[process] += 1
         assert at != before, "a schedule of PyTorch comes to its end"
     work = [sum(DURATION[task[0]] for task in order) for order in orders]
-    return Timeline(1 - sum(work) / (len(orders) * max(clock)), [_held(order) for order in orders])
+    return Timeline(1 - sum(work) / (len(orders) * max(clock)), [_in_flight(order) for order in orders])
 
 
 def tasks(parallel: ParallelConfig, microbatches: int) -> list[list[Task]]:
@@ -108,7 +108,7 @@ def _ready(task: Task, ended: dict[Task, float], last: int) -> float | None:
     return ended.get(("I", stage + 1, microbatch)) if whole is None else whole
 
 
-def _held(order: list[Task]) -> dict[int, int]:
+def _in_flight(order: list[Task]) -> dict[int, int]:
     """Microbatches in flight, by stage, when there are most of them. One leaves with its gradients of the weights."""
     now: dict[int, int] = dict.fromkeys(sorted({stage for _, stage, _ in order}), 0)
     most = dict(now)

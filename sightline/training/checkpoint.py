@@ -20,7 +20,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,10 +163,12 @@ def read_tensors(checkpoint: Path, state: dict[str, Any], group: dist.ProcessGro
     check_checkpoint(checkpoint)
     reader = dcp.FileSystemReader(checkpoint)
     try:
+        stored = reader.read_metadata().state_dict_metadata
         if "random" in state:
             # A run may move to another device: what was drawn on a GPU is then not needed, or not there.
-            stored = reader.read_metadata().state_dict_metadata
             state["random"] = {name: value for name, value in state["random"].items() if f"random.{name}" in stored}
+        if "model" in state:
+            state = {**state, "model": _names_in(stored, state["model"])}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(state, storage_reader=reader, process_group=group, no_dist=group is None)
@@ -175,6 +177,12 @@ def read_tensors(checkpoint: Path, state: dict[str, Any], group: dist.ProcessGro
             f"{checkpoint} cannot be read: {_reason(error)}; expected a whole checkpoint of this model. "
             f"{_remedy(checkpoint)}"
         ) from error
+
+
+def _names_in(stored: Mapping[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+    """The model's tensors by the names in a checkpoint: before version 0.3 `expert_bias` was called `balance`."""
+    old = {name: re.sub(r"\bexpert_bias$", "balance", name) for name in tensors}
+    return {old[name] if f"model.{old[name]}" in stored else name: tensor for name, tensor in tensors.items()}
 
 
 def check_checkpoint(checkpoint: Path) -> None:

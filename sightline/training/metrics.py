@@ -79,7 +79,9 @@ def _whole_lines(path: Path) -> list[bytes]:
 class Metrics:
     """A run's numbers, to every place that wants them."""
 
-    def __init__(self, directory: Path, options: config.LoggingConfig, resumed_step: int, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, directory: Path, options: config.LoggingConfig, resumed_step: int, settings: dict[str, Any]
+    ) -> None:
         self.file = MetricsFile(directory / "metrics.jsonl", resumed_step)
         self._board: SummaryWriter | None = None
         self._wandb: Any = None

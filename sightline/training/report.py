@@ -23,7 +23,7 @@ from sightline.training.run_directory import RunDirectory
 from sightline.training.terminal import Terminal
 
 
-def announce_data(
+def log_data(
     terminal: Terminal,
     output_dir: Path,
     documents: Documents,
@@ -42,7 +42,7 @@ def announce_data(
     )
 
 
-def announce_model(
+def log_model(
     terminal: Terminal, training: config.TrainingConfig, model: ParallelModel, begun_from: Path | None, peak: Peak
 ) -> None:
     """What is trained, from which pretrained weights, where, and in what portions."""
@@ -50,13 +50,13 @@ def announce_model(
     where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     accumulation = training.global_batch_size // mesh.size("data") // training.micro_batch_size
     micro = f" in {accumulation} forwards" if accumulation > 1 else ""
-    parameters = sum(p.numel() for p in model.whole.parameters())
+    parameters = sum(p.numel() for p in model.full_model.parameters())
     begun = f", begun with the weights of {begun_from}" if begun_from else ""
     terminal.table(
         {
-            "model": f"{type(model.whole).__name__}, {count(parameters)} parameters{begun}",
+            "model": f"{type(model.full_model).__name__}, {count(parameters)} parameters{begun}",
             "device": f"{where}, {training.dtype}, peak {peak}",
-            **(mesh.grid() if mesh.world > 1 else {}),
+            **(mesh.describe_layout() if mesh.world > 1 else {}),
             "step": f"{training.global_batch_size} rows of {training.sequence_length} tokens{micro}",
         }
     )
@@ -67,27 +67,27 @@ def announce_model(
         )
 
 
-def announce_kernels(terminal: Terminal, kernels: dict[str, str]) -> None:
+def log_kernels(terminal: Terminal, kernels: dict[str, str]) -> None:
     """Log the kernel that honors each mask, and why it was chosen."""
     for name, kernel in kernels.items():
         terminal.table({"attention": f"{name} by {kernel}" if len(kernels) > 1 else kernel})
 
 
-def draw_first_masks(terminal: Terminal, directory: RunDirectory, masks: dict[str, AttentionMask]) -> None:
+def plot_first_masks(terminal: Terminal, directory: RunDirectory, masks: dict[str, AttentionMask]) -> None:
     """masks.png of the first batch, where there is none."""
     if not directory.mask_plot.exists():
-        draw(terminal, directory.mask_plot, lambda path: plot_masks(masks, path))
+        save_plot(terminal, directory.mask_plot, lambda path: plot_masks(masks, path))
 
 
-def draw_losses(terminal: Terminal, directory: RunDirectory, source: str) -> None:
+def plot_losses(terminal: Terminal, directory: RunDirectory, source: str) -> None:
     """loss.png from the whole metrics.jsonl, so a resumed run shows all its steps. `source` is that of the data."""
     rows = read_metrics(directory.metrics)
     if rows:
         title = f"{directory.path.name} · {source}"
-        draw(terminal, directory.loss_plot, lambda path: plot_loss(rows, path, title))
+        save_plot(terminal, directory.loss_plot, lambda path: plot_loss(rows, path, title))
 
 
-def draw(terminal: Terminal, path: Path, draw_to: Callable[[Path], None]) -> None:
+def save_plot(terminal: Terminal, path: Path, draw_to: Callable[[Path], None]) -> None:
     """A picture that the disk does not take must not end a run."""
     try:
         draw_to(path)
@@ -101,14 +101,14 @@ def family_option(model: Any) -> str:
     return f" --family {reference}" if ":" in reference else ""
 
 
-def tell_end(terminal: Terminal, directory: RunDirectory, more_text: str, seconds: float) -> None:
+def log_summary(terminal: Terminal, directory: RunDirectory, more_text: str, seconds: float) -> None:
     """How the loss fell, and where everything lies. `more_text` are the options of the command that writes more."""
     rows = read_metrics(directory.metrics)
     if rows:
         first, last = rows[0], rows[-1]
         validation = [row["validation_loss"] for row in rows if "validation_loss" in row]
         held_out = f", validation {validation[0]:.3f} to {validation[-1]:.3f}" if validation else ""
-        terminal.say(
+        terminal.log(
             f"step {last['step']} reached, loss {first['loss']:.3f} to {last['loss']:.3f}{held_out}; "
             f"this took {duration(seconds)}"
         )

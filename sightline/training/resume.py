@@ -8,12 +8,12 @@ from typing import Any
 from sightline.training.checkpoint import CONFIG, check_checkpoint, find_latest, step_of
 from sightline.training.run_directory import RunDirectory, find_checkpoint, load_config, settings
 
-FIXED = (
+MUST_MATCH = (
     *("family", "model", "model_from", "data", "seed", "training.sequence_length", "training.global_batch_size"),
     "optimizer.name",
 )
 """With another value of these it would be another run: other weights, documents, batch or optimizer state."""
-SILENT = ("output_dir", "logging", "checkpoint", "parallel.timeout")
+MAY_CHANGE_SILENTLY = ("output_dir", "logging", "checkpoint", "parallel.timeout")
 """Of no meaning to the numbers. Whatever is in neither may change, and is said."""
 
 
@@ -52,7 +52,7 @@ def check_continues(checkpoint: Path, run_settings: dict[str, Any]) -> list[str]
     """
     before, now = flat(settings(load_config(checkpoint / CONFIG))), flat(run_settings)
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    refused = [name for name in changed if name.startswith(FIXED)]
+    refused = [name for name in changed if name.startswith(MUST_MATCH)]
     if refused:
         differences = "; ".join(f"{name} is {now.get(name)!r}, expected {before.get(name)!r}" for name in refused)
         options = " ".join(option(name, before.get(name)) for name in refused if name != "family")
@@ -63,7 +63,7 @@ def check_continues(checkpoint: Path, run_settings: dict[str, Any]) -> list[str]
     return [
         f"{name} is now {now.get(name)!r}, was {before.get(name)!r}" + consequence(name)
         for name in changed
-        if not name.startswith(SILENT)
+        if not name.startswith(MAY_CHANGE_SILENTLY)
     ]
 
 

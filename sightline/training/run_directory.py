@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sightline.config import Run
+from sightline.config.renamed import use_new_names
 from sightline.data import Tokenizer
 from sightline.models import FAMILIES, Family
 from sightline.models.families import named_family, reference_of
@@ -131,6 +132,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         types_of = typing.get_type_hints(kind)
+        value = use_new_names(kind, value)  # type: ignore[arg-type]
         unknown = sorted(value.keys() - types_of.keys())
         if unknown:
             raise ValueError(f"{where} has the field {unknown[0]!r}, which this version does not know")

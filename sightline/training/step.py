@@ -26,19 +26,19 @@ def prepare_batch(
     model: Model, batch: Batch, tokenizer: Tokenizer | None, device: torch.device | str
 ) -> dict[str, Any]:
     """What the model's forward takes, by name: tokens, labels, attention_masks, positions and the batch's extra, and
-    loss_facts where its loss needs any.
+    loss_inputs where its loss needs any.
 
     Training, validation and every tool come through here, so none of them can have another mask than the others.
     The masks are made on the CPU, where their few integers cost next to nothing, and stay there until they are lowered.
     """
-    loss_facts = model.loss.token_facts(batch)
+    loss_inputs = model.loss.per_token_inputs(batch)
     inputs = {
         "tokens": batch.tokens,
         "labels": batch.labels,
         "positions": batch.positions,
         "attention_masks": named_masks(model.get_attention_masks(batch, tokenizer)),
-        **{name: value for name, value in batch.extra.items() if name not in loss_facts},
-        **({"loss_facts": loss_facts} if loss_facts else {}),
+        **{name: value for name, value in batch.extra.items() if name not in loss_inputs},
+        **({"loss_inputs": loss_inputs} if loss_inputs else {}),
     }
     return to_device(inputs, device)
 
@@ -68,7 +68,7 @@ class StepSums:
         counted = float(mesh.index("context") == 0 and mesh.index("pipeline") == 0)
         own = torch.tensor([counts[field.name] * counted for field in fields(cls)[1:]], dtype=torch.float64)
         sums = torch.cat([loss.double()[None], own.to(mesh.device, non_blocking=True)])
-        return cls(*mesh.sum(mesh.sum(sums, "loss"), "pipeline"))
+        return cls(*mesh.all_reduce(mesh.all_reduce(sums, "loss"), "pipeline"))
 
     def read(self) -> dict[str, float]:
         """The numbers by name. Waits for the device."""
@@ -83,7 +83,7 @@ class StepResult:
     sums: StepSums
     grad_norm: Tensor
     """float32 scalar: before clipping."""
-    of_model: dict[str, Tensor]
+    model_metrics: dict[str, Tensor]
     """Scalars that the model tells of the step, by name: the load of its experts, ..."""
 
     @property
@@ -110,19 +110,19 @@ def train_step(
     mesh = model.mesh
     optimizer.zero_grad(set_to_none=True)
     own = torch.tensor([model.loss.weight(batch), batch.valid_tokens()], dtype=torch.float64)
-    weight, valid_tokens = (number or 1.0 for number in mesh.sum(own, "data").tolist())
+    weight, valid_tokens = (number or 1.0 for number in mesh.all_reduce(own, "data").tolist())
     for stage in model.stages:
-        stage.auxiliary_scale = weight / valid_tokens
+        stage.aux_loss_scale = weight / valid_tokens
     loss = torch.zeros((), device=mesh.device)
     pairs, flops = 0, 0.0
-    rows = model.rows_at_once(batch.shape[0], micro_batch_size)
+    rows = model.rows_per_call(batch.shape[0], micro_batch_size)
     for first in range(0, batch.shape[0], rows):
         inputs = prepare_batch(model, batch[first : first + rows], tokenizer, "cpu")
         for name, mask in inputs["attention_masks"].items():
             visible = int(mask.visible_pairs().sum())
             pairs += visible
-            flops += visible * model.whole.flops_per_pair(name)
-        loss += model.forward_backward(model.own_tokens(inputs), 1 / weight, last=first + rows >= batch.shape[0])
+            flops += visible * model.full_model.flops_per_pair(name)
+        loss += model.forward_backward(model.local_inputs(inputs), 1 / weight, last=first + rows >= batch.shape[0])
     grad_norm = clip_gradients((p for _, p in model.named_parameters()), max_grad_norm, mesh)
     sums = StepSums.of_all_processes(
         mesh,
@@ -134,7 +134,7 @@ def train_step(
     )
     optimizer.found_inf = (~(sums.loss.isfinite() & grad_norm.isfinite())).float()
     optimizer.step()
-    return StepResult(sums=sums, grad_norm=grad_norm, of_model=model.finish_step())
+    return StepResult(sums=sums, grad_norm=grad_norm, model_metrics=model.finish_step())
 
 
 @torch.no_grad()
@@ -148,8 +148,8 @@ def validate(model: ParallelModel, batches: Iterable[Batch], tokenizer: Tokenize
     weight = torch.zeros((), dtype=torch.float64)
     model.train(False)
     for batch in batches:
-        loss += model.evaluate(model.own_tokens(prepare_batch(model, batch, tokenizer, "cpu")))
+        loss += model.evaluate(model.local_inputs(prepare_batch(model, batch, tokenizer, "cpu")))
         weight += model.loss.weight(batch)
     model.train()
-    mesh.sum(mesh.sum(loss, "loss"), "pipeline")
-    return loss.item() / (float(mesh.sum(weight, "data")) or 1.0)
+    mesh.all_reduce(mesh.all_reduce(loss, "loss"), "pipeline")
+    return loss.item() / (float(mesh.all_reduce(weight, "data")) or 1.0)

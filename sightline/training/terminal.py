@@ -27,12 +27,12 @@ class Terminal:
         self._steps = 0
         self._recent = 0.0  # seconds of a step, lately
 
-    def say(self, text: str, style: str | None = None) -> None:
+    def log(self, text: str, style: str | None = None) -> None:
         """One line; a long one is not broken where output is no terminal."""
         self.console.print(escape(text), style=style, soft_wrap=not self.console.is_terminal)
 
     def warn(self, text: str) -> None:
-        self.say(f"warning: {text}", style="yellow")
+        self.log(f"warning: {text}", style="yellow")
 
     @contextmanager
     def progress(self, step: int, steps: int) -> Iterator[None]:
@@ -64,20 +64,20 @@ class Terminal:
         if self._progress is not None:
             self._progress.update(self._task, completed=step, numbers=f"loss {row['loss']:.3f}  {speed}")
             if validation is not None:
-                self.say(f"step {step}  loss {row['loss']:.4f}  validation {validation:.4f}")
+                self.log(f"step {step}  loss {row['loss']:.4f}  validation {validation:.4f}")
         elif step % EVERY == 0 or step in (1, self._steps) or validation is not None:
             held_out = "" if validation is None else f"  validation {validation:.4f}"
             left = f"  {duration((self._steps - step) * self._recent)} left" if step < self._steps else ""
-            self.say(f"step {step}/{self._steps}  loss {row['loss']:.4f}{held_out}  {speed}{left}")
+            self.log(f"step {step}/{self._steps}  loss {row['loss']:.4f}{held_out}  {speed}{left}")
 
     def sample(self, prompt: str, text: str) -> None:
         """Text the model wrote, the prompt marked where there is colour."""
-        self.say("")
+        self.log("")
         if self.console.is_terminal:
             shown = f"[bold]{escape(prompt)}[/bold]{escape(text)}"
             self.console.print(Panel(shown, title="a sample", title_align="left", border_style="dim"))
         else:
-            self.say(f"a sample:\n{prompt}{text}\n")
+            self.log(f"a sample:\n{prompt}{text}\n")
 
     def table(self, rows: Mapping[str, str]) -> None:
         """Two columns without lines: what, and where."""
@@ -88,6 +88,6 @@ class Terminal:
             if self.console.is_terminal:
                 table.add_row(f"[dim]{escape(what)}[/dim]", escape(where))
             else:
-                self.say(f"{what:<12} {where}")
+                self.log(f"{what:<12} {where}")
         if self.console.is_terminal:
             self.console.print(table)

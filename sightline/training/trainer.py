@@ -20,7 +20,7 @@ from sightline.masks import named_masks
 from sightline.models.hf.directory import read_pretrained
 from sightline.models.hf.files import holds_weights
 from sightline.parallel.apply import build_parallel, check_rows
-from sightline.parallel.launch import joined, meet
+from sightline.parallel.launch import distributed_session, sync_stop_signal
 from sightline.parallel.mesh import Mesh
 from sightline.training.checkpoint import TOKENIZER, CannotSave, Progress, load_checkpoint, remove_partial, tensors
 from sightline.training.export import export_checkpoint
@@ -28,13 +28,13 @@ from sightline.training.flops import find_peak
 from sightline.training.metrics import Metrics
 from sightline.training.optimizer import build_optimizer
 from sightline.training.report import (
-    announce_data,
-    announce_kernels,
-    announce_model,
-    draw_first_masks,
-    draw_losses,
     family_option,
-    tell_end,
+    log_data,
+    log_kernels,
+    log_model,
+    log_summary,
+    plot_first_masks,
+    plot_losses,
 )
 from sightline.training.resume import check_continues, find_start
 from sightline.training.run_directory import RunDirectory, settings
@@ -58,13 +58,13 @@ def train(run: Run, terminal: Terminal | None = None, *, batches: Batches | None
     Raises: ValueError for what cannot be trained or continued; `sightline.errors.Stopped` after a signal; RunFailed
     when it cannot go on.
     """
-    with joined(run.parallel, choose_device(run.training)) as device, ExitStack() as opened:
+    with distributed_session(run.parallel, choose_device(run.training)) as device, ExitStack() as opened:
         Trainer(run, device, terminal or Terminal(), opened, batches).train()
     return run.output_dir
 
 
 @dataclass(frozen=True)
-class Taken:
+class PendingStep:
     """A step that the device has been given; its numbers may still be on their way."""
 
     step: int
@@ -87,16 +87,16 @@ class Trainer:
         make_reproducible(run.seed, run.training.deterministic)
         self.directory = RunDirectory(run.output_dir)
         described = settings(run)
-        start, changes = mesh.from_first(lambda: self.begin(opened, described))
+        start, changes = mesh.from_rank_zero(lambda: self.begin(opened, described))
 
         documents = load_documents(run.data) if batches is None else Documents.from_texts([], source="your batches")
         training, held_out = split_documents(documents, run.data.validation_fraction if documents else 0)
         path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or run.model_from, run.model.vocab_size
-        announce_data(terminal, run.output_dir, documents, held_out, path, vocab_size, start)
-        self.tokenizer = mesh.from_first(lambda: get_tokenizer(path, training, vocab_size))
+        log_data(terminal, run.output_dir, documents, held_out, path, vocab_size, start)
+        self.tokenizer = mesh.from_rank_zero(lambda: get_tokenizer(path, training, vocab_size))
         self.model = build_parallel(run.model, run.training, mesh, attention_backend=run.attention.backend)
         if run.model_from and not start:
-            read_pretrained(self.model.whole, run.model_from, self.model.state_dict())
+            read_pretrained(self.model.full_model, run.model_from, self.model.state_dict())
         self.optimizer = build_optimizer(self.model, run.optimizer)
         self.open_batches(training, held_out, batches, opened)
         self.peak = find_peak(device, run.training.dtype)
@@ -111,12 +111,12 @@ class Trainer:
             self.metrics = opened.enter_context(closing(metrics))
             self.saver.before = metrics.file.sync
         self.last_read = 0.0
-        self.reads_at_once = device.type == "cpu"  # there a step has its numbers when it returns
-        announce_model(terminal, run.training, self.model, run.model_from, self.peak)
+        self.reads_immediately = device.type == "cpu"  # there a step has its numbers when it returns
+        log_model(terminal, run.training, self.model, run.model_from, self.peak)
         for change in changes:
             terminal.warn(change)
         if self.step >= run.training.steps:
-            terminal.say(f"all {run.training.steps} steps are done (now at {self.step}): nothing is left to train")
+            terminal.log(f"all {run.training.steps} steps are done (now at {self.step}): nothing is left to train")
 
     def begin(self, opened: ExitStack, described: dict[str, Any]) -> tuple[Path | None, list[str]]:
         """Take the directory; the checkpoint to continue from, and what has changed since it."""
@@ -132,7 +132,7 @@ class Trainer:
         """Those to train on, and those to validate on."""
         run, tokenizer = self.run, self.tokenizer
         shared: dict[str, Any] = {
-            "images": self.model.whole.image_sizes,
+            "images": self.model.full_model.image_sizes,
             "rank": self.mesh.index("data"),
             "world": self.mesh.size("data"),
         }
@@ -144,20 +144,20 @@ class Trainer:
         """Step by step to the last one, or to the first signal."""
         steps = self.run.training.steps
         with StopRequest() as stop, self.terminal.progress(self.step, steps):
-            waiting: Taken | None = None
+            waiting: PendingStep | None = None
             while self.step < steps and not self.stops(stop):
                 taken = self.take_step()
                 if waiting:
                     self.write(self.read(waiting))  # while the device works on the step just given to it
                 waiting = taken
-                if self.reads_at_once or self.validates() or self.saver.is_due(self.step):
+                if self.reads_immediately or self.validates() or self.saver.is_due(self.step):
                     self.finish(waiting)
                     waiting = None
             if waiting:
                 self.finish(waiting)
             self.saver.save_last(*self.state())
         if self.mesh.rank == 0:
-            draw_losses(self.terminal, self.directory, self.run.data.source)
+            plot_losses(self.terminal, self.directory, self.run.data.source)
         if stop.received is not None and self.step < steps:
             raise Stopped(stop.received, self.step, self.saver.latest())
         if self.run.checkpoint.export:
@@ -166,22 +166,22 @@ class Trainer:
         if self.mesh.rank == 0:
             seconds = time.perf_counter() - self.began
             more_text = f'{family_option(self.run.model)} --prompt "{self.run.logging.sample_prompt}"'
-            tell_end(self.terminal, self.directory, more_text, seconds)
+            log_summary(self.terminal, self.directory, more_text, seconds)
 
     def stops(self, stop: StopRequest) -> bool:
         """Whether a signal came, to this process or to any other: all leave after the same step."""
-        received = meet(self.step, stop.received)
+        received = sync_stop_signal(self.step, stop.received)
         if received is not None:  # else one may have come in the meantime: the next step will see it
             stop.received = received
         return received is not None
 
-    def take_step(self) -> Taken:
+    def take_step(self) -> PendingStep:
         """Give the next step to the device. Nothing here waits for its result."""
         started = time.perf_counter()
         batch = next(self.loader)
         if self.step == self.first_step and self.mesh.rank == 0:
             masks = named_masks(self.model.get_attention_masks(batch, self.tokenizer))
-            draw_first_masks(self.terminal, self.directory, masks)
+            plot_first_masks(self.terminal, self.directory, masks)
             started = time.perf_counter()
         self.step += 1
         rate = learning_rate(self.step, self.run.optimizer, self.run.training.steps)
@@ -196,10 +196,10 @@ class Trainer:
             max_grad_norm=self.run.optimizer.max_grad_norm,
         )
         if self.step == self.first_step + 1:
-            announce_kernels(self.terminal, self.model.kernels)
-        return Taken(self.step, started, rate, result)
+            log_kernels(self.terminal, self.model.attention_kernels)
+        return PendingStep(self.step, started, rate, result)
 
-    def read(self, taken: Taken) -> dict[str, Any]:
+    def read(self, taken: PendingStep) -> dict[str, Any]:
         """The row of a step. Waits for the device to have taken it. Errors: NonFiniteLoss."""
         result = taken.result
         sums, grad_norm = result.sums.read(), result.grad_norm.item()
@@ -209,7 +209,7 @@ class Trainer:
         self.last_read = now
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise NonFiniteLoss(taken.step, loss, grad_norm, self.saver.latest())
-        flops = self.model.whole.flops_per_token() * tokens + sums["attention_flops"]
+        flops = self.model.full_model.flops_per_token() * tokens + sums["attention_flops"]
         return {
             "step": taken.step,
             "loss": loss,
@@ -221,10 +221,10 @@ class Trainer:
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "mfu": flops / seconds / (self.peak.flops * self.mesh.world),
-            **{name: value.item() for name, value in result.of_model.items()},
+            **{name: value.item() for name, value in result.model_metrics.items()},
         }
 
-    def finish(self, taken: Taken) -> None:
+    def finish(self, taken: PendingStep) -> None:
         """Wait for a step, note it, and validate and save where that is due after it."""
         row = self.read(taken)
         if self.validates():
@@ -257,24 +257,24 @@ class Trainer:
 
     def export(self) -> None:
         """The trained model for transformers, unless it is there. Errors: RunFailed."""
-        checkpoint = self.mesh.from_first(self.saver.latest)
+        checkpoint = self.mesh.from_rank_zero(self.saver.latest)
         assert checkpoint is not None, "a run that came to its end has saved"
         output = self.directory.exported / checkpoint.name
-        if self.mesh.from_first(lambda: holds_weights(output)):
+        if self.mesh.from_rank_zero(lambda: holds_weights(output)):
             return
         try:
             export_checkpoint(checkpoint, output, group=self.saver.group)
         except CannotSave as error:
             command = f"sightline convert {checkpoint} {output}{family_option(self.run.model)}"
             raise RunFailed(f"{error}. Make room, then: {command}") from error
-        self.terminal.say(f"exported for transformers: {output}")
+        self.terminal.log(f"exported for transformers: {output}")
 
     def write_sample(self) -> None:
         """A piece of text, to see what the model has learnt."""
         logging = self.run.logging
         if logging.sample_tokens:
             text = generate(
-                self.model.speaker,
+                self.model.generation_model,
                 self.tokenizer,
                 logging.sample_prompt,
                 SamplingConfig(max_new_tokens=logging.sample_tokens, seed=self.run.seed),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sightline.attention import BACKENDS, CHOICES, Needs, attend, check_backend, lower
+from sightline.attention import BACKENDS, CHOICES, KernelRequirements, attend, check_backend, lower
 from sightline.attention.sdpa import Sdpa
 from sightline.attention.tiled import Tiled
 from sightline.batch import Batch
@@ -199,7 +199,7 @@ def test_sdpa_as_one_call_is_what_other_devices_run() -> None:
     """The path of GPUs, run here on the CPU's unfused kernel."""
     masks = {**long_masks(), "plain causal": causal(2, 20), "one token": causal(1, 1)}
     some = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).requires_grad_()
-    needs = Needs(device=torch.device("cpu"), dtype=torch.float64, training=True)
+    needs = KernelRequirements(device=torch.device("cpu"), dtype=torch.float64, training=True)
     for mask in masks.values():
         dense = replace(
             lower(mask, device="cpu", dtype=torch.float64, training=True),
@@ -241,13 +241,15 @@ def test_choices_are_the_backends() -> None:
 )
 def test_what_layers_need_is_refused_before_there_is_a_mask(backend: str, needs: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        check_backend(backend, Needs(**{"device": torch.device("cpu"), "dtype": torch.float32, **needs}))
-    check_backend("auto", Needs(device=torch.device("cuda"), dtype=torch.float32, sinks=True, head_dim=512))
+        check_backend(backend, KernelRequirements(**{"device": torch.device("cpu"), "dtype": torch.float32, **needs}))
+    check_backend(
+        "auto", KernelRequirements(device=torch.device("cuda"), dtype=torch.float32, sinks=True, head_dim=512)
+    )
 
 
 def test_a_kernel_is_asked_with_all_that_the_layers_need(monkeypatch: pytest.MonkeyPatch) -> None:
     """When the model is built and when a mask is lowered: heads that varlen does not take must not reach it."""
-    asked: list[Needs] = []
+    asked: list[KernelRequirements] = []
     monkeypatch.setattr(Tiled, "supports", lambda self, needs: asked.append(needs))
     model = build_model(replace(config_of("gpt_oss-debug"), head_dim=24))
     model.check_backend(torch.device("cpu"), torch.float32, training=True)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.attention.varlen
 from torch import Tensor
 
-from sightline.attention import Needs, lower, varlen
+from sightline.attention import KernelRequirements, lower, varlen
 from sightline.masks import AttentionMask, causal, document, prefix_lm, sliding_window
 from tests.attention.test_attend import inputs, results
 
@@ -94,5 +94,5 @@ def test_the_layout_is_made_once_a_lowering(kernels_on_a_cpu: None, monkeypatch:
 
 def test_half_precision_on_cuda_is_what_it_serves() -> None:
     cuda = torch.device("cuda")
-    assert varlen.Varlen().supports(Needs(device=cuda, dtype=torch.bfloat16, training=True)) is None
-    assert "float32" in str(varlen.Varlen().supports(Needs(device=cuda, dtype=torch.float32)))
+    assert varlen.Varlen().supports(KernelRequirements(device=cuda, dtype=torch.bfloat16, training=True)) is None
+    assert "float32" in str(varlen.Varlen().supports(KernelRequirements(device=cuda, dtype=torch.float32)))

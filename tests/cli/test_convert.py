@@ -17,7 +17,7 @@ from sightline import Batch
 from sightline.cli.main import run
 from sightline.models import VLM, load_pretrained
 from sightline.training import trainer
-from sightline.training.trained import load
+from sightline.training.loading import load
 from tests.support.small_runs import write_corpus
 
 SHORT = (

@@ -11,7 +11,7 @@ import sightline
 from sightline import generation
 from sightline.cli import generate
 from sightline.data import Tokenizer, pack_patches, train_tokenizer
-from sightline.data.synthetic_images import caption_documents, draw
+from sightline.data.synthetic_images import caption_documents, render
 from sightline.generation import SamplingConfig
 from sightline.models import build_model, load_pretrained, save_pretrained
 
@@ -29,7 +29,7 @@ def directory(request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_fac
 
 
 @pytest.fixture(scope="module")
-def seeing(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def visible_queries(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model("vlm", tokenizer, tmp_path_factory.mktemp("seeing"))
 
 
@@ -40,7 +40,7 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     paths = []
     for caption, height, width in (("a large red circle on white", 8, 16), ("a small blue cross on black", 16, 8)):
         paths.append(folder / f"{height}x{width}.png")
-        Image.fromarray(draw(caption, height, width, rng)).save(paths[-1])
+        Image.fromarray(render(caption, height, width, rng)).save(paths[-1])
     return paths
 
 

@@ -44,7 +44,7 @@ def test_help_teaches_every_field(name, capsys) -> None:
     code, out, _ = call(capsys, "train", name, "--help")
     assert code == 0
     for option in (
-        "--output-dir", "--seed", "--model.num-layers", "--model.num-kv-heads", "--data.source", "--data.packing",
+        "--output-dir", "--seed", "--model.layers", "--model.num-kv-heads", "--data.source", "--data.packing",
         "--training.steps", "--training.sequence-length", "--training.global-batch-size", "--training.micro-batch-size",
         "--training.deterministic", "--optimizer.learning-rate", "--optimizer.schedule", "--attention.backend",
         "--validation.every", "--checkpoint.every", "--checkpoint.resume", "--logging.wandb",
@@ -59,13 +59,13 @@ def test_options_become_the_run() -> None:
     run = parse([
         "llama3-tiny", "--output-dir", "x/y", "--seed", "7", "--training.steps", "12", "--training.sequence-length",
         "64", "--attention.backend", "reference", "--data.source", "some/path", "--checkpoint.every", "3",
-        "--model.num-layers", "2", "--training.deterministic", "--data.tokenizer", "t.json", "--checkpoint.resume", "never",
+        "--model.layers", "2", "--training.deterministic", "--data.tokenizer", "t.json", "--checkpoint.resume", "never",
     ])  # fmt: skip
     assert run.output_dir == Path("x/y") and run.seed == 7
     assert run.training.steps == 12 and run.training.sequence_length == 64 and run.training.deterministic
     assert run.attention.backend == "reference" and run.data.source == "some/path"
     assert run.checkpoint.every == 3 and run.checkpoint.resume == "never"
-    assert run.model.num_layers == 2 and run.model.hidden_size == RECIPES["llama3-tiny"].model.hidden-size
+    assert run.model.num_layers == 2 and run.model.hidden_size == RECIPES["llama3-tiny"].model.hidden_size
     assert run.data.tokenizer == Path("t.json")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sightline.cli.masks import main
-from sightline.cli.show_masks import find_subject
+from sightline.cli.show_masks import find_mask_source
 from sightline.config import DataConfig, Run
 from sightline.data import load_documents, open_loader, split_documents, train_tokenizer
 from sightline.masks import causal, document
@@ -96,7 +96,7 @@ def test_a_recipe_shows_the_first_batch_of_its_training(recipe: str, source: Pat
     loader = open_loader(run.data, run.training, training, tokenizer, seed=run.seed)
     batch = next(loader)
     loader.close()
-    subject = find_subject(recipe, None)
+    subject = find_mask_source(recipe, None)
     assert list(subject.masks) == ["attention"]
     assert batch.document_ids.amax() > 1
     assert subject.masks["attention"].equal(causal(*batch.shape) & document(batch.document_ids))
@@ -104,19 +104,19 @@ def test_a_recipe_shows_the_first_batch_of_its_training(recipe: str, source: Pat
 
 
 def test_a_run_shows_its_own_tokenizers_batch(recipe: str, run_directory: Path) -> None:
-    of_recipe, of_run = find_subject(recipe, None), find_subject(str(run_directory), None)
+    of_recipe, of_run = find_mask_source(recipe, None), find_mask_source(str(run_directory), None)
     assert of_run.batch is not None and int(of_run.batch.tokens.max()) < 260
     assert not of_run.masks["attention"].equal(of_recipe.masks["attention"])
 
 
 def test_another_sequence_length(recipe: str, run_directory: Path) -> None:
     for what in (recipe, str(run_directory)):
-        assert find_subject(what, 40).masks["attention"].shape == (4, 40, 40)
+        assert find_mask_source(what, 40).masks["attention"].shape == (4, 40, 40)
 
 
 def test_flops_of_a_step_by_hand(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     """llama3-debug: 2 layers of 4 heads of 16 channels, 2 key/value heads; 12 FLOPs a pair, head and channel."""
-    pairs = int(find_subject(recipe, None).masks["attention"].visible_pairs().sum())
+    pairs = int(find_mask_source(recipe, None).masks["attention"].visible_pairs().sum())
     main([recipe, "--stats"])
     rows = dict(re.findall(r"^(\S.*?) {2,}(\S.*?) *$", capsys.readouterr().out, re.MULTILINE))
     attention, tokens = pairs * 12 * 4 * 16 * 2, 4 * 96

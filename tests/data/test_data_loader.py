@@ -23,8 +23,8 @@ from sightline.data import (
 
 CAPTIONS = load_documents(DataConfig(source=SYNTHETIC_IMAGES))
 TOKENIZER = train_tokenizer(CAPTIONS, 300)
-IMAGES = ImageSizes(patch_size=4, merge=2, image_token=511)
-DRAWINGS = DataConfig(source=SYNTHETIC_IMAGES)
+IMAGES = ImageSizes(patch_size=4, spatial_merge_size=2, image_token_id=511)
+IMAGE_SECTIONS = DataConfig(source=SYNTHETIC_IMAGES)
 TRAINING = TrainingConfig(sequence_length=96, global_batch_size=4, micro_batch_size=2)
 
 
@@ -52,7 +52,7 @@ class Numbered:
 
 def test_the_source_decides_the_loader() -> None:
     text = open_loader(DataConfig(), TRAINING, Documents.from_texts(["some text"]), TOKENIZER)
-    drawings = open_loader(DRAWINGS, TRAINING, CAPTIONS, TOKENIZER, images=IMAGES)
+    drawings = open_loader(IMAGE_SECTIONS, TRAINING, CAPTIONS, TOKENIZER, images=IMAGES)
     own = open_loader(DataConfig(), TRAINING, CAPTIONS, TOKENIZER, batches=[batch_of(1, 4, 96)])
     assert [type(loader) for loader in (text, drawings, own)] == [Loader, ImageLoader, IterableLoader]
     for loader in (text, drawings, own):
@@ -62,10 +62,12 @@ def test_the_source_decides_the_loader() -> None:
 
 def test_drawings_are_refused_to_a_model_that_reads_text_alone() -> None:
     with pytest.raises(ValueError, match=r"'synthetic-images' holds images, .*text alone; take a recipe .*vlm, or"):
-        open_loader(DRAWINGS, TRAINING, CAPTIONS, TOKENIZER)
+        open_loader(IMAGE_SECTIONS, TRAINING, CAPTIONS, TOKENIZER)
 
 
-@pytest.mark.parametrize(("data", "documents"), [(DRAWINGS, CAPTIONS), (DataConfig(), Documents.from_texts(["abc"] * 99))])
+@pytest.mark.parametrize(
+    ("data", "documents"), [(IMAGE_SECTIONS, CAPTIONS), (DataConfig(), Documents.from_texts(["abc"] * 99))]
+)
 def test_ranks_share_the_rows_of_a_validation(data: DataConfig, documents: Documents) -> None:
     def batches(**options: int) -> list[Batch]:
         return open_validation(data, TRAINING, ValidationConfig(rows=3), documents, TOKENIZER, images=IMAGES, **options)
@@ -87,7 +89,7 @@ def test_batches_with_a_state_go_on_where_they_were() -> None:
     again = IterableLoader(Numbered(), rows=2, sequence_length=8)
     again.load_state_dict(state)
     assert torch.equal(next(again).tokens, batch_of(4).tokens)
-    assert again.state_dict() == {**state, "step": 4, "lanes": {"0": {"step": 4}}}
+    assert again.state_dict() == {**state, "step": 4, "shards": {"0": {"step": 4}}}
 
 
 def test_each_rank_has_batches_and_a_state_of_its_own() -> None:

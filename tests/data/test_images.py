@@ -20,7 +20,7 @@ from sightline.data import (
     to_patches,
     train_tokenizer,
 )
-from sightline.data.synthetic_images import COLOURS, SYNTHETIC_IMAGES, caption_documents, draw
+from sightline.data.synthetic_images import COLORS, SYNTHETIC_IMAGES, caption_documents, render
 
 IMAGE = 511
 CAPTIONS = load_documents(DataConfig(source=SYNTHETIC_IMAGES))
@@ -64,7 +64,7 @@ def test_every_image_stands_before_its_caption() -> None:
             seen.add(caption)
             _, _, colour, _, _, ground = caption.split()
             colours = {tuple(pixel) for pixel in ((patches.reshape(-1, 3) + 1) * 127.5).round().int().tolist()}
-            assert colours == {COLOURS[colour], COLOURS[ground]}
+            assert colours == {COLORS[colour], COLORS[ground]}
     assert len(seen) > 20
 
 
@@ -139,9 +139,9 @@ def test_packed_patches() -> None:
 @pytest.mark.parametrize("shape", ["circle", "square", "triangle", "cross"])
 def test_a_large_drawing_covers_more_than_a_small_one(shape: str) -> None:
     def covered(size: str) -> int:
-        image = draw(f"a {size} red {shape} on blue", 32, 48, np.random.default_rng(0))
+        image = render(f"a {size} red {shape} on blue", 32, 48, np.random.default_rng(0))
         assert image.shape == (32, 48, 3) and image.dtype == np.uint8
-        return int((image == COLOURS["red"]).all(axis=2).sum())
+        return int((image == COLORS["red"]).all(axis=2).sum())
 
     assert 30 < 2 * covered("small") < covered("large") < 32 * 48
 

@@ -41,14 +41,14 @@ def stacked(batches: list[Batch]) -> Batch:
     return Batch(**{name: torch.cat([getattr(batch, name) for batch in batches]) for name in NAMES})
 
 
-def lanes_of(batches: list[Batch], lanes: int = 8) -> list[Batch]:
-    """The rows of a run from its first one on, lane by lane."""
+def lanes_of(batches: list[Batch], shards: int = 8) -> list[Batch]:
+    """The rows of a run from its first one on, shard by shard."""
     together = stacked(batches)
-    return [together[lane::lanes] for lane in range(lanes)]
+    return [together[shard::shards] for shard in range(shards)]
 
 
 def texts(rows: Batch) -> list[str]:
-    """The letters of consecutive rows of a lane, one string a document (the last one may be cut)."""
+    """The letters of consecutive rows of a shard, one string a document (the last one may be cut)."""
     tokens = rows.tokens[rows.document_ids != PADDING]
     starts = (tokens == TOKENIZER.bos_id).nonzero().flatten().tolist()
     return [TOKENIZER.decode(part.tolist()) for part in torch.tensor_split(tokens, starts)[1:]]
@@ -58,18 +58,18 @@ def test_a_lane_is_its_documents_packed_in_order() -> None:
     batches = take(loader(), 40)
     assert {batch.shape for batch in batches} == {(2, 16)}
     assert {batch.fill() for batch in batches} == {1.0}
-    for lane in lanes_of(batches):
-        order = texts(lane)[:-1]
+    for shard in lanes_of(batches):
+        order = texts(shard)[:-1]
         packed = Batch.from_documents([TOKENIZER.encode(text) for text in order], 16)
         rows = packed.shape[0] - 1  # the oracle pads its last row
         assert rows >= 5
-        assert_same([lane[:rows]], [packed[:rows]])
+        assert_same([shard[:rows]], [packed[:rows]])
 
 
-@pytest.mark.parametrize(("rows", "lanes"), [(1, 8), (2, 8), (3, 9), (8, 8), (11, 11)])
-def test_an_epoch_reads_every_document_once_and_each_in_another_order(rows: int, lanes: int) -> None:
-    orders = [texts(lane) for lane in lanes_of(take(loader(rows=rows), 50 * lanes // rows), lanes)]
-    sizes = [len(range(lane, len(TEXTS), lanes)) for lane in range(lanes)]
+@pytest.mark.parametrize(("rows", "shards"), [(1, 8), (2, 8), (3, 9), (8, 8), (11, 11)])
+def test_an_epoch_reads_every_document_once_and_each_in_another_order(rows: int, shards: int) -> None:
+    orders = [texts(shard) for shard in lanes_of(take(loader(rows=rows), 50 * shards // rows), shards)]
+    sizes = [len(range(shard, len(TEXTS), shards)) for shard in range(shards)]
     epochs = [
         [text for order, size in zip(orders, sizes, strict=True) for text in order[epoch * size :][:size]]
         for epoch in range(4)
@@ -107,7 +107,7 @@ def test_a_rank_tokenizes_its_own_lanes_alone() -> None:
 
 
 def test_a_row_goes_on_where_its_lane_stopped() -> None:
-    """8 lanes, 2 rows a step: a lane has its next row 4 steps later, so a long document is in every fourth step."""
+    """8 shards, 2 rows a step: a shard has its next row 4 steps later, so a long document is in every fourth step."""
     positions = [batch.positions for batch in take(loader(), 24)]
     carried = 0
     for before, after in zip(positions, positions[4:], strict=False):
@@ -121,11 +121,11 @@ def test_a_row_goes_on_where_its_lane_stopped() -> None:
 def test_lanes_that_outnumber_the_documents_read_parts_of_them(count: int, packing: str) -> None:
     """All parts of a document are the document; their positions go on where they are cut."""
     few = Documents.from_texts([chr(ord("a") + number) * (50 - number) for number in range(count)])
-    lanes = lanes_of(take(Loader(few, TOKENIZER, rows=8, sequence_length=64, packing=packing), 1))
+    shards = lanes_of(take(Loader(few, TOKENIZER, rows=8, sequence_length=64, packing=packing), 1))
     parts = {}
-    for lane in lanes:
-        first = lane.document_ids[0] == 0
-        parts.setdefault(lane.tokens[0][first][1].item(), []).append((lane.positions[0][first].tolist(), lane))
+    for shard in shards:
+        first = shard.document_ids[0] == 0
+        parts.setdefault(shard.tokens[0][first][1].item(), []).append((shard.positions[0][first].tolist(), shard))
     assert len(parts) == count
     for number, came in enumerate(parts[letter] for letter in sorted(parts)):
         length = len(TOKENIZER.encode(few[number]))
@@ -144,7 +144,7 @@ def test_more_lanes_than_letters() -> None:
 @BOTH
 def test_best_fit_and_stream_hold_every_document(packing: str) -> None:
     batches = take(loader(packing=packing, sequence_length=64), 300)
-    seen = {text for lane in lanes_of(batches) for text in texts(lane)}
+    seen = {text for shard in lanes_of(batches) for text in texts(shard)}
     assert seen >= set(TEXTS)
     fill = sum(batch.fill() for batch in batches) / 300
     assert fill == 1.0 if packing == "stream" else fill > 0.9
@@ -196,7 +196,7 @@ def test_a_state_is_small() -> None:
     source = loader(rows=6)
     take(source, 20)
     assert source.state_dict()["step"] == 20
-    assert list(source.state_dict()["lanes"]) == [str(lane) for lane in range(12)]
+    assert list(source.state_dict()["shards"]) == [str(shard) for shard in range(12)]
     assert len(json.dumps(source.state_dict())) < 1200
 
 

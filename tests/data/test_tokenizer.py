@@ -81,7 +81,7 @@ def test_a_small_text_gives_a_small_vocabulary() -> None:
 
 def test_a_huge_source_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = Documents.from_texts(["aa aa aa", "bb bb bb", "cc cc cc", "dd dd dd"])
-    monkeypatch.setattr(tokenizer, "TRAINED_ON", 17)  # of 32 characters: every second document
+    monkeypatch.setattr(tokenizer, "TRAINING_CHARACTERS", 17)  # of 32 characters: every second document
     sampled, by_hand = train_tokenizer(documents, 300), Documents.from_texts(["aa aa aa", "cc cc cc"])
     assert sampled.fingerprint == train_tokenizer(by_hand, 300).fingerprint
 

@@ -52,7 +52,7 @@ class Windowed(Llama3):
 class Scripted(torch.nn.Module):
     """Says the bytes of a text, whatever it is asked; the prompt has one token."""
 
-    unspoken = ()
+    suppress_tokens = ()
     layers: ClassVar = {"0": SimpleNamespace(mask_name="attention")}
 
     def __init__(self, text: bytes) -> None:
@@ -105,7 +105,7 @@ def test_cached_text_is_the_uncached_text(kind: type[Llama3]) -> None:
 @pytest.mark.parametrize("kind", [Llama3, Windowed])
 def test_cached_logits_are_the_uncached_logits(kind: type[Llama3]) -> None:
     model, ids = make_model(kind), list(range(100, 113))
-    expected, cache = uncached_logits(model, ids), {name: KeyValueCache() for name in model.num-layers}
+    expected, cache = uncached_logits(model, ids), {name: KeyValueCache() for name in model.layers}
     for first, last in ((0, 6), (6, 7), (7, 8), (8, 13)):
         batch, new = one_document(ids[:last]), torch.arange(first, last)
         masks = model.get_attention_masks(batch)

@@ -32,6 +32,6 @@ def test_what_was_returned_before_stays() -> None:
 
 def test_a_recurrent_cache_gives_the_inputs_before_and_keeps_no_more() -> None:
     cache, x = RecurrentCache(), torch.arange(1.0, 9.0).view(1, 8, 1)
-    given = [cache.remember_inputs(x[:, begin:end], 3)[0, :, 0].tolist() for begin, end in ((0, 1), (1, 3), (3, 8))]
+    given = [cache.append_inputs(x[:, begin:end], 3)[0, :, 0].tolist() for begin, end in ((0, 1), (1, 3), (3, 8))]
     assert given == [[0, 0, 0], [0, 0, 1], [1, 2, 3]]
-    assert cache.remember_inputs(x, 3)[0, :, 0].tolist() == [6, 7, 8]
+    assert cache.append_inputs(x, 3)[0, :, 0].tolist() == [6, 7, 8]

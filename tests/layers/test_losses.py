@@ -10,7 +10,7 @@ from sightline import Batch
 from sightline.config import TrainingConfig
 from sightline.layers import LOSSES, compute_loss, get_loss, linear_cross_entropy
 from sightline.models import build_skeleton
-from sightline.models.deepseek_v3 import look_further
+from sightline.models.deepseek_v3 import shift_for_mtp
 from sightline.training.step import prepare_batch
 
 W, V = 16, 41
@@ -31,7 +31,7 @@ def test_every_document_of_a_row_counts_the_same() -> None:
     assert loss.weight(batch) == 5  # with 4, 1, 2, 3 and 2 labels; a document of one token has none
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 10, W, requires_grad=True), torch.randn(V, W)
-    found = compute_loss(loss, linear_cross_entropy, hidden, weight, batch.labels, loss.token_facts(batch), None)
+    found = compute_loss(loss, linear_cross_entropy, hidden, weight, batch.labels, loss.per_token_inputs(batch), None)
     each = F.cross_entropy((hidden @ weight.t()).mT, batch.labels, ignore_index=-100, reduction="none")
     runs = [(0, 0, 4), (0, 5, 6), (0, 8, 10), (1, 0, 3), (1, 4, 6)]
     expected = sum(each[row, start:stop].mean() for row, start, stop in runs)
@@ -50,7 +50,7 @@ def test_one_pass_and_two_give_the_same(name: str) -> None:
     batch, loss = Batch.from_documents(DOCUMENTS, length=10), get_loss(name)
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 10, W, requires_grad=True), torch.randn(V, W, requires_grad=True)
-    inputs = hidden, weight, batch.labels, loss.token_facts(batch), None
+    inputs = hidden, weight, batch.labels, loss.per_token_inputs(batch), None
     results = []
     for one in (loss, lambda *given: loss(*given)):
         value = compute_loss(one, linear_cross_entropy, *inputs)  # type: ignore[arg-type]
@@ -75,5 +75,5 @@ def test_a_model_and_its_loss_read_no_device(device: str, name: str) -> None:
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_the_token_after_the_next_reads_no_device(device: str) -> None:
     batch = Batch.from_documents(DOCUMENTS, length=10)
-    next_tokens, next_labels = look_further(batch.tokens.to("meta"), batch.labels.to(device))
+    next_tokens, next_labels = shift_for_mtp(batch.tokens.to("meta"), batch.labels.to(device))
     assert next_tokens.device.type == "meta" and next_labels.device.type == device

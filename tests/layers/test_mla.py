@@ -11,11 +11,17 @@ from sightline.layers import KeyValueCache, MultiHeadLatentAttention, Rotation, 
 from sightline.masks import AttentionMask, causal, document
 from tests.support.lowering import lowered
 
-SIZES: dict[str, Any] = {"query_rank": 10, "kv_rank": 9, "plain_size": 6, "rope_size": 4, "value_size": 8}
+SIZES: dict[str, Any] = {
+    "q_lora_rank": 10,
+    "kv_lora_rank": 9,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
 CASES = {
     "value smaller": SIZES,
-    "value larger": {**SIZES, "value_size": 14},
-    "queries without a latent": {**SIZES, "query_rank": None},
+    "value larger": {**SIZES, "v_head_dim": 14},
+    "queries without a latent": {**SIZES, "q_lora_rank": None},
     "sharpened": {**SIZES, "score_factor": 1.7},
 }
 W, H = 16, 3
@@ -51,7 +57,7 @@ def by_hand(layer: MultiHeadLatentAttention, x: Tensor, positions: Tensor) -> Te
     through = x if layer.query_down is None else norm(x @ layer.query_down.weight.t(), layer.query_norm.weight)
     down = x @ layer.kv_down.weight.t()
     latent, shared_key = norm(down[:, :9], layer.kv_norm.weight), turn(down[:, 9:])
-    outs, size = [], 6 + layer.value_size
+    outs, size = [], 6 + layer.v_head_dim
     for head in range(H):
         q = through @ layer.query.weight[head * 10 : head * 10 + 10].t()
         kv = latent @ layer.kv.weight[head * size : head * size + size].t()
@@ -99,10 +105,14 @@ def test_the_cache_holds_the_latent_and_the_shared_key_alone() -> None:
 def test_fresh_weights_keep_sizes() -> None:
     """What reads a latent is drawn by the latent's size, what reads the hidden state as it is told."""
     torch.manual_seed(0)
-    layer = MultiHeadLatentAttention(64, 8, query_rank=400, kv_rank=100, plain_size=24, rope_size=8, value_size=32)
+    layer = MultiHeadLatentAttention(
+        64, 8, q_lora_rank=400, kv_lora_rank=100, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=32
+    )
     layer.init_weights(0.5, 0.25)
     expected = {"query_down": 0.5, "query": 1 / 20, "kv_down": 0.5, "kv": 1 / 10, "output": 0.25}
     assert {name: getattr(layer, name).weight.std().item() for name in expected} == pytest.approx(expected, rel=0.05)
-    straight = MultiHeadLatentAttention(64, 8, query_rank=None, kv_rank=100, plain_size=24, rope_size=8, value_size=32)
+    straight = MultiHeadLatentAttention(
+        64, 8, q_lora_rank=None, kv_lora_rank=100, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=32
+    )
     straight.init_weights(0.5, 0.25)
     assert straight.query.weight.std().item() == pytest.approx(0.5, rel=0.05)

@@ -6,7 +6,7 @@ from sightline.layers import SwiGLU
 
 
 def test_swiglu_against_one_value_by_hand() -> None:
-    mlp = SwiGLU(width=1, ffn=1)
+    mlp = SwiGLU(hidden_size=1, intermediate_size=1)
     with torch.no_grad():
         mlp.gate.weight.fill_(2.0)
         mlp.up.weight.fill_(3.0)

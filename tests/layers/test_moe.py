@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from sightline.layers import Experts, MoE, Router, SwiGLU, grouped, routers_of
 from sightline.layers.grouped import grouped_linear
-from sightline.layers.moe import collect, spread, swiglu
+from sightline.layers.moe import permute, swiglu, unpermute
 from sightline.models.gpt_oss import clamped_swiglu
 
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -20,8 +20,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "renormalize": True,
         "scale": 2.5,
         "groups": 4,
-        "kept_groups": 2,
-        "balance_rate": 0.1,
+        "num_limited_groups": 2,
+        "expert_bias_update_rate": 0.1,
     },
     "llama4": {"score": "sigmoid"},
 }
@@ -32,7 +32,7 @@ def make_router(**options: Any) -> Router:
     torch.manual_seed(0)
     router = Router(W, E, K, **options).double()
     router.init_weights(std=0.5)
-    for start in (router.bias, router.balance):
+    for start in (router.bias, router.expert_bias):
         if start is not None:
             start.data.normal_()
     return router
@@ -47,7 +47,10 @@ def route_by_hand(router: Router, x: Tensor, **options: Any) -> tuple[list[int],
     else:
         total = sum(2.718281828459045**logit for logit in logits)
         scores = [2.718281828459045**logit / total for logit in logits]
-    choice = [s + (float(router.balance[e]) if "balance_rate" in options else 0.0) for e, s in enumerate(scores)]
+    choice = [
+        s + (float(router.expert_bias[e]) if "expert_bias_update_rate" in options else 0.0)
+        for e, s in enumerate(scores)
+    ]
     open_to_it = list(range(E))
     if "groups" in options:
         groups = [list(range(first, first + 2)) for first in range(0, E, 2)]
@@ -88,9 +91,9 @@ def test_routing_against_literals() -> None:
 
 
 def test_the_balance_chooses_and_does_not_weigh() -> None:
-    router = Router(1, 3, 1, score="sigmoid", balance_rate=0.1)
+    router = Router(1, 3, 1, score="sigmoid", expert_bias_update_rate=0.1)
     router.weight.data = torch.tensor([[0.0], [2.0], [1.0]])
-    router.balance.copy_(torch.tensor([1.0, 0.0, 0.0]))
+    router.expert_bias.copy_(torch.tensor([1.0, 0.0, 0.0]))
     weights, experts, _ = router(torch.ones(1, 1))
     assert experts.tolist() == [[0]] and weights.tolist() == [[0.5]]
 
@@ -103,33 +106,35 @@ def test_scores_are_float32_under_autocast() -> None:
     assert torch.equal(weights, router(x).weights)
 
 
-def make_moe(weigh_inputs: bool = False, shared: bool = True, bias: bool = True, **options: Any) -> MoE:
+def make_moe(score_before_experts: bool = False, shared: bool = True, bias: bool = True, **options: Any) -> MoE:
     options = options or ROUTERS["deepseek_v3"]
     experts = Experts(E, W, 10, bias=bias, activation=clamped_swiglu if bias else swiglu)
-    moe = MoE(make_router(**options), experts, SwiGLU(W, 16) if shared else None, weigh_inputs=weigh_inputs)
+    moe = MoE(
+        make_router(**options), experts, SwiGLU(W, 16) if shared else None, score_before_experts=score_before_experts
+    )
     moe.experts.init_weights(0.5, 0.5)
     for parameter in moe.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return moe.double()
 
 
-def plain(moe: MoE, x: Tensor, seeing: Tensor) -> Tensor:
+def plain(moe: MoE, x: Tensor, visible: Tensor) -> Tensor:
     """A loop over tokens and their experts."""
     tokens, experts = x.flatten(0, 1), moe.experts
-    weights, chosen, _ = moe.router(tokens, seeing.flatten())
+    weights, chosen, _ = moe.router(tokens, visible.flatten())
     outs = []
-    for token, sees in enumerate(seeing.flatten().tolist()):
+    for token, sees in enumerate(visible.flatten().tolist()):
         out = torch.zeros(W, dtype=x.dtype)
         for weight, e in zip(weights[token], chosen[token].tolist(), strict=True):
             if sees:
-                into = tokens[token] * weight if moe.weigh_inputs else tokens[token]
+                into = tokens[token] * weight if moe.score_before_experts else tokens[token]
                 gate, up = experts.gate[e] @ into, experts.up[e] @ into
                 if experts.gate_bias is not None:
                     gate, up = gate + experts.gate_bias[e], up + experts.up_bias[e]
                 of_it = experts.down[e] @ experts.activation(gate, up)
                 if experts.down_bias is not None:
                     of_it = of_it + experts.down_bias[e]
-                out = out + (of_it if moe.weigh_inputs else of_it * weight)
+                out = out + (of_it if moe.score_before_experts else of_it * weight)
         outs.append(out)
     routed = torch.stack(outs).view_as(x)
     return routed if moe.shared is None else routed + moe.shared(x)
@@ -139,7 +144,7 @@ SEEING = torch.tensor([[True] * 9, [True] * 4 + [False] * 5])
 MOES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"bias": False},
     "gpt_oss": {"shared": False, "renormalize": True},
-    "llama4": {"weigh_inputs": True, "bias": False, "score": "sigmoid"},
+    "llama4": {"score_before_experts": True, "bias": False, "score": "sigmoid"},
 }
 
 
@@ -220,24 +225,24 @@ def test_the_kernel_computes_the_same(counts: list[int], monkeypatch: pytest.Mon
 def test_spread_and_collect() -> None:
     tokens, weights = torch.randn(4, 2, dtype=torch.float64), torch.rand(4, 3, dtype=torch.float64)
     slots = torch.randperm(12)
-    rows = spread(tokens, slots, 3)
+    rows = permute(tokens, slots, 3)
     assert torch.equal(rows, tokens[slots // 3])
-    assert_close(collect(rows, weights, slots), tokens * weights.sum(dim=1, keepdim=True))
+    assert_close(unpermute(rows, weights, slots), tokens * weights.sum(dim=1, keepdim=True))
     leaves = [t.clone().requires_grad_(True) for t in (tokens, rows + torch.randn_like(rows), weights)]
-    assert torch.autograd.gradcheck(lambda t: spread(t, slots, 3), leaves[0])
-    assert torch.autograd.gradcheck(lambda r, w: collect(r, w, slots), leaves[1:])
+    assert torch.autograd.gradcheck(lambda t: permute(t, slots, 3), leaves[0])
+    assert torch.autograd.gradcheck(lambda r, w: unpermute(r, w, slots), leaves[1:])
 
 
 def test_finish_step_by_hand() -> None:
-    router = Router(1, 4, 1, balance_rate=0.5)
+    router = Router(1, 4, 1, expert_bias_update_rate=0.5)
     router.init_weights(std=1.0)
     router.counts = torch.tensor([7, 1, 2, 2])
     assert router.finish_step() == pytest.approx(7 / 3)
-    assert router.balance.tolist() == [-0.5, 0.5, 0.5, 0.5]
+    assert router.expert_bias.tolist() == [-0.5, 0.5, 0.5, 0.5]
     assert router.finish_step() is None, "the counts are forgotten"
     router.counts = torch.tensor([3, 3, 4, 2])
     router.finish_step()
-    assert router.balance.tolist() == [-0.5, 0.5, 0.0, 1.0], "a mean load moves nothing"
+    assert router.expert_bias.tolist() == [-0.5, 0.5, 0.0, 1.0], "a mean load moves nothing"
 
 
 def test_counts_gather_over_micro_batches_and_only_in_training() -> None:
@@ -258,7 +263,7 @@ def test_counts_gather_over_micro_batches_and_only_in_training() -> None:
 def test_balancing_evens_out_the_load() -> None:
     """Tokens that all want the same experts, and a router that learns nothing."""
     torch.manual_seed(0)
-    router = Router(W, E, 2, score="sigmoid", balance_rate=0.02)
+    router = Router(W, E, 2, score="sigmoid", expert_bias_update_rate=0.02)
     router.init_weights(std=0.3)
     x = torch.randn(2000, W) + 1.0
     loads = []
@@ -270,21 +275,21 @@ def test_balancing_evens_out_the_load() -> None:
 
 
 def test_the_auxiliary_loss_is_one_where_all_is_even_and_pulls_there() -> None:
-    router = Router(E, E, 1, auxiliary=0.5)
+    router = Router(E, E, 1, aux_loss_coef=0.5)
     router.weight.data = torch.eye(E) * 1e-6
     router(torch.eye(E))
-    assert router.auxiliary_loss.item() == pytest.approx(0.5 * E), "half of 1 for each of 8 tokens"
+    assert router.aux_loss.item() == pytest.approx(0.5 * E), "half of 1 for each of 8 tokens"
     router.weight.data[0] = 5.0
     router(torch.eye(E), torch.arange(E) < 6)
     share = F.softmax(torch.tensor([5.0] + [0.0] * 7), 0)[0].item()
-    assert router.auxiliary_loss.item() == pytest.approx(0.5 * E * 6 * share, rel=1e-4), "all of 6 to one expert"
-    (grad,) = torch.autograd.grad(router.auxiliary_loss, router.weight)
+    assert router.aux_loss.item() == pytest.approx(0.5 * E * 6 * share, rel=1e-4), "all of 6 to one expert"
+    (grad,) = torch.autograd.grad(router.aux_loss, router.weight)
     assert (grad[0, :6] > 0).all(), "down with the score that all have chosen"
 
 
 def test_the_auxiliary_loss_over_k_choices() -> None:
-    router, x = make_router(auxiliary=1.0), torch.randn(10, W, dtype=torch.float64)
+    router, x = make_router(aux_loss_coef=1.0), torch.randn(10, W, dtype=torch.float64)
     routing = router(x)
     shares = F.softmax(x @ router.weight.detach().t(), dim=1).mean(dim=0)
     expected = E * sum(int(routing.counts[e]) / (10 * K) * float(shares[e]) for e in range(E))
-    assert router.auxiliary_loss.item() / 10 == pytest.approx(expected)
+    assert router.aux_loss.item() / 10 == pytest.approx(expected)

@@ -1,6 +1,6 @@
 import torch
 
-from sightline.layers import RMSNorm, ZeroCentredRMSNorm
+from sightline.layers import RMSNorm, ZeroCenteredRMSNorm
 
 
 def test_norm_divides_by_the_root_mean_square() -> None:
@@ -19,7 +19,7 @@ def test_eps_keeps_a_zero_row_zero_and_the_weight_scales() -> None:
 
 
 def test_a_zero_centred_weight_is_the_difference_from_one() -> None:
-    norm = ZeroCentredRMSNorm(2, eps=0.0)
+    norm = ZeroCenteredRMSNorm(2, eps=0.0)
     norm.init_weights()
     assert torch.equal(norm.weight, torch.zeros(2))
     x = torch.tensor([[5.0, -5.0]])

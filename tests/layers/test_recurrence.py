@@ -55,21 +55,21 @@ def test_documents_in_pieces_are_refused() -> None:
 
 def slow_convolution(x: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     """Every document by itself, through torch's own convolution."""
-    y, taps = torch.zeros_like(x), weight.shape[1]
+    y, conv_kernel = torch.zeros_like(x), weight.shape[1]
     for row in range(len(x)):
         for number in ids[row].unique():
             index = (ids[row] == number).nonzero()[:, 0]
-            alone = F.pad(x[row, index].t(), (taps - 1, 0))
+            alone = F.pad(x[row, index].t(), (conv_kernel - 1, 0))
             y[row, index] = F.conv1d(alone[None], weight[:, None], groups=len(weight))[0].t()
     return y
 
 
-@pytest.mark.parametrize("taps", [1, 2, 4])
-def test_convolution_is_that_of_each_document(taps: int) -> None:
+@pytest.mark.parametrize("conv_kernel", [1, 2, 4])
+def test_convolution_is_that_of_each_document(conv_kernel: int) -> None:
     torch.manual_seed(0)
     ids = ids_of([(0, 5), (1, 1), (2, 2), (3, 9), (-1, 3)], [(0, 1), (1, 1), (2, 18)])
     x = torch.randn(2, 20, 6, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(6, taps, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, conv_kernel, dtype=torch.float64, requires_grad=True)
     y, expected = causal_convolution(x, weight, number_segments(mask_of(ids))), slow_convolution(x, weight, ids)
     torch.testing.assert_close(y, expected)
     upstream = torch.randn_like(y)
@@ -178,7 +178,9 @@ def test_not_one_bit_of_another_document_changes(changed: int) -> None:
 
 def make_layer() -> GatedDeltaNet:
     torch.manual_seed(0)
-    layer = GatedDeltaNet(24, key_heads=2, value_heads=4, key_size=8, value_size=6, taps=4, norm_eps=1e-6)
+    layer = GatedDeltaNet(
+        24, num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=6, conv_kernel=4, norm_eps=1e-6
+    )
     layer.init_weights(24**-0.5, 24**-0.5)
     return layer
 

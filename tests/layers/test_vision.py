@@ -11,14 +11,16 @@ from sightline.layers.vision import (
     VisionConfig,
     VisionEncoder,
     interpolation_weights,
+    locate_patches,
     merge_order,
-    place_patches,
 )
 from sightline.masks import document
 from sightline.models.hf.vlm import vision_weights
 from tests.support.lowering import lowered
 
-CONFIG = VisionConfig(hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, patch_size=2, position_grid_size=4)
+CONFIG = VisionConfig(
+    hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, patch_size=2, position_grid_size=4
+)
 NUMBERS = 12  # of a patch
 GRID = torch.tensor([[[3, 5], [1, 1], [2, 9]], [[6, 2], [0, 0], [0, 0]], [[0, 0], [0, 0], [0, 0]]])
 LENGTH = 40  # the rows hold 34, 12 and 0 patches
@@ -69,7 +71,7 @@ def names() -> list[tuple[str, str]]:
 
 
 def run(encoder: VisionEncoder, patches: Tensor, grid: Tensor = GRID) -> Tensor:
-    places = place_patches(grid, patches.shape[1])
+    places = locate_patches(grid, patches.shape[1])
     return encoder(patches, places, lowered(document(places.image)))
 
 
@@ -116,7 +118,7 @@ def test_needle_a_patch_is_seen_by_its_image_alone(backend: str, row: int, patch
     ours, patches = make_ours(make_theirs()), make_patches()
     needle = patches.clone()
     needle[row, patch] += 1.0
-    places = place_patches(GRID, LENGTH)
+    places = locate_patches(GRID, LENGTH)
     mask = lowered(document(places.image), backend=backend)
     changed = (ours(patches, places, mask) != ours(needle, places, mask)).any(dim=2)
     own = places.image == places.image[row, patch]
@@ -127,7 +129,7 @@ def test_needle_a_patch_is_seen_by_its_image_alone(backend: str, row: int, patch
 
 
 def test_places() -> None:
-    places = place_patches(torch.tensor([[[2, 3], [0, 0], [1, 1]]]), 9)
+    places = locate_patches(torch.tensor([[[2, 3], [0, 0], [1, 1]]]), 9)
     assert places.image.tolist() == [[0, 0, 0, 0, 0, 0, 2, -1, -1]]
     assert places.first.tolist() == [[0, 0, 0, 0, 0, 0, 6, 7, 7]]
     assert places.row.tolist()[0][:7] == [0, 0, 0, 1, 1, 1, 0]
@@ -140,7 +142,7 @@ def test_places() -> None:
 def test_positions_are_interpolated_as_torch_does(size: tuple[int, int]) -> None:
     """Axis by axis: to a width of 1 and another height at once, torch 2.13 repeats the first line instead."""
     learned = torch.randn(1, 5, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    weights = interpolation_weights(place_patches(torch.tensor([[size]]), size[0] * size[1]), 4)[0]
+    weights = interpolation_weights(locate_patches(torch.tensor([[size]]), size[0] * size[1]), 4)[0]
 
     kind = {"mode": "bilinear", "align_corners": False, "antialias": True}
     across = F.interpolate(learned, size=(4, size[1]), **kind)
@@ -151,7 +153,7 @@ def test_positions_are_interpolated_as_torch_does(size: tuple[int, int]) -> None
 
 
 def test_merging_puts_neighbours_together() -> None:
-    places = place_patches(torch.tensor([[[2, 4], [2, 2]], [[4, 2], [0, 0]]]), 16)
+    places = locate_patches(torch.tensor([[[2, 4], [2, 2]], [[4, 2], [0, 0]]]), 16)
     assert merge_order(places, 2).tolist() == [
         [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15],
         [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15],
@@ -163,7 +165,7 @@ def test_a_projected_token_is_made_of_its_own_patches() -> None:
     torch.manual_seed(0)
     projector = Projector(channels=6, hidden=10, width=8, merge=2)
     projector.init_weights()
-    places = place_patches(torch.tensor([[[2, 4], [2, 2]]]), 16)
+    places = locate_patches(torch.tensor([[[2, 4], [2, 2]]]), 16)
     features = torch.randn(1, 16, 6, requires_grad=True)
     projected = projector(features, places)
     assert projected.shape == (1, 4, 8)

@@ -14,7 +14,7 @@ from transformers.modeling_layers import MtpLayer
 
 from sightline import Batch
 from sightline.models import DeepseekV3Config, build_model, config_of, load_pretrained, save_pretrained
-from sightline.models.deepseek_v3 import DEEPSEEK_V3, look_further
+from sightline.models.deepseek_v3 import DEEPSEEK_V3, shift_for_mtp
 from tests.support.against_transformers import (
     as_ours,
     assert_cached_logits,
@@ -150,7 +150,7 @@ def test_padding_is_not_counted() -> None:
         "expert_load/layers.1.mlp",
         "expert_load/layers.2.mlp",
         "expert_load/prediction.block.mlp",
-        "prediction_loss",
+        "mtp_loss",
     ]
     assert model.finish_step() == {}, "a step is told once"
 
@@ -159,10 +159,10 @@ def test_look_further_by_hand() -> None:
     """A document of 3 without a loss at its second token, one of 2, one that goes on in row 1; then padding."""
     tokens = torch.tensor([[10, 11, 12, 20, 21, 30, 31], [32, 33, 0, 0, 0, 0, 0]])
     labels = torch.tensor([[11, -100, -100, 21, -100, 31, 32], [33, -100, -100, -100, -100, -100, -100]])
-    next_tokens, next_labels = look_further(tokens, labels)
+    next_tokens, next_labels = shift_for_mtp(tokens, labels)
     assert next_tokens.tolist() == [[11, 12, 20, 21, 30, 31, 32], [33, 0, 0, 0, 0, 0, 32]]
     assert next_labels.tolist() == [[-100, -100, -100, -100, -100, 32, -100], [-100] * 7]
-    assert look_further(tokens[:, :3], torch.tensor([[11, 12, -100]] * 2))[1].tolist() == [[12, -100, -100]] * 2
+    assert shift_for_mtp(tokens[:, :3], torch.tensor([[11, 12, -100]] * 2))[1].tolist() == [[12, -100, -100]] * 2
 
 
 def test_prediction_is_that_of_transformers(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_prediction_is_that_of_transformers(tmp_path: Path) -> None:
     config = TheirConfig.from_pretrained(tmp_path, attn_implementation="eager")
     theirs = DeepseekV3ForCausalLM.from_pretrained(tmp_path, config=config)
     one_more = TheirConfig.from_pretrained(tmp_path, num_hidden_layers=3, attn_implementation="eager")
-    last = DeepseekV3ForCausalLM.from_pretrained(tmp_path, config=one_more).model.num-layers[2]
+    last = DeepseekV3ForCausalLM.from_pretrained(tmp_path, config=one_more).model.layers[2]
     layer = MtpLayer(config, lambda *_: last, type(theirs.model.norm), 2)
     state = load_file(tmp_path / "model.safetensors")
     parts = {"enorm": layer.enorm, "hnorm": layer.hnorm, "eh_proj": layer.eh_proj, "shared_head.norm": layer.post_norm}
@@ -198,7 +198,7 @@ def test_prediction_is_that_of_transformers(tmp_path: Path) -> None:
     loss = run(ours, Batch.from_documents([tokens], length=20), labels=True)
     loss.backward()
     torch.testing.assert_close(loss, next_loss)
-    torch.testing.assert_close(ours.finish_step()["prediction_loss"], further_loss / (n - 1))
+    torch.testing.assert_close(ours.finish_step()["mtp_loss"], further_loss / (n - 1))
     for mine, other in (
         (ours.embedding, theirs.model.embed_tokens),
         (ours.output, theirs.lm_head),
@@ -208,7 +208,7 @@ def test_prediction_is_that_of_transformers(tmp_path: Path) -> None:
         (ours.prediction.embedding_norm, layer.enorm),
         (ours.prediction.join, layer.eh_proj),
         (ours.prediction.block.mlp.router, last.mlp.gate),
-        (ours.layers["0"].mlp.down, theirs.model.num-layers[0].mlp.down_proj),
+        (ours.layers["0"].mlp.down, theirs.model.layers[0].mlp.down_proj),
     ):
         largest = other.weight.grad.abs().max().item()
         assert largest > 1e-3
@@ -239,8 +239,8 @@ def loss_and_prediction(model: Any, batch: Batch) -> tuple[Tensor, list[Tensor],
     grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
     predicted, count = model.predicted[-1]
     model.finish_step()
-    model.prediction.block.mlp.router.balance.zero_()
-    model.num-layers["1"].mlp.router.balance.zero_()
+    model.prediction.block.mlp.router.expert_bias.zero_()
+    model.layers["1"].mlp.router.expert_bias.zero_()
     return loss.detach(), list(grads), predicted, int(count)
 
 
@@ -346,15 +346,15 @@ def test_configs_of_other_models_are_refused(fields: dict[str, Any], text: str) 
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"kv_rank": 0}, "model.kv-lora-rank must be greater than 0, got 0"),
-        ({"query_rank": 0}, "model.q-lora-rank must be greater than 0, got 0"),
-        ({"rope_size": 15}, "model.qk-rope-head-dim must be even.*got 15"),
-        ({"dense_layers": 7}, "model.num-dense-layers must be 0 to 6, all layers, got 7"),
+        ({"kv_lora_rank": 0}, "model.kv-lora-rank must be greater than 0, got 0"),
+        ({"q_lora_rank": 0}, "model.q-lora-rank must be greater than 0, got 0"),
+        ({"qk_rope_head_dim": 15}, "model.qk-rope-head-dim must be even.*got 15"),
+        ({"num_dense_layers": 7}, "model.num-dense-layers must be 0 to 6, all layers, got 7"),
         ({"experts_per_token": 17}, "experts-per-token is 17, but there are only 16 experts"),
-        ({"expert_groups": 3}, r"experts 16 is not divisible by model.num-expert-groups 3; .*\[1, 2, 4, 8, 16\]"),
-        ({"expert_groups": 4, "groups_per_token": 5}, "groups-per-token must be at most 4, all groups, got 5"),
-        ({"expert_groups": 8, "groups_per_token": 1}, "groups-per-token 1 opens 2 experts.*sent to 4"),
-        ({"expert_groups": 16, "groups_per_token": 8}, "16 in 16 groups leave one to each; lower"),
+        ({"num_expert_groups": 3}, r"experts 16 is not divisible by model.num-expert-groups 3; .*\[1, 2, 4, 8, 16\]"),
+        ({"num_expert_groups": 4, "num_limited_groups": 5}, "groups-per-token must be at most 4, all groups, got 5"),
+        ({"num_expert_groups": 8, "num_limited_groups": 1}, "groups-per-token 1 opens 2 experts.*sent to 4"),
+        ({"num_expert_groups": 16, "num_limited_groups": 8}, "16 in 16 groups leave one to each; lower"),
     ],
 )
 def test_config_refuses(fields: dict[str, Any], text: str) -> None:
@@ -387,7 +387,7 @@ def test_a_small_run_learns_and_tells_its_loads(tmp_path: Path) -> None:
     described = small(tmp_path, training__steps=30)
     train_quietly(described)
     rows = rows_of(described.output_dir)
-    for name in ("loss", "prediction_loss"):
+    for name in ("loss", "mtp_loss"):
         losses = [row[name] for row in rows]
         assert len(losses) == 30 and sum(losses[-5:]) < 0.9 * sum(losses[:5]), name
     assert all(1.0 <= row["expert_load/layers.1.mlp"] <= 8.0 for row in rows)
@@ -405,5 +405,5 @@ def test_a_resumed_run_is_the_run_that_went_on(tmp_path: Path) -> None:
     train_quietly(described)
     assert rows_of(described.output_dir) == expected_rows
     found = weights_of(described.output_dir)
-    assert found["layers.1.mlp.router.balance"].abs().max() > 0
+    assert found["layers.1.mlp.router.expert_bias"].abs().max() > 0
     assert all(torch.equal(weight, expected[name]) for name, weight in found.items())

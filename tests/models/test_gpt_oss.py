@@ -99,7 +99,7 @@ def test_masks_window_and_full(ours: Any) -> None:
     assert (masks["window"].start[0, 11, 0], masks["window"].stop[0, 11, 0]) == (4, 12)
     assert (masks["full"].start[0, 11, 0], masks["full"].stop[0, 11, 0]) == (0, 12)
     assert (masks["window"].start[0, 13, 0], masks["full"].start[0, 13, 0]) == (12, 12)
-    assert masks["full"].seeing()[0].tolist() == [True] * 15 + [False]
+    assert masks["full"].visible_queries()[0].tolist() == [True] * 15 + [False]
     assert [layer.mask_name for layer in ours.layers.values()] == ["window", "full", "window", "full"]
 
 
@@ -149,10 +149,10 @@ def test_configs_of_other_models_are_refused(fields: dict[str, Any], text: str) 
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"window": 0}, "model.sliding-window must be greater than 0, got 0"),
+        ({"sliding_window": 0}, "model.sliding-window must be greater than 0, got 0"),
         ({"experts_per_token": 9}, "experts-per-token is 9, but there are only 8 experts"),
-        ({"head_size": 15}, "head-size must be even, .*got 15"),
-        ({"heads": 6}, r"heads 6 is not divisible by model.num-kv-heads 4; .*\[1, 2, 3, 6\]"),
+        ({"head_dim": 15}, "head-dim must be even, .*got 15"),
+        ({"num_heads": 6}, r"heads 6 is not divisible by model.num-kv-heads 4; .*\[1, 2, 3, 6\]"),
     ],
 )
 def test_config_refuses(fields: dict[str, Any], text: str) -> None:

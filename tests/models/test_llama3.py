@@ -296,11 +296,14 @@ def test_flops_against_the_matrix_products_that_run() -> None:
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"heads": 6, "kv_heads": 4, "width": 96}, r"heads 6 is not divisible by model.num-kv-heads 4; .*\[1, 2, 3, 6\]"),
-        ({"width": 250}, "width 250 is not divisible by model.num-heads 8; .*head-size"),
-        ({"width": 24}, "must be even.*got 3"),
-        ({"head_size": 0}, "must be even.*got 0"),
-        ({"layers": 0}, "model.num-layers must be greater than 0, got 0"),
+        (
+            {"num_heads": 6, "num_kv_heads": 4, "hidden_size": 96},
+            r"heads 6 is not divisible by model.num-kv-heads 4; .*\[1, 2, 3, 6\]",
+        ),
+        ({"hidden_size": 250}, "hidden-size 250 is not divisible by model.num-heads 8; .*head-dim"),
+        ({"hidden_size": 24}, "must be even.*got 3"),
+        ({"head_dim": 0}, "must be even.*got 0"),
+        ({"num_layers": 0}, "model.num-layers must be greater than 0, got 0"),
         ({"vocab_size": -5}, "model.vocab-size must be greater than 0, got -5"),
         ({"rope_theta": 0.0}, "model.rope-theta must be greater than 0, got 0.0"),
     ],

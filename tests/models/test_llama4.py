@@ -106,14 +106,16 @@ def test_masks_chunked_and_full(ours: Any) -> None:
     assert all(mask.stop[0, :, 0].tolist() == list(range(1, 19)) for mask in masks.values())
     assert masks["chunked"].start[1, :4, 0].tolist() == [0, 0, 0, 3]
     assert masks["full"].start[1, :4, 0].tolist() == [0, 0, 0, 0]
-    assert masks["full"].seeing()[1].tolist() == [True] * 4 + [False] * 14
+    assert masks["full"].visible_queries()[1].tolist() == [True] * 4 + [False] * 14
     assert [layer.mask_name for layer in ours.layers.values()] == ["chunked"] * 3 + ["full"]
 
 
 def test_a_carried_over_document_keeps_its_positions() -> None:
     """Its rest, in the next row, has the temperature and the chunks of the tokens it is made of."""
     torch.manual_seed(0)
-    config = dataclasses.replace(config_of("llama4-debug"), temperature_floor=4, temperature_scale=0.5, attention_chunk_size=8)
+    config = dataclasses.replace(
+        config_of("llama4-debug"), temperature_floor=4, temperature_scale=0.5, attention_chunk_size=8
+    )
     model = build_model(config)
     document = random_documents([30], config.vocab_size)[0]
     batch = Batch.from_documents([document], length=20)
@@ -170,9 +172,9 @@ def test_configs_of_other_models_are_refused(fields: dict[str, Any], text: str) 
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"chunk": 0}, "model.attention-chunk-size must be greater than 0, got 0"),
+        ({"attention_chunk_size": 0}, "model.attention-chunk-size must be greater than 0, got 0"),
         ({"experts_per_token": 9}, "experts-per-token is 9, but there are only 8 experts"),
-        ({"full_every": -1}, "model.no-rope-layer-interval must be greater than 0, got -1"),
+        ({"no_rope_layer_interval": -1}, "model.no-rope-layer-interval must be greater than 0, got -1"),
     ],
 )
 def test_config_refuses(fields: dict[str, Any], text: str) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sightline.models import MODELS, Llama3Config, build_model, build_skeleton, config_of, draw_weights
+from sightline.models import MODELS, Llama3Config, build_model, build_skeleton, config_of, init_model_weights
 
 
 def test_names_and_published_parameter_counts_of_llama3() -> None:
@@ -29,7 +29,9 @@ def test_an_unknown_name_lists_the_models() -> None:
 
 
 def test_build_takes_a_config() -> None:
-    config = Llama3Config(vocab_size=32, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=24)
+    config = Llama3Config(
+        vocab_size=32, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=24
+    )
     assert build_model(config, attention_backend="reference").attention_backend == "reference"
     assert build_model(config).config is config
 
@@ -41,11 +43,11 @@ def test_a_skeleton_is_drawn_as_the_model_is_built() -> None:
     assert all(p.is_meta for p in model.parameters())
     model.to_empty(device="cpu")
     torch.manual_seed(3)
-    draw_weights(model)
+    init_model_weights(model)
     assert all(
         torch.equal(a, b) for a, b in zip(direct.state_dict().values(), model.state_dict().values(), strict=True)
     )
-    draw_weights(model)
+    init_model_weights(model)
     assert not torch.equal(direct.embedding.weight, model.embedding.weight)
 
 
@@ -58,7 +60,7 @@ def test_a_weight_depends_on_its_name_and_not_on_what_is_drawn_before_it(name: s
     del stage.layers["0"]
     stage.to_empty(device="cpu")
     torch.manual_seed(3)
-    draw_weights(stage)
+    init_model_weights(stage)
     expected = whole.state_dict()
     for key, value in stage.state_dict().items():
         assert torch.equal(value, expected[key]), key

@@ -192,7 +192,7 @@ def test_flops_count_what_a_token_meets() -> None:
     parameters = dict(model.named_parameters())
     skipped = ("embedding", "norm", "A_log", "dt_bias", "convolution")
     matrices = sum(p.numel() for name, p in parameters.items() if not any(part in name for part in skipped))
-    mlp = model.num-layers["0"].mlp
+    mlp = model.layers["0"].mlp
     assert isinstance(mlp, MoE)
     unused = 48 * (512 - 10) * sum(p[0].numel() for p in mlp.experts.parameters())
     memory = 36 * 32 * 128 * 128
@@ -266,15 +266,18 @@ def test_what_is_not_built_is_refused(fields: dict[str, Any], text: str) -> None
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"value_heads": 6}, r"value-heads 6 is not divisible by model.linear-num-key-heads 4; .*\[1, 2, 3, 6\]"),
-        ({"kv_heads": 3}, r"heads 4 is not divisible by model.num-kv-heads 3"),
-        ({"rotary_share": 0.0}, "rotary-share 0.0 of model.head-dim 64 are 0 channels"),
-        ({"rotary_share": 1.5}, "rotary-share 1.5 of model.head-dim 64 are 96 channels"),
-        ({"rotary_share": 0.05}, "must be even.*got 3"),
+        (
+            {"linear_num_value_heads": 6},
+            r"value-heads 6 is not divisible by model.linear-num-key-heads 4; .*\[1, 2, 3, 6\]",
+        ),
+        ({"num_kv_heads": 3}, r"heads 4 is not divisible by model.num-kv-heads 3"),
+        ({"partial_rotary_factor": 0.0}, "rotary-share 0.0 of model.head-dim 64 are 0 channels"),
+        ({"partial_rotary_factor": 1.5}, "rotary-share 1.5 of model.head-dim 64 are 96 channels"),
+        ({"partial_rotary_factor": 0.05}, "must be even.*got 3"),
         ({"experts_per_token": 9}, "experts-per-token is 9, but there are only 8 experts"),
-        ({"experts": -1}, "model.num-experts must be greater than 0, got -1"),
-        ({"experts": 0, "ffn": 0}, "model.intermediate-size must be greater than 0, got 0"),
-        ({"taps": 0}, "model.linear-conv-kernel-dim must be greater than 0, got 0"),
+        ({"num_experts": -1}, "model.num-experts must be greater than 0, got -1"),
+        ({"num_experts": 0, "intermediate_size": 0}, "model.intermediate-size must be greater than 0, got 0"),
+        ({"linear_conv_kernel_dim": 0}, "model.linear-conv-kernel-dim must be greater than 0, got 0"),
     ],
 )
 def test_config_refuses(fields: dict[str, Any], text: str) -> None:

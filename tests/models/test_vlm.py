@@ -199,9 +199,13 @@ def test_the_way_back(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def ours() -> VLM:
     torch.manual_seed(0)
-    vision = VisionConfig(hidden_size=24, num_layers=2, num_heads=4, intermediate_size=40, patch_size=2, position_grid_size=3)
+    vision = VisionConfig(
+        hidden_size=24, num_layers=2, num_heads=4, intermediate_size=40, patch_size=2, position_grid_size=3
+    )
     text = replace(LLAMA3.presets["debug"], vocab_size=96, hidden_size=32, intermediate_size=48)
-    model = build_model(VLMConfig(**{**vars(text), "image_token": IMAGE, "vision": vision, "projector": 40}))
+    model = build_model(
+        VLMConfig(**{**vars(text), "image_token_id": IMAGE, "vision": vision, "projector_hidden_size": 40})
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -396,9 +400,9 @@ def test_what_does_not_fit_is_refused(ours: VLM) -> None:
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"image_token": 8192}, "image-token 8192 is not in the vocabulary of 8192 tokens; use .* 8191"),
-        ({"merge": 0}, "model.spatial-merge-size must be greater than 0, got 0"),
-        ({"kv_heads": 3}, "not divisible by model.num-kv-heads 3"),
+        ({"image_token_id": 8192}, "image-token 8192 is not in the vocabulary of 8192 tokens; use .* 8191"),
+        ({"spatial_merge_size": 0}, "model.spatial-merge-size must be greater than 0, got 0"),
+        ({"num_kv_heads": 3}, "not divisible by model.num-kv-heads 3"),
     ],
 )
 def test_config_refuses(fields: dict, text: str) -> None:

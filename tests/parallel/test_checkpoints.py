@@ -255,7 +255,7 @@ def read_on_a_mesh(rank: int, run: Run) -> tuple[dict[str, Tensor], int]:
     """What this process has, gathered; and how many numbers of it are its own."""
     model = build_parallel(run.model, run.training, Mesh(run.parallel, CPU))
     state = model.state_dict()
-    read_pretrained(model.whole, run.model_from, state)
+    read_pretrained(model.full_model, run.model_from, state)
     own = sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel() for tensor in state.values())
     return {name: whole(tensor) for name, tensor in state.items()}, own
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from sightline import Batch
 from sightline.config import ParallelConfig, TrainingConfig
 from sightline.generation import SamplingConfig, generate
-from sightline.models import build_model, build_skeleton, draw_weights
+from sightline.models import build_model, build_skeleton, init_model_weights
 from sightline.parallel.compile import apply_compile
 from sightline.parallel.expert import apply_expert
 from sightline.parallel.mesh import Mesh
@@ -106,7 +106,7 @@ def learn_on_mesh(rank: int, name: str, compiled: bool) -> dict[str, torch.Tenso
     apply_shard(model, mesh, dtype="float32")
     model.to_empty(device="cpu")
     torch.manual_seed(0)
-    draw_weights(model)
+    init_model_weights(model)
     told = learn(model, rows(0)[rank : rank + 1])
     assert not compiled or counters["stats"]["unique_graphs"] > 0
     return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in told.items()}

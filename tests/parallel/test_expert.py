@@ -14,8 +14,8 @@ from sightline import Batch
 from sightline.batch import RowBuilder
 from sightline.config import ParallelConfig, TrainingConfig
 from sightline.layers import Router, routers_of
-from sightline.models import build_skeleton, config_of, draw_weights
-from sightline.models.drawing import draw
+from sightline.models import build_skeleton, config_of, init_model_weights
+from sightline.models.weight_init import fill_parameter
 from sightline.parallel.context.apply import apply_context
 from sightline.parallel.expert import apply_expert, sort_by_expert
 from sightline.parallel.mesh import Mesh
@@ -43,10 +43,10 @@ def build(name: str, mesh: Mesh | None = None, **changes: Any) -> Any:
         apply_expert(model, mesh)
     model.to_empty(device="cpu")
     torch.manual_seed(0)
-    draw_weights(model)
+    init_model_weights(model)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("bias"):
-            draw(parameter, lambda whole: whole.normal_(std=0.3))
+            fill_parameter(parameter, lambda whole: whole.normal_(std=0.3))
     return model
 
 
@@ -70,10 +70,10 @@ def learn(model: Any, parts: list[Batch], mesh: Mesh | None = None) -> dict[str,
             sums[name] = gradient.full_tensor()
         else:
             assert gradient is not None, name
-            sums[name] = gradient if mesh is None else mesh.sum(gradient, "loss")
+            sums[name] = gradient if mesh is None else mesh.all_reduce(gradient, "loss")
     if mesh is not None:
-        sums["loss"] = mesh.sum(sums["loss"], "loss")
-        sums |= model.finish_step(lambda total: mesh.sum(total, "loss"))
+        sums["loss"] = mesh.all_reduce(sums["loss"], "loss")
+        sums |= model.finish_step(lambda total: mesh.all_reduce(total, "loss"))
     else:
         sums |= model.finish_step()
     sums |= {f"{name}.balance": r.balance for name, r in routers_of(model).items() if r.balance is not None}
@@ -113,7 +113,7 @@ def split(rows: int, processes: int) -> list[slice]:
 def starve(model: Any) -> None:
     """No token chooses one of the first four experts."""
     for router in routers_of(model).values():
-        router.balance[:4] = -10.0
+        router.expert_bias[:4] = -10.0
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -177,7 +177,7 @@ def test_a_process_with_nothing_but_padding() -> None:
 def refusals(rank: int) -> list[str]:
     mesh = Mesh(ParallelConfig(expert=4), CPU)
     told = []
-    for name, changes in (("llama3-debug", {}), ("qwen3-debug", {}), ("qwen3-debug-moe", {"experts": 6})):
+    for name, changes in (("llama3-debug", {}), ("qwen3-debug", {}), ("qwen3-debug-moe", {"num_experts": 6})):
         with pytest.raises(ValueError) as refused:
             apply_expert(build_skeleton(replace(config_of(name), **changes)), mesh)
         told.append(str(refused.value))
@@ -196,8 +196,8 @@ def test_refusals_name_what_fits() -> None:
 
 def auxiliary_gradient(router: Router, x: Tensor, seeing: Tensor) -> Tensor:
     router(x, seeing)
-    assert router.auxiliary_loss is not None
-    router.auxiliary_loss.backward()
+    assert router.aux_loss is not None
+    router.aux_loss.backward()
     assert router.weight.grad is not None
     return router.weight.grad
 
@@ -205,7 +205,7 @@ def auxiliary_gradient(router: Router, x: Tensor, seeing: Tensor) -> Tensor:
 def router_and_tokens() -> tuple[Router, Tensor, Tensor]:
     """Tokens whose first half prefers other experts than the second, which has more padding."""
     torch.manual_seed(0)
-    router = Router(8, 4, 2, auxiliary=0.5).double()
+    router = Router(8, 4, 2, aux_loss_coef=0.5).double()
     router.init_weights(std=1.0)
     x = torch.randn(24, 8, dtype=torch.float64)
     x[:12] += 2 * router.weight[0].detach()
@@ -218,7 +218,7 @@ def auxiliary_gradient_of_half(rank: int, shared: bool) -> Tensor:
     if shared:
         apply_context(router, mesh)
     half = slice(12 * rank, 12 * rank + 12)
-    return mesh.sum(auxiliary_gradient(router, x[half], seeing[half]), "context")
+    return mesh.all_reduce(auxiliary_gradient(router, x[half], seeing[half]), "context")
 
 
 def test_auxiliary_loss_of_rows_that_lie_on_two_processes() -> None:

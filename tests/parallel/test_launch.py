@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from sightline.config import ParallelConfig
 from sightline.errors import AnotherRankEnded, LostRank, exit_code_of
-from sightline.parallel.launch import joined, meet, place
+from sightline.parallel.launch import distributed_session, rank_label, sync_stop_signal
 from sightline.parallel.mesh import Mesh
 from tests.support.processes import CONTEXT
 
@@ -54,7 +54,7 @@ def _start(rank: int, world: int, port: int, body: Callable[[int], object], para
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     try:
-        with joined(parallel, CPU):
+        with distributed_session(parallel, CPU):
             value = body(rank)
         assert not dist.is_initialized()
         pipe.send(value)
@@ -66,9 +66,9 @@ def _start(rank: int, world: int, port: int, body: Callable[[int], object], para
 
 def test_one_process_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined(ParallelConfig(tensor=4), CPU) as device:  # the degrees are the mesh's to refuse
+    with distributed_session(ParallelConfig(tensor=4), CPU) as device:  # the degrees are the mesh's to refuse
         assert device == CPU and not dist.is_initialized()
-        assert meet(7, None) is None and meet(7, 15) == 15
+        assert sync_stop_signal(7, None) is None and sync_stop_signal(7, 15) == 15
 
 
 def sum_of_ranks(rank: int) -> object:
@@ -82,7 +82,7 @@ def test_processes_join_and_leave() -> None:
 
 
 def stop_together(rank: int) -> object:
-    stops = [meet(step, 15 if rank == 1 and step >= 2 else None) for step in range(4)]
+    stops = [sync_stop_signal(step, 15 if rank == 1 and step >= 2 else None) for step in range(4)]
     return stops
 
 
@@ -91,10 +91,10 @@ def test_a_signal_to_one_process_reaches_all_at_the_same_step() -> None:
 
 
 def fail_alone(rank: int) -> object:
-    meet(1, None)
+    sync_stop_signal(1, None)
     if rank == 1:
         raise FileNotFoundError("no such file")
-    return [meet(step, None) for step in range(2, 5)]
+    return [sync_stop_signal(step, None) for step in range(2, 5)]
 
 
 def test_the_process_that_fails_speaks_and_the_others_are_silent() -> None:
@@ -119,15 +119,15 @@ def test_degrees_that_do_not_fit_are_told_once() -> None:
 
 
 def sleep_before_step_2(rank: int) -> object:
-    meet(1, None)
+    sync_stop_signal(1, None)
     if rank == 2:
         time.sleep(15)
-    meet(2, None)
+    sync_stop_signal(2, None)
     return None
 
 
 def sleep_inside_step_1(rank: int) -> object:
-    meet(1, None)
+    sync_stop_signal(1, None)
     if rank == 2:
         time.sleep(15)
     dist.all_reduce(torch.ones(3))
@@ -144,10 +144,10 @@ def test_the_late_process_is_named_once(late: Callable[[int], object], waits: in
 
 
 def die(rank: int) -> object:
-    meet(1, None)
+    sync_stop_signal(1, None)
     if rank == 1:
         os._exit(1)
-    return [meet(step, None) for step in range(2, 5)]
+    return [sync_stop_signal(step, None) for step in range(2, 5)]
 
 
 def test_a_process_that_is_gone_is_named() -> None:
@@ -159,9 +159,9 @@ def test_a_process_that_is_gone_is_named() -> None:
 
 def test_places() -> None:
     degrees = ParallelConfig(pipeline=2, context=2, tensor=2)
-    assert place(degrees, 0, 8) == " (pipeline 0, context 0, tensor 0)"
-    assert place(degrees, 6, 8) == " (pipeline 1, context 1, tensor 0)"
-    assert place(ParallelConfig(), 3, 4) == " (shard 3)" and place(ParallelConfig(), 0, 1) == ""
+    assert rank_label(degrees, 0, 8) == " (pipeline 0, context 0, tensor 0)"
+    assert rank_label(degrees, 6, 8) == " (pipeline 1, context 1, tensor 0)"
+    assert rank_label(ParallelConfig(), 3, 4) == " (shard 3)" and rank_label(ParallelConfig(), 0, 1) == ""
 
 
 def test_exit_codes() -> None:

@@ -55,7 +55,7 @@ class Preference:
     def weight(self, batch: Batch) -> float:
         return len(batch.tokens) * PAIRS
 
-    def token_facts(self, batch: Batch) -> dict[str, Tensor]:
+    def per_token_inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {name: batch.extra[name] for name in ("pair", "side")}
 
     def __call__(self, log_probs: Tensor, labels: Tensor, facts: dict[str, Tensor], group: Any) -> Tensor:
@@ -91,7 +91,7 @@ def learn(rank: int, name: str, loss: str, degrees: dict[str, int]) -> dict[str,
     torch.manual_seed(0)
     mesh = Mesh(run.parallel, CPU)
     model = build_parallel(run.model, run.training, mesh)
-    for part in (model.whole, *model.stages):
+    for part in (model.full_model, *model.stages):
         part.loss = Preference() if loss == "preference" else get_loss(loss)
     share = len(rows().tokens) // mesh.size("data")
     batch = rows()[mesh.index("data") * share :][:share]
@@ -135,7 +135,7 @@ def test_a_mesh_computes_what_one_process_computes(axis: str, alone: list[dict[s
 
 def test_a_preference_is_that_of_full_logits(alone: list[dict[str, Tensor]]) -> None:
     torch.manual_seed(0)
-    model, batch = build_parallel(MODELS["llama3"], TrainingConfig(), Mesh(ParallelConfig(), CPU)).whole, rows()
+    model, batch = build_parallel(MODELS["llama3"], TrainingConfig(), Mesh(ParallelConfig(), CPU)).full_model, rows()
     masks = model.get_attention_masks(batch)
     logits = model(batch.tokens, attention_masks=masks, positions=batch.positions)
     log_probs = -F.cross_entropy(logits.mT, batch.labels, ignore_index=-100, reduction="none")

@@ -46,7 +46,7 @@ def place(rank: int, degrees: dict[str, int]) -> dict[str, tuple[int, int]]:
         "expert",
         "expert_weights",
     )
-    summed = mesh.sum(torch.tensor(rank), "loss")
+    summed = mesh.all_reduce(torch.tensor(rank), "loss")
     return {axis: (mesh.index(axis), mesh.size(axis)) for axis in axes} | {"sum": (int(summed), mesh.size("loss"))}
 
 
@@ -68,7 +68,7 @@ def test_pipeline_is_outermost() -> None:
 
 
 def grid(rank: int, degrees: dict[str, int]) -> dict[str, str]:
-    return Mesh(ParallelConfig(**degrees), torch.device("cpu")).grid()
+    return Mesh(ParallelConfig(**degrees), torch.device("cpu")).describe_layout()
 
 
 def test_grid_shows_every_rank() -> None:
@@ -88,7 +88,7 @@ def only_on_first(rank: int, fails: bool) -> str:
         return "made"
 
     try:
-        return Mesh(ParallelConfig(), torch.device("cpu")).from_first(make)
+        return Mesh(ParallelConfig(), torch.device("cpu")).from_rank_zero(make)
     except ValueError as error:
         return f"refused: {error}"
 

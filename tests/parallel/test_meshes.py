@@ -11,7 +11,16 @@ import pytest
 from rich.console import Console
 
 from sightline import config
-from sightline.config import CheckpointConfig, DataConfig, LoggingConfig, OptimizerConfig, ParallelConfig, Run, TrainingConfig, ValidationConfig
+from sightline.config import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Run,
+    TrainingConfig,
+    ValidationConfig,
+)
 from sightline.models import config_of
 from sightline.parallel.mesh import AXES
 from sightline.training.metrics import TIMES, read_metrics

@@ -18,10 +18,10 @@ from sightline.config import ParallelConfig, TrainingConfig
 from sightline.generation import SamplingConfig, generate
 from sightline.layers import routers_of
 from sightline.masks import AttentionMask
-from sightline.models import MODELS, build_model, build_skeleton, draw_weights
+from sightline.models import MODELS, build_model, build_skeleton, init_model_weights
 from sightline.parallel.mesh import Mesh
-from sightline.parallel.pipeline import Pipelined
-from sightline.parallel.pipeline_stages import take_stages
+from sightline.parallel.pipeline import PipelinedModel
+from sightline.parallel.pipeline_stages import build_local_stages
 from sightline.parallel.recompute import apply_recompute
 from sightline.parallel.shard import apply_shard
 from tests.support.processes import on_processes
@@ -107,7 +107,7 @@ def state(stages: list[Any], loss: Tensor) -> dict[str, Any]:
     return {"loss": loss.detach(), "gradients": gradients, "counts": counts}
 
 
-def on_one_process(name: str, dtype: str = "float32") -> dict[str, Any]:
+def single_process_model(name: str, dtype: str = "float32") -> dict[str, Any]:
     """The same rows, a microbatch after the other; and the same again without gradients."""
     torch.manual_seed(0)
     model = build_model(CONFIGS[name])
@@ -125,19 +125,19 @@ def on_one_process(name: str, dtype: str = "float32") -> dict[str, Any]:
     return done | {"text": say(model)}
 
 
-def build(config: Any, schedule: Any, training: TrainingConfig, pipeline: int = 2) -> Pipelined:
+def build(config: Any, schedule: Any, training: TrainingConfig, pipeline: int = 2) -> PipelinedModel:
     """Processes that a pipeline of this degree leaves share the weights of a stage and its rows."""
     mesh = Mesh(ParallelConfig(pipeline=pipeline, pipeline_schedule=schedule), torch.device("cpu"))
     whole = build_skeleton(config)
-    stages = take_stages(whole, mesh)
+    stages = build_local_stages(whole, mesh)
     for stage in stages:
         apply_recompute(stage, training)
         if mesh.size("shard") > 1:
             apply_shard(stage, mesh, dtype=training.dtype)
         stage.to_empty(device="cpu")
     torch.manual_seed(0)
-    draw_weights(*stages)
-    return Pipelined(mesh, whole, stages, dtype=training.dtype, micro_batch_size=MICRO)
+    init_model_weights(*stages)
+    return PipelinedModel(mesh, whole, stages, dtype=training.dtype, micro_batch_size=MICRO)
 
 
 def on_a_pipeline(
@@ -163,7 +163,7 @@ def on_a_pipeline(
         model.train(False)
         parts = [inputs_of(model, make_batch(name)[at : at + MICRO]) for at in range(0, ROWS, MICRO)]
         done["evaluated"] = sum(model.evaluate(part) for part in parts)
-        done["text"] = say(model.speaker)
+        done["text"] = say(model.generation_model)
         model.train()
     return done
 
@@ -200,7 +200,7 @@ MATRIX += [(family, schedule) for family in FAMILIES for schedule in SCHEDULES i
     [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in dict.fromkeys(MATRIX)],
 )
 def test_a_pipeline_is_one_process(family: str, schedule: str) -> None:
-    check(on_processes(2, on_a_pipeline, family, schedule, TrainingConfig(), 2), on_one_process(family))
+    check(on_processes(2, on_a_pipeline, family, schedule, TrainingConfig(), 2), single_process_model(family))
 
 
 @pytest.mark.parametrize(
@@ -209,13 +209,13 @@ def test_a_pipeline_is_one_process(family: str, schedule: str) -> None:
 def test_a_pipeline_of_four(schedule: str) -> None:
     """Where most processes have neither the embedding nor the head."""
     parts = on_processes(4, on_a_pipeline, "deep", schedule, TrainingConfig(), 1, False, 4)
-    check(parts, on_one_process("deep"))
+    check(parts, single_process_model("deep"))
 
 
 @pytest.mark.parametrize("family", ["llama3", pytest.param("llama4", marks=pytest.mark.slow)])
 def test_a_mask_of_another_microbatch_would_be_noticed(family: str) -> None:
     """With the mask of the first microbatch for all, loss and gradients are off by far more than any tolerance here."""
-    expected = on_one_process(family)
+    expected = single_process_model(family)
     parts = on_processes(2, on_a_pipeline, family, "1F1B", TrainingConfig(), 1, True)
     assert difference(sum(part["loss"] for part in parts), expected["loss"]) > 1e-3
     off = {
@@ -243,7 +243,7 @@ def on_shards(rank: int, name: str, schedule: str, training: TrainingConfig) -> 
     for parameter_name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor) and parameter.to_local().numel() < parameter.numel(), parameter_name
         gradients[parameter_name] = parameter.grad.full_tensor()
-    return {"loss": loss, "evaluated": evaluated, "gradients": gradients, "text": say(model.speaker)}
+    return {"loss": loss, "evaluated": evaluated, "gradients": gradients, "text": say(model.generation_model)}
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def on_shards(rank: int, name: str, schedule: str, training: TrainingConfig) -> 
 )
 def test_pipelines_that_share_weights(family: str, schedule: str) -> None:
     """Gradients are added up over the rows of both pipelines when the schedule has ended, once."""
-    expected, parts = on_one_process(family), on_processes(4, on_shards, family, schedule, TrainingConfig())
+    expected, parts = single_process_model(family), on_processes(4, on_shards, family, schedule, TrainingConfig())
     for key in ("loss", "evaluated"):
         assert difference(sum(part[key] for part in parts), expected[key]) < 1e-5, key
     for part in parts:
@@ -276,25 +276,25 @@ def test_layers_that_recompute(schedule: str, how: Any) -> None:
     """Several microbatches are on their way at once; and a layer may be computed again for the activations' gradients,
     and once more for those of the weights."""
     parts = on_processes(2, on_a_pipeline, "qwen3-moe", schedule, TrainingConfig(recompute=how))
-    check(parts, on_one_process("qwen3-moe"))
+    check(parts, single_process_model("qwen3-moe"))
 
 
 def test_bfloat16_is_that_of_one_process() -> None:
     """Every stage is under autocast and no backward is; between stages the sum of the layers stays in float32."""
-    expected = on_one_process("qwen3-moe", "bfloat16")
+    expected = single_process_model("qwen3-moe", "bfloat16")
     parts = on_processes(2, on_a_pipeline, "qwen3-moe", "Interleaved1F1B", TrainingConfig(dtype="bfloat16"))
     assert difference(sum(part["loss"] for part in parts), expected["loss"]) < 1e-5
     for part in parts:
         for name, gradient in part["gradients"].items():
             assert difference(gradient, expected["gradients"][name]) < 1e-5, name
-    in_full = on_one_process("qwen3-moe")
+    in_full = single_process_model("qwen3-moe")
     assert difference(expected["loss"], in_full["loss"]) > 1e-5, "the precision makes a difference"
 
 
 @pytest.mark.slow
 def test_weights_gathered_in_bfloat16() -> None:
     """FSDP's mixed precision: what passes between stages is bfloat16 too."""
-    expected = on_one_process("llama3")
+    expected = single_process_model("llama3")
     parts = on_processes(4, on_shards, "llama3", "Interleaved1F1B", TrainingConfig(dtype="bfloat16"))
     loss = sum(part["loss"] for part in parts)
     assert 1e-6 < difference(loss, expected["loss"]) < 1e-2

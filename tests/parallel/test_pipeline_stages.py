@@ -1,4 +1,4 @@
-"""Where models are cut, which process has which stage, and which numbers of microbatches are refused."""
+"""Where models are split_stages, which process has which stage, and which numbers of microbatches are refused."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,18 +8,18 @@ import pytest
 from sightline.config import ParallelConfig, TrainingConfig
 from sightline.models import MODELS, build_skeleton
 from sightline.parallel.pipeline_stages import (
-    check_ends,
+    check_pipeline_support,
     count_microbatches,
     count_stages,
-    cut,
-    owners,
+    extract_stage,
+    split_stages,
+    stage_owners,
     stages_of,
-    take_layers,
 )
 
 
 def sizes(name: str, stages: int) -> list[int]:
-    ranges = cut(build_skeleton(name), stages)
+    ranges = split_stages(build_skeleton(name), stages)
     assert [layer for layers in ranges for layer in layers] == list(range(MODELS[name].layers))
     return [len(layers) for layers in ranges]
 
@@ -39,7 +39,7 @@ def test_the_last_stage_has_fewer_layers_for_its_head() -> None:
 
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"5 pipeline stages need as many layers, and the model has 4; .*at most 4"):
-        cut(build_skeleton(replace(MODELS["llama3-debug"], num_layers=4)), 5)
+        split_stages(build_skeleton(replace(MODELS["llama3-debug"], num_layers=4)), 5)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_more_stages_than_layers_are_refused() -> None:
 )
 def test_which_process_has_which_stage(schedule: Any, placed: list[int]) -> None:
     parallel = ParallelConfig(pipeline=3, pipeline_schedule=schedule)
-    assert owners(parallel) == placed
+    assert stage_owners(parallel) == placed
     assert count_stages(parallel) == len(placed)
     assert [placed[stage] for stage in stages_of(parallel, 1)] == [1] * (len(placed) // 3)
 
@@ -65,8 +65,8 @@ def test_stages_are_the_model_with_parts_removed() -> None:
     whole = build_skeleton(MODELS["vlm-debug"])
     names = {name: p.shape for name, p in whole.named_parameters()}
     stages = [
-        take_layers(whole, range(1), first=True, last=False),
-        take_layers(whole, range(1, 2), first=False, last=True),
+        extract_stage(whole, range(1), first=True, last=False),
+        extract_stage(whole, range(1, 2), first=False, last=True),
     ]
     parts = [{name: p.shape for name, p in stage.named_parameters()} for stage in stages]
     assert parts[0] | parts[1] == names
@@ -78,10 +78,10 @@ def test_stages_are_the_model_with_parts_removed() -> None:
 
 def test_models_whose_ends_cannot_be_parted_are_refused() -> None:
     with pytest.raises(ValueError, match=r"--model.no-tied-embeddings"):
-        check_ends(build_skeleton(replace(MODELS["llama3-debug"], tied_embeddings=True)))
+        check_pipeline_support(build_skeleton(replace(MODELS["llama3-debug"], tied_embeddings=True)))
     with pytest.raises(ValueError, match=r"model.mtp-loss-weight is 0.1, .*--model.mtp-loss-weight None"):
-        check_ends(build_skeleton(replace(MODELS["deepseek_v3-debug"], mtp_loss_weight=0.1)))
-    check_ends(build_skeleton("deepseek_v3-debug"))
+        check_pipeline_support(build_skeleton(replace(MODELS["deepseek_v3-debug"], mtp_loss_weight=0.1)))
+    check_pipeline_support(build_skeleton("deepseek_v3-debug"))
 
 
 @pytest.mark.parametrize(

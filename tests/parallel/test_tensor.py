@@ -13,10 +13,17 @@ from torch.distributed.tensor import DTensor
 from sightline import Batch
 from sightline.config import ParallelConfig
 from sightline.generation import SamplingConfig, generate
-from sightline.layers import Divisible, GatedDeltaNet, GroupedQueryAttention, MoE, MultiHeadLatentAttention, SwiGLU
-from sightline.models import VLMConfig, build_skeleton, config_of, draw_weights
-from sightline.models.drawing import draw
+from sightline.layers import (
+    GatedDeltaNet,
+    GroupedQueryAttention,
+    MoE,
+    MultiHeadLatentAttention,
+    SwiGLU,
+    TensorParallelLayer,
+)
+from sightline.models import VLMConfig, build_skeleton, config_of, init_model_weights
 from sightline.models.qwen3_next import GatedAttention
+from sightline.models.weight_init import fill_parameter
 from sightline.parallel.compile import apply_compile
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.shard import apply_shard
@@ -29,7 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama4-debug": {},
     "qwen3-debug": {},
     "qwen3-debug-moe": {},
-    "deepseek_v3-debug": {"prediction_weight": 0.3},
+    "deepseek_v3-debug": {"mtp_loss_weight": 0.3},
     "gpt_oss-debug": {},
     "qwen3_next-debug": {},
     "vlm-debug": {},
@@ -65,12 +72,12 @@ def build(config: Any, mesh: Mesh | None = None, dtype: torch.dtype = torch.floa
         apply_tensor(model, mesh)
     model.to_empty(device="cpu")
     torch.manual_seed(0)
-    draw_weights(model)
+    init_model_weights(model)
     for name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(sum(name.encode()))
         noise = torch.randn(parameter.shape, generator=generator, dtype=dtype)
         before = whole_of(parameter.detach())
-        draw(parameter, lambda whole, before=before, noise=noise: whole.copy_(before + 0.1 * noise))
+        fill_parameter(parameter, lambda whole, before=before, noise=noise: whole.copy_(before + 0.1 * noise))
     return model
 
 
@@ -101,8 +108,8 @@ def learn(model: Any, batch: Batch, mesh: Mesh | None = None) -> dict[str, Tenso
         result["logits"] = run(model, batch, labels=False)
         result["evaluated"] = run(model, batch, labels=True)
     if mesh is not None:
-        mesh.sum(result["loss"], "loss"), mesh.sum(result["evaluated"], "loss")
-        return result | model.finish_step(lambda total: mesh.sum(total, "loss"))
+        mesh.all_reduce(result["loss"], "loss"), mesh.all_reduce(result["evaluated"], "loss")
+        return result | model.finish_step(lambda total: mesh.all_reduce(total, "loss"))
     return result | model.finish_step()
 
 
@@ -158,7 +165,7 @@ def test_in_float32_loss_and_gradient_norm_are_those_of_one_process() -> None:
 
 @pytest.mark.slow
 def test_four_processes_compute_what_one_computes() -> None:
-    sizes = {"heads": 4, "kv_heads": 4, "key_heads": 4, "value_heads": 8}
+    sizes = {"num_heads": 4, "num_kv_heads": 4, "linear_num_key_heads": 4, "linear_num_value_heads": 8}
     assert_close(on_processes(4, learn_together, list(MODELS), {"tensor": 4}, torch.float64, sizes), 1e-9)
 
 
@@ -237,10 +244,10 @@ def test_every_name_of_a_plan_is_that_of_a_weight() -> None:
     missed: dict[type, set[str]] = {}
     for name, changes in MODELS.items():
         for layer in build_skeleton(replace(config_of(name), **changes)).modules():
-            if isinstance(layer, Divisible):
+            if isinstance(layer, TensorParallelLayer):
                 weights = [weight for weight, _ in layer.named_parameters()]
                 for kind in type(layer).__mro__:
-                    keys = {*vars(kind).get("SHARDED", ()), *vars(kind).get("SUMMED", ())}
+                    keys = {*vars(kind).get("SHARD_DIMS", ()), *vars(kind).get("PARTIAL_SUMS", ())}
                     still = {key for key in keys if not any(f"{w}.".startswith(f"{key}.") for w in weights)}
                     missed[kind] = missed.get(kind, keys) & still
     missed[GatedAttention].discard("sinks")  # gated attention has none
@@ -260,7 +267,7 @@ def compile_layers(rank: int, layers: int) -> tuple[float, int]:
 
 @pytest.mark.slow
 def test_one_compiled_layer_serves_all() -> None:
-    """They are of one class: see `show_local`."""
+    """They are of one class: see `expose_local_parameters`."""
     (of_two, graphs), (of_four, graphs_of_four) = (on_processes(2, compile_layers, layers)[0] for layers in (2, 4))
     assert max(of_two, of_four) < 1e-9
     assert graphs_of_four == graphs > 0

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sightline.layers import linear_cross_entropy, loss
-from sightline.parallel import vocabulary
+from sightline.parallel import vocab_parallel
 from tests.layers.test_loss import Largest
 from tests.support.processes import on_processes
 
@@ -27,7 +27,7 @@ def make_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Ten
     return hidden, weight, labels
 
 
-def part_of(weight: Tensor, mesh: DeviceMesh) -> Tensor:
+def local_shard(weight: Tensor, mesh: DeviceMesh) -> Tensor:
     """This process's rows, as a leaf of their own."""
     return weight.detach().chunk(2)[mesh.get_local_rank()].requires_grad_(weight.requires_grad)
 
@@ -44,8 +44,8 @@ def run_checks(rank: int) -> None:
 
 def check_loss_and_gradients(mesh: DeviceMesh, dtype: torch.dtype, chunk_size: int, tolerance: float) -> None:
     hidden, weight, labels = make_inputs(dtype)
-    part = part_of(weight, mesh)
-    loss = vocabulary.token_losses(mesh, hidden, part, labels, chunk_size)
+    part = local_shard(weight, mesh)
+    loss = vocab_parallel.token_losses(mesh, hidden, part, labels, chunk_size)
     grads = torch.autograd.grad(loss * 0.37, (hidden, part))
     expected = linear_cross_entropy(hidden, weight, labels, chunk_size)
     grad_hidden, grad_weight = torch.autograd.grad(expected * 0.37, (hidden, weight))
@@ -60,11 +60,11 @@ def check_weights_and_each_loss(mesh: DeviceMesh) -> None:
     weights = torch.rand(N, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     for select in (loss.select_tokens, loss.mask_tokens):
         hidden, weight, labels = make_inputs(torch.float64)
-        part = part_of(weight, mesh)
+        part = local_shard(weight, mesh)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loss, "select_tokens", select)
-            each = vocabulary.token_losses(mesh, hidden, part, labels, 7, reduction="none")
-            value = vocabulary.token_losses(mesh, hidden, part, labels, 7, token_weights=weights)
+            each = vocab_parallel.token_losses(mesh, hidden, part, labels, 7, reduction="none")
+            value = vocab_parallel.token_losses(mesh, hidden, part, labels, 7, token_weights=weights)
         expected = F.cross_entropy(F.linear(hidden, weight), labels, ignore_index=-100, reduction="none")
         torch.testing.assert_close(each, expected.detach(), atol=1e-12, rtol=1e-12)
         torch.testing.assert_close(value, (expected * weights).sum(), atol=0, rtol=1e-12)
@@ -78,12 +78,12 @@ def check_tokens_without_a_label(mesh: DeviceMesh) -> None:
     hidden, weight, labels = make_inputs()
     with torch.no_grad():
         hidden[labels == -100] = float("nan")
-    part = part_of(weight, mesh)
-    loss = vocabulary.token_losses(mesh, hidden, part, labels, 4)
+    part = local_shard(weight, mesh)
+    loss = vocab_parallel.token_losses(mesh, hidden, part, labels, 4)
     loss.backward()
     assert loss.isfinite() and part.grad.isfinite().all()
     assert torch.equal(hidden.grad[labels == -100], torch.zeros(5, W))
-    none = vocabulary.token_losses(mesh, hidden, part, torch.full((N,), -100))
+    none = vocab_parallel.token_losses(mesh, hidden, part, torch.full((N,), -100))
     assert none.item() == 0.0 and not any(g.any() for g in torch.autograd.grad(none, (hidden, part)))
 
 
@@ -91,8 +91,8 @@ def check_extreme_logits(mesh: DeviceMesh) -> None:
     """A label 10000 below the greatest logit, on this process or the other one, and logits far below 0 in one part."""
     for label, expected in ((0, 0.0), (1, 10_000.0)):
         hidden = torch.tensor([[1.0]], requires_grad=True)
-        part = part_of(torch.tensor([[5000.0], [-5000.0]], requires_grad=True), mesh)
-        loss = vocabulary.token_losses(mesh, hidden, part, torch.tensor([label]))
+        part = local_shard(torch.tensor([[5000.0], [-5000.0]], requires_grad=True), mesh)
+        loss = vocab_parallel.token_losses(mesh, hidden, part, torch.tensor([label]))
         loss.backward()
         assert loss.item() == expected and hidden.grad.item() == expected
         assert part.grad.item() == {0: 0.0, 1: [1.0, -1.0][mesh.get_local_rank()]}[label]
@@ -102,22 +102,22 @@ def check_frozen_sides(mesh: DeviceMesh) -> None:
     for frozen in (0, 1):
         inputs = make_inputs()
         inputs[frozen].requires_grad_(False)
-        part = part_of(inputs[1], mesh)
-        vocabulary.token_losses(mesh, inputs[0], part, inputs[2], 5).backward()
+        part = local_shard(inputs[1], mesh)
+        vocab_parallel.token_losses(mesh, inputs[0], part, inputs[2], 5).backward()
         assert (inputs[0].grad is None, part.grad is None) == (frozen == 0, frozen == 1)
 
 
 def check_whole_logits_never_exist(mesh: DeviceMesh) -> None:
     hidden, weight, labels = make_inputs()
-    part = part_of(weight, mesh)
+    part = local_shard(weight, mesh)
     with torch.no_grad(), Largest() as seen:
-        vocabulary.token_losses(mesh, hidden, part, labels, 8)
+        vocab_parallel.token_losses(mesh, hidden, part, labels, 8)
     assert seen.elements == 8 * V // 2
 
 
 def check_bfloat16(mesh: DeviceMesh) -> None:
     hidden, weight, labels = make_inputs(torch.bfloat16)
-    loss = vocabulary.token_losses(mesh, hidden, part_of(weight, mesh), labels, 5)
+    loss = vocab_parallel.token_losses(mesh, hidden, local_shard(weight, mesh), labels, 5)
     expected = F.cross_entropy(hidden.float() @ weight.float().t(), labels, reduction="sum")
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)  # bfloat16 logits would be 1e-3 off
@@ -125,9 +125,9 @@ def check_bfloat16(mesh: DeviceMesh) -> None:
 
 def check_logits(mesh: DeviceMesh) -> None:
     hidden, weight, _ = make_inputs(torch.float64)
-    part = part_of(weight, mesh)
+    part = local_shard(weight, mesh)
     factors = torch.randn(N, V, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    logits, expected = vocabulary.logits(mesh, hidden, part), F.linear(hidden, weight)
+    logits, expected = vocab_parallel.logits(mesh, hidden, part), F.linear(hidden, weight)
     torch.testing.assert_close(logits, expected, atol=1e-12, rtol=0)
     grads = torch.autograd.grad((logits * factors).sum(), (hidden, part))
     grad_hidden, grad_weight = torch.autograd.grad((expected * factors).sum(), (hidden, weight))
@@ -138,10 +138,10 @@ def check_logits(mesh: DeviceMesh) -> None:
 def check_embedding(mesh: DeviceMesh) -> None:
     _, weight, _ = make_inputs()
     embedding = nn.Embedding(V // 2, W)
-    embedding.weight = nn.Parameter(part_of(weight, mesh))
+    embedding.weight = nn.Parameter(local_shard(weight, mesh))
     tokens = torch.tensor([[0, 20, 21, 41, 21], [5, 5, 5, 30, 0]])
     factors = torch.randn(2, 5, W, generator=torch.Generator().manual_seed(3))
-    h, expected = vocabulary.look_up(embedding, mesh, tokens), F.embedding(tokens, weight)
+    h, expected = vocab_parallel.embed_tokens(embedding, mesh, tokens), F.embedding(tokens, weight)
     assert torch.equal(h, expected)
     (h * factors).sum().backward()
     (grad,) = torch.autograd.grad((expected * factors).sum(), weight)
@@ -153,7 +153,7 @@ def check_a_label_outside_is_named(mesh: DeviceMesh) -> None:
     for label in (V, -1):
         labels[3] = label
         with pytest.raises(ValueError, match=f"label {label} is outside the vocabulary of 42 tokens; .*0 to 41"):
-            vocabulary.token_losses(mesh, hidden, part_of(weight, mesh), labels)
+            vocab_parallel.token_losses(mesh, hidden, local_shard(weight, mesh), labels)
 
 
 CHECKS = [

@@ -68,8 +68,10 @@ def measure(rank: int, run: Run) -> dict[str, int]:
         return x
 
     batch = rows_of(run, mesh)
-    inputs = prepare_batch(model, batch[: model.rows_at_once(batch.shape[0], run.training.micro_batch_size)], None, CPU)
-    inputs = model.own_tokens(inputs)
+    inputs = prepare_batch(
+        model, batch[: model.rows_per_call(batch.shape[0], run.training.micro_batch_size)], None, CPU
+    )
+    inputs = model.local_inputs(inputs)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         model.forward_backward(inputs, 1.0, last=True)
     bytes_saved = sum(local(x).untyped_storage().nbytes() for x in saved.values())
@@ -92,7 +94,7 @@ def measure(rank: int, run: Run) -> dict[str, int]:
 
 def state_of(process: ProcessEstimate) -> dict[str, int]:
     memory = process.memory
-    return {"weights": memory.weights, "gradients": memory.gradients, "moments": memory.moments}
+    return {"weights": memory.weights, "gradients": memory.gradients, "moments": memory.optimizer_state}
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, pytest.param("llama3-tiny", marks=pytest.mark.slow)])
@@ -112,7 +114,7 @@ def test_recompute_lowers_what_is_kept() -> None:
         for mode in ("none", "selective", "full")
     }
     assert kept["full"].activations < 0.6 * kept["selective"].activations < 0.5 * kept["none"].activations
-    assert kept["full"].working > kept["none"].working
+    assert kept["full"].workspace > kept["none"].workspace
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,7 @@ def test_muon_keeps_one_number_where_adamw_keeps_two() -> None:
     run = run_of("llama3-8b", {}, global_batch_size=8, micro_batch_size=1)
     largest = estimate(replace(run, optimizer=OptimizerConfig(name="muon")), 8).largest
     outside = 2 * 128_256 * 4096 + 65 * 4096  # embedding, output projection, norms
-    assert largest.memory.moments == 4 * (8_030_261_248 + outside) / 8
+    assert largest.memory.optimizer_state == 4 * (8_030_261_248 + outside) / 8
 
 
 def test_traffic_of_the_other_axes_by_hand() -> None:

@@ -14,12 +14,20 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from sightline.config import CheckpointConfig, DataConfig, LoggingConfig, OptimizerConfig, Run, TrainingConfig, ValidationConfig
+from sightline.config import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    Run,
+    TrainingConfig,
+    ValidationConfig,
+)
 from sightline.data import Batches
 from sightline.models import Llama3Config
+from sightline.training.loading import load
 from sightline.training.metrics import TIMES, read_metrics
 from sightline.training.terminal import Terminal
-from sightline.training.trained import load
 from sightline.training.trainer import Trainer, train
 
 MODEL = Llama3Config(vocab_size=320, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=64)

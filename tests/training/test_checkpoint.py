@@ -11,7 +11,7 @@ import torch
 from sightline import Batch
 from sightline.config import OptimizerConfig
 from sightline.models import build_model
-from sightline.parallel.parallel_model import on_one_process
+from sightline.parallel.parallel_model import single_process_model
 from sightline.training import checkpoint as checkpoints
 from sightline.training.checkpoint import (
     CannotSave,
@@ -28,7 +28,7 @@ from sightline.training.step import train_step
 from tests.support.small_runs import MODEL
 
 CPU = torch.device("cpu")
-LOADER = {"identity": {"seed": 0}, "step": 2, "lanes": {"0": {"epoch": 1, "place": 7, "waiting": [[3, 40]]}}}
+LOADER = {"identity": {"seed": 0}, "step": 2, "shards": {"0": {"epoch": 1, "place": 7, "waiting": [[3, 40]]}}}
 
 
 def build(seed: int, config=MODEL):
@@ -41,7 +41,7 @@ def trained(seed: int = 0, config=MODEL):
     model, optimizer = build(seed, config)
     batch = Batch.from_documents([[1, 2, 3, 4, 5], [6, 7, 8]], length=8)
     for _ in range(2):
-        train_step(on_one_process(model), optimizer, batch, None, micro_batch_size=1, max_grad_norm=1.0)
+        train_step(single_process_model(model), optimizer, batch, None, micro_batch_size=1, max_grad_norm=1.0)
     return model, optimizer
 
 

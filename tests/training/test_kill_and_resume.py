@@ -76,7 +76,7 @@ MOMENTS = {
     "while the first checkpoint is brought to the disk": ("sightline.training.checkpoint:sync", 4),
     "after a checkpoint was renamed": ("sightline.training.checkpoint:list_checkpoints", 5),
     "while an old checkpoint is removed": ("sightline.training.checkpoint:remove_checkpoint", 1),
-    "after the last checkpoint": ("sightline.training.trainer:draw_losses", 1),
+    "after the last checkpoint": ("sightline.training.trainer:plot_losses", 1),
 }
 
 

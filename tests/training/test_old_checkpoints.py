@@ -13,11 +13,11 @@ import torch
 
 from sightline import Batch
 from sightline.config import OptimizerConfig
-from sightline.parallel.parallel_model import on_one_process
+from sightline.parallel.parallel_model import single_process_model
 from sightline.training.checkpoint import read_tensors, tensors
+from sightline.training.loading import load
 from sightline.training.optimizer import build_optimizer
 from sightline.training.step import train_step
-from sightline.training.trained import load
 
 FIXTURES = sorted((Path(__file__).parent.parent / "fixtures" / "checkpoints").glob("*.tar.xz"))
 CPU = torch.device("cpu")
@@ -38,7 +38,9 @@ def test_a_checkpoint_of_0_2_0_continues(archive: Path, tmp_path: Path) -> None:
     model = load(directory / "step-2", device=CPU).model.train()
     optimizer = build_optimizer(model, OptimizerConfig(learning_rate=1e-2))
     read_tensors(directory / "step-2", tensors(model, optimizer, CPU))
-    result = train_step(on_one_process(model), optimizer, fixed_batch(), None, micro_batch_size=1, max_grad_norm=1.0)
+    result = train_step(
+        single_process_model(model), optimizer, fixed_batch(), None, micro_batch_size=1, max_grad_norm=1.0
+    )
     assert result.loss.item() == pytest.approx(expected["loss"], rel=1e-6)
     assert result.grad_norm.item() == pytest.approx(expected["grad_norm"], rel=1e-5)
     weights = sum(p.detach().double().abs().sum().item() for p in model.parameters())

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from sightline.config import OPTIMIZER_STATE, OptimizerConfig
 from sightline.layers import Experts
-from sightline.layers.facts import ParameterFacts, Role, parameter_facts
+from sightline.layers.base import ParameterInfo, Role, parameter_info
 from sightline.models import build_model
 from sightline.training.optimizer import OPTIMIZERS, build_optimizer, optimizer_state
 from sightline.training.optimizer.muon import check_offload, orthogonalize
@@ -68,13 +68,13 @@ def test_moments_that_exist_from_the_start_are_those_torch_would_make() -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_without_gradients_a_step_moves_what_decays_and_nothing_else(name: str, optimizer: Any) -> None:
-    """See tests/layers/test_facts.py for the names of what does not."""
+    """See tests/layers/test_base.py for the names of what does not."""
     model = build_model(name)
     for p in model.parameters():
         nn.init.ones_(p)  # decay shows on anything that is not 0
         p.grad = torch.zeros_like(p)
     build_optimizer(model, OptimizerConfig(name=optimizer, weight_decay=0.5, learning_rate=0.1)).step()
-    for key, p, role in parameter_facts(model):
+    for key, p, role in parameter_info(model):
         assert torch.equal(p, torch.full_like(p, 0.95 if role.decays else 1.0)), key
 
 
@@ -83,7 +83,7 @@ def test_the_config_knows_every_optimizer_and_what_it_keeps() -> None:
     model = build_model("gpt_oss-debug")
     for name, (of_matrix, of_other) in OPTIMIZER_STATE.items():
         state = optimizer_state(model, build_optimizer(model, OptimizerConfig(name=name)))  # type: ignore[arg-type]
-        for key, p, role in parameter_facts(model):
+        for key, p, role in parameter_info(model):
             numbers = sum(value.numel() for value in state[key].values() if value.ndim)
             assert numbers == p.numel() * (of_matrix if role is Role.MATRIX else of_other), (name, key)
 
@@ -161,7 +161,7 @@ def test_muon_is_torch_s_muon_and_adamw() -> None:
     theirs.load_state_dict(ours.state_dict())
     options = OptimizerConfig(name="muon", learning_rate=0.02, weight_decay=0.3, momentum=0.9)
     mine = build_optimizer(ours, options)
-    by_role = {role: [p for _, p, r in parameter_facts(theirs) if r is role] for role in Role}
+    by_role = {role: [p for _, p, r in parameter_info(theirs) if r is role] for role in Role}
     muon = torch.optim.Muon(
         by_role[Role.MATRIX], lr=0.02, weight_decay=0.3, momentum=0.9, adjust_lr_fn="match_rms_adamw"
     )
@@ -175,7 +175,7 @@ def test_muon_is_torch_s_muon_and_adamw() -> None:
             b.grad = a.grad.clone()
         for optimizer in (mine, muon, adamw):
             optimizer.step()
-    for (key, a, role), b in zip(parameter_facts(ours), theirs.parameters(), strict=True):
+    for (key, a, role), b in zip(parameter_info(ours), theirs.parameters(), strict=True):
         if role is Role.MATRIX:  # torch's iteration rounds to bfloat16
             assert torch.allclose(a, b, atol=0.02 * 0.2 * max(a.shape) ** 0.5 * 0.03), key
             momentum = mine.state[a]["momentum_buffer"]
@@ -187,7 +187,7 @@ def test_muon_is_torch_s_muon_and_adamw() -> None:
 def test_each_expert_is_a_matrix_by_itself() -> None:
     torch.manual_seed(0)
     model = build_model("gpt_oss-debug")
-    gate = model.num-layers["0"].moe.experts.gate
+    gate = model.layers["0"].moe.experts.gate
     before = gate.detach().clone()
     for p in model.parameters():
         p.grad = torch.randn_like(p)
@@ -200,7 +200,7 @@ def refused_on(rank: int) -> str:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("weights",))
     part = DTensor.from_local(torch.empty(2, 4, device="meta"), mesh, [Shard(0)], run_check=False)
     try:
-        check_offload([ParameterFacts("layers.0.mlp.up.weight", nn.Parameter(part), Role.MATRIX)])
+        check_offload([ParameterInfo("layers.0.mlp.up.weight", nn.Parameter(part), Role.MATRIX)])
     except ValueError as error:
         return str(error)
     return ""

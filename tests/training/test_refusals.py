@@ -13,9 +13,9 @@ from sightline.data import Documents, load_tokenizer, train_tokenizer
 from sightline.errors import NonFiniteLoss, SaveFailed
 from sightline.training import saver
 from sightline.training.checkpoint import list_checkpoints
+from sightline.training.loading import load
 from sightline.training.resume import check_continues
 from sightline.training.run_directory import settings
-from sightline.training.trained import load
 from tests.support.small_runs import MODEL, STEPS, rows_of, small_run, train_quietly, write_corpus
 
 
@@ -38,7 +38,11 @@ def everything_in(directory: Path) -> dict[str, bytes]:
 
 CHANGES = {
     "model.num-layers": ({"model": dataclasses.replace(MODEL, num_layers=3)}, "3, expected 2", "--model.num-layers 2"),
-    "model.intermediate-size": ({"model": dataclasses.replace(MODEL, intermediate_size=96)}, "96, expected 64", "--model.intermediate-size 64"),
+    "model.intermediate-size": (
+        {"model": dataclasses.replace(MODEL, intermediate_size=96)},
+        "96, expected 64",
+        "--model.intermediate-size 64",
+    ),
     "model.tied_embeddings": (
         {"model": dataclasses.replace(MODEL, tied_embeddings=True)},
         "True, expected False",
@@ -47,7 +51,11 @@ CHANGES = {
     "model_from": ({"model_from": Path("hf")}, "'hf', expected None", "(no --model-from)"),
     "seed": ({"seed": 5}, "5, expected 0", "--seed 0"),
     "data.packing": ({"data__packing": "best_fit"}, "'best_fit', expected 'stream'", "--data.packing stream"),
-    "data.validation_fraction": ({"data__validation_share": 0.2}, "0.2, expected 0.1", "--data.validation-fraction 0.1"),
+    "data.validation_fraction": (
+        {"data__validation_share": 0.2},
+        "0.2, expected 0.1",
+        "--data.validation-fraction 0.1",
+    ),
     "training.sequence_length": ({"training__sequence_length": 32}, "32, expected 48", "--training.sequence-length 48"),
     "training.global_batch_size": (
         {"training__global_batch_size": 4},

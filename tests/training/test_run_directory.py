@@ -21,7 +21,10 @@ def through_json(run: Run, path: Path) -> Run:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_goes_through_json(name, tmp_path) -> None:
     run = dataclasses.replace(
-        RECIPES[name], data=DataConfig(tokenizer=Path("a/tokenizer.json")), logging=LoggingConfig(wandb="p"), output_dir=Path("x/y")
+        RECIPES[name],
+        data=DataConfig(tokenizer=Path("a/tokenizer.json")),
+        logging=LoggingConfig(wandb="p"),
+        output_dir=Path("x/y"),
     )
     back = through_json(run, tmp_path / "config.json")
     assert back == run

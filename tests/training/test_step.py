@@ -12,7 +12,7 @@ from sightline.config import OptimizerConfig
 from sightline.layers import get_loss
 from sightline.layers.losses import WeightedLoss
 from sightline.models import build_model, config_of
-from sightline.parallel.parallel_model import on_one_process
+from sightline.parallel.parallel_model import single_process_model
 from sightline.training.optimizer import build_optimizer
 from sightline.training.step import prepare_batch, train_step, validate
 from tests.support.small_runs import MODEL
@@ -51,7 +51,7 @@ def mean_loss_of_documents(model) -> float:
 
 def step(model, batch, micro_batch_size, max_grad_norm=1e9, dtype="float32"):
     optimizer = build_optimizer(model, OptimizerConfig())
-    alone = on_one_process(model, dtype=dtype)
+    alone = single_process_model(model, dtype=dtype)
     return optimizer, train_step(
         alone, optimizer, batch, None, micro_batch_size=micro_batch_size, max_grad_norm=max_grad_norm
     )
@@ -77,7 +77,7 @@ def test_loss_is_the_mean_over_valid_tokens() -> None:
 def test_validation_is_the_mean_over_valid_tokens_too() -> None:
     model = build()
     batch = uneven_batch()
-    assert validate(on_one_process(model), [batch[:1], batch[1:]], None) == pytest.approx(
+    assert validate(single_process_model(model), [batch[:1], batch[1:]], None) == pytest.approx(
         mean_loss_of_documents(model), rel=1e-6
     )
     assert model.training
@@ -120,7 +120,7 @@ def test_a_step_that_is_not_finite_touches_nothing(bad) -> None:
         model.norm.weight[3] = bad
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in model.named_parameters()}
-    alone = on_one_process(model)
+    alone = single_process_model(model)
     result = train_step(alone, optimizer, batch, None, micro_batch_size=4, max_grad_norm=1.0)
     assert not (math.isfinite(result.loss.item()) and math.isfinite(result.grad_norm.item()))
     for name, p in model.named_parameters():
@@ -147,7 +147,7 @@ def test_work_is_counted_from_the_mask() -> None:
 
 @pytest.mark.parametrize(
     ("family", "option", "off", "on"),
-    [("qwen3-debug-moe", "auxiliary_loss", 0.0, 0.1), ("deepseek_v3-debug", "prediction_weight", None, 0.3)],
+    [("qwen3-debug-moe", "aux_loss", 0.0, 0.1), ("deepseek_v3-debug", "mtp_loss_weight", None, 0.3)],
 )
 def test_auxiliary_losses_are_means_over_tokens_whatever_the_loss_divides_by(family, option, off, on) -> None:
     def gradients(loss: str, value: float | None) -> dict[str, torch.Tensor]:
@@ -173,7 +173,7 @@ def test_an_extra_that_the_loss_takes_does_not_reach_the_model() -> None:
         def weight(self, batch: Batch) -> float:
             return float(batch.extra["wanted"].sum())
 
-        def token_facts(self, batch: Batch) -> dict[str, torch.Tensor]:
+        def per_token_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
             return {"wanted": batch.extra["wanted"]}
 
         def token_weights(self, facts: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -12,10 +12,10 @@ import torch
 from sightline.config import LoggingConfig
 from sightline.training import step, trainer
 from sightline.training.checkpoint import list_checkpoints
+from sightline.training.loading import load
 from sightline.training.metrics import read_metrics
 from sightline.training.run_directory import load_config
 from sightline.training.schedule import learning_rate
-from sightline.training.trained import load
 from tests.support.small_runs import STEPS, open_trainer, rows_of, small_run, train_quietly, write_corpus
 
 
@@ -118,7 +118,7 @@ def test_numbers_read_late_are_the_same_numbers(source, tmp_path) -> None:
     seen: list[int] = []
     with ExitStack() as opened:
         one = open_trainer(late, opened)
-        one.reads_at_once = False
+        one.reads_immediately = False
         one.take_step, take_step = lambda: (seen.append(len(rows_of(tmp_path / "late"))), take_step())[1], one.take_step
         one.train()
     assert rows_of(tmp_path / "late") == rows_of(tmp_path / "now")

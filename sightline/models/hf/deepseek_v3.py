@@ -16,7 +16,7 @@ from sightline.models.hf.format import (
     read_fields,
     rename,
     rename_experts,
-    rename_turned,
+    rename_rope_weight,
     write_fields,
 )
 from sightline.models.hf.rope import rope_fields, write_rope
@@ -87,7 +87,7 @@ def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[
     yield from rename(f"{theirs}.shared_experts", f"{ours}.shared", MLP)
     yield from rename_experts(f"{theirs}.experts", f"{ours}.experts", config.num_experts)
     yield Weight(f"{theirs}.gate.weight", f"{ours}.router.weight")
-    yield Weight(f"{theirs}.gate.e_score_correction_bias", f"{ours}.router.balance")
+    yield Weight(f"{theirs}.gate.e_score_correction_bias", f"{ours}.router.expert_bias")
 
 
 def _attention_weights(config: Any, theirs: str, ours: str) -> Iterator[Weight]:
@@ -96,11 +96,16 @@ def _attention_weights(config: Any, theirs: str, ours: str) -> Iterator[Weight]:
     if config.q_lora_rank is not None:
         query = "q_b_proj"
         yield from rename(theirs, ours, {"q_a_proj": "query_down", "q_a_layernorm": "query_norm"})
-    shape = (config.num_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim), config.q_lora_rank or config.hidden_size)
+    shape = (
+        config.num_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim),
+        config.q_lora_rank or config.hidden_size,
+    )
     names = f"{theirs}.{query}.weight", f"{ours}.query.weight"
-    yield from rename_turned(*names, config.num_heads, shape, plain=config.qk_nope_head_dim)
+    yield from rename_rope_weight(*names, config.num_heads, shape, plain=config.qk_nope_head_dim)
     names = f"{theirs}.kv_a_proj_with_mqa.weight", f"{ours}.kv_down.weight"
-    yield from rename_turned(*names, 1, (config.kv_lora_rank + config.qk_rope_head_dim, config.hidden_size), plain=config.kv_lora_rank)
+    yield from rename_rope_weight(
+        *names, 1, (config.kv_lora_rank + config.qk_rope_head_dim, config.hidden_size), plain=config.kv_lora_rank
+    )
 
 
 DEEPSEEK_V3_HF = HuggingFace(

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sightline.models.drawing import part_of
 from sightline.models.hf.format import Group, Weight, group_weights, whole
+from sightline.models.weight_init import local_shard
 from sightline.torch_private import is_dtensor
 
 SINGLE = "model.safetensors"
@@ -60,7 +60,7 @@ def _fill(ours: Tensor, weights: list[Weight], files: dict[str, Path]) -> None:
         else:
             source = torch.empty(ours.shape, dtype=ours.dtype, device="cpu")
             _fill(source, weights, files)
-        ours.to_local().copy_(part_of(source, ours))
+        ours.to_local().copy_(local_shard(source, ours))
         return
     for weight in weights:
         weight.of_ours(ours).copy_(_view(weight, files))

@@ -147,7 +147,7 @@ def rename_experts(theirs: str, ours: str, experts: int) -> Iterator[Weight]:
             yield Weight(f"{theirs}.{e}.{their_name}.weight", f"{ours}.{name}", of_ours=itemgetter(e))
 
 
-def rename_joined_experts(config: Any, theirs: str, ours: str, halves: Mapping[str, View]) -> Iterator[Weight]:
+def rename_fused_experts(config: Any, theirs: str, ours: str, halves: Mapping[str, View]) -> Iterator[Weight]:
     """Theirs has all experts in one too, but input dims first, and gate and up in one, of which `halves` are views."""
     shape = (config.num_experts, config.hidden_size, 2 * config.intermediate_size)
     for name, half in halves.items():
@@ -155,7 +155,9 @@ def rename_joined_experts(config: Any, theirs: str, ours: str, halves: Mapping[s
     yield Weight(f"{theirs}.down_proj", f"{ours}.down", of_ours=lambda t: t.mT)
 
 
-def rename_turned(theirs: str, ours: str, heads: int, shape: tuple[int, int], *, plain: int = 0) -> Iterator[Weight]:
+def rename_rope_weight(
+    theirs: str, ours: str, heads: int, shape: tuple[int, int], *, plain: int = 0
+) -> Iterator[Weight]:
     """A weight [heads * D, W] for RoPE: theirs turns channel 2i of a head with 2i + 1, ours i with i + half of them.
 
     The first `plain` channels of each head are not turned, and stay where they are.

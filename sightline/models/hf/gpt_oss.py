@@ -16,7 +16,7 @@ from sightline.models.hf.format import (
     expect,
     read_fields,
     rename,
-    rename_joined_experts,
+    rename_fused_experts,
     write_fields,
 )
 from sightline.models.hf.rope import rope_fields, write_rope
@@ -59,7 +59,7 @@ def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[
     yield from rename(f"{theirs}.self_attn", f"{ours}.attention", ATTENTION, "weight", "bias")
     yield from rename(f"{theirs}.mlp", f"{ours}.moe", {"router": "router"}, "weight", "bias")
     theirs, ours = f"{theirs}.mlp.experts", f"{ours}.moe.experts"
-    yield from rename_joined_experts(config, theirs, ours, HALVES)
+    yield from rename_fused_experts(config, theirs, ours, HALVES)
     for name, half in HALVES.items():
         shape = (config.num_experts, 2 * config.intermediate_size)
         yield Weight(f"{theirs}.gate_up_proj_bias", f"{ours}.{name}_bias", of_theirs=half, shape=shape)

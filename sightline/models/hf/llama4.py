@@ -17,8 +17,8 @@ from sightline.models.hf.format import (
     expect,
     read_fields,
     rename,
-    rename_joined_experts,
-    rename_turned,
+    rename_fused_experts,
+    rename_rope_weight,
     write_fields,
 )
 from sightline.models.hf.rope import rope_fields, write_rope
@@ -48,7 +48,11 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     fields |= rope_fields(hf, "llama3")
     if not hf.get("attn_temperature_tuning", True):
         fields["temperature_scale"] = 0.0
-    layers, full_every, experts_every = range(fields["num_layers"]), fields["no_rope_layer_interval"], fields["moe_layer_interval"]
+    layers, full_every, experts_every = (
+        range(fields["num_layers"]),
+        fields["no_rope_layer_interval"],
+        fields["moe_layer_interval"],
+    )
     full = layers[full_every - 1 :: full_every]
     if hf.get("no_rope_layers"):  # [] in published files, for what the interval says
         expect(hf, no_rope_layers=[int(i not in full) for i in layers])
@@ -75,14 +79,17 @@ def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[
     # Scores are sums over all channels of a query and a key: the full layers, where nothing turns, lie so too.
     for their_name, name, heads in (("q_proj", "query", config.num_heads), ("k_proj", "key", config.num_kv_heads)):
         names = f"{theirs}.self_attn.{their_name}.weight", f"{ours}.attention.{name}.weight"
-        yield from rename_turned(*names, heads, (heads * config.head_dim, config.hidden_size))
+        yield from rename_rope_weight(*names, heads, (heads * config.head_dim, config.hidden_size))
     yield from rename(f"{theirs}.self_attn", f"{ours}.attention", {"v_proj": "value", "o_proj": "output"})
     theirs, ours = f"{theirs}.feed_forward", f"{ours}.mlp"
     if config.has_experts(index):
         yield Weight(f"{theirs}.router.weight", f"{ours}.router.weight")
         # Theirs has gate and up in one, first all channels of gate.
-        halves: dict[str, View] = {"gate": lambda t: t[..., : config.intermediate_size], "up": lambda t: t[..., config.intermediate_size :]}
-        yield from rename_joined_experts(config, f"{theirs}.experts", f"{ours}.experts", halves)
+        halves: dict[str, View] = {
+            "gate": lambda t: t[..., : config.intermediate_size],
+            "up": lambda t: t[..., config.intermediate_size :],
+        }
+        yield from rename_fused_experts(config, f"{theirs}.experts", f"{ours}.experts", halves)
         theirs, ours = f"{theirs}.shared_expert", f"{ours}.shared"
     yield from rename(theirs, ours, MLP)
 

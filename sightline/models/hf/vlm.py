@@ -9,7 +9,11 @@ from sightline.layers.vision import VisionConfig
 from sightline.models.hf import llama3
 from sightline.models.hf.format import HuggingFace, Weight, expect, read_fields, rename, write_fields
 
-FIELDS = {"spatial_merge_size": "downsample_factor", "projector_hidden_size": "projector_hidden_size", "image_token_id": "image_token_id"}
+FIELDS = {
+    "spatial_merge_size": "downsample_factor",
+    "projector_hidden_size": "projector_hidden_size",
+    "image_token_id": "image_token_id",
+}
 VISION_FIELDS = {
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -46,7 +50,15 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 def vision_from_hf(hf: dict[str, Any]) -> VisionConfig:
     """From the fields of a Siglip2VisionModel's config.json."""
     expect(hf, model_type="siglip2_vision_model", hidden_act="gelu_pytorch_tanh")
-    missing = {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "intermediate_size": 3072, "patch_size": 16, "num_channels": 3, "norm_eps": 1e-6}
+    missing = {
+        "hidden_size": 768,
+        "num_layers": 12,
+        "num_heads": 12,
+        "intermediate_size": 3072,
+        "patch_size": 16,
+        "num_channels": 3,
+        "norm_eps": 1e-6,
+    }
     side = round(hf.get("num_patches", 256) ** 0.5)
     return VisionConfig(position_grid_size=side, **read_fields(hf, VISION_FIELDS, **missing))
 

@@ -25,16 +25,16 @@ def apply_context(model: Decoder, mesh: Mesh) -> None:
     if mesh.size("context") == 1:
         return
     replace_attribute(model, "exchanges", ContextExchange(mesh.group("context")))
-    replace_attribute(model, "row_group", mesh.group("context"))
+    replace_attribute(model, "context_group", mesh.group("context"))
 
-    def choices_of_rows(counts: Tensor) -> Tensor:
-        return mesh.sum(counts.clone(), "context")
+    def full_row_counts(counts: Tensor) -> Tensor:
+        return mesh.all_reduce(counts.clone(), "context")
 
     for router in routers_of(model).values():
-        replace_attribute(router, "choices_of_rows", choices_of_rows)
+        replace_attribute(router, "full_row_counts", full_row_counts)
 
 
-def split_context(inputs: dict[str, Any], model: Any, mesh: Mesh) -> dict[str, Any]:
+def shard_inputs(inputs: dict[str, Any], model: Any, mesh: Mesh) -> dict[str, Any]:
     """From what the model's forward takes of whole rows, on the CPU, to what it takes of this process's tokens.
 
     Tokens, labels, positions and what else the model says of each token become [B, S / degree], its masks of tokens
@@ -44,7 +44,7 @@ def split_context(inputs: dict[str, Any], model: Any, mesh: Mesh) -> dict[str, A
     Errors: ValueError for rows that so many processes cannot share.
     """
     degree, rank = mesh.size("context"), mesh.index("context")
-    facts = model.token_facts(inputs)
+    facts = model.per_token_inputs(inputs)
     if degree == 1:
         return {**inputs, **facts}
     masks = named_masks(inputs["attention_masks"])
@@ -52,15 +52,15 @@ def split_context(inputs: dict[str, Any], model: Any, mesh: Mesh) -> dict[str, A
     planned = {name: mask for name, mask in masks.items() if name in of_tokens}
     layers = {name: model.attention_shape(name)[0] for name in planned}
     plan = plan_context(planned, degree, mesh.parallel.context_order, layers=layers)
-    whole_rows = model.row_heads is not None
-    shards = {name: plan.shard(rank, name, whole_rows=whole_rows) for name in planned}
+    full_rows = model.context_parallel_heads is not None
+    shards = {name: plan.shard(rank, name, full_rows=full_rows) for name in planned}
     owned = plan.queries(rank)
     of_token = {name: inputs[name] for name in ("tokens", "labels", "positions") if name in inputs}
-    loss_facts = {name: value.gather(1, owned) for name, value in inputs.get("loss_facts", {}).items()}
+    loss_inputs = {name: value.gather(1, owned) for name, value in inputs.get("loss_inputs", {}).items()}
     return {
         **inputs,
         **{name: value.gather(1, owned) for name, value in (of_token | facts).items()},
-        **({"loss_facts": loss_facts} if loss_facts else {}),
+        **({"loss_inputs": loss_inputs} if loss_inputs else {}),
         "attention_masks": {**masks, **shards},
     }
 
@@ -75,9 +75,9 @@ def check_context(model: Any, mesh: Mesh, length: int) -> None:
             f"training.sequence-length {length} is not divisible by parallel.context {degree}, as many as share "
             f"a row; use --training.sequence-length {lengths}, or parallel.context {nearest(degree, divisors(length))}"
         )
-    if model.row_heads is None:
+    if model.context_parallel_heads is None:
         return
-    heads = model.row_heads // mesh.size("tensor")
+    heads = model.context_parallel_heads // mesh.size("tensor")
     if heads % degree:
         raise ValueError(
             f"parallel.context {degree} does not divide the {heads} key heads that parallel.tensor "

@@ -43,31 +43,35 @@ class ShardExchange:
     def __init__(self, shard: ContextShard, group: dist.ProcessGroup, device: torch.device) -> None:
         self.shard, self.group = shard, group
         _, tokens, keys = shard.mask.shape
-        self._keys = build_route(shard.send, tokens, shard.receive, keys, group, device)
-        self._rows: Route | None = None
-        if shard.owned is not None:  # from [B, degree, S / degree], the own tokens with each rank's channels, to [B, S]
-            length = shard.owned.shape[1] * shard.owned.shape[2]
-            send = torch.arange(length).view(1, *shard.owned.shape[1:]).expand_as(shard.owned)
-            self._rows = build_route(send, length, shard.owned, length, group, device)
+        self._keys = build_exchange_plan(shard.send, tokens, shard.receive, keys, group, device)
+        self._rows: ExchangePlan | None = None
+        if (
+            shard.owned_tokens is not None
+        ):  # from [B, degree, S / degree], the own tokens with each rank's channels, to [B, S]
+            length = shard.owned_tokens.shape[1] * shard.owned_tokens.shape[2]
+            send = torch.arange(length).view(1, *shard.owned_tokens.shape[1:]).expand_as(shard.owned_tokens)
+            self._rows = build_exchange_plan(send, length, shard.owned_tokens, length, group, device)
 
     @property
-    def whole_mask(self) -> AttentionMask:
-        assert self.shard.whole_mask is not None, "a model whose layers walk along whole rows says so in `row_heads`"
-        return self.shard.whole_mask
+    def full_mask(self) -> AttentionMask:
+        assert self.shard.full_mask is not None, (
+            "a model whose layers walk along whole rows says so in `context_parallel_heads`"
+        )
+        return self.shard.full_mask
 
     @disable_compiler  # how much is sent is known to the host and new in every batch: no graph for a compiler
     def start(self, *tensors: Tensor) -> PendingKeys:
         """All tensors go in one message; they may differ in heads and D."""
         rows = torch.cat([t.transpose(1, 2).flatten(2) for t in tensors], dim=-1).flatten(0, 1)
         shapes = [(t.shape[0], self.shard.mask.key_length, t.shape[1], t.shape[3]) for t in tensors]
-        return PendingKeys(travel(rows, self._keys), shapes)
+        return PendingKeys(start_exchange(rows, self._keys), shapes)
 
     @disable_compiler
-    def to_whole_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def to_full_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         assert self._rows is not None
         degree = self.group.size()
         dealt = torch.cat([t.unflatten(-1, (degree, -1)) for t in tensors], dim=-1)  # [B, S / degree, degree, C]
-        whole = travel(dealt.transpose(1, 2).flatten(0, 2), self._rows)()
+        whole = start_exchange(dealt.transpose(1, 2).flatten(0, 2), self._rows)()
         whole = whole.unflatten(0, (len(dealt), -1))
         return whole.split([t.shape[-1] // degree for t in tensors], dim=-1)
 
@@ -75,7 +79,7 @@ class ShardExchange:
     def to_local_tokens(self, x: Tensor) -> Tensor:
         assert self._rows is not None
         degree = self.group.size()
-        dealt = travel(x.flatten(0, 1), self._rows.back())()
+        dealt = start_exchange(x.flatten(0, 1), self._rows.reverse())()
         return dealt.view(len(x), degree, -1, x.shape[-1]).transpose(1, 2).flatten(2)
 
     def local_channels(self, weight: Tensor) -> Tensor:
@@ -97,8 +101,8 @@ class PendingKeys:
         )
 
 
-class Route(NamedTuple):
-    """How rows [n, C] travel between the processes of a group, as one of them sees it.
+class ExchangePlan(NamedTuple):
+    """How rows [n, C] start_exchange between the processes of a group, as one of them sees it.
 
     sent, sent_sizes        int64 [.], rows that go out, those to process 0 first; how many go to each
     places, received_sizes  int64 [.], where the rows that come are put, those of process 0 first; how many come of each
@@ -108,42 +112,53 @@ class Route(NamedTuple):
     The index tensors lie on the device of the rows, the sizes on the host, which never waits for the device.
     """
 
-    sent: Tensor
-    sent_sizes: list[int]
-    places: Tensor
-    received_sizes: list[int]
-    kept: Tensor
-    kept_places: Tensor
-    slots: int
+    send_index: Tensor
+    send_sizes: list[int]
+    receive_index: Tensor
+    receive_sizes: list[int]
+    local_index: Tensor
+    local_output_index: Tensor
+    output_length: int
     group: dist.ProcessGroup
 
-    def back(self) -> Route:
+    def reverse(self) -> ExchangePlan:
         """The way back, where each row goes to one place."""
-        return Route(
-            sent=self.places,
-            sent_sizes=self.received_sizes,
-            places=self.sent,
-            received_sizes=self.sent_sizes,
-            kept=self.kept_places,
-            kept_places=self.kept,
-            slots=len(self.sent) + len(self.kept),
+        return ExchangePlan(
+            send_index=self.receive_index,
+            send_sizes=self.receive_sizes,
+            receive_index=self.send_index,
+            receive_sizes=self.send_sizes,
+            local_index=self.local_output_index,
+            local_output_index=self.local_index,
+            output_length=len(self.send_index) + len(self.local_index),
             group=self.group,
         )
 
 
-def build_route(
-    send: Tensor, tokens: int, receive: Tensor, slots: int, group: dist.ProcessGroup, device: torch.device
-) -> Route:
+def build_exchange_plan(
+    send: Tensor, tokens: int, receive: Tensor, output_length: int, group: dist.ProcessGroup, device: torch.device
+) -> ExchangePlan:
     """From places in each row of a batch, on the CPU.
 
     send     int64 [B, degree, M], which of the `tokens` rows of a batch row go to each process; -1 is none
     receive  int64 [B, degree, N], in which of the `slots` of a batch row those from each process are put; -1 is none
     """
     rank = dist.get_rank(group)
-    sent, sent_sizes, kept = _by_process(send, tokens, rank)
-    places, received_sizes, kept_places = _by_process(receive, slots, rank)
-    sent, places, kept, kept_places = (t.to(device, non_blocking=True) for t in (sent, places, kept, kept_places))
-    return Route(sent, sent_sizes, places, received_sizes, kept, kept_places, len(receive) * slots, group)
+    send_index, send_sizes, local_index = _by_process(send, tokens, rank)
+    receive_index, receive_sizes, local_output_index = _by_process(receive, output_length, rank)
+    send_index, receive_index, local_index, local_output_index = (
+        t.to(device, non_blocking=True) for t in (send_index, receive_index, local_index, local_output_index)
+    )
+    return ExchangePlan(
+        send_index,
+        send_sizes,
+        receive_index,
+        receive_sizes,
+        local_index,
+        local_output_index,
+        len(receive) * output_length,
+        group,
+    )
 
 
 def _by_process(index: Tensor, stride: int, rank: int) -> tuple[Tensor, list[int], Tensor]:
@@ -157,49 +172,49 @@ def _by_process(index: Tensor, stride: int, rank: int) -> tuple[Tensor, list[int
     return flat[others], others.sum(dim=(1, 2)).tolist(), own
 
 
-def travel(rows: Tensor, route: Route) -> Callable[[], Tensor]:
+def start_exchange(rows: Tensor, plan: ExchangePlan) -> Callable[[], Tensor]:
     """Send rows [n, C] out; the call of what is returned waits for those that come, [slots, C].
 
     Backward the same: gradients set out from where the rows came in and are waited for where the rows had set out; rows
     that went to several places get the sum. So what is computed between the two calls hides the way in both directions.
     """
-    way_back: list[Tensor] = []
-    came = _Send.apply(rows, route, way_back)
-    return lambda: _Place.apply(rows, came, route, way_back)
+    gradient_exchange: list[Tensor] = []
+    came = _StartExchange.apply(rows, plan, gradient_exchange)
+    return lambda: _FinishExchange.apply(rows, came, plan, gradient_exchange)
 
 
-class _Send(torch.autograd.Function):
+class _StartExchange(torch.autograd.Function):
     """Rows set out; their gradients are waited for."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, route: Route, way_back: list[Tensor]) -> Tensor:
-        ctx.route, ctx.way_back, ctx.length = route, way_back, len(rows)
-        return all_to_all(rows.index_select(0, route.sent), route.sent_sizes, route.received_sizes, route.group)
+    def forward(ctx: Any, rows: Tensor, plan: ExchangePlan, gradient_exchange: list[Tensor]) -> Tensor:
+        ctx.plan, ctx.gradient_exchange, ctx.length = plan, gradient_exchange, len(rows)
+        return all_to_all(rows.index_select(0, plan.send_index), plan.send_sizes, plan.receive_sizes, plan.group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_came: Tensor) -> tuple[Tensor | None, ...]:
-        # The gradient of what came has set out in _Place.backward, and comes back as that of what was sent.
+        # The gradient of what came has set out in _FinishExchange.backward, and comes back as that of what was sent.
         d_rows = d_came.new_zeros(ctx.length, *d_came.shape[1:])
-        return d_rows.index_add_(0, ctx.route.sent, wait(ctx.way_back.pop())), None, None
+        return d_rows.index_add_(0, ctx.plan.send_index, wait(ctx.gradient_exchange.pop())), None, None
 
 
-class _Place(torch.autograd.Function):
+class _FinishExchange(torch.autograd.Function):
     """Rows are waited for and put in their places; their gradients set out."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, came: Tensor, route: Route, way_back: list[Tensor]) -> Tensor:
-        ctx.route, ctx.way_back, ctx.length = route, way_back, len(rows)
-        out = rows.new_zeros(route.slots, *rows.shape[1:])
-        out.index_copy_(0, route.kept_places, rows.index_select(0, route.kept))
-        return out.index_copy_(0, route.places, wait(came))
+    def forward(ctx: Any, rows: Tensor, came: Tensor, plan: ExchangePlan, gradient_exchange: list[Tensor]) -> Tensor:
+        ctx.plan, ctx.gradient_exchange, ctx.length = plan, gradient_exchange, len(rows)
+        out = rows.new_zeros(plan.output_length, *rows.shape[1:])
+        out.index_copy_(0, plan.local_output_index, rows.index_select(0, plan.local_index))
+        return out.index_copy_(0, plan.receive_index, wait(came))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        route = ctx.route
-        d_came = d_out.index_select(0, route.places)
-        ctx.way_back.append(all_to_all(d_came, route.received_sizes, route.sent_sizes, route.group))
+        plan = ctx.plan
+        d_came = d_out.index_select(0, plan.receive_index)
+        ctx.gradient_exchange.append(all_to_all(d_came, plan.receive_sizes, plan.send_sizes, plan.group))
         d_rows = d_out.new_zeros(ctx.length, *d_out.shape[1:])
-        d_rows.index_copy_(0, route.kept, d_out.index_select(0, route.kept_places))
+        d_rows.index_copy_(0, plan.local_index, d_out.index_select(0, plan.local_output_index))
         return d_rows, d_came, None, None

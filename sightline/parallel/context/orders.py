@@ -16,7 +16,7 @@ from sightline.attention.tiles import TILE
 Span = tuple[int, int]
 Piece = tuple[int, int, int]
 
-LOOKS = 4  # at a window's work while it moves by its own length; more find no better cuts
+PROBES = 4  # at a window's work while it moves by its own length; more find no better cuts
 
 
 def contiguous(length: int, degree: int) -> list[Piece]:
@@ -69,7 +69,7 @@ def balanced(costs: Costs, degree: int, slack: float) -> list[Piece]:
     length = len(costs.cut)
     share = length // degree
     mean = costs.before[length] / degree
-    stride = max(1, share // LOOKS)
+    stride = max(1, share // PROBES)
     circle: list[Span] = [(0, length)]
     shares: list[list[Span]] = []
     while len(shares) < degree - 1:

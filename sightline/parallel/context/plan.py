@@ -12,19 +12,19 @@ from torch import Tensor
 from sightline.attention.tiles import TILE
 from sightline.masks import AttentionMask, named_masks
 from sightline.numbers import divisors, nearest
-from sightline.parallel.context.needs import (
+from sightline.parallel.context.orders import Costs, Piece, balanced, contiguous, headtail, roundrobin
+from sightline.parallel.context.shard import ContextShard
+from sightline.parallel.context.transfers import (
     Integers,
-    Needs,
+    KeyRanges,
     Pieces,
     Transfers,
     build_pieces,
     count_up,
-    find_needs,
+    find_key_ranges,
     find_transfers,
-    place_in_group,
+    offset_in_group,
 )
-from sightline.parallel.context.orders import Costs, Piece, balanced, contiguous, headtail, roundrobin
-from sightline.parallel.context.shard import ContextShard
 
 TOLERANCE = 0.02  # of the mean work, by which the balanced order lets a rank pass it; 0.04 saves no keys
 FIXED_ORDERS = {order.__name__: order for order in (contiguous, headtail, roundrobin)}
@@ -38,7 +38,7 @@ class ContextPlan:
     masks: Mapping[str, AttentionMask]
     degree: int
     pieces: Pieces
-    needs: Mapping[str, Needs]
+    key_ranges: Mapping[str, KeyRanges]
     transfers: Mapping[str, Transfers]
 
     @property
@@ -73,11 +73,11 @@ class ContextPlan:
         """int64 [degree]: keys that come from other ranks, summed over rows and masks (a layer of each)."""
         return self.sent_keys().sum(dim=0)
 
-    def shard(self, rank: int, name: str | None = None, *, whole_rows: bool = False) -> ContextShard:
+    def shard(self, rank: int, name: str | None = None, *, full_rows: bool = False) -> ContextShard:
         """What `rank` attends, sends and receives in a layer of mask `name`.
 
         name        of the mask; may be left out where only one was planned
-        whole_rows  also what recurrent layers need, which walk along whole rows
+        full_rows  also what recurrent layers need, which walk along whole rows
 
         Raises:
             ValueError: no such mask was planned.
@@ -86,22 +86,22 @@ class ContextPlan:
             (name,) = self.masks
         if name is None or name not in self.masks:
             raise ValueError(f"no mask named {name!r} was planned; there are {sorted(self.masks)}")
-        needs = Needs(*(side[self.needs[name].rank == rank] for side in self.needs[name]))
+        needs = KeyRanges(*(side[self.key_ranges[name].rank == rank] for side in self.key_ranges[name]))
         transfers = self.transfers[name]
         out = Transfers(*(side[transfers.source == rank] for side in transfers))
         into = Transfers(*(side[transfers.rank == rank] for side in transfers))
         return ContextShard(
             mask=_renumbered(self.masks[name].take_queries(self.queries(rank)), needs),
-            send=self._by_peer(out.row, out.rank, out.own, out.length),
-            receive=self._by_peer(into.row, into.source, into.place, into.length),
-            whole_mask=self.masks[name] if whole_rows else None,
-            owned=torch.stack([self.queries(peer) for peer in range(self.degree)], dim=1) if whole_rows else None,
+            send=self._by_peer(out.row, out.rank, out.source_offset, out.length),
+            receive=self._by_peer(into.row, into.source, into.target_offset, into.length),
+            full_mask=self.masks[name] if full_rows else None,
+            owned_tokens=torch.stack([self.queries(peer) for peer in range(self.degree)], dim=1) if full_rows else None,
         )
 
     def _by_peer(self, row: Integers, peer: Integers, begin: Integers, length: Integers) -> Tensor:
         """The numbers of all runs, in a line for each row and peer: int64 [B, degree, M]."""
         line = row * self.degree + peer
-        place = place_in_group(line, length)
+        place = offset_in_group(line, length)
         width = int((place + length).max(initial=1))
         lines = np.full((self.shape[0] * self.degree, width), -1)
         lines[np.repeat(line, length), count_up(place, length)] = count_up(begin, length)
@@ -131,7 +131,7 @@ def plan_context(
         pieces = build_pieces(_balanced_rows(named, weights, degree))
     else:
         pieces = build_pieces([FIXED_ORDERS[order](length, degree)] * rows)
-    needs = {name: find_needs(mask, pieces) for name, mask in named.items()}
+    needs = {name: find_key_ranges(mask, pieces) for name, mask in named.items()}
     transfers = {name: find_transfers(need, pieces, length) for name, need in needs.items()}
     return ContextPlan(named, degree, pieces, needs, transfers)
 
@@ -197,7 +197,7 @@ def received_length(needed: int, share: int) -> int:
     return max(1, -(-needed // step)) * step
 
 
-def _renumbered(mask: AttentionMask, needs: Needs) -> AttentionMask:
+def _renumbered(mask: AttentionMask, needs: KeyRanges) -> AttentionMask:
     """The same pairs over the keys that one rank needs; every interval lies in one run of `needs`."""
     rows, share, _ = mask.shape
     stride = mask.key_length + 1
@@ -205,8 +205,8 @@ def _renumbered(mask: AttentionMask, needs: Needs) -> AttentionMask:
     seen = stop > start
     keys = start + np.arange(rows)[:, None, None] * stride
     run = np.searchsorted(needs.row * stride + needs.first, keys, side="right") - 1
-    shift = np.append(needs.place - needs.first, 0)[run]
-    needed = int((needs.place + needs.last - needs.first).max(initial=0))
+    shift = np.append(needs.offset - needs.first, 0)[run]
+    needed = int((needs.offset + needs.last - needs.first).max(initial=0))
     return AttentionMask.from_intervals(
         torch.from_numpy(np.where(seen, start + shift, 0)),
         torch.from_numpy(np.where(seen, stop + shift, 0)),

@@ -20,8 +20,8 @@ class ContextShard:
                 the rank itself are its own keys that its own queries need
     receive     int64 [B, degree, N]: the index, of the T, of each key that comes from each peer, in the order it is
                 sent, -1 beyond
-    whole_mask  of all tokens of the rows, for models with layers that walk along whole rows
-    owned       int64 [B, degree, S / degree], for those too: the tokens of each row that each rank owns
+    full_mask  of all tokens of the rows, for models with layers that walk along whole rows
+    owned_tokens       int64 [B, degree, S / degree], for those too: the tokens of each row that each rank owns
 
     Everything has B first and lies on the CPU: a pipeline splits a shard with its rows, and `ContextExchange.bind`
     copies to the device what is needed there.
@@ -30,8 +30,8 @@ class ContextShard:
     mask: AttentionMask
     send: Tensor
     receive: Tensor
-    whole_mask: AttentionMask | None = None
-    owned: Tensor | None = None
+    full_mask: AttentionMask | None = None
+    owned_tokens: Tensor | None = None
 
 
 pytree.register_dataclass(ContextShard, serialized_type_name="sightline.parallel.context.ContextShard")

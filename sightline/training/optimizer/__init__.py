@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from sightline import config
-from sightline.layers.facts import HasModules, ParameterFacts, parameter_facts
+from sightline.layers.base import HasModules, ParameterInfo, parameter_info
 from sightline.training.optimizer.adamw import AdamW
 from sightline.training.optimizer.muon import Muon
 
@@ -39,7 +39,10 @@ class Optimizer(Protocol):
     def zero_grad(self, set_to_none: bool = True) -> None: ...
 
 
-OPTIMIZERS: dict[str, Callable[[list[ParameterFacts], config.OptimizerConfig], Optimizer]] = {"adamw": AdamW, "muon": Muon}
+OPTIMIZERS: dict[str, Callable[[list[ParameterInfo], config.OptimizerConfig], Optimizer]] = {
+    "adamw": AdamW,
+    "muon": Muon,
+}
 """By their name in the config."""
 
 
@@ -50,9 +53,9 @@ def build_optimizer(model: HasModules, options: config.OptimizerConfig) -> Optim
         ValueError: a module of the model does not state which of its parameters are matrices, or the optimizer cannot
             serve parameters that lie as these do.
     """
-    return OPTIMIZERS[options.name](parameter_facts(model), options)
+    return OPTIMIZERS[options.name](parameter_info(model), options)
 
 
 def optimizer_state(model: HasModules, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
     """State by parameter name. Options (learning rate, decay) belong to the config and are not among them."""
-    return {name: optimizer.state[p] for name, p, _ in parameter_facts(model)}
+    return {name: optimizer.state[p] for name, p, _ in parameter_info(model)}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sightline import config
-from sightline.layers.facts import ParameterFacts
+from sightline.layers.base import ParameterInfo
 
 
 class AdamW(torch.optim.AdamW):
@@ -18,7 +18,7 @@ class AdamW(torch.optim.AdamW):
 
     found_inf: Tensor | None = None
 
-    def __init__(self, parameters: list[ParameterFacts], options: config.OptimizerConfig) -> None:
+    def __init__(self, parameters: list[ParameterInfo], options: config.OptimizerConfig) -> None:
         # One kernel takes many tensors at a time, but only of one mesh: experts lie on another than the rest.
         groups: dict[tuple[bool, Any], list[nn.Parameter]] = defaultdict(list)
         for _, p, role in parameters:

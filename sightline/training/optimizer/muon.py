@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from sightline import config
-from sightline.layers.facts import ParameterFacts, Role
-from sightline.models.drawing import part_of
+from sightline.layers.base import ParameterInfo, Role
+from sightline.models.weight_init import local_shard
 from sightline.parallel.redistribute import local_part
 from sightline.training.optimizer.adamw import AdamW
 
@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
         ValueError: the parameters lie in the CPU's memory and their mesh is of GPUs.
     """
 
-    def __init__(self, parameters: list[ParameterFacts], options: config.OptimizerConfig) -> None:
+    def __init__(self, parameters: list[ParameterInfo], options: config.OptimizerConfig) -> None:
         check_offload(parameters)
         matrices = [p for _, p, role in parameters if role is Role.MATRIX]
         self.found_inf: Tensor | None = None
@@ -99,7 +99,7 @@ def _orthogonalize_part(part: Tensor, p: nn.Parameter) -> Tensor:
     whole = spread
     for axis in range(1, len(placements) + 1):  # FSDP's cut first, which came last; at once, torch warns
         whole = whole.redistribute(placements=[Replicate()] * axis + placements[axis:])
-    return part_of(orthogonalize(whole.to_local()), spread).to(part.dtype)
+    return local_shard(orthogonalize(whole.to_local()), spread).to(part.dtype)
 
 
 def _cuts_matrix(placement: Placement, p: nn.Parameter) -> bool:
@@ -107,7 +107,7 @@ def _cuts_matrix(placement: Placement, p: nn.Parameter) -> bool:
     return not placement.is_replicate() and placement.dim >= p.ndim - 2  # type: ignore[attr-defined]
 
 
-def check_offload(parameters: list[ParameterFacts]) -> None:
+def check_offload(parameters: list[ParameterInfo]) -> None:
     """Refuse parameters in the CPU's memory whose mesh is of GPUs: Muon's matrix products belong on these."""
     for name, p, role in parameters:
         if role is Role.MATRIX and isinstance(p, DTensor) and p.device.type != p.device_mesh.device_type:

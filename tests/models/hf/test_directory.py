@@ -274,7 +274,9 @@ def test_memory_stays_near_one_file_above_the_model(way: str, tmp_path: Path) ->
     """A model of 120 MiB in files of 10 MB: with all files at once in memory it would be twice as much."""
     small = build_model("llama3-debug")
     save_pretrained(small, tmp_path / "small")
-    config = dataclasses.replace(MODELS["llama3-debug"], hidden_size=512, intermediate_size=2048, num_layers=8, vocab_size=512)
+    config = dataclasses.replace(
+        MODELS["llama3-debug"], hidden_size=512, intermediate_size=2048, num_layers=8, vocab_size=512
+    )
     model = build_model(config)
     size = sum(p.nbytes for p in model.parameters()) / 1024
     assert size > 120_000

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from sightline import Batch
-from sightline.layers.vision import place_patches
+from sightline.layers.vision import locate_patches
 from sightline.masks import document
 from sightline.models import load_pretrained, save_pretrained
 from sightline.models.hf.vision_pair import load_vision_pair
@@ -49,9 +49,13 @@ def test_both_towers_say_what_they_said_apart(tmp_path: Path, whole: bool) -> No
         vision.save_pretrained(tmp_path / "vision")
 
     ours = load_vision_pair(tmp_path / "vision", tmp_path / "text", projector=40)
-    assert (ours.config.image_token_id, ours.config.spatial_merge_size, ours.config.projector_hidden_size) == (95, 2, 40)
+    assert (ours.config.image_token_id, ours.config.spatial_merge_size, ours.config.projector_hidden_size) == (
+        95,
+        2,
+        40,
+    )
     patches = torch.randn(1, 12, 12, generator=torch.Generator().manual_seed(0))
-    places = place_patches(torch.tensor([[[3, 4]]]), 12)
+    places = locate_patches(torch.tensor([[[3, 4]]]), 12)
     mask = lowered(document(places.image), training=False)
     with torch.no_grad():
         expected = vision(

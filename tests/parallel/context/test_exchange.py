@@ -1,4 +1,4 @@
-"""How keys and whole rows travel between processes that share rows, and their gradients back."""
+"""How keys and whole rows start_exchange between processes that share rows, and their gradients back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sightline.masks import AttentionMask, causal, document, sliding_window
 from sightline.models import build_model, build_skeleton
 from sightline.parallel import plan_context
 from sightline.parallel.context import exchange
-from sightline.parallel.context.apply import apply_context, check_context, split_context
+from sightline.parallel.context.apply import apply_context, check_context, shard_inputs
 from sightline.parallel.context.exchange import ContextExchange
 from sightline.parallel.context.shard import ContextShard
 from sightline.parallel.mesh import Mesh
@@ -43,10 +43,10 @@ def masks_of_rows() -> dict[str, AttentionMask]:
 def share(
     whole: AttentionMask, degree: int, order: Any, family: str = "llama3-debug"
 ) -> tuple[ContextShard, Exchange, Tensor]:
-    """This process's part of a mask, as split_context makes it, its exchange, and its tokens [B, S / degree]."""
+    """This process's part of a mask, as shard_inputs makes it, its exchange, and its tokens [B, S / degree]."""
     mesh = Mesh(ParallelConfig(context=degree, context_order=order), CPU)
     inputs = {"tokens": torch.arange(LENGTH).expand(ROWS, -1), "attention_masks": whole}
-    inputs = split_context(inputs, build_skeleton(family), mesh)
+    inputs = shard_inputs(inputs, build_skeleton(family), mesh)
     shard = inputs["attention_masks"]["attention"]
     return shard, bind(shard), inputs["tokens"]
 
@@ -109,10 +109,10 @@ def test_on_four_processes() -> None:
 
 def walks(rank: int, degree: int) -> None:
     _, exchange, own = share(masks_of_rows()["causal"], degree, "balanced", "qwen3_next-debug")
-    assert exchange.whole_mask.equal(masks_of_rows()["causal"])
+    assert exchange.full_mask.equal(masks_of_rows()["causal"])
     x, y = random(ROWS, LENGTH, 8), random(ROWS, LENGTH, 4, seed=1)
     own_x, own_y = (t.gather(1, own[..., None].expand(-1, -1, t.shape[2])).requires_grad_() for t in (x, y))
-    whole_x, whole_y = exchange.to_whole_rows(own_x, own_y)
+    whole_x, whole_y = exchange.to_full_rows(own_x, own_y)
     assert torch.equal(whole_x, x.chunk(degree, dim=2)[rank]) and torch.equal(whole_y, y.chunk(degree, dim=2)[rank])
     assert torch.equal(exchange.to_local_tokens(whole_x), own_x)
     weight = random(degree, ROWS, LENGTH, 8 // degree, seed=2)
@@ -140,7 +140,7 @@ def cuts(rank: int) -> None:
         assert type(part["shard"]) is ContextShard and part["shard"].mask.shape == (1, *shard.mask.shape[1:])
         exchange = bind(part["shard"])
         assert torch.equal(exchange.start(part["k"]).wait()[0], whole[row : row + 1])
-        (x,) = exchange.to_whole_rows(part["k"].transpose(1, 2).flatten(2))
+        (x,) = exchange.to_full_rows(part["k"].transpose(1, 2).flatten(2))
         assert torch.equal(exchange.to_local_tokens(x), part["k"].transpose(1, 2).flatten(2))
 
 
@@ -207,7 +207,7 @@ def looks(rank: int, degree: int, order: str) -> None:
 
     def run(tokens: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the own tokens, and the gradient of all embeddings [B, S, W] of a loss on the wanted tokens."""
-        inputs = split_context({"tokens": tokens, "labels": places, **facts}, model, mesh)
+        inputs = shard_inputs({"tokens": tokens, "labels": places, **facts}, model, mesh)
         h = model.embedding(inputs["tokens"]).detach().requires_grad_()
         masks = model.lower_masks(inputs["attention_masks"], h)
         h_last = model.layers(h, masks, model.encode_positions(inputs["positions"]), None)
@@ -216,7 +216,7 @@ def looks(rank: int, degree: int, order: str) -> None:
         return logits.detach(), h.grad
 
     places = torch.arange(LENGTH).expand(ROWS, -1).contiguous()
-    own = split_context({"tokens": places, "labels": places, **facts}, model, mesh)["labels"]
+    own = shard_inputs({"tokens": places, "labels": places, **facts}, model, mesh)["labels"]
     for row, token in ((0, 20), (0, 50), (1, 30), (2, 1), (4, 1)):
         changed = batch.tokens.clone()
         changed[row, token] += 1
@@ -293,10 +293,10 @@ def test_one_process_keeps_its_rows() -> None:
     mask = masks_of_rows()["causal"]
     tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
     inputs = {"tokens": tokens, "attention_masks": {"attention": mask}}
-    assert split_context(inputs, build_skeleton("llama3-debug"), Mesh(ParallelConfig(shard=1), CPU)) == inputs
+    assert shard_inputs(inputs, build_skeleton("llama3-debug"), Mesh(ParallelConfig(shard=1), CPU)) == inputs
     bound, exchange = LocalExchanges().bind(mask, CPU)
-    assert bound is mask and exchange.whole_mask is mask
-    assert exchange.start(tokens).wait()[0] is tokens and exchange.to_whole_rows(tokens)[0] is tokens
+    assert bound is mask and exchange.full_mask is mask
+    assert exchange.start(tokens).wait()[0] is tokens and exchange.to_full_rows(tokens)[0] is tokens
 
 
 def attends(rank: int) -> None:

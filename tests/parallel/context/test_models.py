@@ -24,7 +24,7 @@ from sightline.masks import (
     sliding_window,
 )
 from sightline.models import MODELS, build_model
-from sightline.parallel.context.apply import apply_context, split_context
+from sightline.parallel.context.apply import apply_context, shard_inputs
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.recompute import apply_recompute
 from tests.parallel.context.rows import LENGTHS, pack, pack_images, random_lengths
@@ -122,7 +122,7 @@ def compare(rank: int, degree: int, case: Case, **training: Any) -> tuple[str, f
     mesh = Mesh(ParallelConfig(context=degree, context_order=case.order), torch.device("cpu"))
     apply_context(model, mesh)
     apply_recompute(model, TrainingConfig(**training))
-    return furthest(measure(model, split_context(inputs, model, mesh)), truth)
+    return furthest(measure(model, shard_inputs(inputs, model, mesh)), truth)
 
 
 def compare_all(rank: int, degree: int, cases: list[Case], training: dict[str, Any]) -> list[tuple[str, float]]:
@@ -187,7 +187,7 @@ def compiled(rank: int, seeds: int) -> list[int]:
         layer.compile(backend="eager", dynamic=False)
     graphs = []
     for seed in range(seeds):
-        measure(model, split_context(inputs_of(model, batch_of(model.config, seed)), model, mesh))
+        measure(model, shard_inputs(inputs_of(model, batch_of(model.config, seed)), model, mesh))
         graphs.append(counters["stats"]["unique_graphs"])
     return graphs
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sightline.layers import AttentionLayer, attention_layers, flops_per_token
-from sightline.layers.facts import Role, matrices_of, parameter_facts
+from sightline.layers.base import Role, matrices_of, parameter_info
 from sightline.models import MODELS, build_skeleton
 
 MTP = replace(MODELS["deepseek_v3-debug"], mtp_loss_weight=0.3)
@@ -50,7 +50,7 @@ OUTSIDE = {
 
 @pytest.mark.parametrize("name", OTHER)
 def test_roles_of_every_family(name: str) -> None:
-    facts = parameter_facts(build_skeleton(name))
+    facts = parameter_info(build_skeleton(name))
     assert [fact.name for fact in facts] == [key for key, _ in build_skeleton(name).named_parameters()]
     roles: dict[Role, set[str]] = {role: {fact.name for fact in facts if fact.role is role} for role in Role}
     assert roles[Role.VOCABULARY] == {"embedding.weight", "output.weight"}
@@ -63,7 +63,7 @@ def test_roles_of_every_family(name: str) -> None:
 
 
 def test_a_tied_weight_is_the_vocabulary_s_once() -> None:
-    facts = parameter_facts(build_skeleton(replace(MODELS["llama3-debug"], tied_embeddings=True)))
+    facts = parameter_info(build_skeleton(replace(MODELS["llama3-debug"], tied_embeddings=True)))
     assert [fact.name for fact in facts if fact.role is Role.VOCABULARY] == ["embedding.weight"]
 
 
@@ -78,7 +78,7 @@ def test_a_module_that_states_nothing_is_refused_and_not_guessed() -> None:
         r"inner \(Unstated\) has the parameters scale, mix and .*MATRICES = \('scale',\) or MATRICES = \(\) for none"
     )
     with pytest.raises(ValueError, match=words):
-        parameter_facts(nn.ModuleDict({"inner": Unstated()}))
+        parameter_info(nn.ModuleDict({"inner": Unstated()}))
     with pytest.raises(ValueError, match="does not state which of them are matrices"):
         flops_per_token(Unstated())
     assert matrices_of(nn.ModuleDict({"norm": nn.LayerNorm(2)})) == ()  # without parameters of its own
@@ -86,7 +86,12 @@ def test_a_module_that_states_nothing_is_refused_and_not_guessed() -> None:
 
 def test_experts_count_as_far_as_a_token_meets_them() -> None:
     config = MODELS["qwen3-debug-moe"]
-    assert (config.num_experts, config.experts_per_token, config.hidden_size, config.intermediate_size) == (8, 2, 64, 64)
+    assert (config.num_experts, config.experts_per_token, config.hidden_size, config.intermediate_size) == (
+        8,
+        2,
+        64,
+        64,
+    )
     attention = 64 * 32 * (4 + 2 + 2 + 4)
     assert flops_per_token(build_skeleton(config).layers["0"]) == 6 * (attention + 64 * 8 + 2 * 3 * 64 * 64)
 
@@ -122,6 +127,6 @@ def test_layers_and_head_groups_of_each_mask(config: object, shapes: dict[str, t
 
 def test_heads_of_recurrent_layers() -> None:
     config = MODELS["qwen3_next-debug"]
-    assert build_skeleton(config).row_heads == config.linear_num_key_heads == 2
-    assert build_skeleton(replace(config, full_attention_interval=1)).row_heads is None
-    assert build_skeleton("llama3-debug").row_heads is None
+    assert build_skeleton(config).context_parallel_heads == config.linear_num_key_heads == 2
+    assert build_skeleton(replace(config, full_attention_interval=1)).context_parallel_heads is None
+    assert build_skeleton("llama3-debug").context_parallel_heads is None

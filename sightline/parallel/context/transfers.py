@@ -18,41 +18,41 @@ Integers = NDArray[np.int64]
 class Pieces(NamedTuple):
     """Tokens [first, last) of `row` belong to `rank`; sorted by row and token, covering all rows.
 
-    place: where the piece begins among the rank's own tokens of this row.
+    offset: where the piece begins among the rank's own tokens of this row.
     """
 
     row: Integers
     first: Integers
     last: Integers
     rank: Integers
-    place: Integers
+    offset: Integers
 
 
-class Needs(NamedTuple):
+class KeyRanges(NamedTuple):
     """Keys [first, last) of `row` that `rank` needs; sorted by rank, row and key, apart from each other.
 
-    place: where they begin among all keys that the rank needs of this row.
+    offset: where they begin among all keys that the rank needs of this row.
     """
 
     rank: Integers
     row: Integers
     first: Integers
     last: Integers
-    place: Integers
+    offset: Integers
 
 
 class Transfers(NamedTuple):
     """`length` keys of `row` go from rank `source` to rank `rank` (which may be the same: its own keys that it needs).
 
-    Sorted by rank, row and key; own is the place of the first among the source's own tokens of this row, place that
-    among all the keys the rank needs of it.
+    Sorted by rank, row and key. `source_offset` is the index of the first key among the source's local tokens of this
+    row, `target_offset` that among all keys of the row that the rank needs.
     """
 
     source: Integers
     rank: Integers
     row: Integers
-    own: Integers
-    place: Integers
+    source_offset: Integers
+    target_offset: Integers
     length: Integers
 
 
@@ -60,10 +60,10 @@ def build_pieces(rows: list[list[tuple[int, int, int]]]) -> Pieces:
     """From the order of each row: sorted pieces (first, last, rank)."""
     row = np.repeat(np.arange(len(rows)), [len(pieces) for pieces in rows])
     first, last, rank = np.array([piece for pieces in rows for piece in pieces], dtype=np.int64).reshape(-1, 3).T
-    return Pieces(row, first, last, rank, place_in_group(rank * len(rows) + row, last - first))
+    return Pieces(row, first, last, rank, offset_in_group(rank * len(rows) + row, last - first))
 
 
-def find_needs(mask: AttentionMask, pieces: Pieces) -> Needs:
+def find_key_ranges(mask: AttentionMask, pieces: Pieces) -> KeyRanges:
     """The union of the intervals of each rank's queries.
 
     As long as the interval of a query touches that of the query before it, the union of both is one interval. So a run
@@ -92,10 +92,10 @@ def find_needs(mask: AttentionMask, pieces: Pieces) -> Needs:
     first, last = first[head], reach[tail]
     group = first // stride
     first, last = first - group * stride, last - group * stride
-    return Needs(group // rows, group % rows, first, last, place_in_group(group, last - first))
+    return KeyRanges(group // rows, group % rows, first, last, offset_in_group(group, last - first))
 
 
-def find_transfers(needs: Needs, pieces: Pieces, length: int) -> Transfers:
+def find_transfers(needs: KeyRanges, pieces: Pieces, length: int) -> Transfers:
     """Cut what is needed where its owner changes. length: S."""
     heads = pieces.row * length + pieces.first
     begin = np.searchsorted(heads, needs.row * length + needs.first, side="right") - 1
@@ -108,8 +108,8 @@ def find_transfers(needs: Needs, pieces: Pieces, length: int) -> Transfers:
         source=pieces.rank[piece],
         rank=needs.rank[need],
         row=needs.row[need],
-        own=pieces.place[piece] + first - pieces.first[piece],
-        place=needs.place[need] + first - needs.first[need],
+        source_offset=pieces.offset[piece] + first - pieces.first[piece],
+        target_offset=needs.offset[need] + first - needs.first[need],
         length=last - first,
     )
 
@@ -122,7 +122,7 @@ def count_up(begin: Integers, length: Integers) -> Integers:
     return np.arange(int(length.sum())) + np.repeat(begin - (length.cumsum() - length), length)
 
 
-def place_in_group(group: Integers, length: Integers) -> Integers:
+def offset_in_group(group: Integers, length: Integers) -> Integers:
     """Where each run begins when the runs of a group lie one after the other, in the order they come.
 
     group [3, 1, 3, 1] length [5, 2, 4, 6]  ->  [0, 0, 5, 2]

@@ -16,7 +16,7 @@ from sightline.layers.loss import CHUNK_SIZE
 from sightline.parallel.redistribute import redistribute
 
 
-def look_up(embedding: nn.Embedding, mesh: DeviceMesh, tokens: Tensor) -> Tensor:
+def embed_tokens(embedding: nn.Embedding, mesh: DeviceMesh, tokens: Tensor) -> Tensor:
     """The forward of an embedding: int64 [B, S] -> [B, S, W], the whole on every process.
 
     Each looks up its own tokens and has zeros for the others, so the sum over all processes is the whole.

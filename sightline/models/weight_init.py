@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def draw_weights(*parts: Any) -> None:
+def init_model_weights(*parts: Any) -> None:
     """`init_weights()` of a model, or of several stages of one, every weight from random numbers of its own.
 
     `torch.manual_seed` before it decides them. They depend on the seed and on the weight's name alone. So a pipeline
@@ -29,7 +29,7 @@ def draw_weights(*parts: Any) -> None:
             part.init_weights()
 
 
-def is_drawing() -> bool:
+def is_initializing() -> bool:
     """Whether weights are being drawn: then `module.weight` has to be the whole parameter, however it is cut."""
     return _ByName.active
 
@@ -60,7 +60,7 @@ class _ByName(TorchFunctionMode):
         if not target.is_meta:
             digest = hashlib.sha256(f"{self.seed}/{self.names[id(target)]}".encode()).digest()
             generator = torch.Generator(target.device).manual_seed(int.from_bytes(digest[:8]) >> 1)
-            draw(target, lambda whole: func(whole, *rest, **{**kwargs, "generator": generator}))
+            fill_parameter(target, lambda whole: func(whole, *rest, **{**kwargs, "generator": generator}))
         return target
 
 
@@ -69,16 +69,16 @@ FILLS = (nn.init.normal_, nn.init.uniform_, Tensor.normal_, Tensor.uniform_)
 
 
 @torch.no_grad()
-def draw(target: Tensor, fill: Callable[[Tensor], Tensor]) -> None:
+def fill_parameter(target: Tensor, fill: Callable[[Tensor], Tensor]) -> None:
     """Fill a parameter, whole or sharded."""
     if not is_dtensor(target):
         fill(target)
         return
     whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
-    target.to_local().copy_(part_of(fill(whole), target))
+    target.to_local().copy_(local_shard(fill(whole), target))
 
 
-def part_of(whole: Tensor, target: DTensor) -> Tensor:
+def local_shard(whole: Tensor, target: DTensor) -> Tensor:
     """The part of a whole tensor that this process holds of a DTensor of its shape. A view."""
     coordinate = target.device_mesh.get_coordinate()
     assert coordinate is not None, "a process holds only tensors of meshes it is part of"

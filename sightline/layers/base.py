@@ -16,7 +16,7 @@ from torch import nn
 from sightline.layers.cache import KeyValueCache
 
 
-class Divisible(nn.Module):
+class TensorParallelLayer(nn.Module):
     """A layer that is a sum over its heads or channels, which processes can deal out among themselves.
 
     Each process takes all tokens and the parts of the weights that it holds; the sum over the processes of what their
@@ -24,13 +24,13 @@ class Divisible(nn.Module):
     the shapes of the weights.
     """
 
-    SHARDED: ClassVar[dict[str, int]] = {}
+    SHARD_DIMS: ClassVar[dict[str, int]] = {}
     """The weights that are cut, by their own name or their module's, and the dim in which they are. All others are
     whole on every process."""
-    SUMMED: ClassVar[tuple[str, ...]] = ()
+    PARTIAL_SUMS: ClassVar[tuple[str, ...]] = ()
     """The whole weights that are added to what is returned: each process adds its share of them."""
 
-    def parts(self) -> dict[str, int]:
+    def tensor_parallel_units(self) -> dict[str, int]:
         """What is dealt out and not cut any further, and how many of it there are: `{"key/value heads": 8}`."""
         raise NotImplementedError
 
@@ -39,7 +39,7 @@ class Divisible(nn.Module):
         return _flops_of_matrices(self)
 
 
-class AttentionLayer(Divisible):
+class AttentionLayer(TensorParallelLayer):
     """A layer whose queries attend to keys under a mask."""
 
     def new_cache(self) -> KeyValueCache:
@@ -54,22 +54,22 @@ class AttentionLayer(Divisible):
         """
         raise NotImplementedError
 
-    def attention_needs(self) -> dict[str, Any]:
-        """What the attention kernel must offer: fields of `sightline.attention.Needs`."""
+    def kernel_requirements(self) -> dict[str, Any]:
+        """What the attention kernel must offer: fields of `sightline.attention.KernelRequirements`."""
         raise NotImplementedError
 
-    def head_groups(self) -> int:
+    def num_kv_heads(self) -> int:
         """Groups of query heads that share keys and values."""
         raise NotImplementedError
 
 
-class RecurrentLayer(Divisible):
+class RecurrentLayer(TensorParallelLayer):
     """A layer that walks along whole rows and reads in its mask where documents begin.
 
     Processes that share rows give it some of its heads for all tokens of a row.
     """
 
-    def row_heads(self) -> int:
+    def context_parallel_heads(self) -> int:
         """Heads that processes can deal out."""
         raise NotImplementedError
 
@@ -94,7 +94,7 @@ class Role(Enum):
         return self is not Role.OTHER
 
 
-class ParameterFacts(NamedTuple):
+class ParameterInfo(NamedTuple):
     """A parameter of a model, its name and its role."""
 
     name: str
@@ -108,9 +108,9 @@ class HasModules(Protocol):
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
 
 
-def parameter_facts(model: HasModules) -> list[ParameterFacts]:
+def parameter_info(model: HasModules) -> list[ParameterInfo]:
     """The trained parameters in the order of `named_parameters()`, each once. Raises as `matrices_of`."""
-    found: dict[int, ParameterFacts] = {}
+    found: dict[int, ParameterInfo] = {}
     for prefix, module in model.named_modules():
         matrices = matrices_of(module, prefix)
         vocabulary = isinstance(module, nn.Embedding | OutputProjection)
@@ -119,7 +119,7 @@ def parameter_facts(model: HasModules) -> list[ParameterFacts]:
             if vocabulary and own_name == "weight":
                 role = Role.VOCABULARY
             if p.requires_grad:
-                found.setdefault(id(p), ParameterFacts(f"{prefix}.{own_name}".lstrip("."), p, role))
+                found.setdefault(id(p), ParameterInfo(f"{prefix}.{own_name}".lstrip("."), p, role))
     return list(found.values())
 
 
@@ -150,7 +150,7 @@ def flops_per_token(module: nn.Module) -> float:
 
     6 a number of each matrix that the token meets: 2 forward, 4 backward. An embedding is looked up, which counts 0.
     """
-    return module.flops_per_token() if isinstance(module, Divisible) else _flops_of_matrices(module)
+    return module.flops_per_token() if isinstance(module, TensorParallelLayer) else _flops_of_matrices(module)
 
 
 def _flops_of_matrices(module: nn.Module) -> float:
