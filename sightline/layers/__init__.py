@@ -1,4 +1,4 @@
-"""The parts models are built of. Each takes plain tensors; attention takes the mask its caller lowered."""
+"""Building blocks of the models. All take plain tensors; attention and recurrent layers also take a lowered mask."""
 
 from sightline.layers.attention import GroupedQueryAttention
 from sightline.layers.base import (
