@@ -39,8 +39,8 @@ class Llama4Config(DecoderConfig):
     qk_norm: bool = True
     """Apply RMSNorm without a weight to queries and keys after RoPE, in the chunked layers."""
     temperature_scale: float = 0.1
-    """Attention temperature of the full layers: the query at position p is multiplied by
-    1 + temperature-scale * ln(1 + floor((p + 1) / temperature-floor)); 0 disables it."""
+    """Attention temperature of the full layers: the query at position p is multiplied by 1 + temperature-scale * ln(1 +
+    floor((p + 1) / temperature-floor)); 0 disables it."""
     temperature_floor: int = 8192
     """Tokens per step of the attention temperature; see temperature-scale."""
     moe_layer_interval: int = 2
