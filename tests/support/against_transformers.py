@@ -187,6 +187,6 @@ def assert_needle(ours: Any, batch: Batch, row: int, changed: int) -> None:
 
     h = ours.embedding(batch.tokens)
     masks = ours.get_attention_masks(batch)
-    logits = ours.decode(h, attention_masks=masks, positions=batch.positions, labels=None, cache=None)
+    logits = ours.forward_embedded(h, attention_masks=masks, positions=batch.positions, labels=None, cache=None)
     (grads,) = torch.autograd.grad(logits[~own].square().sum(), h)
     assert torch.equal(grads[own], torch.zeros_like(grads[own])) and grads[~own].abs().sum() > 0
