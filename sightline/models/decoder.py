@@ -25,6 +25,7 @@ from sightline.layers import (
     OutputProjection,
     RecurrentLayer,
     RMSNorm,
+    add_gradient_of,
     attention_layers,
     build_rotation,
     compute_loss,
@@ -32,7 +33,6 @@ from sightline.layers import (
     linear_cross_entropy,
     rope_frequencies,
     routers_of,
-    with_gradient_of,
 )
 from sightline.layers.precision import autocast_dtype
 from sightline.masks import AttentionMask, causal, document, named_masks
@@ -245,7 +245,7 @@ class Decoder(nn.Module):
         )
         for router in routers_of(self).values():
             if router.aux_loss is not None:
-                loss = with_gradient_of(loss, self.aux_loss_scale * router.aux_loss)
+                loss = add_gradient_of(loss, self.aux_loss_scale * router.aux_loss)
         return loss
 
     @cached_property

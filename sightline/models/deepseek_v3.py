@@ -23,7 +23,7 @@ from sightline.layers import (
     Router,
     SwiGLU,
     YarnScaling,
-    with_gradient_of,
+    add_gradient_of,
 )
 from sightline.masks import named_masks
 from sightline.models.block import Block
@@ -258,7 +258,7 @@ class DeepseekV3(Decoder):
         count = (next_labels != IGNORE).sum().to(mtp_loss.device, non_blocking=True)
         self.mtp_losses.append(torch.stack([mtp_loss.detach(), count]))
         weight = self.config.mtp_loss_weight * self.aux_loss_scale
-        return with_gradient_of(self.head(h, labels, loss_inputs), weight * mtp_loss)
+        return add_gradient_of(self.head(h, labels, loss_inputs), weight * mtp_loss)
 
     def finish_step(self, add: Callable[[Tensor], Tensor] = lambda total: total) -> dict[str, Tensor]:
         """Run `Decoder.finish_step` and add the metric `mtp_loss`, the mean MTP loss per token."""

@@ -132,8 +132,8 @@ class GatedAttention(GroupedQueryAttention):
         rotary_dim = encoding.cos.shape[-1]
         return torch.cat([rotate(k_BSGD[..., :rotary_dim], encoding), k_BSGD[..., rotary_dim:]], dim=-1)
 
-    def mix(self, x: Tensor, mask: Lowered, encoding: Rotation, cache: KeyValueCache | None = None) -> Tensor:
-        return super().mix(x, mask, encoding, cache) * self.gate(x).sigmoid()
+    def attend_heads(self, x: Tensor, mask: Lowered, encoding: Rotation, cache: KeyValueCache | None = None) -> Tensor:
+        return super().attend_heads(x, mask, encoding, cache) * self.gate(x).sigmoid()
 
 
 class SharedExpert(SwiGLU):

@@ -76,10 +76,10 @@ class VLM(Llama3):
         self.image_sizes = ImageSizes(config.vision.patch_size, config.spatial_merge_size, config.image_token_id)
         self.vision: VisionEncoder | None = VisionEncoder(config.vision)
         self.projector: Projector | None = Projector(
-            channels=config.vision.hidden_size,
-            hidden=config.projector_hidden_size,
-            width=config.hidden_size,
-            merge=config.spatial_merge_size,
+            vision_hidden_size=config.vision.hidden_size,
+            projector_hidden_size=config.projector_hidden_size,
+            hidden_size=config.hidden_size,
+            merge_size=config.spatial_merge_size,
         )
 
     def build_block(self, index: int) -> Block:
