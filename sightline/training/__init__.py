@@ -1,1 +1,1 @@
-"""Training: step, optimizer, checkpoints, metrics, and the trainer that joins them."""
+"""Training: step, optimizer, checkpoints, metrics and the trainer."""

@@ -1,14 +1,14 @@
-"""Checkpoints: written aside and renamed, so that the newest one is always whole.
+"""Checkpoints, written to a temporary directory and renamed, so that the newest checkpoint is always complete.
 
-checkpoints/.step-120.partial/     being written, or left by a kill: removed at the next start
-checkpoints/step-120/              whole
-    .metadata, *.distcp            weights, moments, random number state: torch.distributed.checkpoint
-    state.json                     step and the loader's place
-    config.json, tokenizer.json    the run's
-    manifest.json                  every file and its size, written last
+checkpoints/.step-120.partial/     being written, or left by a killed process: removed at the next start
+checkpoints/step-120/              complete
+    .metadata, *.distcp            weights, optimizer state, random number state: torch.distributed.checkpoint
+    state.json                     step and loader state
+    config.json, tokenizer.json    copies of the run's files
+    manifest.json                  name and size of every file, written last
 
-All processes of a run write their parts into the same directory, and nothing in it tells how many they were: weights
-and moments go by the names they have in the whole model, and each process reads the parts it has, whoever wrote them.
+All ranks write their shards into the same directory. Tensors are stored under their names in the full model, so a
+checkpoint does not depend on the device mesh, and each rank reads the shards that it needs.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands between two steps."""
+    """State of a run between two steps, besides tensors."""
 
     step: int
     loader: dict[str, Any]
-    """The place of this process's loader when it is saved, of all processes' together when it is loaded."""
+    """State of the local loader when saving; joined state of the loaders of all ranks after loading."""
 
 
 class CannotSave(OSError):
-    """The disk did not take the checkpoint; what was written of it is gone, older ones are as they were."""
+    """The checkpoint could not be written. Its files are removed, and older checkpoints are unchanged."""
 
 
 def tensors(model: Any, optimizer: Optimizer, device: torch.device) -> dict[str, Any]:
-    """What torch.distributed.checkpoint writes, and reads in place: this process's parts.
+    """Return the state dict that torch.distributed.checkpoint writes, and reads in place: the local shards.
 
-    The random number state is written once. It is the same on all processes, because what they draw they draw together:
-    weights are drawn by their names, and training draws nothing.
+    The random number state is stored once, because it is the same on all ranks: weight initialization has a generator
+    per weight, and training uses no random numbers.
     """
     random = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
@@ -74,11 +74,12 @@ def save_checkpoint(
     keep: int,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write `directory/step-N` from `tensors(...)`, then remove all but the newest `keep`.
+    """Write `directory/step-N` from `tensors(...)`, then remove all but the newest `keep` checkpoints.
 
-    group  all processes of the run, each of which calls this; None where there is one
+    group  all ranks of the run, each of which calls this function; None for one process
 
-    Errors: CannotSave on every process, when the disk of one of them is full or refuses otherwise.
+    Raises:
+        CannotSave: on every rank, if one of them cannot write, for example because the disk is full.
     """
     final = directory / f"step-{progress.step}"
     partial = directory / f".{final.name}.partial"
@@ -92,8 +93,8 @@ def save_checkpoint(
             if not partial.is_dir():
                 raise FileNotFoundError(
                     errno.ENOENT,
-                    f"{partial} is not there, though rank 0 made it: the output directory of a run on several machines "
-                    "must lie on a disk that all of them see",
+                    f"{partial} does not exist, although rank 0 created it: the output directory of a multi-node run "
+                    "must be on a file system that all nodes share",
                 )
         _write_tensors(state, partial, group)
         with on_all_processes(group):
@@ -113,23 +114,25 @@ def save_checkpoint(
 
 @contextmanager
 def on_all_processes(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """What stands inside is done on every process, or all of them learn which one could not.
+    """Run the `with` block on every rank, and raise an error on all of them if it fails on one.
 
-    Errors: CannotSave on every process, for the OSError of one.
+    Raises:
+        CannotSave: on every rank, if the block raised OSError on one.
     """
     failure: OSError | None = None
     try:
         yield
     except OSError as error:
         failure = error
-    for rank, told in enumerate(_gather(failure and (failure.errno, failure.strerror or str(failure)), group)):
-        if told:
-            number, reason = told
+    failures = _gather(failure and (failure.errno, failure.strerror or str(failure)), group)
+    for rank, failed in enumerate(failures):
+        if failed:
+            number, reason = failed
             raise _cannot_save(number, reason, rank, group) from failure
 
 
 def _write_files(directory: Path, state: dict[str, Any], run_files: list[Path]) -> None:
-    """Everything but the tensors, which are there; and all of it on the disk."""
+    """Write all files except the tensors, which are already there, and flush everything to disk."""
     for file in run_files:
         shutil.copyfile(file, directory / file.name)
     (directory / STATE).write_text(json.dumps(state))
@@ -143,7 +146,7 @@ def _write_files(directory: Path, state: dict[str, Any], run_files: list[Path]) 
 def load_checkpoint(
     checkpoint: Path, state: dict[str, Any], device: torch.device, group: dist.ProcessGroup | None = None
 ) -> Progress:
-    """Read a checkpoint into `tensors(...)`, as `read_tensors`, and set the random number state."""
+    """Read a checkpoint into `tensors(...)` in place and set the random number state. Raises like `read_tensors`."""
     read_tensors(checkpoint, state, group)
     torch.set_rng_state(state["random"]["cpu"])
     if "cuda" in state["random"]:
@@ -153,28 +156,26 @@ def load_checkpoint(
 
 
 def read_tensors(checkpoint: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
-    """Read the tensors that `state` holds, in place; it may hold only a part of what the checkpoint has.
-
-    All processes of `group` call it.
+    """Read the tensors of `state` in place. The checkpoint may have more tensors. All ranks of `group` call this.
 
     Raises:
-        ValueError: for what is no checkpoint, not whole, or of another model.
+        ValueError: if the directory is not a checkpoint, is incomplete, or belongs to another model.
     """
     check_checkpoint(checkpoint)
     reader = dcp.FileSystemReader(checkpoint)
     try:
         stored = reader.read_metadata().state_dict_metadata
         if "random" in state:
-            # A run may move to another device: what was drawn on a GPU is then not needed, or not there.
+            # A run may resume on another device, whose random number state the checkpoint may lack.
             state["random"] = {name: value for name, value in state["random"].items() if f"random.{name}" in stored}
         if "model" in state:
             state = {**state, "model": _names_in(stored, state["model"])}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(state, storage_reader=reader, process_group=group, no_dist=group is None)
-    except (CheckpointException, Exception) as error:  # the former is no Exception
+    except (CheckpointException, Exception) as error:  # CheckpointException is not an Exception
         raise ValueError(
-            f"{checkpoint} cannot be read: {_reason(error)}; expected a whole checkpoint of this model. "
+            f"{checkpoint} cannot be read: {_reason(error)}; expected a complete checkpoint of this model. "
             f"{_remedy(checkpoint)}"
         ) from error
 
@@ -186,9 +187,10 @@ def _names_in(stored: Mapping[str, Any], tensors: dict[str, Any]) -> dict[str, A
 
 
 def check_checkpoint(checkpoint: Path) -> None:
-    """Refuse what is no checkpoint, or one that is not whole.
+    """Check that a directory is a complete checkpoint, by the sizes of its files.
 
-    Errors: ValueError naming the file that is missing or has another size than when it was written.
+    Raises:
+        ValueError: if it is not a checkpoint, or if a file is missing or has another size than in the manifest.
     """
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
@@ -202,33 +204,33 @@ def check_checkpoint(checkpoint: Path) -> None:
         raise ValueError(f"{manifest} is damaged: {error}. {_remedy(checkpoint)}") from error
     for name, size in sizes.items():
         file = checkpoint / name
-        came = file.stat().st_size if file.is_file() else None
-        if came != size:
-            what = "is missing" if came is None else f"has {came} bytes"
+        actual = file.stat().st_size if file.is_file() else None
+        if actual != size:
+            problem = "is missing" if actual is None else f"has {actual} bytes"
             raise ValueError(
-                f"{checkpoint} is cut short: {name} {what}, it was written with {size}. {_remedy(checkpoint)}"
+                f"{checkpoint} is incomplete: {name} {problem}, expected {size} bytes. {_remedy(checkpoint)}"
             )
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     found = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(found, key=step_of)
 
 
 def find_latest(directory: Path) -> Path | None:
-    """The newest checkpoint of a run's `checkpoints`, or None."""
+    """Return the newest checkpoint in a run's `checkpoints`, or None."""
     found = list_checkpoints(directory)
     return found[-1] if found else None
 
 
 def step_of(checkpoint: Path) -> int:
-    """The N of step-N."""
+    """Return N of `step-N`."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Through the name of a partial one, so that a kill in between leaves nothing that looks whole."""
+    """Remove a checkpoint; it is renamed to a partial one first, so that a kill leaves no incomplete checkpoint."""
     partial = checkpoint.with_name(f".{checkpoint.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     checkpoint.rename(partial)
@@ -236,13 +238,13 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 
 def remove_partial(directory: Path) -> None:
-    """Clear what a killed save or removal left."""
+    """Remove the partial checkpoints that a killed process left."""
     for partial in directory.glob(".step-*.partial"):
         shutil.rmtree(partial)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
+    """Flush a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -251,8 +253,7 @@ def sync(path: Path) -> None:
 
 
 class _Writer(dcp.FileSystemWriter):
-    """One whose error says what the disk said: torch wraps it in its zip writer, and processes tell each other only the
-    outermost."""
+    """Writer that raises the original OSError: torch wraps it, and reports only the outermost error to other ranks."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         try:
@@ -267,7 +268,7 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def _write_tensors(state: dict[str, Any], directory: Path, group: dist.ProcessGroup | None) -> None:
-    """dcp.save. Its error is raised on all processes."""
+    """Call dcp.save. Errors are raised on all ranks."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -286,7 +287,7 @@ def _cannot_save(number: int | None, reason: str | None, rank: int, group: dist.
 
 
 def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """The value of every process, on all of them."""
+    """Return the values of all ranks, on every rank."""
     if group is None:
         return [value]
     values = [None] * dist.get_world_size(group)
@@ -298,7 +299,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, pickle.UnpicklingError):
-        return "what is in it is damaged"  # torch's own text advises to load it unsafely
+        return "its contents are damaged"  # the message of torch recommends unsafe loading
     return f"{type(error).__name__}: {error}"
 
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to a Hugging Face directory, file by file: nobody ever holds the whole model."""
+"""Export a checkpoint to a Hugging Face directory, file by file, without loading the full model into memory."""
 
 from __future__ import annotations
 
@@ -33,15 +33,17 @@ def export_checkpoint(
     group: dist.ProcessGroup | None = None,
     family: Family | None = None,
 ) -> Path:
-    """Write the model of a checkpoint, or of a run's newest one, into `output` as `save_pretrained` would; returns the
-    checkpoint.
+    """Write a checkpoint, or the newest one of a run, to `output` in the format of `save_pretrained`.
 
-    group  processes that share the work, each of which calls this; None where there is one. Each writes some of the
-           files, and reads from the checkpoint what is in them, whichever processes wrote it there.
+    group   ranks that share the work, each of which calls this function and writes some of the files; None for one
+            process
     family  as in `load_config`
 
-    Errors: ValueError for a checkpoint that is not whole, or a directory that has weights already; CannotSave on every
-    process.
+    Returns the checkpoint.
+
+    Raises:
+        ValueError: if the checkpoint is incomplete, or `output` already has weights.
+        CannotSave: on every rank, if one of them cannot write.
     """
     checkpoint = find_checkpoint(checkpoint)
     check_checkpoint(checkpoint)
@@ -59,10 +61,10 @@ def export_checkpoint(
     try:
         with on_all_processes(group):
             if rank == 0:
-                # A checkpoint keeps of a tokenizer what training needs; what it came from says more (a chat template).
-                begun_from = run.model_from if run.data.tokenizer is None else None
+                # A pretrained source may have more tokenizer files than the checkpoint, such as a chat template.
+                source = run.model_from if run.data.tokenizer is None else None
                 fields = _fields_of_config(checkpoint, run.training.sequence_length)
-                writer.begin(begun_from if begun_from is not None and begun_from.is_dir() else checkpoint, fields)
+                writer.begin(source if source is not None and source.is_dir() else checkpoint, fields)
         with on_all_processes(group):
             writer.write(read, rank, world)
         with on_all_processes(group):
@@ -76,7 +78,7 @@ def export_checkpoint(
 
 
 def _fields_of_config(checkpoint: Path, sequence_length: int) -> dict[str, Any]:
-    """What config.json says beside the sizes of the model."""
+    """Return the fields of config.json that do not come from the model config."""
     tokenizer = load_tokenizer(checkpoint / TOKENIZER)
     return {
         "max_position_embeddings": sequence_length,

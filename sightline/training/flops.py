@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: the arithmetic a step needs, against what the device can do."""
+"""Peak FLOP/s of a device, for model FLOPs utilization (MFU)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from time import perf_counter
 
 import torch
 
-# Dense peak by the maker's data sheets, FLOP/s: (float32 without TF32, bfloat16). The first name that the device's
-# name contains counts, so the particular stand before the general.
+# Dense peak FLOP/s from the data sheets: (float32 without TF32, bfloat16). The first key contained in the device name
+# counts, so specific names come before general ones.
 GPU_PEAKS = {
     "B200": (75e12, 2250e12),
     "GH200": (67e12, 989e12),
@@ -27,7 +27,7 @@ MEASURE_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOP/s of a device and where the number comes from."""
+    """Peak FLOP/s of a device and the source of the number."""
 
     flops: float
     source: str
@@ -37,7 +37,7 @@ class Peak:
 
 
 def find_peak(device: torch.device, dtype: str) -> Peak:
-    """By the table for the GPUs in it; for a CPU and any other device measured, once, by a short matmul."""
+    """Return the peak from `GPU_PEAKS`, or measure it with a short matmul on a CPU and on GPUs that are not listed."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, (float32, bfloat16) in GPU_PEAKS.items():
@@ -47,10 +47,10 @@ def find_peak(device: torch.device, dtype: str) -> Peak:
 
 
 def measure_peak(device: torch.device, size: int = 1024) -> float:
-    """FLOP/s of the best of several square float32 matmuls in about 0.2 s."""
-    a, b = torch.ones(2, size, size, device=device)  # not torch.rand: the run counts on its random numbers
+    """Return the best FLOP/s of several square float32 matmuls, run for about 0.2 s."""
+    a, b = torch.ones(2, size, size, device=device)  # not torch.rand, which would change the random numbers of the run
     fastest, begin = float("inf"), perf_counter()
-    out = a @ b  # not timed: threads and kernels start here
+    out = a @ b  # warm-up, not timed
     while perf_counter() - begin < MEASURE_SECONDS or fastest == float("inf"):
         started = perf_counter()
         torch.mm(a, b, out=out)

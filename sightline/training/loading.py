@@ -1,4 +1,4 @@
-"""A trained model: of a run, of a checkpoint, or of a Hugging Face directory."""
+"""Load a trained model from a run, a checkpoint or a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sightline.training.step import Model
 
 
 class LoadedModel(NamedTuple):
-    """A model to compute with, in evaluation mode, and the tokenizer of its texts."""
+    """A model in evaluation mode and its tokenizer."""
 
     model: Model
     tokenizer: Tokenizer
@@ -27,14 +27,14 @@ class LoadedModel(NamedTuple):
 def load(
     directory: str | Path, *, device: str | torch.device | None = None, family: Family | None = None
 ) -> LoadedModel:
-    """The model and the tokenizer of a run (its newest checkpoint), of a checkpoint, or of a Hugging Face directory.
+    """Load the model and tokenizer of a run (its newest checkpoint), a checkpoint or a Hugging Face directory.
 
-    device  where the weights are; without it, CUDA where there is one. On a CPU they are float32, since most CPUs
-            compute half precision several times slower.
-    family  of the model, for a directory that names one from outside the package
+    device  device of the weights; default: CUDA if available, else CPU. On a CPU weights are loaded as float32, because
+            most CPUs compute half precision several times slower
+    family  model family, for a directory whose family is defined outside the package
 
     Raises:
-        ValueError: for a directory that is none of them, is not whole, or has no tokenizer.
+        ValueError: if the directory is none of these, is incomplete, or has no tokenizer.
     """
     directory = Path(directory).expanduser()
     device = choose_device(config.TrainingConfig()) if device is None else torch.device(device)

@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard and Weights & Biases: one row of numbers each optimizer step."""
+"""Metrics of each optimizer step: metrics.jsonl, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -22,62 +22,66 @@ except ImportError:
 log = logging.getLogger(__name__)
 
 TIMES = frozenset({"seconds", "tokens_per_second", "mfu"})
-"""The numbers that tell how fast a step was: two runs of one command agree on all others."""
+"""Metrics that depend on the speed of the machine: two runs of the same command agree on all others."""
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, one line a step.
+    """`metrics.jsonl`: one line per step, each a JSON object.
 
-    It begins by dropping the lines after `resumed_step`, and a line that a kill cut in half, so that the file ends up
-    as that of a run that was never killed. Where the disk is full, lines wait in memory until it takes them.
+    The constructor removes lines after `resumed_step` and an incomplete last line, so that a run that was killed and
+    resumed has the same file as one that was not. While the disk is full, lines are kept in memory.
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
-        self._waiting = b""
-        kept = b"".join(line for line in _whole_lines(path) if json.loads(line)["step"] <= resumed_step)
-        aside = path.with_name(f".{path.name}.partial")
-        aside.write_bytes(kept)
-        aside.rename(path)
+        self._pending = b""
+        kept = b"".join(line for line in _complete_lines(path) if json.loads(line)["step"] <= resumed_step)
+        temporary = path.with_name(f".{path.name}.partial")
+        temporary.write_bytes(kept)
+        temporary.rename(path)
         self._size = len(kept)
 
     def append(self, row: dict[str, Any]) -> None:
-        self._waiting += json.dumps(row).encode() + b"\n"
+        self._pending += json.dumps(row).encode() + b"\n"
         self.flush()
 
     def flush(self) -> bool:
-        """Write what waits; False when the disk does not take it."""
+        """Write the pending lines; return False if the disk is full or returns another error."""
         try:
             with self.path.open("r+b") as file:
                 file.seek(self._size)
-                file.truncate()  # what an earlier attempt wrote of a line
-                file.write(self._waiting)
+                file.truncate()  # an incomplete line of an earlier attempt
+                file.write(self._pending)
         except OSError as error:
-            log.warning("%s could not be written: %s; its lines wait in memory", self.path, error)
+            log.warning("%s could not be written: %s; its lines are kept in memory", self.path, error)
             return False
-        self._size += len(self._waiting)
-        self._waiting = b""
+        self._size += len(self._pending)
+        self._pending = b""
         return True
 
     def sync(self) -> None:
-        """On the disk before a checkpoint is: a resumed run must find every line up to its step. Errors: CannotSave."""
+        """Flush the file to disk. Called before each checkpoint, so that a resumed run finds all lines up to its step.
+
+        Raises:
+            CannotSave: if the lines could not be written.
+        """
         if not self.flush():
             raise CannotSave(errno.EIO, f"{self.path} could not be written")
         sync(self.path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, without a last line cut in half."""
-    return [json.loads(line) for line in _whole_lines(path)]
+    """Return the rows of a metrics.jsonl, without an incomplete last line."""
+    return [json.loads(line) for line in _complete_lines(path)]
 
 
-def _whole_lines(path: Path) -> list[bytes]:
+def _complete_lines(path: Path) -> list[bytes]:
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [line for line in lines if line.endswith(b"\n") and line.startswith(b"{") and line.endswith(b"}\n")]
 
 
 class Metrics:
-    """A run's numbers, to every place that wants them."""
+    """Writes the metrics of a run to metrics.jsonl, TensorBoard and Weights & Biases."""
 
     def __init__(
         self, directory: Path, options: config.LoggingConfig, resumed_step: int, settings: dict[str, Any]
@@ -91,7 +95,7 @@ class Metrics:
             self._wandb = start_wandb(directory, options.wandb, settings)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Note one step: `row` maps names to numbers, `step` among them."""
+        """Write the metrics of one step, {name: number} including `step`."""
         self.file.append(row)
         if self._board is not None:
             try:
@@ -99,7 +103,9 @@ class Metrics:
                     if name != "step":
                         self._board.add_scalar(name, value, row["step"])
             except OSError as error:
-                log.warning("TensorBoard events could not be written: %s; metrics.jsonl goes on alone", error)
+                log.warning(
+                    "TensorBoard events could not be written: %s; metrics are written to metrics.jsonl only", error
+                )
                 self._board = None
         if self._wandb is not None:
             self._wandb.log(row, step=row["step"])
@@ -113,14 +119,19 @@ class Metrics:
 
 
 def start_wandb(directory: Path, project: str, settings: dict[str, Any]) -> Any:
-    """A Weights & Biases run that a resumed run goes on with: its id is kept in the run directory."""
+    """Start a Weights & Biases run, or resume the one whose id is stored in the run directory."""
     if wandb is None:
         raise ValueError(
             f"logging.wandb {project!r} needs the package wandb, which is not installed: pip install 'sightline[wandb]'"
         )
-    kept = directory / "wandb_id"
-    if not kept.exists():
-        kept.write_text(uuid.uuid4().hex[:8])
+    id_file = directory / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex[:8])
     return wandb.init(
-        project=project, name=directory.name, id=kept.read_text(), resume="allow", dir=str(directory), config=settings
+        project=project,
+        name=directory.name,
+        id=id_file.read_text(),
+        resume="allow",
+        dir=str(directory),
+        config=settings,
     )

@@ -1,4 +1,4 @@
-"""What a run tells at its beginning and at its end."""
+"""Log lines and plots of a run: at its start, after the first step and at its end."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ def log_data(
     vocab_size: int,
     start: Path | None,
 ) -> None:
-    """What is known before the tokenizer is trained, which may take its time. `tokenizer` is the file there is."""
+    """Log run directory, data and tokenizer, before a tokenizer is trained. `tokenizer` is an existing file or None."""
     terminal.table(
         {
             "run": f"{output_dir}, continued from {start.name}" if start else str(output_dir),
             "data": f"{documents.describe()}; {len(held_out):,} held out" if documents else documents.source,
-            "tokenizer": str(tokenizer or f"a byte-level BPE of {vocab_size:,} tokens is trained on them now"),
+            "tokenizer": str(tokenizer or f"training a byte-level BPE with {vocab_size:,} tokens on the documents"),
         }
     )
 
 
 def log_model(
-    terminal: Terminal, training: config.TrainingConfig, model: ParallelModel, begun_from: Path | None, peak: Peak
+    terminal: Terminal, training: config.TrainingConfig, model: ParallelModel, pretrained: Path | None, peak: Peak
 ) -> None:
-    """What is trained, from which pretrained weights, where, and in what portions."""
+    """Log model, pretrained weights, device, rank layout and batch size."""
     mesh, device = model.mesh, model.mesh.device
     where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     accumulation = training.global_batch_size // mesh.size("data") // training.micro_batch_size
     micro = f" in {accumulation} forwards" if accumulation > 1 else ""
     parameters = sum(p.numel() for p in model.full_model.parameters())
-    begun = f", begun with the weights of {begun_from}" if begun_from else ""
+    weights = f", initialized from {pretrained}" if pretrained else ""
     terminal.table(
         {
-            "model": f"{type(model.full_model).__name__}, {count(parameters)} parameters{begun}",
+            "model": f"{type(model.full_model).__name__}, {count(parameters)} parameters{weights}",
             "device": f"{where}, {training.dtype}, peak {peak}",
             **(mesh.describe_layout() if mesh.world > 1 else {}),
             "step": f"{training.global_batch_size} rows of {training.sequence_length} tokens{micro}",
@@ -74,35 +74,35 @@ def log_kernels(terminal: Terminal, kernels: dict[str, str]) -> None:
 
 
 def plot_first_masks(terminal: Terminal, directory: RunDirectory, masks: dict[str, AttentionMask]) -> None:
-    """masks.png of the first batch, where there is none."""
+    """Write masks.png of the first batch, unless it exists."""
     if not directory.mask_plot.exists():
         save_plot(terminal, directory.mask_plot, lambda path: plot_masks(masks, path))
 
 
 def plot_losses(terminal: Terminal, directory: RunDirectory, source: str) -> None:
-    """loss.png from the whole metrics.jsonl, so a resumed run shows all its steps. `source` is that of the data."""
+    """Write loss.png from metrics.jsonl, with all steps of a resumed run. The title has the data source."""
     rows = read_metrics(directory.metrics)
     if rows:
         title = f"{directory.path.name} · {source}"
         save_plot(terminal, directory.loss_plot, lambda path: plot_loss(rows, path, title))
 
 
-def save_plot(terminal: Terminal, path: Path, draw_to: Callable[[Path], None]) -> None:
-    """A picture that the disk does not take must not end a run."""
+def save_plot(terminal: Terminal, path: Path, plot: Callable[[Path], None]) -> None:
+    """Write a plot; if the disk is full, log a warning instead of ending the run."""
     try:
-        draw_to(path)
+        plot(path)
     except OSError as error:
         terminal.warn(f"{path} could not be written: {error}")
 
 
 def family_option(model: Any) -> str:
-    """What `sightline generate` and `convert` have to be told beside the directory of a model with this config."""
+    """Return the `--family` option that `sightline generate` and `convert` need for this config, if any."""
     reference = reference_of(model)
     return f" --family {reference}" if ":" in reference else ""
 
 
 def log_summary(terminal: Terminal, directory: RunDirectory, more_text: str, seconds: float) -> None:
-    """How the loss fell, and where everything lies. `more_text` are the options of the command that writes more."""
+    """Log the losses and the output files. `more_text` is the options of the `sightline generate` command."""
     rows = read_metrics(directory.metrics)
     if rows:
         first, last = rows[0], rows[-1]
@@ -110,14 +110,14 @@ def log_summary(terminal: Terminal, directory: RunDirectory, more_text: str, sec
         held_out = f", validation {validation[0]:.3f} to {validation[-1]:.3f}" if validation else ""
         terminal.log(
             f"step {last['step']} reached, loss {first['loss']:.3f} to {last['loss']:.3f}{held_out}; "
-            f"this took {duration(seconds)}"
+            f"took {duration(seconds)}"
         )
-    places = {
+    outputs = {
         "checkpoint": find_latest(directory.checkpoints),
         "metrics": directory.metrics,
         "loss": directory.loss_plot,
         "masks": directory.mask_plot,
         "TensorBoard": directory.tensorboard,
     }
-    terminal.table({what: str(where) for what, where in places.items() if where and where.exists()})
+    terminal.table({name: str(path) for name, path in outputs.items() if path and path.exists()})
     terminal.table({"more text": f"sightline generate {directory.path}{more_text}"})

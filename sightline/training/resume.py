@@ -1,4 +1,4 @@
-"""Where a run begins: anew, or from a checkpoint that its config may continue."""
+"""Find the checkpoint that a run resumes from, and check that its config allows it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ MUST_MATCH = (
     *("family", "model", "model_from", "data", "seed", "training.sequence_length", "training.global_batch_size"),
     "optimizer.name",
 )
-"""With another value of these it would be another run: other weights, documents, batch or optimizer state."""
+"""Fields that must not change on resume, because they define the weights, documents, batches and optimizer state."""
 MAY_CHANGE_SILENTLY = ("output_dir", "logging", "checkpoint", "parallel.timeout")
-"""Of no meaning to the numbers. Whatever is in neither may change, and is said."""
+"""Fields that do not affect results. All other fields may change on resume, with a warning."""
 
 
 def find_start(resume: str, directory: RunDirectory) -> Path | None:
-    """The checkpoint to continue from by `checkpoint.resume`, or None to begin anew. Looks only, changes nothing.
+    """Return the checkpoint to resume from, or None to start a new run. Changes no files.
 
-    Errors: ValueError where that would overwrite something or the path names no checkpoint.
+    resume  the option `checkpoint.resume`
+
+    Raises:
+        ValueError: if the run would overwrite existing files, or the path is not a checkpoint.
     """
     latest = find_latest(directory.checkpoints)
     if resume == "never":
@@ -32,23 +35,24 @@ def find_start(resume: str, directory: RunDirectory) -> Path | None:
         return None
     if resume == "auto":
         if latest is None and directory.config.exists():
-            load_config(directory.config)  # refuses the config.json of something else
+            load_config(directory.config)  # raises if the config.json is not that of a run
         return latest
     start = find_checkpoint(Path(resume).expanduser())
     check_checkpoint(start)
     if latest is not None and step_of(latest) > step_of(start):
         raise ValueError(
-            f"checkpoint.resume {start} is of step {step_of(start)}, but {directory.path} already goes to step "
-            f"{step_of(latest)}. Choose another --output-dir to branch off there, or --checkpoint.resume auto to "
+            f"checkpoint.resume {start} is of step {step_of(start)}, but {directory.path} already has step "
+            f"{step_of(latest)}. Choose another --output-dir to resume from there, or --checkpoint.resume auto to "
             f"continue from {latest}"
         )
     return start
 
 
 def check_continues(checkpoint: Path, run_settings: dict[str, Any]) -> list[str]:
-    """What differs between the `settings` of the run that wrote `checkpoint` and these, in words.
+    """Compare `settings` with those of the run that wrote `checkpoint`; return a warning for each allowed change.
 
-    Errors: ValueError where a field differs that makes it another run.
+    Raises:
+        ValueError: if a field in `MUST_MATCH` differs.
     """
     before, now = flat(settings(load_config(checkpoint / CONFIG))), flat(run_settings)
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
@@ -68,19 +72,20 @@ def check_continues(checkpoint: Path, run_settings: dict[str, Any]) -> list[str]
 
 
 CONSEQUENCES = {
-    "training.steps": ": the learning rate from here on is that of the new number of steps, what is done was not",
+    "training.steps": ": the learning rate follows the schedule of the new number of steps from here on",
     "training.micro_batch_size": ": the same gradients up to rounding",
     "parallel.": ": the same numbers up to rounding",
 }
-"""Of a field, or of all whose names begin so."""
+"""Consequence of a change, by the first characters of the field name."""
 
 
 def consequence(name: str) -> str:
-    return next((words for beginning, words in CONSEQUENCES.items() if name.startswith(beginning)), "")
+    """Return the text that follows the warning about a changed field."""
+    return next((text for prefix, text in CONSEQUENCES.items() if name.startswith(prefix)), "")
 
 
 def option(name: str, value: Any) -> str:
-    """How the command line says that: `--model.intermediate-size 64`, `--model.no-tied-embeddings`, `no --model-from` for None."""
+    """Return the option as text: `--model.num-layers 2`, `--model.no-tied-embeddings`, `no --model-from` for None."""
     group, _, field = name.replace("_", "-").rpartition(".")
     prefix = f"--{group}." if group else "--"
     if value is None:
@@ -89,7 +94,7 @@ def option(name: str, value: Any) -> str:
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} becomes {"a.b": 1}."""
+    """Flatten nested dicts: {"a": {"b": 1}} becomes {"a.b": 1}."""
     if not isinstance(config, dict):
         return {prefix: config}
     flattened: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The directory of a run: the names in it, its config to JSON and back, and the lock of the process that trains in it.
+"""The output directory of a run: file names, config.json, and the lock that a training process holds.
 
 config.json  tokenizer.json  metrics.jsonl  checkpoints/step-N/  hf/step-N/  tensorboard/  loss.png  masks.png
 """
@@ -22,7 +22,7 @@ from sightline.training.checkpoint import find_latest
 
 
 class RunDirectory:
-    """Paths of a run, and who may write there."""
+    """Paths in the output directory of a run, and its lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,20 +37,21 @@ class RunDirectory:
 
     @property
     def kept_with_checkpoints(self) -> list[Path]:
-        """What each checkpoint carries, so that it stands on its own."""
+        """Files that are copied into each checkpoint, so that it can be used without the run."""
         return [self.config, self.tokenizer, self.path / "tokenizer_config.json"]
 
     def write(self, run_settings: dict[str, Any], tokenizer: Tokenizer) -> None:
-        """Note what decides the run, its `settings` and its tokenizer. `load_config` reads them back."""
-        aside = self.config.with_name(".config.json.partial")
-        aside.write_text(json.dumps(run_settings, indent=2) + "\n")
-        aside.rename(self.config)  # whole or not at all, whenever a kill comes
+        """Write config.json and the tokenizer. `load_config` reads the config."""
+        temporary = self.config.with_name(".config.json.partial")
+        temporary.write_text(json.dumps(run_settings, indent=2) + "\n")
+        temporary.rename(self.config)  # atomic, so that a kill leaves no incomplete file
         tokenizer.save(self.tokenizer)
 
     def lock(self) -> typing.IO[str]:
-        """Hold the directory until the returned file is closed or the process ends, however it ends.
+        """Lock the directory until the returned file is closed or the process ends.
 
-        Errors: ValueError where another process holds it.
+        Raises:
+            ValueError: if another process holds the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         file = (self.path / ".lock").open("w")
@@ -65,9 +66,10 @@ class RunDirectory:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint at `path`, or the newest one where `path` is the directory of a run.
+    """Return the checkpoint at `path`, or the newest checkpoint if `path` is the directory of a run.
 
-    Errors: ValueError where there is none.
+    Raises:
+        ValueError: if there is no checkpoint.
     """
     if (path / "checkpoints").is_dir():
         latest = find_latest(path / "checkpoints")
@@ -80,17 +82,18 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """Every field of a run as JSON values, and the family its model belongs to."""
+    """Return all fields of a run as JSON values, with the family of its model."""
     return {"family": reference_of(run.model), **encode(run)}
 
 
 def load_config(path: Path, family: Family | None = None) -> Run:
-    """The Run of a config.json.
+    """Read a config.json. Old field names are accepted.
 
-    family  of its model; without it, the one that the file names. The file's name imports nothing: a family from
-            outside the package has to be imported already.
+    family  model family; default: the one named in the file. Nothing is imported because a file names it: a family
+            outside the package must be imported already
 
-    Errors: ValueError for a file that is none, one with fields that this version does not know, and an unknown family.
+    Raises:
+        ValueError: if the file is not the config of a run, has unknown fields, or names an unknown family.
     """
     try:
         written = json.loads(path.read_text())
@@ -105,8 +108,8 @@ def load_config(path: Path, family: Family | None = None) -> Run:
         remedy = f"this version knows {', '.join(known.name for known in FAMILIES)}"
         if ":" in named:
             remedy = (
-                "it comes from outside the package, and a file never decides what is imported. Where you trust it, "
-                f"name it yourself: --family {named}, or in `sightline train` a Run of that module"
+                "it is defined outside the package, and nothing is imported because a file names it. If you trust it, "
+                f"use --family {named}, or in `sightline train` a Run of that module"
             )
         raise ValueError(f"{path} names the model family {named!r}; {remedy}")
     model = decode(family.config, written.pop("model", {}), f"{path}: model")
@@ -114,7 +117,7 @@ def load_config(path: Path, family: Family | None = None) -> Run:
 
 
 def encode(value: Any) -> Any:
-    """A config as JSON values."""
+    """Convert a config to JSON values."""
     if dataclasses.is_dataclass(value):
         return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, list | tuple):
@@ -125,9 +128,10 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:
-    """The inverse of `encode` for a field of type `kind`. A field that is missing takes its default.
+    """Inverse of `encode` for a value of type `kind`. Missing fields get their defaults.
 
-    Errors: ValueError naming the field that is not known, in `where`.
+    Raises:
+        ValueError: if `value` has an unknown field; the message names it and `where` it is.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):

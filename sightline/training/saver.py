@@ -1,4 +1,4 @@
-"""When checkpoints are written: while the run waits, or beside its next steps; and what becomes of one that fails."""
+"""Save checkpoints during a run, synchronously or asynchronously, and handle failures."""
 
 from __future__ import annotations
 
@@ -23,93 +23,103 @@ from sightline.training.checkpoint import (
 
 
 class Saver:
-    """Writes the checkpoints of a run into `directory`, one after the other. All processes call it alike.
+    """Writes the checkpoints of a run to `directory`, one at a time. All ranks make the same calls.
 
-    With `options.asynchronous` the tensors are copied to the CPU's memory, which must hold a second copy of this
-    process's weights and moments, and written in a thread while the run goes on. `warn` takes what to say of a
-    checkpoint that could not be written.
+    With `options.asynchronous` the tensors are copied to CPU memory, which must hold a second copy of the local weights
+    and optimizer state, and are written by a thread during the next steps.
+
+    warn  logs a warning if a checkpoint could not be written
     """
 
     def __init__(
         self, directory: Path, run_files: list[Path], options: config.CheckpointConfig, warn: Callable[[str], None]
     ) -> None:
         self.directory, self.run_files, self.options, self.warn = directory, run_files, options, warn
-        # A group of its own, so that the thread's messages never meet those of a step; gloo, so that they need no GPU.
+        # A separate group, so that collectives of the thread and of a step do not mix; gloo, so that no GPU is needed.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sightline-saver")
         self._pending: Future[None] | None = None
         latest = self.latest()
-        self.newest = step_of(latest) if latest else 0
-        """Step of the newest checkpoint that is whole."""
-        self.begun = self.newest
-        """Step of the one that was begun last."""
-        self.before: Callable[[], None] = lambda: None
-        """Brings to the disk what must be there before a checkpoint is."""
+        self.newest_step = step_of(latest) if latest else 0
+        """Step of the newest complete checkpoint."""
+        self.last_started = self.newest_step
+        """Step of the last save that was started."""
+        self.before_save: Callable[[], None] = lambda: None
+        """Called before each save, to flush files that a checkpoint depends on."""
 
     def latest(self) -> Path | None:
-        """The newest checkpoint that is whole."""
+        """Return the newest complete checkpoint, or None."""
         return find_latest(self.directory)
 
     def is_due(self, step: int) -> bool:
-        """Whether one is due after `step`; the one at the end comes by itself."""
+        """Return whether a checkpoint is due after `step`; the last one is written by `save_last`."""
         return self.options.every > 0 and step % self.options.every == 0
 
     def save(self, state: dict[str, Any], progress: Progress) -> None:
-        """`begin` a checkpoint, unless there is one of that step; a disk that does not take it is a warning."""
-        self._warn_of(self.wait)
-        if self.newest != progress.step:
-            self._warn_of(lambda: self.begin(state, progress))
+        """Start to save a checkpoint, unless one of that step exists. A failure is logged as a warning."""
+        self._warn_on_error(self.wait)
+        if self.newest_step != progress.step:
+            self._warn_on_error(lambda: self.start(state, progress))
 
     def save_last(self, state: dict[str, Any], progress: Progress) -> None:
-        """Write a checkpoint, unless there is one of that step. Raises: SaveFailed on every process."""
-        self._warn_of(self.wait)
-        if self.newest == progress.step:
+        """Save a checkpoint and wait for it, unless one of that step exists.
+
+        Raises:
+            SaveFailed: on every rank, if one of them cannot write.
+        """
+        self._warn_on_error(self.wait)
+        if self.newest_step == progress.step:
             return
         try:
-            self.begin(state, progress)
+            self.start(state, progress)
             self.wait()
         except CannotSave as error:
             raise SaveFailed(progress.step, str(error), self.latest()) from error
 
     def check(self) -> None:
-        """Warn where the one that was begun has failed by now."""
+        """Log a warning if an asynchronous save has failed."""
         if self._pending is not None and self._pending.done():
-            self._warn_of(self.wait)
+            self._warn_on_error(self.wait)
 
-    def begin(self, state: dict[str, Any], progress: Progress) -> None:
-        """Write a checkpoint of `tensors(...)`, or begin to.
+    def start(self, state: dict[str, Any], progress: Progress) -> None:
+        """Save a checkpoint of `tensors(...)`, or start to save it asynchronously.
 
-        Errors: CannotSave on every process, for this one. One that was begun is told by `wait`.
+        Raises:
+            CannotSave: on every rank, if it cannot be written. `wait` raises the errors of an asynchronous save.
         """
         self.wait()
-        self.begun = progress.step
+        self.last_started = progress.step
         with on_all_processes(self.group):
-            self.before()
+            self.before_save()
         if self.options.asynchronous:
             self._pending = self._thread.submit(self._write, BlockingAsyncStager().stage(state), progress)
         else:
             self._write(state, progress)
 
     def wait(self) -> None:
-        """Until the one that was begun is whole. Errors: CannotSave on every process."""
+        """Wait for an asynchronous save.
+
+        Raises:
+            CannotSave: on every rank, if it could not be written.
+        """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Let the one that was begun become whole."""
+        """Wait for an asynchronous save and stop the thread."""
         self._thread.shutdown()
 
     def _write(self, state: dict[str, Any], progress: Progress) -> None:
         save_checkpoint(self.directory, state, progress, self.run_files, keep=self.options.keep, group=self.group)
-        self.newest = progress.step
+        self.newest_step = progress.step
 
-    def _warn_of(self, save: Callable[[], None]) -> None:
+    def _warn_on_error(self, save: Callable[[], None]) -> None:
         try:
             save()
         except CannotSave as error:
             latest = self.latest()
             self.warn(
-                f"the checkpoint of step {self.begun} could not be written: {error}. The run goes on; "
+                f"the checkpoint of step {self.last_started} could not be written: {error}. The run continues; "
                 + (f"{latest} is intact" if latest else "there is no earlier checkpoint")
             )

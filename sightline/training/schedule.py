@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step."""
+"""Learning rate schedules."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from sightline import config
 
 
 def learning_rate(step: int, options: config.OptimizerConfig, steps: int) -> float:
-    """Learning rate of `step`, counted from 1 to `steps`.
+    """Return the learning rate of `step`, counted from 1 to `steps`.
 
-    It rises in a straight line and is at its peak in step `warmup_steps`; the last step has `min_lr_ratio` of it.
+    It rises linearly to its peak at step `warmup_steps`, and is `min_lr_ratio` times the peak at the last step.
     """
     peak, warmup = options.learning_rate, options.warmup_steps
     if step <= warmup:
         return peak * step / warmup
-    begin = max(warmup, steps - round(options.decay_ratio * steps)) if options.schedule == "wsd" else warmup
-    if step <= begin or steps <= begin:
+    start = max(warmup, steps - round(options.decay_ratio * steps)) if options.schedule == "wsd" else warmup
+    if step <= start or steps <= start:
         return peak
-    done = min(1.0, (step - begin) / (steps - begin))  # 0 at the end of the plateau, 1 in the last step
-    left = 0.5 * (1.0 + math.cos(math.pi * done)) if options.schedule == "cosine" else 1.0 - done
-    return peak * (options.min_lr_ratio + (1.0 - options.min_lr_ratio) * left)
+    progress = min(1.0, (step - start) / (steps - start))  # 0 at the end of the plateau, 1 at the last step
+    factor = 0.5 * (1.0 + math.cos(math.pi * progress)) if options.schedule == "cosine" else 1.0 - progress
+    return peak * (options.min_lr_ratio + (1.0 - options.min_lr_ratio) * factor)

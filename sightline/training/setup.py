@@ -1,4 +1,4 @@
-"""What a run stands on before its first step: device, random numbers, tokenizer."""
+"""Set up a run before its first step: device, random seeds, tokenizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from sightline.data import Documents, Tokenizer, load_tokenizer, train_tokenizer
 
 
 def choose_device(options: config.TrainingConfig) -> torch.device:
-    """The device `training.device` means here. Errors: ValueError where it asks for CUDA and there is none."""
+    """Return the device for `training.device`.
+
+    Raises:
+        ValueError: if it is CUDA and no CUDA device is available.
+    """
     has_cuda = torch.cuda.is_available()
     if options.device == "cuda" and not has_cuda:
         raise ValueError(
@@ -23,29 +27,30 @@ def choose_device(options: config.TrainingConfig) -> torch.device:
 
 
 def make_reproducible(seed: int, deterministic: bool) -> None:
-    """Seed everything, and hold PyTorch to deterministic algorithms where the run wants that."""
+    """Set the seed of all random number generators, and PyTorch's deterministic algorithms if requested."""
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS demands it, and reads it when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it and reads it at its first use
     torch.use_deterministic_algorithms(deterministic)
     torch.manual_seed(seed)
 
 
 def get_tokenizer(path: Path | None, documents: Documents, vocab_size: int) -> Tokenizer:
-    """The tokenizer at `path`, or without one a new one, trained on the documents.
+    """Load the tokenizer at `path`; without a path, train one on the documents.
 
-    Errors: ValueError where the model's `vocab_size` has no room for it, or there is nothing to train one on.
+    Raises:
+        ValueError: if the tokenizer is larger than `vocab_size`, or there are no documents to train on.
     """
     if path is None:
         if not documents:
             raise ValueError(
-                f"{documents.source} hold no text to train a tokenizer on; name the tokenizer they were made with: "
-                "data.tokenizer, or model_from"
+                f"{documents.source} have no text to train a tokenizer on; set the tokenizer they were encoded with: "
+                "data.tokenizer or model_from"
             )
         return train_tokenizer(documents, vocab_size)
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"the tokenizer {path} has {tokenizer.vocab_size} tokens and the model's vocabulary has {vocab_size}; "
-            f"expected at most as many. Use --model.vocab-size {tokenizer.vocab_size}"
+            f"{path} has {tokenizer.vocab_size} tokens, but the vocabulary of the model has only {vocab_size}; "
+            f"use --model.vocab-size {tokenizer.vocab_size}"
         )
     return tokenizer

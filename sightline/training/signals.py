@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the first asks the run to leave after its step, the second Ctrl-C leaves at once."""
+"""SIGTERM and Ctrl-C: the first stops the run after the current step, a second Ctrl-C stops it immediately."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ import threading
 from types import FrameType
 from typing import Any
 
-ASKED = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Remembers the first signal while the `with` block runs; `received` is None until then.
+    """Context manager that records a stop signal in `received`, which is None before.
 
-    Python lets only the main thread set handlers; in another thread the block changes nothing.
+    Python allows only the main thread to set signal handlers; in any other thread the context manager does nothing.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._before: dict[int, Any] = {}
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._remember) for number in ASKED}
+            self._handlers = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _remember(self, number: int, _: FrameType | None) -> None:
+    def _record(self, number: int, _: FrameType | None) -> None:
         self.received = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the next Ctrl-C is not asked to wait
-        if os.environ.get("RANK", "0") == "0":  # of several processes the first speaks
-            # os.write, since a handler may run in the middle of another print
-            os.write(sys.stderr.fileno(), b"\nfinishing this step, then saving; Ctrl-C again leaves at once\n")
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops immediately
+        if os.environ.get("RANK", "0") == "0":  # only one process prints
+            # os.write, because the handler may interrupt another print
+            os.write(sys.stderr.fileno(), b"\nfinishing this step, then saving; Ctrl-C again exits immediately\n")

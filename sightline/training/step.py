@@ -1,4 +1,4 @@
-"""One optimizer step: what the model takes, the loss over all valid tokens, clipping, the update. And validation."""
+"""One optimizer step: prepare the batch, compute loss and gradients, clip, update. Also validation."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from sightline.parallel.parallel_model import ParallelModel, to_device
 from sightline.training.optimizer import Optimizer
 
 Model = Any
-"""A model of sightline.models, or a ParallelModel. It has no type of its own: every family is just an nn.Module with
-the same few methods, and nn.Module declares whatever it does not know a Tensor."""
+"""A model of sightline.models, or a ParallelModel; Any, because nn.Module declares unknown attributes as Tensor."""
 
 
 def prepare_batch(
     model: Model, batch: Batch, tokenizer: Tokenizer | None, device: torch.device | str
 ) -> dict[str, Any]:
-    """What the model's forward takes, by name: tokens, labels, attention_masks, positions and the batch's extra, and
-    loss_inputs where its loss needs any.
+    """Return the arguments of the model's forward: tokens, labels, attention_masks, positions, the batch's extra, and
+    loss_inputs if its loss needs any.
 
-    Training, validation and every tool come through here, so none of them can have another mask than the others.
-    The masks are made on the CPU, where their few integers cost next to nothing, and stay there until they are lowered.
+    Training, validation and all tools call this function, so they have the same masks. Masks are computed on the CPU,
+    where they are cheap, and stay there until they are lowered.
     """
     loss_inputs = model.loss.per_token_inputs(batch)
     inputs = {
@@ -45,50 +44,50 @@ def prepare_batch(
 
 @dataclass(frozen=True)
 class StepSums:
-    """What a step adds up over all processes: float64 scalars on the device."""
+    """Sums of a step over all ranks: float64 scalars on the device."""
 
     loss: Tensor
     """Mean over the step's valid tokens."""
     visible_pairs: Tensor
-    """(query, key) pairs that all masks show."""
+    """Visible (query, key) pairs of all masks."""
     attention_flops: Tensor
-    """Forward and backward, of those pairs over all layers."""
+    """Forward and backward FLOPs of the visible pairs, over all layers."""
     tokens: Tensor
-    """Those that are no padding."""
+    """Number of tokens, without padding."""
     padded_tokens: Tensor
-    """Those of the rows, padding included."""
+    """Number of tokens, with padding."""
 
     @classmethod
     def of_all_processes(cls, mesh: Mesh, loss: Tensor, **counts: float) -> StepSums:
-        """Add up in one collective.
+        """Sum over all ranks in one collective.
 
-        loss    of this process's tokens: processes that share rows have others
-        counts  of this process's rows, by field: counted once among the processes that share them
+        loss    loss of the local tokens; ranks that share rows have different tokens
+        counts  values of the local rows by field; ranks that share rows count them once
         """
         counted = float(mesh.index("context") == 0 and mesh.index("pipeline") == 0)
-        own = torch.tensor([counts[field.name] * counted for field in fields(cls)[1:]], dtype=torch.float64)
-        sums = torch.cat([loss.double()[None], own.to(mesh.device, non_blocking=True)])
+        local = torch.tensor([counts[field.name] * counted for field in fields(cls)[1:]], dtype=torch.float64)
+        sums = torch.cat([loss.double()[None], local.to(mesh.device, non_blocking=True)])
         return cls(*mesh.all_reduce(mesh.all_reduce(sums, "loss"), "pipeline"))
 
     def read(self) -> dict[str, float]:
-        """The numbers by name. Waits for the device."""
+        """Return the sums by name. Synchronizes with the device."""
         names = [field.name for field in fields(self)]
         return dict(zip(names, torch.stack([getattr(self, name) for name in names]).tolist(), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """Numbers of one step, over all processes. The tensors stay on the device: reading one waits for it."""
+    """Results of one step over all ranks. The tensors stay on the device; reading one synchronizes with it."""
 
     sums: StepSums
     grad_norm: Tensor
-    """float32 scalar: before clipping."""
+    """Gradient norm before clipping, a float32 scalar."""
     model_metrics: dict[str, Tensor]
-    """Scalars that the model tells of the step, by name: the load of its experts, ..."""
+    """Scalars that the model reports, by name, such as the load of its experts."""
 
     @property
     def loss(self) -> Tensor:
-        """The run's loss of the step's rows: by default the mean over their valid tokens."""
+        """Loss of the step's rows, by default the mean over their valid tokens."""
         return self.sums.loss
 
 
@@ -101,16 +100,16 @@ def train_step(
     micro_batch_size: int,
     max_grad_norm: float,
 ) -> StepResult:
-    """Take one step on all rows of `batch`, those of this process. The optimizer has its learning rate.
+    """Run one optimizer step on `batch`, the local rows. The learning rate must be set in the optimizer.
 
-    The loss divides by the weight of all processes' rows (by default their valid tokens), counted before the first
-    forward, so the gradient does not depend on how the rows are cut into micro-batches or dealt out to processes. A
-    step whose loss or gradient norm is not finite leaves weights and moments untouched.
+    The loss is divided by the weight of the rows of all ranks (by default their valid tokens), counted before the first
+    forward, so the gradient does not depend on the micro-batch size or the number of ranks. A step with a non-finite
+    loss or gradient norm does not change weights and optimizer state.
     """
     mesh = model.mesh
     optimizer.zero_grad(set_to_none=True)
-    own = torch.tensor([model.loss.weight(batch), batch.valid_tokens()], dtype=torch.float64)
-    weight, valid_tokens = (number or 1.0 for number in mesh.all_reduce(own, "data").tolist())
+    local = torch.tensor([model.loss.weight(batch), batch.valid_tokens()], dtype=torch.float64)
+    weight, valid_tokens = (number or 1.0 for number in mesh.all_reduce(local, "data").tolist())
     for stage in model.stages:
         stage.aux_loss_scale = weight / valid_tokens
     loss = torch.zeros((), device=mesh.device)
@@ -139,9 +138,9 @@ def train_step(
 
 @torch.no_grad()
 def validate(model: ParallelModel, batches: Iterable[Batch], tokenizer: Tokenizer | None) -> float:
-    """The loss over all batches, by default the mean over valid tokens: long rows count as much as their tokens.
+    """Return the loss over all batches, by default the mean over all valid tokens.
 
-    batches  those of this process: every process has as many, of as many rows
+    batches  the local batches; every rank needs the same number of batches and rows
     """
     mesh = model.mesh
     loss = torch.zeros((), dtype=torch.float64, device=mesh.device)

@@ -1,4 +1,4 @@
-"""What a run says: a progress line on a terminal, plain lines everywhere else."""
+"""Terminal output of a run: a progress bar on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from rich.table import Table
 
 from sightline.numbers import duration
 
-EVERY = 10  # steps between lines where output is no terminal
+EVERY = 10  # steps between lines if the output is not a terminal
 
 
 class Terminal:
-    """Lines before, during and after the steps."""
+    """Writes the log lines and the progress bar of a run."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._steps = 0
-        self._recent = 0.0  # seconds of a step, lately
+        self._recent = 0.0  # moving average of the seconds per step
 
     def log(self, text: str, style: str | None = None) -> None:
-        """One line; a long one is not broken where output is no terminal."""
+        """Write one line, without wrapping if the output is not a terminal."""
         self.console.print(escape(text), style=style, soft_wrap=not self.console.is_terminal)
 
     def warn(self, text: str) -> None:
@@ -36,7 +36,7 @@ class Terminal:
 
     @contextmanager
     def progress(self, step: int, steps: int) -> Iterator[None]:
-        """The progress line, where output is a terminal, while the block runs."""
+        """Show a progress bar inside the `with` block, if the output is a terminal."""
         self._steps = steps
         if not self.console.is_terminal:
             yield
@@ -57,7 +57,7 @@ class Terminal:
         self._progress = None
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """One row of metrics."""
+        """Show the metrics of one step."""
         step, validation = row["step"], row.get("validation_loss")
         self._recent = row["seconds"] if self._recent == 0.0 else 0.9 * self._recent + 0.1 * row["seconds"]
         speed = f"{row['tokens_per_second']:,.0f} tokens/s  MFU {row['mfu']:.1%}"
@@ -71,7 +71,7 @@ class Terminal:
             self.log(f"step {step}/{self._steps}  loss {row['loss']:.4f}{held_out}  {speed}{left}")
 
     def sample(self, prompt: str, text: str) -> None:
-        """Text the model wrote, the prompt marked where there is colour."""
+        """Show a text sample of the model, with the prompt in bold on a terminal."""
         self.log("")
         if self.console.is_terminal:
             shown = f"[bold]{escape(prompt)}[/bold]{escape(text)}"
@@ -80,14 +80,14 @@ class Terminal:
             self.log(f"a sample:\n{prompt}{text}\n")
 
     def table(self, rows: Mapping[str, str]) -> None:
-        """Two columns without lines: what, and where."""
+        """Write a table of two columns: names and values."""
         table = Table.grid(padding=(0, 1))
         table.add_column(min_width=12)
         table.add_column()
-        for what, where in rows.items():
+        for name, value in rows.items():
             if self.console.is_terminal:
-                table.add_row(f"[dim]{escape(what)}[/dim]", escape(where))
+                table.add_row(f"[dim]{escape(name)}[/dim]", escape(value))
             else:
-                self.log(f"{what:<12} {where}")
+                self.log(f"{name:<12} {value}")
         if self.console.is_terminal:
             self.console.print(table)

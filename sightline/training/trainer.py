@@ -1,4 +1,4 @@
-"""A training run, from its config to its report."""
+"""The trainer: runs a training run from its config to the final summary."""
 
 from __future__ import annotations
 
@@ -47,16 +47,17 @@ from sightline.training.terminal import Terminal
 
 
 def train(run: Run, terminal: Terminal | None = None, *, batches: Batches | None = None) -> Path:
-    """Train what `run` describes and return its directory, full; the same call on the same directory continues.
+    """Train a run and return its output directory. Calling it again with the same directory resumes the run.
 
-    terminal  where progress is written; without it, the standard output
-    batches   your own, in place of `run.data.source`: an iterable of `Batch`, one an optimizer step, or for many
-              processes a function of (rank, world) that returns the iterable of one data-parallel rank. One with
-              `state_dict` and `load_state_dict` continues exactly where it stopped. Nothing is held out of them, and
-              the run names the tokenizer they were made with.
+    terminal  terminal for the log; default: standard output
+    batches   your own batches instead of `run.data.source`: an iterable of `Batch`, one per optimizer step, or a
+              function of (rank, world) that returns the iterable of a data-parallel rank. An iterable with `state_dict`
+              and `load_state_dict` resumes exactly. No batches are held out, and the run must name the tokenizer.
 
-    Raises: ValueError for what cannot be trained or continued; `sightline.errors.Stopped` after a signal; RunFailed
-    when it cannot go on.
+    Raises:
+        ValueError: if the run is invalid or cannot be resumed.
+        Stopped: after a signal; see `sightline.errors`.
+        RunFailed: if the run cannot continue.
     """
     with distributed_session(run.parallel, choose_device(run.training)) as device, ExitStack() as opened:
         Trainer(run, device, terminal or Terminal(), opened, batches).train()
@@ -65,7 +66,7 @@ def train(run: Run, terminal: Terminal | None = None, *, batches: Batches | None
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A step that the device has been given; its numbers may still be on their way."""
+    """A step that was launched on the device and may not be finished."""
 
     step: int
     started: float
@@ -74,7 +75,7 @@ class PendingStep:
 
 
 class Trainer:
-    """One run, from its config to its report. What it opens is closed with `opened`."""
+    """Runs one training run. Resources that it opens are closed with the exit stack `opened`."""
 
     def __init__(
         self, run: Run, device: torch.device, terminal: Terminal, opened: ExitStack, batches: Batches | None = None
@@ -82,12 +83,12 @@ class Trainer:
         self.run, self.device = run, device
         self.mesh = mesh = Mesh(run.parallel, device)
         self.terminal = terminal = terminal if mesh.rank == 0 else Terminal(Console(quiet=True))
-        self.began = time.perf_counter()
+        self.start_time = time.perf_counter()
         check_rows(run.training, mesh)
         make_reproducible(run.seed, run.training.deterministic)
         self.directory = RunDirectory(run.output_dir)
-        described = settings(run)
-        start, changes = mesh.from_rank_zero(lambda: self.begin(opened, described))
+        run_settings = settings(run)
+        start, changes = mesh.from_rank_zero(lambda: self.acquire_directory(opened, run_settings))
 
         documents = load_documents(run.data) if batches is None else Documents.from_texts([], source="your batches")
         training, held_out = split_documents(documents, run.data.validation_fraction if documents else 0)
@@ -102,26 +103,26 @@ class Trainer:
         self.peak = find_peak(device, run.training.dtype)
         saver = Saver(self.directory.checkpoints, self.directory.kept_with_checkpoints, run.checkpoint, terminal.warn)
         self.saver = opened.enter_context(closing(saver))
-        self.step = self.first_step = self.continue_from(start) if start else 0
+        self.step = self.first_step = self.resume_from(start) if start else 0
 
         self.metrics: Metrics | None = None  # rank 0 writes for all
         if mesh.rank == 0:
-            self.directory.write(described, self.tokenizer)
-            metrics = Metrics(self.directory.path, run.logging, self.step, described)
+            self.directory.write(run_settings, self.tokenizer)
+            metrics = Metrics(self.directory.path, run.logging, self.step, run_settings)
             self.metrics = opened.enter_context(closing(metrics))
-            self.saver.before = metrics.file.sync
+            self.saver.before_save = metrics.file.sync
         self.last_read = 0.0
-        self.reads_immediately = device.type == "cpu"  # there a step has its numbers when it returns
+        self.reads_immediately = device.type == "cpu"  # a CPU step is finished when it returns
         log_model(terminal, run.training, self.model, run.model_from, self.peak)
         for change in changes:
             terminal.warn(change)
         if self.step >= run.training.steps:
-            terminal.log(f"all {run.training.steps} steps are done (now at {self.step}): nothing is left to train")
+            terminal.log(f"all {run.training.steps} steps are done (now at step {self.step}): nothing left to train")
 
-    def begin(self, opened: ExitStack, described: dict[str, Any]) -> tuple[Path | None, list[str]]:
-        """Take the directory; the checkpoint to continue from, and what has changed since it."""
+    def acquire_directory(self, opened: ExitStack, run_settings: dict[str, Any]) -> tuple[Path | None, list[str]]:
+        """Lock the directory; return the checkpoint to resume from, and warnings about changed options."""
         start = find_start(self.run.checkpoint.resume, self.directory)
-        changes = check_continues(start, described) if start else []
+        changes = check_continues(start, run_settings) if start else []
         opened.enter_context(self.directory.lock())
         remove_partial(self.directory.checkpoints)
         return start, changes
@@ -129,7 +130,7 @@ class Trainer:
     def open_batches(
         self, training: Documents, held_out: Documents, batches: Batches | None, opened: ExitStack
     ) -> None:
-        """Those to train on, and those to validate on."""
+        """Open the training and the validation batches."""
         run, tokenizer = self.run, self.tokenizer
         shared: dict[str, Any] = {
             "images": self.model.full_model.image_sizes,
@@ -141,21 +142,21 @@ class Trainer:
         self.validation = open_validation(run.data, run.training, run.validation, held_out, tokenizer, **shared)
 
     def train(self) -> None:
-        """Step by step to the last one, or to the first signal."""
+        """Train until the last step or the first signal."""
         steps = self.run.training.steps
         with StopRequest() as stop, self.terminal.progress(self.step, steps):
-            waiting: PendingStep | None = None
-            while self.step < steps and not self.stops(stop):
-                taken = self.take_step()
-                if waiting:
-                    self.write(self.read(waiting))  # while the device works on the step just given to it
-                waiting = taken
-                if self.reads_immediately or self.validates() or self.saver.is_due(self.step):
-                    self.finish(waiting)
-                    waiting = None
-            if waiting:
-                self.finish(waiting)
-            self.saver.save_last(*self.state())
+            pending: PendingStep | None = None
+            while self.step < steps and not self.should_stop(stop):
+                launched = self.launch_step()
+                if pending:
+                    self.write(self.read(pending))  # while the device computes the next step
+                pending = launched
+                if self.reads_immediately or self.validation_is_due() or self.saver.is_due(self.step):
+                    self.finish(pending)
+                    pending = None
+            if pending:
+                self.finish(pending)
+            self.saver.save_last(*self.checkpoint_state())
         if self.mesh.rank == 0:
             plot_losses(self.terminal, self.directory, self.run.data.source)
         if stop.received is not None and self.step < steps:
@@ -164,19 +165,19 @@ class Trainer:
             self.export()
         self.write_sample()
         if self.mesh.rank == 0:
-            seconds = time.perf_counter() - self.began
+            seconds = time.perf_counter() - self.start_time
             more_text = f'{family_option(self.run.model)} --prompt "{self.run.logging.sample_prompt}"'
             log_summary(self.terminal, self.directory, more_text, seconds)
 
-    def stops(self, stop: StopRequest) -> bool:
-        """Whether a signal came, to this process or to any other: all leave after the same step."""
+    def should_stop(self, stop: StopRequest) -> bool:
+        """Return whether any rank has received a signal: all ranks stop after the same step."""
         received = sync_stop_signal(self.step, stop.received)
-        if received is not None:  # else one may have come in the meantime: the next step will see it
+        if received is not None:  # a signal that arrived since then is noticed at the next step
             stop.received = received
         return received is not None
 
-    def take_step(self) -> PendingStep:
-        """Give the next step to the device. Nothing here waits for its result."""
+    def launch_step(self) -> PendingStep:
+        """Launch the next step on the device, without waiting for its result."""
         started = time.perf_counter()
         batch = next(self.loader)
         if self.step == self.first_step and self.mesh.rank == 0:
@@ -199,22 +200,26 @@ class Trainer:
             log_kernels(self.terminal, self.model.attention_kernels)
         return PendingStep(self.step, started, rate, result)
 
-    def read(self, taken: PendingStep) -> dict[str, Any]:
-        """The row of a step. Waits for the device to have taken it. Errors: NonFiniteLoss."""
-        result = taken.result
+    def read(self, pending: PendingStep) -> dict[str, Any]:
+        """Return the metrics of a step, after waiting for the device.
+
+        Raises:
+            NonFiniteLoss: if the loss or the gradient norm is not finite.
+        """
+        result = pending.result
         sums, grad_norm = result.sums.read(), result.grad_norm.item()
         loss, tokens = sums["loss"], round(sums["tokens"])
         now = time.perf_counter()
-        seconds = now - max(taken.started, self.last_read)
+        seconds = now - max(pending.started, self.last_read)
         self.last_read = now
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise NonFiniteLoss(taken.step, loss, grad_norm, self.saver.latest())
+            raise NonFiniteLoss(pending.step, loss, grad_norm, self.saver.latest())
         flops = self.model.full_model.flops_per_token() * tokens + sums["attention_flops"]
         return {
-            "step": taken.step,
+            "step": pending.step,
             "loss": loss,
             "grad_norm": grad_norm,
-            "learning_rate": taken.learning_rate,
+            "learning_rate": pending.learning_rate,
             "tokens": tokens,
             "packing_fill": tokens / sums["padded_tokens"],
             "visible_pairs": round(sums["visible_pairs"]),
@@ -224,41 +229,45 @@ class Trainer:
             **{name: value.item() for name, value in result.model_metrics.items()},
         }
 
-    def finish(self, taken: PendingStep) -> None:
-        """Wait for a step, note it, and validate and save where that is due after it."""
-        row = self.read(taken)
-        if self.validates():
+    def finish(self, pending: PendingStep) -> None:
+        """Wait for a step, write its metrics, and validate and save if due."""
+        row = self.read(pending)
+        if self.validation_is_due():
             row["validation_loss"] = validate(self.model, self.validation, self.tokenizer)
         self.write(row)
         self.saver.check()
         if self.saver.is_due(self.step):
-            self.saver.save(*self.state())
+            self.saver.save(*self.checkpoint_state())
 
     def write(self, row: dict[str, Any]) -> None:
         if self.metrics:
             self.metrics.write(row)
         self.terminal.step(row)
 
-    def validates(self) -> bool:
-        """Whether validation is due after the step just taken."""
+    def validation_is_due(self) -> bool:
+        """Whether validation is due after the current step."""
         every = self.run.validation.every
         return bool(self.validation) and (self.step % every == 0 or self.step == self.run.training.steps)
 
-    def state(self) -> tuple[dict[str, Any], Progress]:
-        """What a checkpoint of the step just taken holds."""
+    def checkpoint_state(self) -> tuple[dict[str, Any], Progress]:
+        """Return the tensors and the progress for a checkpoint of the current step."""
         return tensors(self.model, self.optimizer, self.device), Progress(self.step, self.loader.state_dict())
 
-    def continue_from(self, checkpoint: Path) -> int:
-        """Load everything that decides the steps to come; returns the step it was saved after."""
+    def resume_from(self, checkpoint: Path) -> int:
+        """Load tensors, random number state and loader state. Returns the step of the checkpoint."""
         state = tensors(self.model, self.optimizer, self.device)
         progress = load_checkpoint(checkpoint, state, self.device, self.saver.group)
         self.loader.load_state_dict(progress.loader)
         return progress.step
 
     def export(self) -> None:
-        """The trained model for transformers, unless it is there. Errors: RunFailed."""
+        """Export the trained model in Hugging Face format, unless it exists.
+
+        Raises:
+            RunFailed: if it cannot be written.
+        """
         checkpoint = self.mesh.from_rank_zero(self.saver.latest)
-        assert checkpoint is not None, "a run that came to its end has saved"
+        assert checkpoint is not None, "a finished run has a checkpoint"
         output = self.directory.exported / checkpoint.name
         if self.mesh.from_rank_zero(lambda: holds_weights(output)):
             return
@@ -266,11 +275,11 @@ class Trainer:
             export_checkpoint(checkpoint, output, group=self.saver.group)
         except CannotSave as error:
             command = f"sightline convert {checkpoint} {output}{family_option(self.run.model)}"
-            raise RunFailed(f"{error}. Make room, then: {command}") from error
+            raise RunFailed(f"{error}. Free some space, then run: {command}") from error
         self.terminal.log(f"exported for transformers: {output}")
 
     def write_sample(self) -> None:
-        """A piece of text, to see what the model has learnt."""
+        """Generate a text sample."""
         logging = self.run.logging
         if logging.sample_tokens:
             text = generate(

@@ -113,9 +113,7 @@ def test_truncated_checkpoint_is_refused(name, how, tmp_path) -> None:
     came = "is missing" if how == "missing" else f"has {size - 1} bytes"
     model, optimizer = build(1)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    with pytest.raises(
-        ValueError, match=rf"step-2 is cut short: {name} {came}, it was written with {size}.*start again"
-    ):
+    with pytest.raises(ValueError, match=rf"step-2 is incomplete: {name} {came}, expected {size} bytes.*start again"):
         load_checkpoint(saved, tensors(model, optimizer, CPU), CPU)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
@@ -126,7 +124,7 @@ def test_the_remedy_names_the_previous_checkpoint(tmp_path) -> None:
     save(directory, model, optimizer, 2)
     saved = save(directory, model, optimizer, 4)
     (saved / "state.json").unlink()
-    with pytest.raises(ValueError, match=r"step-4 is cut short.* Delete it to continue from .*step-2"):
+    with pytest.raises(ValueError, match=r"step-4 is incomplete.* Delete it to continue from .*step-2"):
         load_checkpoint(saved, tensors(model, optimizer, CPU), CPU)
 
 

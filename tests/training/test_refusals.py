@@ -113,7 +113,7 @@ def test_a_path_that_is_no_checkpoint_is_refused(source, finished, tmp_path) -> 
 def test_a_checkpoint_older_than_the_run_is_refused(source, finished) -> None:
     before = everything_in(finished)
     older = finished / "checkpoints" / "step-3"
-    with pytest.raises(ValueError, match=r"step-3 is of step 3, but .* already goes to step 4\..*branch off"):
+    with pytest.raises(ValueError, match=r"step-3 is of step 3, but .* already has step 4\..*resume from there"):
         train_quietly(small_run(finished, source, checkpoint__resume=str(older)))
     assert everything_in(finished) == before
 

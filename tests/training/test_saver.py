@@ -66,10 +66,10 @@ def test_a_checkpoint_holds_the_state_at_the_start_of_the_save(opened, held, mod
         for parameter in model.parameters():
             parameter.zero_()
             optimizer.state[parameter]["exp_avg"].zero_()
-    assert find_latest(tmp_path / "checkpoints") is None and saver.newest == 0
+    assert find_latest(tmp_path / "checkpoints") is None and saver.newest_step == 0
     held.set()
     saver.wait()
-    assert saver.newest == 2
+    assert saver.newest_step == 2
     other, other_optimizer = build(1)
     load_checkpoint(tmp_path / "checkpoints" / "step-2", tensors(other, other_optimizer, CPU), CPU)
     assert all(torch.equal(other.state_dict()[name], weight) for name, weight in expected.items())
@@ -108,7 +108,7 @@ def test_a_failure_is_reported_once_and_the_next_save_succeeds(
 
     monkeypatch.setattr(savers, "save_checkpoint", full)
     with pytest.raises(CannotSave, match="no room"):
-        saver.begin(state, Progress(4, LOADER))
+        saver.start(state, Progress(4, LOADER))
         saver.wait()
     saver.wait()
     saver.save(state, Progress(4, LOADER))
@@ -116,14 +116,14 @@ def test_a_failure_is_reported_once_and_the_next_save_succeeds(
         saver.check()
     saver.check(), saver.wait()
     assert len(warned) == 1 and "the checkpoint of step 4 could not be written" in warned[0]
-    assert "no room. The run goes on" in warned[0] and warned[0].endswith("step-2 is intact")
+    assert "no room. The run continues" in warned[0] and warned[0].endswith("step-2 is intact")
     with pytest.raises(SaveFailed, match=r"checkpoint of step 5 could not be written: .*no room; .*step-2 is intact"):
         saver.save_last(state, Progress(5, LOADER))
     monkeypatch.undo()
-    assert saver.newest == 2
+    assert saver.newest_step == 2
     saver.save(state, Progress(6, LOADER))
     saver.wait()
-    assert saver.newest == 6
+    assert saver.newest_step == 6
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-2", "step-6"]
 
 
@@ -134,9 +134,9 @@ def test_what_must_come_first_comes_first(asynchronous, opened, model_and_optimi
     def full() -> None:
         raise OSError(28, "no room for the metrics")
 
-    saver.before = full
+    saver.before_save = full
     with pytest.raises(CannotSave, match="no room for the metrics"):
-        saver.begin(state, Progress(2, LOADER))
+        saver.start(state, Progress(2, LOADER))
     saver.wait()
     assert find_latest(tmp_path / "checkpoints") is None
 
@@ -145,7 +145,7 @@ def test_a_saver_finds_existing_checkpoints(opened, model_and_optimizer) -> None
     saver = opened(asynchronous=False)
     saver.save(tensors(*model_and_optimizer, CPU), Progress(3, LOADER))
     again = opened(asynchronous=False)
-    assert again.newest == saver.newest == 3 and again.latest() == saver.latest()
+    assert again.newest_step == saver.newest_step == 3 and again.latest() == saver.latest()
     written = again.latest().stat().st_mtime_ns
     again.save(tensors(*model_and_optimizer, CPU), Progress(3, LOADER))
     again.save_last(tensors(*model_and_optimizer, CPU), Progress(3, LOADER))

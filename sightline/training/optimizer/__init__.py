@@ -1,6 +1,6 @@
-"""Optimizers: a file each, a line in `OPTIMIZERS`, and name and state in `config/run.py`, which `plan` reads too.
+"""Optimizers. Each has a file, an entry in `OPTIMIZERS`, and its options and state size in `config/run.py`.
 
-The trainer knows no more of them than `Optimizer` says.
+The trainer uses only the protocol `Optimizer`. `sightline plan` reads the state size from the config.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from sightline.training.optimizer.muon import Muon
 
 
 class Optimizer(Protocol):
-    """An optimizer of all parameters of a model, or of the part of one that this process has."""
+    """An optimizer for the parameters of a model, or of the part of a model on this rank."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The learning rate of a step is written into `lr` of each group before `step()`."""
+        """Parameter groups; the trainer sets `lr` of each group before `step()`."""
         ...
 
     @property
     def state(self) -> Any:
-        """Tensors by name, for each parameter. They exist from the start, so that a checkpoint has one shape whether a
-        step was taken or not."""
+        """State tensors by name for each parameter. The constructor creates them, so that checkpoints have the same
+        tensors before and after the first step."""
         ...
 
     found_inf: Tensor | None
-    """A scalar on the device, set before `step()`: where it is not 0, the step leaves parameters and state as they are.
-    Nobody reads it, so nobody waits for the loss to know whether to step. torch.amp.GradScaler has the same switch."""
+    """Scalar on the device, set before `step()`: if it is not 0, the step changes neither parameters nor state. The
+    host does not read it, so there is no synchronization. torch.amp.GradScaler uses the same attribute."""
 
     def step(self) -> Any: ...
 
@@ -43,19 +43,19 @@ OPTIMIZERS: dict[str, Callable[[list[ParameterInfo], config.OptimizerConfig], Op
     "adamw": AdamW,
     "muon": Muon,
 }
-"""By their name in the config."""
+"""Optimizer classes by their name in the config."""
 
 
 def build_optimizer(model: HasModules, options: config.OptimizerConfig) -> Optimizer:
-    """The optimizer that the options name, over every trained parameter once.
+    """Build the optimizer named in the options for all trainable parameters of the model.
 
     Raises:
-        ValueError: a module of the model does not state which of its parameters are matrices, or the optimizer cannot
-            serve parameters that lie as these do.
+        ValueError: if a module does not declare which of its parameters are matrices, or if the optimizer does not
+            support the placement of the parameters.
     """
     return OPTIMIZERS[options.name](parameter_info(model), options)
 
 
 def optimizer_state(model: HasModules, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """State by parameter name. Options (learning rate, decay) belong to the config and are not among them."""
+    """Return the state by parameter name, without options such as the learning rate, which come from the config."""
     return {name: optimizer.state[p] for name, p, _ in parameter_info(model)}

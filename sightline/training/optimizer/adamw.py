@@ -14,19 +14,19 @@ from sightline.layers.base import ParameterInfo
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's, with weight decay for matrices, embedding and output projection; norms and biases do not decay."""
+    """torch.optim.AdamW with weight decay for matrices, embedding and output projection, not for norms and biases."""
 
     found_inf: Tensor | None = None
 
     def __init__(self, parameters: list[ParameterInfo], options: config.OptimizerConfig) -> None:
-        # One kernel takes many tensors at a time, but only of one mesh: experts lie on another than the rest.
+        # The fused kernel needs one device mesh per group, and experts have another mesh than the other parameters.
         groups: dict[tuple[bool, Any], list[nn.Parameter]] = defaultdict(list)
         for _, p, role in parameters:
             groups[role.decays, p.device_mesh if isinstance(p, DTensor) else None].append(p)
         decay = {True: options.weight_decay, False: 0.0}
         super().__init__(
             [{"params": group, "weight_decay": decay[decays]} for (decays, _), group in groups.items()]
-            or [{"params": []}],  # torch refuses no group at all; Muon may leave nothing to AdamW
+            or [{"params": []}],  # torch requires a group, but Muon may leave AdamW no parameters
             lr=options.learning_rate,
             betas=options.betas,
             eps=options.eps,
