@@ -63,10 +63,10 @@ def balanced(costs: Costs, degree: int, slack: float) -> list[Piece]:
 
     slack  work by which a rank may exceed the mean. It may exceed it by more if single tokens have more work than that
 
-    Consider the row as a circle and slide a window of S / degree tokens around it. Averaged over all positions, the work
-    of the window is exactly the mean work per rank, so at some position it equals the mean. Assign that window to a
-    rank, remove it and close the gap: the rest of the circle has the same mean, so the next window is found in the same
-    way. Each window leaves at most one gap, so a rank has at most two pieces on average, for any documents.
+    Consider the row as a circle and slide a window of S / degree tokens around it. Averaged over all positions, its
+    work is exactly the mean work per rank, so at some position it equals the mean. Assign that window to a rank, remove
+    it and close the gap: the rest of the circle has the same mean, so the next window is found in the same way. Each
+    window leaves at most one gap, so a rank has at most two pieces on average, for any documents.
     """
     length = len(costs.cut_keys)
     share = length // degree

@@ -26,7 +26,7 @@ from sightline.parallel.context.transfers import (
     offset_in_group,
 )
 
-TOLERANCE = 0.02  # fraction of the mean work by which a rank may exceed it in the balanced order; 0.04 saves no keys
+TOLERANCE = 0.02  # in the balanced order, a rank may exceed the mean work by this fraction of it; 0.04 saves no keys
 FIXED_ORDERS = {order.__name__: order for order in (contiguous, headtail, roundrobin)}
 ORDERS = ("balanced", *FIXED_ORDERS)
 

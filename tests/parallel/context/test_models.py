@@ -81,7 +81,7 @@ def mask_of(batch: Batch, rule: str) -> AttentionMask:
 
 
 def batch_of(config: Any, seed: int | None = None) -> Batch:
-    if hasattr(config, "image_token"):
+    if hasattr(config, "image_token_id"):
         return pack_images(config)
     return pack(LENGTHS if seed is None else random_lengths(seed), config.vocab_size)
 
