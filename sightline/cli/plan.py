@@ -18,7 +18,8 @@ Estimate what a run needs on a mesh: memory and communication of each rank, pipe
 process, without torchrun, for any number of ranks. Rejects what training would reject, with the same message.
 
   --processes N    number of ranks of the run (default: the product of the degrees)
-  --gpu NAME       GPU whose peak FLOP/s give the shortest step: {gpus} (default: H100)
+  --gpu NAME       GPU whose peak FLOP/s give the shortest step (default: H100), one of:
+                   {gpus}
   --rows N         rows of the recipe's data for which context parallelism is planned (default: 4)
   --picture PATH   plot token owners, keys sent between ranks, and work; needs --parallel.context above 1
 
@@ -32,7 +33,7 @@ How to choose a mesh from the tables:
              pipeline and replicate work with the slowest.
 
 Parameters, gradients and optimizer state are exact to the byte. Values marked "estimate" come from tracing one layer of
-each kind on fake tensors. They do not include an image encoder, a multi-token prediction module, and the keys received
+each kind on fake tensors. They do not include an image encoder, a multi-token prediction module, or the keys received
 with context parallelism.
 
 examples:

@@ -114,7 +114,7 @@ def show_context(console: Console, title: str, run: Run, found: Estimate, rows: 
     length = run.training.sequence_length
     degrees = dict.fromkeys((run.parallel.context, *(d for d in DEGREES if length % d == 0)))
     table = Table(box=None, padding=(0, 2), header_style="bold")
-    for heading in ("context", "order", "max / mean work", *(f"{name} keys" for name in masks), "received per step"):
+    for heading in ("context", "order", "max/mean work", *(f"{name} keys" for name in masks), "bytes/step"):
         table.add_column(heading, justify="right")
     for degree in degrees:
         for order in ORDERS:
@@ -136,7 +136,7 @@ def show_context(console: Console, title: str, run: Run, found: Estimate, rows: 
     console.print(
         f"[bold]context parallelism[/bold] of {len(next(iter(masks.values())).start)} rows of {length:,} tokens of "
         f"{run.data.source}\nwork: visible pairs of all layers, maximum over ranks / mean; keys: those received, as a "
-        "fraction of an all-gather\n(a ring sends as many); received per step: mean bytes of a rank in all layers\n",
+        "fraction of an all-gather\n(a ring sends as many); bytes/step: received by a rank in all layers, on average\n",
         soft_wrap=True,
     )
     console.print(table)
