@@ -111,7 +111,7 @@ def show_context(console: Console, title: str, run: Run, found: Estimate, rows: 
     """Print work and received keys of the recipe's data in every order, for the run's context degree and for others."""
     model, masks = read_masks(title, run, rows)
     layers = {name: model.attention_shape(name)[0] for name in masks}
-    length = run.training.sequence_length
+    length, micro_batch_size = run.training.sequence_length, run.training.micro_batch_size
     degrees = dict.fromkeys((run.parallel.context, *(d for d in DEGREES if length % d == 0)))
     table = Table(box=None, padding=(0, 2), header_style="bold")
     for heading in ("context", "order", "max/mean work", *(f"{name} keys" for name in masks), "bytes/step"):
@@ -121,12 +121,7 @@ def show_context(console: Console, title: str, run: Run, found: Estimate, rows: 
             plan = plan_context(masks, degree, order, layers=layers)
             fractions = {name: received_fraction(plan, name) for name in masks}
             received_bytes = 2 * sum(  # keys in the forward, their gradients in the backward
-                fraction
-                * found.key_bytes.get(name, 0.0)
-                * length
-                * (degree - 1)
-                / degree
-                * run.training.micro_batch_size
+                fraction * found.key_bytes.get(name, 0.0) * length * (degree - 1) / degree * micro_batch_size
                 for name, fraction in fractions.items()
             )
             table.add_row(
