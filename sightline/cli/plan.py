@@ -1,4 +1,4 @@
-"""`sightline plan`: what a run will need on a mesh, before any machine is asked for."""
+"""`sightline plan`: estimate memory, communication and FLOPs of a run on a mesh, without the GPUs."""
 
 from __future__ import annotations
 
@@ -12,25 +12,29 @@ from sightline.training.flops import GPU_PEAKS
 
 HELP = """usage: sightline plan RECIPE [--processes N] [options of sightline train]
 
-RECIPE is one of `sightline train`, or package.module:RUN, one of your own.
+RECIPE is a recipe of `sightline train`, or package.module:RUN for one of your own.
 
-Say what a run needs on a mesh: memory and communication of each process, waiting, arithmetic. Needs no GPU and no
-torchrun, for any number of processes. What training would refuse, this refuses with the same words.
+Estimate what a run needs on a mesh: memory and communication of each rank, pipeline bubble, FLOPs. Runs on one CPU
+process, without torchrun, for any number of ranks. Rejects what training would reject, with the same message.
 
-  --processes N    processes of the job; without it, the product of the degrees
-  --gpu NAME       GPU whose peak speed the shortest step is told for: {gpus} (default: H100)
-  --rows N         rows of the recipe's data that context parallelism is planned for (default: 4)
-  --picture PATH   draw who owns which tokens and who sends keys to whom; with --parallel.context
+  --processes N    number of ranks of the run (default: the product of the degrees)
+  --gpu NAME       GPU whose peak FLOP/s give the shortest step (default: H100), one of:
+                   {gpus}
+  --rows N         rows of the recipe's data for which context parallelism is planned (default: 4)
+  --picture PATH   plot token owners, keys sent between ranks, and work; needs --parallel.context above 1
 
-How to read it, from above: does the memory of the largest process fit the GPU, with a tenth to spare? If not: more
---parallel.shard, then --training.recompute selective or full, then --parallel.tensor up to the GPUs of one machine,
-then --parallel.pipeline. Is the bubble small? If not: more rows a step or a smaller --training.micro-batch-size, or
-another --parallel.pipeline-schedule. Does the busiest link fit the step? tensor wants the fastest, then context and
-expert, then shard; pipeline and replicate do with the slowest.
+How to choose a mesh from the tables:
+  memory     The total of the largest rank should leave 10 % of the GPU memory free. Otherwise use more
+             --parallel.shard, then --training.recompute selective or full, then --parallel.tensor up to the GPUs of
+             one machine, then --parallel.pipeline.
+  bubble     Should be small. Otherwise use more rows per step, a smaller --training.micro-batch-size, or another
+             --parallel.pipeline-schedule.
+  received   Should take less time than the step. tensor needs the fastest links, then context and expert, then shard;
+             pipeline and replicate work with the slowest.
 
-Weights, gradients and moments are exact to the byte. What is "about" is found by running one layer of each kind without
-memory. It leaves out an image encoder and the extra layer that predicts a token further, and keys that context
-parallelism has received.
+Parameters, gradients and optimizer state are exact to the byte. Values marked "estimate" come from tracing one layer of
+each kind on fake tensors. They do not include an image encoder, a multi-token prediction module, or the keys received
+with context parallelism.
 
 examples:
   sightline plan llama3-8b --processes 8
@@ -45,17 +49,17 @@ def main(argv: list[str]) -> None:
     if not argv or {"-h", "--help"} & set(argv):
         print(HELP.format(gpus=", ".join(GPU_PEAKS)))
         return
-    options, others = _own_options(argv)
+    options, others = _parse_options(argv)
     run = parse(others)
     if options.gpu not in GPU_PEAKS:
-        raise ValueError(f"unknown --gpu {options.gpu!r}; the GPUs whose speed is known: {', '.join(GPU_PEAKS)}")
+        raise ValueError(f"unknown --gpu {options.gpu!r}; known GPUs: {', '.join(GPU_PEAKS)}")
     if options.picture and run.parallel.context == 1:
-        raise ValueError("--picture draws context parallelism; give --parallel.context too, or leave --picture away")
+        raise ValueError("--picture plots context parallelism; set --parallel.context above 1, or remove --picture")
     importlib.import_module("sightline.cli.show_plan").show_plan(others[0], run, **vars(options))
 
 
-def _own_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """This command's options, and those of `sightline train`."""
+def _parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Split the arguments into the options of this command and those of `sightline train`."""
     parser = argparse.ArgumentParser(prog="sightline plan", add_help=False, allow_abbrev=False)
     parser.add_argument("--processes", type=int, default=0)
     parser.add_argument("--gpu", default="H100")

@@ -1,1 +1,1 @@
-"""Memory, traffic, waiting and arithmetic of a run on a mesh, calculated without allocating or starting anything."""
+"""Memory, communication, pipeline bubble and FLOPs of a run on a mesh, computed without allocating or launching it."""

@@ -1,7 +1,7 @@
-"""What one layer keeps and sends, found by running it on tensors without memory.
+"""Activation memory and communication of one layer, measured by tracing it on fake tensors.
 
-The layer is the real one, cut by tensor parallelism and changed by recompute, under PyTorch's fake tensors and fake
-process groups: shapes pass through forward and backward, numbers do not. So counts cannot drift from training.
+The layer is the one that training uses, after tensor parallelism and recompute are applied. Its forward and backward
+run on PyTorch's fake tensors and fake process groups, which have shapes but no data, so estimates follow the code.
 """
 
 from __future__ import annotations
@@ -37,75 +37,77 @@ from sightline.planning.torch_private import (
 
 @dataclass(frozen=True)
 class ActivationMemory:
-    """Bytes of one layer and one microbatch.
+    """Bytes of one layer and one micro-batch.
 
-    kept      what waits for the backward, the layer's result included
-    working   what the backward, and a recompute in it, has at its height on top of that
-    tensor    what comes from other processes of `tensor`, forward and backward
-    keys      what this process's tokens are as keys, or what else of them other processes of `context` need
-    routed    the rows of all chosen experts
+    saved            activations saved for the backward, including the layer's output
+    workspace        peak memory of the backward, including recompute, in addition to `saved`
+    tensor_received  received from other ranks of `tensor`, forward and backward
+    context_shared   local keys and values, or inputs of recurrent layers, that other ranks of `context` may need
+    routed_tokens    hidden states of all tokens for each expert they are routed to
     """
 
     saved: float
     workspace: float
-    tensor: float
-    keys: float
+    tensor_received: float
+    context_shared: float
     routed_tokens: float
 
 
-Kinds = dict[Hashable, ActivationMemory]
-"""By what makes layers of one kind."""
+TraceCache = dict[Hashable, ActivationMemory]
+"""Activation memory of layers that are alike, by `_layer_kind`."""
 
 
-def trace(stage: Decoder, mesh: Mesh, shape: tuple[int, int], dtype: str, found: Kinds) -> dict[str, ActivationMemory]:
-    """The activation memory of every layer of a stage (a skeleton, cut by tensor parallelism or whole), by its name.
+def trace(
+    stage: Decoder, mesh: Mesh, shape: tuple[int, int], dtype: str, cache: TraceCache
+) -> dict[str, ActivationMemory]:
+    """Return the activation memory of every layer of a stage, by name. The stage is a skeleton on the meta device.
 
-    shape  (B, S) of a microbatch: of its rows, the tokens that a process of `context` has
-    found  of the layers met in other stages of the same run; grows
+    shape  (B, S / context degree) of a micro-batch
+    cache  results for the layers of other stages; new ones are added
     """
-    # FSDP gathers the weights in the precision they compute in; without it autocast copies them.
-    weights = torch.bfloat16 if mesh.size("loss") > 1 and dtype == "bfloat16" else torch.float32
-    named = {}
+    # FSDP all-gathers parameters in the compute dtype; without FSDP, autocast casts them.
+    parameter_dtype = torch.bfloat16 if mesh.size("loss") > 1 and dtype == "bfloat16" else torch.float32
+    layers = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        materialize(stage, weights)
-        h = torch.empty(*shape, stage.config.hidden_size, dtype=weights)
+        materialize(stage, parameter_dtype)
+        h = torch.empty(*shape, stage.config.hidden_size, dtype=parameter_dtype)
         if mesh.size("tensor") > 1:
             (h,) = shard_tokens(mesh["tensor"], stage.layers, (h,))
         for name, layer in stage.layers.items():
-            kind = _kind(layer)
-            if kind not in found:
-                found[kind] = _run(stage, layer, h.detach().clone().requires_grad_(), shape, dtype)
-            named[name] = found[kind]
-    return named
+            kind = _layer_kind(layer)
+            if kind not in cache:
+                cache[kind] = _trace_layer(stage, layer, h.detach().clone().requires_grad_(), shape, dtype)
+            layers[name] = cache[kind]
+    return layers
 
 
 def materialize(module: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters and buffers from the meta device to fake tensors of a CPU."""
+    """Replace parameters and buffers on the meta device by fake CPU tensors."""
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
-            replace_parameter(part, name, _fake(parameter, dtype))
+            replace_parameter(part, name, _fake_parameter(parameter, dtype))
         for name, buffer in list(part.named_buffers(recurse=False)):
             setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _fake(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+def _fake_parameter(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     local = torch.empty(local_part(parameter).shape, dtype=dtype)
     if not isinstance(parameter, DTensor):
         return local
-    axes, placements = parameter.device_mesh, parameter.placements
+    mesh, placements = parameter.device_mesh, parameter.placements
     return DTensor.from_local(
-        local, axes, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
     )
 
 
-def _kind(layer: nn.Module) -> Hashable:
-    """Layers of one kind keep and send the same."""
+def _layer_kind(layer: nn.Module) -> Hashable:
+    """Key that is equal for layers with the same activation memory."""
     shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
     return type(layer).__name__, layer.mask_name, forward_is_replaced(layer), shapes
 
 
-def _run(stage: Decoder, layer: nn.Module, x: Tensor, shape: tuple[int, int], dtype: str) -> ActivationMemory:
-    """One forward and backward of a layer, from the hidden states that come into it."""
+def _trace_layer(stage: Decoder, layer: nn.Module, x: Tensor, shape: tuple[int, int], dtype: str) -> ActivationMemory:
+    """Run one forward and backward of a layer on the hidden states `x`, under a causal mask."""
     rows, length = shape
     mask = AttentionMask(torch.zeros(*shape, 1, dtype=torch.int32), torch.ones(*shape, 1, dtype=torch.int32), length)
     exchange = CountingExchange(mask)
@@ -115,34 +117,34 @@ def _run(stage: Decoder, layer: nn.Module, x: Tensor, shape: tuple[int, int], dt
     routed: list[float] = []
 
     def route_evenly(experts: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Real counts in place of fake ones, which the products of the groups have to read."""
-        rows, counts = args
-        routed.append(bytes_of(rows))
+        """Replace the fake token counts of the experts by real, even ones: the grouped matmul reads their values."""
+        tokens, counts = args
+        routed.append(bytes_of(tokens))
         with unset_fake_temporarily():
-            return rows, (torch.arange(len(counts) + 1) * len(rows) // len(counts)).diff()
+            return tokens, (torch.arange(len(counts) + 1) * len(tokens) // len(counts)).diff()
 
     hooks = [part.register_forward_pre_hook(route_evenly) for part in layer.modules() if isinstance(part, Experts)]
-    given = [x, *layer.parameters(), *(leaf for leaf in tree_leaves(encoding) if isinstance(leaf, Tensor))]
-    with MemoryTracker(given) as tracker:
+    existing = [x, *layer.parameters(), *(leaf for leaf in tree_leaves(encoding) if isinstance(leaf, Tensor))]
+    with MemoryTracker(existing) as tracker:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
             y = layer(x, lowered, encoding, None)
-        kept = tracker.alive()
+        saved = tracker.allocated()
         y.backward(torch.empty_like(y))
     for hook in hooks:
         hook.remove()
     for parameter in layer.parameters():
         parameter.grad = None
     return ActivationMemory(
-        saved=kept,
-        workspace=tracker.peak - kept,
-        tensor=tracker.received,
-        keys=exchange.bytes,
-        routed_tokens=routed[0] if routed else 0.0,  # a recompute routes once more
+        saved=saved,
+        workspace=tracker.peak - saved,
+        tensor_received=tracker.received,
+        context_shared=exchange.bytes,
+        routed_tokens=routed[0] if routed else 0.0,  # a recompute appends a second entry
     )
 
 
 class CountingExchange:
-    """Sends nothing, and counts the bytes that other processes of `context` would be sent."""
+    """Sends nothing and counts the bytes of the tensors that ranks of `context` would exchange."""
 
     def __init__(self, full_mask: AttentionMask) -> None:
         self.full_mask, self.bytes = full_mask, 0.0
@@ -165,16 +167,16 @@ class CountingExchange:
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the memory of what operations make, as long as it is held, and what collectives bring.
+    """Tracks the memory allocated by operations, its peak, and the bytes received by collectives.
 
-    given  tensors that are there already; a view of one is nothing new
+    existing  tensors that are allocated already; their views are not counted
     """
 
-    def __init__(self, given: Iterable[Tensor]) -> None:
+    def __init__(self, existing: Iterable[Tensor]) -> None:
         super().__init__()
-        self.given = {StorageWeakRef(local_part(tensor).untyped_storage()) for tensor in given}
-        self.held: dict[StorageWeakRef, int] = {}
-        self.peak = self.received = self.bound = 0.0
+        self.existing = {StorageWeakRef(local_part(tensor).untyped_storage()) for tensor in existing}
+        self.sizes: dict[StorageWeakRef, int] = {}
+        self.peak = self.received = self.upper_bound = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -183,32 +185,33 @@ class MemoryTracker(TorchDispatchMode):
                 continue
             storage = local_part(leaf).untyped_storage()
             reference = StorageWeakRef(storage)
-            if reference not in self.given:
-                if reference not in self.held:
-                    self.bound += storage.nbytes()
-                self.held[reference] = storage.nbytes()
-        if self.bound > 1.01 * self.peak:  # what is held is no more than that; looking takes long
-            self.peak = max(self.peak, self.alive())
+            if reference not in self.existing:
+                if reference not in self.sizes:
+                    self.upper_bound += storage.nbytes()
+                self.sizes[reference] = storage.nbytes()
+        if self.upper_bound > 1.01 * self.peak:  # `allocated` is slow: call it only if there may be a new peak
+            self.peak = max(self.peak, self.allocated())
         self.received += _received(func, args, out)
         return out
 
-    def alive(self) -> float:
-        self.held = {reference: size for reference, size in self.held.items() if not reference.expired()}
-        self.bound = float(sum(self.held.values()))
-        return self.bound
+    def allocated(self) -> float:
+        """Bytes of the tracked storages that are still alive."""
+        self.sizes = {reference: size for reference, size in self.sizes.items() if not reference.expired()}
+        self.upper_bound = float(sum(self.sizes.values()))
+        return self.upper_bound
 
 
 def _received(func: Any, args: tuple[Any, ...], out: Any) -> float:
-    """Bytes that a collective over n processes brings to each: all but its own n-th part of the whole."""
-    whole = {
+    """Bytes that a rank receives in a collective over n ranks: (n - 1) / n of the full tensor."""
+    full_bytes = {
         "all_gather_into_tensor": lambda: bytes_of(out),
         "reduce_scatter_tensor": lambda: bytes_of(args[0]),
         "all_reduce": lambda: 2 * bytes_of(out),  # a reduce-scatter and an all-gather
     }.get(func.__name__.partition(".")[0])
-    if func.namespace != "_c10d_functional" or whole is None:
+    if func.namespace != "_c10d_functional" or full_bytes is None:
         return 0.0
-    processes = dist.get_world_size(process_group_of(args[-1]))
-    return whole() * (processes - 1) / processes
+    ranks = dist.get_world_size(process_group_of(args[-1]))
+    return full_bytes() * (ranks - 1) / ranks
 
 
 def bytes_of(x: Tensor) -> float:

@@ -1,7 +1,7 @@
-"""When each process of a pipeline works and when it waits, and how many microbatches it holds meanwhile.
+"""Bubble of a pipeline schedule, and micro-batches in flight on each pipeline rank.
 
-Schedules of several stages are PyTorch's own. Time is counted in forwards of a microbatch through a stage; a backward
-takes two, one for the activations and one for the weights.
+Schedules with several stages per rank are those of PyTorch. The unit of time is the forward of a micro-batch through a
+stage; a backward takes two units, one for the gradients of the activations and one for those of the weights.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from sightline.parallel.pipeline_stages import ONE_STAGE, count_stages, stages_o
 from sightline.planning.torch_private import fake_process_group
 
 Task = tuple[str, int, int]
-"""Kind (F forward, B backward, I and W its halves), stage, microbatch."""
+"""Kind (F forward, B backward, I and W its halves for inputs and weights), stage, micro-batch."""
 DURATION = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """A step of a pipeline.
+    """An optimizer step of a pipeline.
 
-    bubble  share of the processes' time in which they wait
-    held    the greatest number of microbatches, by stage, that a process holds activations of at one time
+    bubble     fraction of the time in which ranks are idle
+    in_flight  per pipeline rank, the micro-batches in flight in each of its stages when their sum is greatest
     """
 
     bubble: float
@@ -37,30 +37,30 @@ class Timeline:
 
 
 def timeline(parallel: ParallelConfig, microbatches: int) -> Timeline:
-    """Of a schedule on parallel.pipeline processes, all stages being equally long and messages taking no time."""
+    """Simulate the schedule on `parallel.pipeline` ranks, with stages of equal duration and sends that take no time."""
     orders = tasks(parallel, microbatches)
-    last = count_stages(parallel) - 1
-    ended: dict[Task, float] = {}
-    clock, at = [0.0] * len(orders), [0] * len(orders)
-    while any(place < len(order) for place, order in zip(at, orders, strict=True)):
-        before = list(at)
-        for process, order in enumerate(orders):
-            while at[process] < len(order):
-                task = order[at[process]]
-                ready = _ready(task, ended, last)
-                if ready is None:
+    last_stage = count_stages(parallel) - 1
+    end_times: dict[Task, float] = {}
+    clock, index = [0.0] * len(orders), [0] * len(orders)
+    while any(i < len(order) for i, order in zip(index, orders, strict=True)):
+        before = list(index)
+        for rank, order in enumerate(orders):
+            while index[rank] < len(order):
+                task = order[index[rank]]
+                start = _earliest_start(task, end_times, last_stage)
+                if start is None:
                     break
-                clock[process] = ended[task] = max(clock[process], ready) + DURATION[task[0]]
-                at[process] += 1
-        assert at != before, "a schedule of PyTorch comes to its end"
+                clock[rank] = end_times[task] = max(clock[rank], start) + DURATION[task[0]]
+                index[rank] += 1
+        assert index != before, "the schedule has a deadlock"
     work = [sum(DURATION[task[0]] for task in order) for order in orders]
     return Timeline(1 - sum(work) / (len(orders) * max(clock)), [_in_flight(order) for order in orders])
 
 
 def tasks(parallel: ParallelConfig, microbatches: int) -> list[list[Task]]:
-    """What each process does, in order."""
+    """Tasks of each pipeline rank, in execution order."""
     if parallel.pipeline_schedule in ONE_STAGE:
-        return [_one_stage(parallel, process, microbatches) for process in range(parallel.pipeline)]
+        return [_one_stage(parallel, rank, microbatches) for rank in range(parallel.pipeline)]
     with fake_process_group(parallel.pipeline, 0):
         hidden = torch.empty(1, device="meta", requires_grad=True)
         count, cpu = count_stages(parallel), torch.device("cpu")
@@ -68,48 +68,51 @@ def tasks(parallel: ParallelConfig, microbatches: int) -> list[list[Task]]:
         stages = [PipelineStage(nn.Identity(), index, count, cpu, **shapes) for index in stages_of(parallel, 0)]
         kind: Any = get_schedule_class(parallel.pipeline_schedule)
         order = kind(stages, microbatches, loss_fn=lambda loss, labels: loss).pipeline_order
-    return [_plain(order[process]) for process in range(parallel.pipeline)]
+    return [_compute_tasks(order[rank]) for rank in range(parallel.pipeline)]
 
 
-def _one_stage(parallel: ParallelConfig, process: int, microbatches: int) -> list[Task]:
-    """GPipe: all forwards, then all backwards. 1F1B: as many forwards as there are processes from here on, then a
-    backward for each forward."""
-    ahead = microbatches
+def _one_stage(parallel: ParallelConfig, rank: int, microbatches: int) -> list[Task]:
+    """Tasks of a pipeline rank with one stage.
+
+    GPipe: all forwards, then all backwards. 1F1B: a warmup of one forward for this rank and for each rank after it,
+    then backwards and forwards in turn.
+    """
+    warmup = microbatches
     if parallel.pipeline_schedule == "1F1B":
-        ahead = min(microbatches, parallel.pipeline - process)
-    order: list[Task] = [("F", process, microbatch) for microbatch in range(ahead)]
+        warmup = min(microbatches, parallel.pipeline - rank)
+    order: list[Task] = [("F", rank, microbatch) for microbatch in range(warmup)]
     for microbatch in range(microbatches):
-        order.append(("B", process, microbatch))
-        if microbatch + ahead < microbatches:
-            order.append(("F", process, microbatch + ahead))
+        order.append(("B", rank, microbatch))
+        if microbatch + warmup < microbatches:
+            order.append(("F", rank, microbatch + warmup))
     return order
 
 
-def _plain(actions: list[Any]) -> list[Task]:
-    """Of a schedule's actions those that compute."""
-    plain: list[Task] = []
+def _compute_tasks(actions: list[Any]) -> list[Task]:
+    """Compute actions of a PyTorch schedule, without sends and receives."""
+    compute: list[Task] = []
     for action in actions:
         for part in () if action is None else action.sub_actions or (action,):
             if part.computation_type.value in DURATION:
-                plain.append((part.computation_type.value, part.stage_index, part.microbatch_index))
-    return plain
+                compute.append((part.computation_type.value, part.stage_index, part.microbatch_index))
+    return compute
 
 
-def _ready(task: Task, ended: dict[Task, float], last: int) -> float | None:
-    """When what a task waits for has come; None if that is not known yet."""
+def _earliest_start(task: Task, end_times: dict[Task, float], last_stage: int) -> float | None:
+    """Time at which the inputs of a task are available; None if it is not known yet."""
     kind, stage, microbatch = task
     if kind == "W":
-        return 0.0  # its other half stands before it in the same process
+        return 0.0  # the I task before it on the same rank provides its inputs
     if kind == "F":
-        return 0.0 if stage == 0 else ended.get(("F", stage - 1, microbatch))
-    if stage == last:
-        return ended.get(("F", stage, microbatch))
-    whole = ended.get(("B", stage + 1, microbatch))
-    return ended.get(("I", stage + 1, microbatch)) if whole is None else whole
+        return 0.0 if stage == 0 else end_times.get(("F", stage - 1, microbatch))
+    if stage == last_stage:
+        return end_times.get(("F", stage, microbatch))
+    full_backward = end_times.get(("B", stage + 1, microbatch))
+    return end_times.get(("I", stage + 1, microbatch)) if full_backward is None else full_backward
 
 
 def _in_flight(order: list[Task]) -> dict[int, int]:
-    """Microbatches in flight, by stage, when there are most of them. One leaves with its gradients of the weights."""
+    """Micro-batches in flight in each stage when their sum is greatest; they last until their weight gradients."""
     now: dict[int, int] = dict.fromkeys(sorted({stage for _, stage, _ in order}), 0)
     most = dict(now)
     for kind, stage, _ in order:

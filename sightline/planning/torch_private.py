@@ -1,4 +1,4 @@
-"""Every private API of PyTorch that this package uses, tried on torch 2.13.0: look here first when PyTorch changes."""
+"""All private PyTorch APIs that this package uses, tested with torch 2.13.0: look here first when PyTorch changes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["FakeTensorMode", "TorchDispatchMode", "process_group_of", "tree_leav
 
 @contextmanager
 def fake_process_group(world: int, rank: int) -> Iterator[None]:
-    """Make this process rank `rank` of `world`, whose collectives do nothing."""
-    assert not dist.is_initialized(), "a process that is part of a job cannot pretend to be part of another"
+    """Make this process rank `rank` of a fake group of `world` ranks, whose collectives do nothing."""
+    assert not dist.is_initialized(), "a fake process group needs a process whose torch.distributed is not initialized"
     if world > 1:
         dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:

@@ -1,1 +1,1 @@
-"""Context parallelism: rows divided among ranks, and only the keys that are needed sent between them."""
+"""Context parallelism: the tokens of a row are sharded across ranks, which exchange only the keys that they need."""

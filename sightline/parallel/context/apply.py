@@ -1,4 +1,4 @@
-"""Context parallelism as it is applied to a model, and a batch's whole rows cut to the tokens of one process."""
+"""Apply context parallelism to a model, and shard the inputs of a batch along the sequence."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from sightline.parallel.patch import replace_attribute
 
 
 def apply_context(model: Decoder, mesh: Mesh) -> None:
-    """Let the layers fetch the keys that their tokens see from the processes of `context`, and the loss sum over them.
+    """Let the layers receive the keys that local queries attend to from the other ranks of `context`, and sum the loss
+    over these ranks.
 
-    Routers' auxiliary losses weigh the scores of this process's tokens by the choices of the whole rows, so that their
-    gradients add up to what one process would compute.
+    The auxiliary losses of routers multiply the scores of local tokens by the expert counts of full rows, so that the
+    gradients of all ranks add up to those of a single process.
     """
     if mesh.size("context") == 1:
         return
@@ -35,52 +36,58 @@ def apply_context(model: Decoder, mesh: Mesh) -> None:
 
 
 def shard_inputs(inputs: dict[str, Any], model: Any, mesh: Mesh) -> dict[str, Any]:
-    """From what the model's forward takes of whole rows, on the CPU, to what it takes of this process's tokens.
+    """Return the inputs of the model's forward for this rank's tokens, from those for full rows. All are on the CPU.
 
-    Tokens, labels, positions and what else the model says of each token become [B, S / degree], its masks of tokens
-    become ContextShards. All else, as the images of the rows, stays whole: every process computes it, for its own
-    tokens only, so its gradients add up over the processes like all others.
+    Tokens, labels, positions and the model's `per_token_inputs` become [B, S / degree]; decoder masks become
+    ContextShards. Other inputs, such as the images of the rows, stay full: every rank computes them but uses them for
+    its local tokens only, so their gradients add up over the ranks like all others.
 
-    Errors: ValueError for rows that so many processes cannot share.
+    Raises:
+        ValueError: if the ranks of `context` cannot share the rows.
     """
     degree, rank = mesh.size("context"), mesh.index("context")
-    facts = model.per_token_inputs(inputs)
+    per_token = model.per_token_inputs(inputs)
     if degree == 1:
-        return {**inputs, **facts}
+        return {**inputs, **per_token}
     masks = named_masks(inputs["attention_masks"])
-    of_tokens = {str(layer.mask_name) for layer in model.layers.values()}
-    planned = {name: mask for name, mask in masks.items() if name in of_tokens}
-    layers = {name: model.attention_shape(name)[0] for name in planned}
-    plan = plan_context(planned, degree, mesh.parallel.context_order, layers=layers)
+    decoder_names = {str(layer.mask_name) for layer in model.layers.values()}
+    decoder_masks = {name: mask for name, mask in masks.items() if name in decoder_names}
+    layers = {name: model.attention_shape(name)[0] for name in decoder_masks}
+    plan = plan_context(decoder_masks, degree, mesh.parallel.context_order, layers=layers)
     full_rows = model.context_parallel_heads is not None
-    shards = {name: plan.shard(rank, name, full_rows=full_rows) for name in planned}
-    owned = plan.queries(rank)
-    of_token = {name: inputs[name] for name in ("tokens", "labels", "positions") if name in inputs}
-    loss_inputs = {name: value.gather(1, owned) for name, value in inputs.get("loss_inputs", {}).items()}
+    shards = {name: plan.shard(rank, name, full_rows=full_rows) for name in decoder_masks}
+    local_tokens = plan.queries(rank)
+    per_token = {name: inputs[name] for name in ("tokens", "labels", "positions") if name in inputs} | per_token
+    loss_inputs = {name: value.gather(1, local_tokens) for name, value in inputs.get("loss_inputs", {}).items()}
     return {
         **inputs,
-        **{name: value.gather(1, owned) for name, value in (of_token | facts).items()},
+        **{name: value.gather(1, local_tokens) for name, value in per_token.items()},
         **({"loss_inputs": loss_inputs} if loss_inputs else {}),
         "attention_masks": {**masks, **shards},
     }
 
 
 def check_context(model: Any, mesh: Mesh, length: int) -> None:
-    """Refuse rows of `length` tokens that the processes of `context` cannot share, and a model whose layers cannot."""
+    """Check that the ranks of `context` can share rows of `length` tokens and the heads of recurrent layers.
+
+    Raises:
+        ValueError: if they cannot; the message names lengths and degrees that work.
+    """
     degree = mesh.size("context")
     if length % degree:
         above = (length // degree + 1) * degree
         lengths = f"{above - degree} or {above}" if length > degree else f"{above}"
         raise ValueError(
-            f"training.sequence-length {length} is not divisible by parallel.context {degree}, as many as share "
-            f"a row; use --training.sequence-length {lengths}, or parallel.context {nearest(degree, divisors(length))}"
+            f"training.sequence-length {length} is not divisible by parallel.context {degree}, the number of ranks "
+            f"that share a row; use --training.sequence-length {lengths}, or parallel.context "
+            f"{nearest(degree, divisors(length))}"
         )
     if model.context_parallel_heads is None:
         return
     heads = model.context_parallel_heads // mesh.size("tensor")
     if heads % degree:
         raise ValueError(
-            f"parallel.context {degree} does not divide the {heads} key heads that parallel.tensor "
-            f"{mesh.size('tensor')} leaves each process: layers with a memory walk along whole rows, and it is "
-            f"their heads that are shared out; use parallel.context {nearest(degree, divisors(heads))}"
+            f"parallel.context {degree} does not divide the {heads} key heads that each rank has with parallel.tensor "
+            f"{mesh.size('tensor')}: recurrent layers compute full rows, so context parallelism shards their heads; "
+            f"use parallel.context {nearest(degree, divisors(heads))}"
         )

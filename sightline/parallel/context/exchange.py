@@ -1,4 +1,4 @@
-"""Rows of numbers on their way between processes, with gradients on their way back."""
+"""All-to-all exchange of keys and full rows between context-parallel ranks, with gradients."""
 
 from __future__ import annotations
 
@@ -19,82 +19,81 @@ from sightline.torch_private import disable_compiler
 
 
 class ContextExchange:
-    """The exchanges of a model whose rows are shared by the processes of `group`.
+    """Makes the exchange of each mask for a model whose rows are sharded across the ranks of `group`.
 
-    They work without a model too: `docs/context_parallel.md` shows how.
+    Works without a model too: see `docs/context_parallel.md`.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
     def bind(self, mask: ContextShard | AttentionMask, device: torch.device) -> tuple[AttentionMask, Exchange]:
-        """The mask of the local queries, and the exchange that brings its keys; a whole mask needs none."""
+        """Return the mask of the local queries and the exchange that fetches its keys: a local one for a full mask."""
         if not isinstance(mask, ContextShard):
             return LocalExchanges().bind(mask, device)
         return mask.mask, ShardExchange(mask, self.group, device)
 
 
 class ShardExchange:
-    """How the keys, and the whole rows, of one shard reach this process: see `sightline.attention.Exchange`.
+    """The exchange of keys and of full rows for one shard; implements `sightline.attention.Exchange`.
 
-    Index tensors are copied to the device when it is made; the host never waits for the device.
+    Index tensors are copied to the device on construction; the host never waits for the device.
     """
 
     def __init__(self, shard: ContextShard, group: dist.ProcessGroup, device: torch.device) -> None:
         self.shard, self.group = shard, group
         _, tokens, keys = shard.mask.shape
-        self._keys = build_exchange_plan(shard.send, tokens, shard.receive, keys, group, device)
-        self._rows: ExchangePlan | None = None
-        if (
-            shard.owned_tokens is not None
-        ):  # from [B, degree, S / degree], the own tokens with each rank's channels, to [B, S]
-            length = shard.owned_tokens.shape[1] * shard.owned_tokens.shape[2]
-            send = torch.arange(length).view(1, *shard.owned_tokens.shape[1:]).expand_as(shard.owned_tokens)
-            self._rows = build_exchange_plan(send, length, shard.owned_tokens, length, group, device)
+        self._key_plan = build_exchange_plan(shard.send, tokens, shard.receive, keys, group, device)
+        self._row_plan: ExchangePlan | None = None
+        if (owned := shard.owned_tokens) is not None:
+            # From the local tokens with the channels of each rank, [B, degree, S / degree], to all tokens, [B, S].
+            length = owned.shape[1] * owned.shape[2]
+            send = torch.arange(length).view(1, *owned.shape[1:]).expand_as(owned)
+            self._row_plan = build_exchange_plan(send, length, owned, length, group, device)
 
     @property
     def full_mask(self) -> AttentionMask:
         assert self.shard.full_mask is not None, (
-            "a model whose layers walk along whole rows says so in `context_parallel_heads`"
+            "a shard has the full mask only if the model's `context_parallel_heads` is not None"
         )
         return self.shard.full_mask
 
-    @disable_compiler  # how much is sent is known to the host and new in every batch: no graph for a compiler
+    @disable_compiler  # message sizes differ in every batch and are read on the host: not traceable
     def start(self, *tensors: Tensor) -> PendingKeys:
-        """All tensors go in one message; they may differ in heads and D."""
+        """Send all tensors in one message; they may differ in heads and D."""
         rows = torch.cat([t.transpose(1, 2).flatten(2) for t in tensors], dim=-1).flatten(0, 1)
         shapes = [(t.shape[0], self.shard.mask.key_length, t.shape[1], t.shape[3]) for t in tensors]
-        return PendingKeys(start_exchange(rows, self._keys), shapes)
+        return PendingKeys(start_exchange(rows, self._key_plan), shapes)
 
     @disable_compiler
     def to_full_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        assert self._rows is not None
+        assert self._row_plan is not None
         degree = self.group.size()
-        dealt = torch.cat([t.unflatten(-1, (degree, -1)) for t in tensors], dim=-1)  # [B, S / degree, degree, C]
-        whole = start_exchange(dealt.transpose(1, 2).flatten(0, 2), self._rows)()
-        whole = whole.unflatten(0, (len(dealt), -1))
-        return whole.split([t.shape[-1] // degree for t in tensors], dim=-1)
+        by_rank = torch.cat([t.unflatten(-1, (degree, -1)) for t in tensors], dim=-1)  # [B, S / degree, degree, C]
+        rows = start_exchange(by_rank.transpose(1, 2).flatten(0, 2), self._row_plan)()
+        rows = rows.unflatten(0, (len(by_rank), -1))
+        return rows.split([t.shape[-1] // degree for t in tensors], dim=-1)
 
     @disable_compiler
     def to_local_tokens(self, x: Tensor) -> Tensor:
-        assert self._rows is not None
+        assert self._row_plan is not None
         degree = self.group.size()
-        dealt = start_exchange(x.flatten(0, 1), self._rows.reverse())()
-        return dealt.view(len(x), degree, -1, x.shape[-1]).transpose(1, 2).flatten(2)
+        by_rank = start_exchange(x.flatten(0, 1), self._row_plan.reverse())()
+        return by_rank.view(len(x), degree, -1, x.shape[-1]).transpose(1, 2).flatten(2)
 
     def local_channels(self, weight: Tensor) -> Tensor:
         return weight.chunk(self.group.size())[self.group.rank()]
 
 
 class PendingKeys:
-    """Keys on their way: several tensors side by side in rows, and the shapes [B, T, heads, D] they will have."""
+    """Keys that are being received: one message with several tensors, and their shapes (B, T, heads, D)."""
 
-    def __init__(self, arrive: Callable[[], Tensor], shapes: list[tuple[int, int, int, int]]) -> None:
-        self.arrive, self.shapes = arrive, shapes
+    def __init__(self, finish: Callable[[], Tensor], shapes: list[tuple[int, int, int, int]]) -> None:
+        self.finish, self.shapes = finish, shapes
 
     @disable_compiler
     def wait(self) -> tuple[Tensor, ...]:
-        parts = self.arrive().split([heads * size for _, _, heads, size in self.shapes], dim=-1)
+        parts = self.finish().split([heads * size for _, _, heads, size in self.shapes], dim=-1)
         return tuple(
             part.unflatten(0, shape[:2]).unflatten(2, shape[2:]).transpose(1, 2)
             for part, shape in zip(parts, self.shapes, strict=True)
@@ -102,14 +101,14 @@ class PendingKeys:
 
 
 class ExchangePlan(NamedTuple):
-    """How rows [n, C] start_exchange between the processes of a group, as one of them sees it.
+    """Indices of an uneven all-to-all of rows [N, C] within a group, for one rank.
 
-    sent, sent_sizes        int64 [.], rows that go out, those to process 0 first; how many go to each
-    places, received_sizes  int64 [.], where the rows that come are put, those of process 0 first; how many come of each
-    kept, kept_places       int64 [.], rows that stay, and where they are put
-    slots                   rows of the result; those where nothing is put are 0
+    send_index, send_sizes           int64 [.], the rows to send, ordered by target rank; their number for each rank
+    receive_index, receive_sizes     int64 [.], the output rows of those received, ordered by source rank; their number
+    local_index, local_output_index  int64 [.], the rows that stay on this rank, and their output rows
+    output_length                    number of output rows; those in no index are 0
 
-    The index tensors lie on the device of the rows, the sizes on the host, which never waits for the device.
+    Index tensors are on the device of the rows, sizes on the host, which never waits for the device.
     """
 
     send_index: Tensor
@@ -122,7 +121,7 @@ class ExchangePlan(NamedTuple):
     group: dist.ProcessGroup
 
     def reverse(self) -> ExchangePlan:
-        """The way back, where each row goes to one place."""
+        """Return the inverse of a plan that puts each input row into exactly one output row."""
         return ExchangePlan(
             send_index=self.receive_index,
             send_sizes=self.receive_sizes,
@@ -138,53 +137,56 @@ class ExchangePlan(NamedTuple):
 def build_exchange_plan(
     send: Tensor, tokens: int, receive: Tensor, output_length: int, group: dist.ProcessGroup, device: torch.device
 ) -> ExchangePlan:
-    """From places in each row of a batch, on the CPU.
+    """Build the plan of a batch from the indices within each of its rows, which are on the CPU.
 
-    send     int64 [B, degree, M], which of the `tokens` rows of a batch row go to each process; -1 is none
-    receive  int64 [B, degree, N], in which of the `slots` of a batch row those from each process are put; -1 is none
+    send     int64 [B, degree, M]: which of the `tokens` of a row go to each rank, padded with -1
+    receive  int64 [B, degree, N]: the output indices, below `output_length`, of those from each rank, padded with -1
     """
     rank = dist.get_rank(group)
-    send_index, send_sizes, local_index = _by_process(send, tokens, rank)
-    receive_index, receive_sizes, local_output_index = _by_process(receive, output_length, rank)
+    send_index, send_sizes, local_index = _split_by_rank(send, tokens, rank)
+    receive_index, receive_sizes, local_output_index = _split_by_rank(receive, output_length, rank)
     send_index, receive_index, local_index, local_output_index = (
         t.to(device, non_blocking=True) for t in (send_index, receive_index, local_index, local_output_index)
     )
     return ExchangePlan(
-        send_index,
-        send_sizes,
-        receive_index,
-        receive_sizes,
-        local_index,
-        local_output_index,
-        len(receive) * output_length,
-        group,
+        send_index=send_index,
+        send_sizes=send_sizes,
+        receive_index=receive_index,
+        receive_sizes=receive_sizes,
+        local_index=local_index,
+        local_output_index=local_output_index,
+        output_length=len(receive) * output_length,
+        group=group,
     )
 
 
-def _by_process(index: Tensor, stride: int, rank: int) -> tuple[Tensor, list[int], Tensor]:
-    """Places in each row int64 [B, degree, M] -> those in all rows laid end to end, by process; how many each process
-    has; and apart from them this process's own."""
-    there = (index >= 0).transpose(0, 1)
+def _split_by_rank(index: Tensor, stride: int, rank: int) -> tuple[Tensor, list[int], Tensor]:
+    """Convert indices within each row, int64 [B, degree, M], to indices in the concatenated rows of length `stride`.
+
+    Returns the indices of the other ranks in rank order, their number for each rank, and the indices of `rank` itself.
+    """
+    valid = (index >= 0).transpose(0, 1)
     flat = (index + stride * torch.arange(len(index))[:, None, None]).transpose(0, 1)
-    own = flat[rank][there[rank]]
-    others = there.clone()
-    others[rank] = False
-    return flat[others], others.sum(dim=(1, 2)).tolist(), own
+    local = flat[rank][valid[rank]]
+    remote = valid.clone()
+    remote[rank] = False
+    return flat[remote], remote.sum(dim=(1, 2)).tolist(), local
 
 
 def start_exchange(rows: Tensor, plan: ExchangePlan) -> Callable[[], Tensor]:
-    """Send rows [n, C] out; the call of what is returned waits for those that come, [slots, C].
+    """Start the all-to-all of `rows` [N, C] and return a function that waits for its result [output_length, C].
 
-    Backward the same: gradients set out from where the rows came in and are waited for where the rows had set out; rows
-    that went to several places get the sum. So what is computed between the two calls hides the way in both directions.
+    The backward is asynchronous too: it starts the exchange of the gradients at the wait and finishes it at the start,
+    and adds the gradients of a row that was sent to several ranks. Computation between the start and the wait therefore
+    overlaps with communication in both directions.
     """
     gradient_exchange: list[Tensor] = []
-    came = _StartExchange.apply(rows, plan, gradient_exchange)
-    return lambda: _FinishExchange.apply(rows, came, plan, gradient_exchange)
+    received = _StartExchange.apply(rows, plan, gradient_exchange)
+    return lambda: _FinishExchange.apply(rows, received, plan, gradient_exchange)
 
 
 class _StartExchange(torch.autograd.Function):
-    """Rows set out; their gradients are waited for."""
+    """Forward: start the exchange of rows. Backward: wait for their gradients."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, plan: ExchangePlan, gradient_exchange: list[Tensor]) -> Tensor:
@@ -193,28 +195,30 @@ class _StartExchange(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_came: Tensor) -> tuple[Tensor | None, ...]:
-        # The gradient of what came has set out in _FinishExchange.backward, and comes back as that of what was sent.
-        d_rows = d_came.new_zeros(ctx.length, *d_came.shape[1:])
+    def backward(ctx: Any, d_received: Tensor) -> tuple[Tensor | None, ...]:
+        # _FinishExchange.backward has sent `d_received` to its owners; `gradient_exchange` receives that of sent rows.
+        d_rows = d_received.new_zeros(ctx.length, *d_received.shape[1:])
         return d_rows.index_add_(0, ctx.plan.send_index, wait(ctx.gradient_exchange.pop())), None, None
 
 
 class _FinishExchange(torch.autograd.Function):
-    """Rows are waited for and put in their places; their gradients set out."""
+    """Forward: wait for the rows and write them to the output. Backward: start the exchange of their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, came: Tensor, plan: ExchangePlan, gradient_exchange: list[Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, received: Tensor, plan: ExchangePlan, gradient_exchange: list[Tensor]
+    ) -> Tensor:
         ctx.plan, ctx.gradient_exchange, ctx.length = plan, gradient_exchange, len(rows)
         out = rows.new_zeros(plan.output_length, *rows.shape[1:])
         out.index_copy_(0, plan.local_output_index, rows.index_select(0, plan.local_index))
-        return out.index_copy_(0, plan.receive_index, wait(came))
+        return out.index_copy_(0, plan.receive_index, wait(received))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         plan = ctx.plan
-        d_came = d_out.index_select(0, plan.receive_index)
-        ctx.gradient_exchange.append(all_to_all(d_came, plan.receive_sizes, plan.send_sizes, plan.group))
+        d_received = d_out.index_select(0, plan.receive_index)
+        ctx.gradient_exchange.append(all_to_all(d_received, plan.receive_sizes, plan.send_sizes, plan.group))
         d_rows = d_out.new_zeros(ctx.length, *d_out.shape[1:])
         d_rows.index_copy_(0, plan.local_index, d_out.index_select(0, plan.local_output_index))
-        return d_rows, d_came, None, None
+        return d_rows, d_received, None, None

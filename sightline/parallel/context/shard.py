@@ -1,4 +1,4 @@
-"""ContextShard: one rank's part of a mask of packed rows, tensors only."""
+"""ContextShard: one rank's part of an attention mask and its send and receive indices, tensors only."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from sightline.masks import AttentionMask
 
 @dataclass(frozen=True, eq=False)
 class ContextShard:
-    """What the tokens that a rank owns may see, and what it sends and receives for that; see `ContextPlan.shard`.
+    """The local mask of a rank, and which keys it sends and receives; see `ContextPlan.shard`.
 
-    mask        AttentionMask [B, S / degree, T] of the rank's own queries over the keys it receives, which lie in the
-                order of the row. T is what the neediest row needs, rounded up; no query sees the keys past those
-    send        int64 [B, degree, M]: which of the rank's own tokens go to each peer, ascending, -1 beyond. The entry of
-                the rank itself are its own keys that its own queries need
-    receive     int64 [B, degree, N]: the index, of the T, of each key that comes from each peer, in the order it is
-                sent, -1 beyond
-    full_mask  of all tokens of the rows, for models with layers that walk along whole rows
-    owned_tokens       int64 [B, degree, S / degree], for those too: the tokens of each row that each rank owns
+    mask          AttentionMask [B, S / degree, T] of the local queries over the keys that the rank receives, in the
+                  order of the row. T is the most keys that a row needs, rounded up; no query attends to the rest
+    send          int64 [B, degree, M]: the local tokens whose keys go to each rank, ascending, padded with -1. For the
+                  rank itself, the local keys that its local queries attend to
+    receive       int64 [B, degree, N]: the index in T of each key from each rank, in the order sent, padded with -1
+    full_mask     the mask of all tokens of the rows, for models with recurrent layers
+    owned_tokens  int64 [B, degree, S / degree], for the same models: the tokens of each row that each rank owns
 
-    Everything has B first and lies on the CPU: a pipeline splits a shard with its rows, and `ContextExchange.bind`
-    copies to the device what is needed there.
+    All tensors have B first and are on the CPU: a pipeline splits a shard along its rows, and `ContextExchange.bind`
+    copies what it needs to the device.
     """
 
     mask: AttentionMask

@@ -1,4 +1,4 @@
-"""Batches that are hard to share: documents of any length, of one token, as long as the row, and rows of padding."""
+"""Batches with difficult rows: documents of many lengths, of one token, of the full row, and a row of padding only."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from sightline import Batch
 from sightline.batch import IGNORE, RowBuilder
 from sightline.models import VLMConfig
 
-LENGTH = 52  # no half of a quarter, no multiple of a tile
+LENGTH = 52  # not divisible by 8 or by a tile
 LENGTHS = [[17, 1, 5, 1, 1, 23, 3], [LENGTH], [1, 30, 1, 11], [], [2, 50]]
-"""Documents of each row; what is left of a row is padding."""
+"""Document lengths of each row; the rest of a row is padding."""
 
 
 def pack(lengths: Sequence[Sequence[int]], vocab_size: int = 512, length: int = LENGTH, seed: int = 0) -> Batch:
-    """Rows of documents of these lengths, of random tokens."""
+    """Rows of documents with these lengths and random tokens."""
     generator = torch.Generator().manual_seed(seed)
     rows = [RowBuilder(length) for _ in lengths]
     for row, documents in zip(rows, lengths, strict=True):
@@ -27,7 +27,7 @@ def pack(lengths: Sequence[Sequence[int]], vocab_size: int = 512, length: int = 
 
 
 def pack_images(config: VLMConfig) -> Batch:
-    """The same rows with images of 1 to 6 tokens in them; some rows have none, one has two side by side."""
+    """The rows of LENGTHS with images of 1 to 6 tokens; two rows have no image, one has two adjacent images."""
     batch = pack(LENGTHS, config.vocab_size)
     images = [
         [(0, 2, 4), (6, 2, 2), (18, 4, 4), (29, 2, 12)],
@@ -37,19 +37,19 @@ def pack_images(config: VLMConfig) -> Batch:
         [],
     ]
     grid = torch.zeros(len(images), 4, 2, dtype=torch.int64)
-    # As many patches as tokens, to whom should tell them apart by the shape.
+    # As many patches as tokens: code that distinguishes the two by shape would fail.
     patches = torch.randn(len(images), LENGTH, config.vision.patch_channels, generator=torch.Generator().manual_seed(1))
     tokens, labels = batch.tokens.clone(), batch.labels.clone()
-    for row, placed in enumerate(images):
-        for number, (at, height, width) in enumerate(placed):
-            tokens[row, at : at + height * width // config.spatial_merge_size**2] = config.image_token_id
+    for row, images_of_row in enumerate(images):
+        for number, (start, height, width) in enumerate(images_of_row):
+            tokens[row, start : start + height * width // config.spatial_merge_size**2] = config.image_token_id
             grid[row, number] = torch.tensor([height, width])
     labels[:, :-1] = torch.where(labels[:, :-1] == IGNORE, IGNORE, tokens[:, 1:])
     return replace(batch, tokens=tokens, labels=labels, extra={"patches": patches, "patch_grid": grid})
 
 
 def random_lengths(seed: int, rows: int = 3) -> list[list[int]]:
-    """Documents of each row, a third of them of one token; the last may leave room for padding."""
+    """Random document lengths of each row, a third of them 1; a row may end with padding."""
     generator = torch.Generator().manual_seed(seed)
     lengths = []
     for _ in range(rows):

@@ -1,4 +1,4 @@
-"""Every family under context parallelism against the same model on one process."""
+"""Losses and gradients of every family with context parallelism equal those of the same model on one process."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ CONFIGS: dict[str, Any] = {
 RULES = ("window", "chunk", "prefix", "shared", "global", "both")
 ORDERS = ("balanced", "contiguous", "headtail", "roundrobin")
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-12}  # relative
-# Keys and queries are brought to length 1, and where one is nearly 0 its gradient is all rounding: in float32 single
-# weights of one process are up to 5e-5 from float64 too, by processor; in float64 the limit is that of all.
+# Keys and queries are normalized to length 1, and rounding dominates the gradient of one that is nearly 0: in float32
+# some weights differ from float64 by up to 5e-5 on one process too, depending on the CPU. float64 needs no other limit.
 ILL_CONDITIONED = {("qwen3_next", torch.float32): 1e-4}
 
 
 class Case(NamedTuple):
-    """rule: another mask than the model's own; seed: of random documents instead of LENGTHS."""
+    """A model to compare; `rule`: a mask other than the model's, `seed`: random documents instead of LENGTHS."""
 
     family: str
     order: Any = "balanced"
@@ -60,10 +60,10 @@ class Case(NamedTuple):
 
 
 def inputs_of(model: Any, batch: Batch, rule: str | None = None) -> dict[str, Any]:
-    """What prepare_batch makes."""
+    """The inputs that prepare_batch makes."""
     masks = model.get_attention_masks(batch) if rule is None else mask_of(batch, rule)
-    facts = {"tokens": batch.tokens, "labels": batch.labels, "positions": batch.positions}
-    return {**facts, "attention_masks": masks, **batch.extra}
+    per_token = {"tokens": batch.tokens, "labels": batch.labels, "positions": batch.positions}
+    return {**per_token, "attention_masks": masks, **batch.extra}
 
 
 def mask_of(batch: Batch, rule: str) -> AttentionMask:
@@ -81,13 +81,13 @@ def mask_of(batch: Batch, rule: str) -> AttentionMask:
 
 
 def batch_of(config: Any, seed: int | None = None) -> Batch:
-    if hasattr(config, "image_token"):
+    if hasattr(config, "image_token_id"):
         return pack_images(config)
     return pack(LENGTHS if seed is None else random_lengths(seed), config.vocab_size)
 
 
 def measure(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """The sum of the token losses and every parameter's gradient."""
+    """The sum of the token losses and the gradient of every parameter."""
     model.zero_grad(set_to_none=True)
     loss = model(**inputs)
     loss.backward()
@@ -95,34 +95,34 @@ def measure(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **{name: gradient.clone() for name, gradient in gradients.items()}}
 
 
-def furthest(found: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[str, float]:
-    """Added up over the processes, the number that is furthest from the truth, and how far it is."""
-    assert found.keys() == truth.keys()
+def largest_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[str, float]:
+    """The name and the relative error of the tensor that, summed over ranks, differs most from the expected one."""
+    assert found.keys() == expected.keys()
     for value in found.values():
         dist.all_reduce(value)
-    far = {name: float((found[name] - truth[name]).norm() / size_of(name, truth)) for name in truth}
-    return max(far.items(), key=lambda item: item[1])
+    errors = {name: float((found[name] - expected[name]).norm() / scale_of(name, expected)) for name in expected}
+    return max(errors.items(), key=lambda item: item[1])
 
 
-def size_of(name: str, truth: dict[str, Tensor]) -> Tensor:
-    """What a difference is relative to."""
+def scale_of(name: str, expected: dict[str, Tensor]) -> Tensor:
+    """The norm that the error of a tensor is relative to."""
     if name.startswith("vision") and name.endswith("key.bias"):
-        # Without positions the softmax does not see a bias of all keys: its gradient is 0 but for rounding.
+        # Without RoPE, softmax is invariant to a bias that all keys share: its gradient is 0 up to rounding.
         name = name.replace("bias", "weight")
-    return truth[name].norm().clamp(min=1e-9)
+    return expected[name].norm().clamp(min=1e-9)
 
 
 def compare(rank: int, degree: int, case: Case, **training: Any) -> tuple[str, float]:
-    """The number that is furthest from one process's, and how far it is."""
+    """The tensor that differs most from that of one process, and its relative error."""
     torch.set_default_dtype(case.dtype)
     torch.manual_seed(0)
     model = build_model(CONFIGS[case.family], attention_backend=case.backend)
     inputs = inputs_of(model, batch_of(model.config, case.seed), case.rule)
-    truth = measure(model, inputs)
+    expected = measure(model, inputs)
     mesh = Mesh(ParallelConfig(context=degree, context_order=case.order), torch.device("cpu"))
     apply_context(model, mesh)
     apply_recompute(model, TrainingConfig(**training))
-    return furthest(measure(model, shard_inputs(inputs, model, mesh)), truth)
+    return largest_error(measure(model, shard_inputs(inputs, model, mesh)), expected)
 
 
 def compare_all(rank: int, degree: int, cases: list[Case], training: dict[str, Any]) -> list[tuple[str, float]]:
@@ -130,17 +130,17 @@ def compare_all(rank: int, degree: int, cases: list[Case], training: dict[str, A
 
 
 def check(degree: int, cases: list[Case], **training: Any) -> None:
-    for of_rank in on_processes(degree, compare_all, degree, cases, training):
-        for case, (name, far) in zip(cases, of_rank, strict=True):
+    for results in on_processes(degree, compare_all, degree, cases, training):
+        for case, (name, error) in zip(cases, results, strict=True):
             limit = ILL_CONDITIONED.get((case.family, case.dtype), LIMITS[case.dtype])
-            assert far < limit, f"{case}: {name} is {far:.1e} off"
+            assert error < limit, f"{case}: relative error of {name} is {error:.1e}"
 
 
-def test_every_family_on_two_processes() -> None:
+def test_every_family_on_two_ranks() -> None:
     check(2, [Case(family, dtype=dtype) for family in CONFIGS for dtype in LIMITS])
 
 
-def test_orders_backends_and_rules_on_four_processes() -> None:
+def test_orders_backends_and_rules_on_four_ranks() -> None:
     check(
         4,
         [
@@ -173,13 +173,13 @@ def test_every_family_and_rule_in_every_order(degree: int, order: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept", ["selective", "full"])
-def test_layers_that_recompute_exchange_again(kept: str) -> None:
-    check(2, [Case(family) for family in CONFIGS], recompute=kept)
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputed_layers_exchange_again(recompute: str) -> None:
+    check(2, [Case(family) for family in CONFIGS], recompute=recompute)
 
 
-def compiled(rank: int, seeds: int) -> list[int]:
-    """How many graphs there are after each of several layouts."""
+def count_graphs(rank: int, seeds: int) -> list[int]:
+    """Number of compiled graphs after each of several packings."""
     model = build_model("llama3-debug", attention_backend="reference")
     mesh = Mesh(ParallelConfig(context=2), torch.device("cpu"))
     apply_context(model, mesh)
@@ -192,6 +192,6 @@ def compiled(rank: int, seeds: int) -> list[int]:
     return graphs
 
 
-def test_compiled_layers_meet_new_layouts_without_compiling_again() -> None:
-    first, *later = on_processes(2, compiled, 4)[0]
+def test_new_packings_do_not_recompile() -> None:
+    first, *later = on_processes(2, count_graphs, 4)[0]
     assert first > 0 and set(later) == {first}
