@@ -32,15 +32,15 @@ class Convert:
     """
 
     source: SourceArgument
-    """A run directory, of which the newest checkpoint is loaded; a checkpoint; or a Hugging Face directory.
-    package.module:NAME, a Run of your own, means the directory that it writes to."""
+    """A run directory, for its newest checkpoint; a checkpoint; or a Hugging Face directory.
+    Or package.module:NAME, a Run of your own, for its output directory."""
     output: Annotated[Path, tyro.conf.Positional]
     """Directory to write. It must not contain weights yet."""
     family: str | None = None
     """The family of the directory's model, if it is your own: package.module:NAME, a Family or a Run."""
     vision: Path | None = None
-    """Hugging Face directory of a SigLIP 2 model: write a VLM with this image encoder and DIRECTORY, a Llama 3, as
-    decoder. The projector between them is newly initialized; train it: sightline train vlm-1.7b --model-from OUTPUT."""
+    """Hugging Face directory of a SigLIP 2 model: write a VLM of this image encoder and the Llama 3 of DIRECTORY.
+    The projector between them is newly initialized; train it: sightline train vlm-1.7b --model-from OUTPUT."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the written weights; None keeps the dtype of the source."""
     max_shard_bytes: int = MAX_SHARD_BYTES

@@ -35,8 +35,8 @@ class Generate(SamplingConfig):
     """
 
     source: SourceArgument
-    """A run directory, of which the newest checkpoint is loaded; a checkpoint; or a Hugging Face directory.
-    package.module:NAME, a Run of your own, means the directory that it writes to."""
+    """A run directory, for its newest checkpoint; a checkpoint; or a Hugging Face directory.
+    Or package.module:NAME, a Run of your own, for its output directory."""
     family: str | None = None
     """The family of the directory's model, if it is your own: package.module:NAME, a Family or a Run."""
     prompt: str = "def "
