@@ -1,4 +1,4 @@
-"""The attention layer: projections, rotation and `attend`."""
+"""Grouped-query attention: projections, RoPE and `attend`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from sightline.layers.rope import rotate
 
 
 class GroupedQueryAttention(AttentionLayer):
-    """H query heads share G key/value heads (arXiv 2305.13245); query head h reads key/value head h // (H / G).
+    """H query heads share G key/value heads (arXiv 2305.13245): query head h uses key/value head h // (H / G).
 
-    bias         the four projections have one
-    qk_norm_eps  with it, queries and keys are normed over their head before they are rotated (arXiv 2302.05442), by
-                 one weight [D] for all query heads and one for all key heads
-    sinks        every query head has a learned logit that takes part in its softmax and carries no value: where no
-                 key deserves attention, it takes it (arXiv 2309.17453)
+    bias         add a bias to all four projections
+    qk_norm_eps  if set, apply RMSNorm to each query and key head before RoPE (arXiv 2302.05442), with one weight [D]
+                 shared by all query heads and one shared by all key heads
+    sinks        give each query head a learned logit that takes part in its softmax but has no value, so that a query
+                 can attend to no key at all (arXiv 2309.17453)
 
-    A family whose positions enter in another way overrides `encode_keys`, and `encode_queries` where they differ.
+    Subclasses with another position encoding override `encode_keys`, and `encode_queries` if queries differ from keys.
     """
 
-    MATRICES: ClassVar = ()  # of its own it has only the sinks
+    MATRICES: ClassVar = ()  # `sinks` is the only parameter outside the projections and norms
     SHARD_DIMS: ClassVar = {"query": 0, "key": 0, "value": 0, "sinks": 0, "output.weight": 1}
     PARTIAL_SUMS = ("output.bias",)
 
@@ -52,7 +52,7 @@ class GroupedQueryAttention(AttentionLayer):
         self.sinks = nn.Parameter(torch.empty(num_heads)) if sinks else None
 
     def init_weights(self, std: float, output_std: float) -> None:
-        """Weights normal with these spreads; norms 1; biases and sinks 0."""
+        """Initialize weights to normal with these standard deviations, norms to 1, biases and sinks to 0."""
         for linear in (self.query, self.key, self.value, self.output):
             nn.init.normal_(linear.weight, std=output_std if linear is self.output else std)
             if linear.bias is not None:
@@ -73,27 +73,27 @@ class GroupedQueryAttention(AttentionLayer):
         return self.key.out_features // self.head_dim
 
     def flops_per_pair(self) -> float:
-        """12 a channel of every query head."""
+        """12 FLOPs per channel of each query head."""
         return 12.0 * self.query.out_features
 
     def forward(self, x: Tensor, mask: Lowered, encoding: Any, cache: KeyValueCache | None = None) -> Tensor:
-        """x [B, S, W] -> [B, S, W]; encoding is what `encode_keys` takes, a Rotation or None for no rotation.
+        """x [B, S, W] -> [B, S, W]. `encoding` goes to `encode_keys`: a Rotation, or None for no RoPE.
 
-        With a cache the mask's queries are these S tokens, its keys all tokens so far.
+        With a cache, the queries of the mask are these S tokens and its keys are all tokens so far.
         """
-        return self.output(self.mix(x, mask, encoding, cache))
+        return self.output(self.attend_heads(x, mask, encoding, cache))
 
-    def mix(self, x: Tensor, mask: Lowered, encoding: Any, cache: KeyValueCache | None = None) -> Tensor:
-        """What the heads gather, [B, S, H * D]: `forward` before the output projection."""
-        k_BSGD, v_BSGD = self._heads(self.key(x)), self._heads(self.value(x))
+    def attend_heads(self, x: Tensor, mask: Lowered, encoding: Any, cache: KeyValueCache | None = None) -> Tensor:
+        """Return the concatenated head outputs [B, S, H * D]: `forward` without the output projection."""
+        k_BSGD, v_BSGD = self._split_heads(self.key(x)), self._split_heads(self.value(x))
         if self.key_norm is not None:
             k_BSGD = self.key_norm(k_BSGD)
-        # The kernels take strided views, and attend's output lies in memory as [B, S, H, D]: nothing here copies.
+        # No transpose copies: kernels accept strided views, and attend's output is contiguous as [B, S, H, D].
         k, v = self.encode_keys(k_BSGD, encoding).transpose(1, 2), v_BSGD.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
-        pending = mask.exchange.start(k, v)  # keys and values of other processes arrive while the queries are made
-        q_BSHD = self._heads(self.query(x))
+        pending = mask.exchange.start(k, v)  # overlaps with the computation of the queries
+        q_BSHD = self._split_heads(self.query(x))
         if self.query_norm is not None:
             q_BSHD = self.query_norm(q_BSHD)
         q = self.encode_queries(q_BSHD, encoding).transpose(1, 2)
@@ -101,13 +101,13 @@ class GroupedQueryAttention(AttentionLayer):
         return attend(q, k, v, mask, sinks=self.sinks).transpose(1, 2).flatten(2)
 
     def encode_keys(self, k_BSGD: Tensor, encoding: Any) -> Tensor:
-        """Write the positions into the keys: turn them by a Rotation, or leave them where it is None."""
+        """Apply RoPE to the keys, or return them unchanged if `encoding` is None."""
         return k_BSGD if encoding is None else rotate(k_BSGD, encoding)
 
     def encode_queries(self, q_BSHD: Tensor, encoding: Any) -> Tensor:
-        """Write the positions into the queries: as into the keys."""
+        """Apply the position encoding to the queries; by default the same as for keys."""
         return self.encode_keys(q_BSHD, encoding)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """[B, S, heads * D] -> [B, S, heads, D], for as many heads as this process holds."""
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """[B, S, heads * D] -> [B, S, heads, D], where `heads` is the number of heads on this rank."""
         return x.unflatten(-1, (-1, self.head_dim))

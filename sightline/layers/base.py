@@ -1,8 +1,8 @@
-"""What a layer states about itself: its matrices, its arithmetic, how it shards, how it reads a row.
+"""Base classes of layers and the properties that layers declare: matrices, FLOPs, sharding for parallelism.
 
-MFU, the optimizers, tensor and context parallelism and the pipeline split read these facts; nobody guesses them from a
-shape or a name. A module with parameters of its own lists in the class attribute `MATRICES` those that multiply a
-token: of stacked weights [E, out, in] each [out, in] is a matrix. All other parameters are norms, biases and the like.
+MFU, the optimizers, tensor and context parallelism and the pipeline split read these declarations instead of guessing
+from shapes or names. A module with parameters outside its submodules lists in the class attribute `MATRICES` those that
+multiply a token; stacked weights [E, out, in] are E matrices. All other parameters are norms, biases and the like.
 """
 
 from __future__ import annotations
@@ -17,25 +17,24 @@ from sightline.layers.cache import KeyValueCache
 
 
 class TensorParallelLayer(nn.Module):
-    """A layer that is a sum over its heads or channels, which processes can deal out among themselves.
+    """A layer whose output is a sum over heads or channels, so that tensor parallelism can shard it.
 
-    Each process takes all tokens and the parts of the weights that it holds; the sum over the processes of what their
-    `forward` returns is what the whole layer would return. So nothing in `forward` may count heads or channels but by
-    the shapes of the weights.
+    Each rank computes `forward` on all tokens with its shards of the weights; the sum of the results over the ranks is
+    the output of the full layer. `forward` must therefore take numbers of heads and channels from the weights' shapes.
     """
 
     SHARD_DIMS: ClassVar[dict[str, int]] = {}
-    """The weights that are cut, by their own name or their module's, and the dim in which they are. All others are
-    whole on every process."""
+    """The dim along which each weight is sharded, by name of the parameter or of its module. All other parameters are
+    replicated on every rank."""
     PARTIAL_SUMS: ClassVar[tuple[str, ...]] = ()
-    """The whole weights that are added to what is returned: each process adds its share of them."""
+    """Replicated parameters that are added to the output: each rank adds 1 / degree of them."""
 
     def tensor_parallel_units(self) -> dict[str, int]:
-        """What is dealt out and not cut any further, and how many of it there are: `{"key/value heads": 8}`."""
+        """Return the number of indivisible units to shard across ranks, by name: `{"key/value heads": 8}`."""
         raise NotImplementedError
 
     def flops_per_token(self) -> float:
-        """See the function of this name; layers override it whose work is not that of all their matrices."""
+        """See the function of this name. Layers override it if a token does not use each matrix exactly once."""
         return _flops_of_matrices(self)
 
 
@@ -43,59 +42,59 @@ class AttentionLayer(TensorParallelLayer):
     """A layer whose queries attend to keys under a mask."""
 
     def new_cache(self) -> KeyValueCache:
-        """An empty cache for generation."""
+        """Return an empty cache for generation."""
         return KeyValueCache()
 
     def flops_per_pair(self) -> float:
-        """Forward and backward FLOPs of one visible (query, key) pair: 6 a channel of q k and 6 of p v in each head.
+        """Return the forward and backward FLOPs of one visible (query, key) pair.
 
-        Both take 2 forward and twice that backward (PaLM's convention, arXiv 2204.02311: what a kernel recomputes in
-        its backward does not count).
+        Each head takes 6 per channel for q k and 6 per channel for p v: 2 forward and 4 backward. Recomputation in the
+        backward of a kernel does not count (PaLM's convention, arXiv 2204.02311).
         """
         raise NotImplementedError
 
     def kernel_requirements(self) -> dict[str, Any]:
-        """What the attention kernel must offer: fields of `sightline.attention.KernelRequirements`."""
+        """Return what the attention kernel must support: fields of `sightline.attention.KernelRequirements`."""
         raise NotImplementedError
 
     def num_kv_heads(self) -> int:
-        """Groups of query heads that share keys and values."""
+        """Return the number of key/value heads, each shared by a group of query heads."""
         raise NotImplementedError
 
 
 class RecurrentLayer(TensorParallelLayer):
-    """A layer that walks along whole rows and reads in its mask where documents begin.
+    """A layer that processes full rows in order and resets its state where the mask starts a new document.
 
-    Processes that share rows give it some of its heads for all tokens of a row.
+    Under context parallelism, each rank computes a shard of the heads for all tokens of a row.
     """
 
     def context_parallel_heads(self) -> int:
-        """Heads that processes can deal out."""
+        """Return the number of heads that context parallelism can shard across ranks."""
         raise NotImplementedError
 
 
 class OutputProjection(nn.Linear):
-    """The matrix from hidden states to logits, without bias: a row for each token of the vocabulary."""
+    """Linear layer from hidden states to logits, without bias: one row for each token of the vocabulary."""
 
 
 class Role(Enum):
-    """What a parameter is to its layer."""
+    """The role of a parameter in its layer."""
 
     MATRIX = auto()
     """One matrix [out, in] that multiplies a token, or a stack of them [E, out, in]."""
     VOCABULARY = auto()
-    """Embedding or output projection: a row for each token of the vocabulary."""
+    """Embedding or output projection: one row for each token of the vocabulary."""
     OTHER = auto()
     """Norms, biases, sinks, convolutions, learned positions, ..."""
 
     @property
     def decays(self) -> bool:
-        """Whether weight decay applies to it."""
+        """Whether weight decay applies to the parameter."""
         return self is not Role.OTHER
 
 
 class ParameterInfo(NamedTuple):
-    """A parameter of a model, its name and its role."""
+    """A parameter of a model with its name and its role."""
 
     name: str
     parameter: nn.Parameter
@@ -103,62 +102,66 @@ class ParameterInfo(NamedTuple):
 
 
 class HasModules(Protocol):
-    """A model, or the part of one that this process has."""
+    """A model, or the part of a model on this rank."""
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
 
 
 def parameter_info(model: HasModules) -> list[ParameterInfo]:
-    """The trained parameters in the order of `named_parameters()`, each once. Raises as `matrices_of`."""
+    """Return the trainable parameters in the order of `named_parameters()`, each once.
+
+    Raises:
+        ValueError: if a module does not declare its matrices; see `matrices_of`.
+    """
     found: dict[int, ParameterInfo] = {}
     for prefix, module in model.named_modules():
         matrices = matrices_of(module, prefix)
         vocabulary = isinstance(module, nn.Embedding | OutputProjection)
-        for own_name, p in module.named_parameters(recurse=False):
-            role = Role.MATRIX if own_name in matrices else Role.OTHER
-            if vocabulary and own_name == "weight":
+        for key, p in module.named_parameters(recurse=False):
+            role = Role.MATRIX if key in matrices else Role.OTHER
+            if vocabulary and key == "weight":
                 role = Role.VOCABULARY
             if p.requires_grad:
-                found.setdefault(id(p), ParameterInfo(f"{prefix}.{own_name}".lstrip("."), p, role))
+                found.setdefault(id(p), ParameterInfo(f"{prefix}.{key}".lstrip("."), p, role))
     return list(found.values())
 
 
 def matrices_of(module: nn.Module, name: str = "") -> tuple[str, ...]:
-    """Names of a module's own parameters that multiply a token.
+    """Return the names of a module's parameters that multiply a token, without those of its submodules.
 
     Raises:
-        ValueError: it has parameters of its own and does not state which of them are matrices.
+        ValueError: if the module has parameters outside its submodules and does not declare which of them are matrices.
     """
     if isinstance(module, nn.Linear):
         return ("weight",)
     if isinstance(module, nn.Embedding | nn.LayerNorm | nn.RMSNorm):
         return ()
-    stated = getattr(type(module), "MATRICES", None)
-    if stated is None:
-        own = [own_name for own_name, _ in module.named_parameters(recurse=False)]
-        if own:
+    declared = getattr(type(module), "MATRICES", None)
+    if declared is None:
+        keys = [key for key, _ in module.named_parameters(recurse=False)]
+        if keys:
             raise ValueError(
-                f"{name or 'the module'} ({type(module).__name__}) has the parameters {', '.join(own)} and does not "
-                f"state which of them are matrices; expected the class attribute MATRICES, as MATRICES = ({own[0]!r},) "
-                "or MATRICES = () for none"
+                f"{name or 'the module'} ({type(module).__name__}) has the parameters {', '.join(keys)} and does not "
+                "declare which of them are matrices; set its class attribute MATRICES, for example "
+                f"MATRICES = ({keys[0]!r},) or MATRICES = () for none"
             )
-    return stated or ()
+    return declared or ()
 
 
 def flops_per_token(module: nn.Module) -> float:
-    """Forward and backward FLOPs of one token in the matrix products of a module; attention scores are not counted.
+    """Return the forward and backward FLOPs of one token in the matrix products of a module, without attention scores.
 
-    6 a number of each matrix that the token meets: 2 forward, 4 backward. An embedding is looked up, which counts 0.
+    Each element of a matrix that multiplies the token counts 6: 2 forward, 4 backward. Embedding lookups count 0.
     """
     return module.flops_per_token() if isinstance(module, TensorParallelLayer) else _flops_of_matrices(module)
 
 
 def _flops_of_matrices(module: nn.Module) -> float:
     matrices = matrices_of(module)
-    own = sum(p.numel() for name, p in module.named_parameters(recurse=False) if name in matrices)
-    return 6.0 * own + sum(flops_per_token(child) for child in module.children())
+    elements = sum(p.numel() for name, p in module.named_parameters(recurse=False) if name in matrices)
+    return 6.0 * elements + sum(flops_per_token(child) for child in module.children())
 
 
 def attention_layers(module: nn.Module) -> list[AttentionLayer]:
-    """The attention layers of a module, in order."""
-    return [part for part in module.modules() if isinstance(part, AttentionLayer)]
+    """Return the attention layers of a module, in order."""
+    return [layer for layer in module.modules() if isinstance(layer, AttentionLayer)]

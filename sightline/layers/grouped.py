@@ -1,4 +1,4 @@
-"""Grouped matrix products: rows sorted by group, and a weight for each group."""
+"""Grouped matrix products: rows sorted by group, multiplied by one weight per group."""
 
 from __future__ import annotations
 
@@ -17,58 +17,61 @@ Layer = tuple[Tensor, Tensor | None]
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Row i of group g becomes weight[g] @ x[i] + bias[g].
+    """Return weight[g] @ x[i] + bias[g] for each row i of x, where g is its group: [M, F].
 
-    x       [M, W], the rows of group 0, then those of group 1, ...
+    x       [M, W], the rows of group 0, then the rows of group 1, ...
     weight  [E, F, W], bias [E, F]
-    counts  int64 [E], rows of each group; rows of x behind them all become 0 and take no gradient
-    -> [M, F]
+    counts  int64 [E], rows in each group; rows of x after the last group give 0 and get no gradient
     """
     return grouped_linears(x, counts, (weight, bias))[0]
 
 
 def grouped_linears(x: Tensor, counts: Tensor, *layers: Layer) -> tuple[Tensor, ...]:
-    """`grouped_linear` of the same rows by each of the layers. Together, because their gradients of x are one sum, and
-    rows that are read once are still in the cache the second time."""
+    """Return `grouped_linear` of the same rows for each layer.
+
+    Computing the layers together sums their gradients of x in place and reuses rows that are already in the cache.
+    """
     dtype = autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)
         layers = tuple((weight.to(dtype), None if bias is None else bias.to(dtype)) for weight, bias in layers)
-    if all(_kernel_fits(x, weight) for weight, _ in layers):
+    if all(_kernel_supports(x, weight) for weight, _ in layers):
         return tuple(_by_kernel(x, weight, counts, bias) for weight, bias in layers)
     return _by_group(x, counts, *layers)
 
 
-def _kernel_fits(x: Tensor, weight: Tensor) -> bool:
-    """PyTorch's kernel is for half precision on CUDA and wants rows of whole 16 bytes."""
+def _kernel_supports(x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch's grouped kernel applies: half precision on CUDA, rows of a multiple of 16 bytes."""
     half = x.dtype in (torch.bfloat16, torch.float16)
     return x.is_cuda and half and all(size % 8 == 0 for size in weight.shape[1:])
 
 
 def _by_kernel(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None) -> Tensor:
-    """One kernel for all groups, which never waits for `counts` to reach the CPU.
+    """One kernel for all groups, without waiting for `counts` to reach the CPU.
 
-    It leaves rows behind the last group undefined, so the last group takes them too, as zeros.
+    The kernel leaves rows after the last group undefined, so they are set to zero and assigned to the last group.
     """
     ends = counts.cumsum(0)
     rows = torch.arange(len(x), device=x.device)
-    behind = (rows >= ends[-1])[:, None]
+    trailing = (rows >= ends[-1])[:, None]
     offsets = torch.where(ends == ends[-1], len(x), ends).to(torch.int32)
-    out = F.grouped_mm(x.masked_fill(behind, 0), weight.transpose(1, 2), offs=offsets)
+    out = F.grouped_mm(x.masked_fill(trailing, 0), weight.transpose(1, 2), offs=offsets)
     if bias is not None:
         group = torch.searchsorted(offsets, rows, right=True)
         out = out + bias[group]
-    return out.masked_fill(behind, 0)
+    return out.masked_fill(trailing, 0)
 
 
-@disable_compiler  # it would compile anew for other counts
+@disable_compiler  # every new `counts` would recompile
 def _by_group(x: Tensor, counts: Tensor, *layers: Layer) -> tuple[Tensor, ...]:
     return _ByGroup.apply(x, counts.tolist(), *(part for layer in layers for part in layer))
 
 
 class _ByGroup(torch.autograd.Function):
-    """A product for each group, written straight into its place: `split` and `cat` would copy every row once more,
-    and `unbind` would stack the gradients of the weights anew."""
+    """One product per group, written directly into slices of the output.
+
+    `split` and `cat` would copy every row again, and the backward of `unbind` would copy the weights' gradients.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: list[int], *parts: Any) -> tuple[Tensor, ...]:
@@ -109,7 +112,7 @@ class _ByGroup(torch.autograd.Function):
 
 
 def _slices(counts: list[int]) -> Iterator[tuple[int, slice]]:
-    """Each group and its rows."""
-    begin = 0
+    """Yield each group with the slice of its rows."""
+    start = 0
     for group, count in enumerate(counts):
-        yield group, slice(begin, begin := begin + count)
+        yield group, slice(start, start := start + count)

@@ -1,4 +1,4 @@
-"""The output projection and the cross-entropy in one, so that the logits of all tokens never exist."""
+"""Fused output projection and cross-entropy, which never materializes the logits of all tokens."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from sightline.batch import IGNORE
 from sightline.layers.precision import autocast_dtype, no_autocast
 
 CHUNK_SIZE = 512
-"""Tokens whose logits exist at a time. 512 x 8192 floats stay in a CPU's cache while the matrix products are still
-large enough to run at full rate."""
+"""Tokens whose logits exist at a time. 512 x 8192 floats fit in a CPU's cache, and the matrix products are still large
+enough to run at full speed."""
 
 
 def losses_to_grads(logits: Tensor, label: Tensor) -> Tensor:
-    """The loss of each token [C]; `logits` [C, V] become their gradient, softmax - onehot, in place.
+    """Return the loss of each token [C] and overwrite `logits` [C, V] with their gradient, softmax - onehot.
 
-    -log softmax[label] = max - logit[label] - log softmax[argmax]: the last is at least 1/V, so its log is exact where
-    that of a tiny softmax[label] would be -inf. torch.softmax works row by row in the cache, exp and sum in one go.
+    -log softmax[label] = max - logit[label] - log softmax[argmax]. softmax[argmax] is at least 1/V, so its log is
+    exact, while softmax[label] may underflow to 0. torch.softmax reads each row once, while it is in the cache.
     """
     rows = torch.arange(len(label), device=label.device)
     losses = logits.amax(dim=1) - logits[rows, label]
@@ -47,44 +47,44 @@ def linear_cross_entropy(
 
     hidden         [N, W]
     weight         [V, W]
-    labels         int64 [N]; tokens with -100 have no loss and zero gradient. They are not computed where the labels
-                   lie on the CPU, and masked where they lie on a device, whose values are never read here
-    chunk_size     tokens whose logits exist at a time, in float32 also where hidden is bfloat16
+    labels         int64 [N]; tokens labeled -100 have no loss and zero gradient. They are skipped if the labels are on
+                   the CPU, and masked if the labels are on a device, to avoid a synchronization
+    chunk_size     tokens whose logits exist at a time, in float32 even if hidden is bfloat16
     token_weights  float [N], factor of each token's loss; no gradient flows into it
-    reduction      "none" returns the loss of each token [N], 0 without a label, and computes no gradients
+    reduction      "none" returns the loss of each token [N], 0 for a token without a label, and computes no gradients
 
-    Where `weight` [V / n, W] is one process's part of the vocabulary, vocab_size is all of V and losses_to_grads stands
-    for the function of that name, one that knows of the other parts. The gradient of `hidden` is then what this part
-    adds to it.
+    If the vocabulary is sharded across n ranks, `weight` [V / n, W] is the local shard, vocab_size is V, and
+    losses_to_grads replaces the function of that name with one that combines the shards. The gradient of `hidden` is
+    then the partial sum over the local shard.
 
-    The forward computes the gradients too, chunk by chunk, and the backward only scales them: three matrix products
-    and not the four of recomputing the logits. Under `no_grad` it computes the loss alone.
+    The forward also computes the gradients, chunk by chunk, and the backward only scales them. This takes three matrix
+    products; recomputing the logits in the backward would take four. Under `no_grad` only the loss is computed.
 
     Raises:
-        ValueError: for a label outside the vocabulary. Labels on a device are not read: there its loss is nan.
+        ValueError: if a label on the CPU is outside the vocabulary. On a device, the loss of such a label is nan.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or labels.dim() != 1:
         shapes = [tuple(t.shape) for t in (hidden, weight, labels)]
         raise ValueError(f"expected hidden [N, W], weight [V, W] and labels [N], got {shapes}; flatten rows first")
     select = select_tokens if labels.device.type == "cpu" else mask_tokens
-    chosen = select(labels, token_weights, hidden.device, vocab_size or len(weight))
+    selected = select(labels, token_weights, hidden.device, vocab_size or len(weight))
     dtype = autocast_dtype(hidden)
     if dtype is not None:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    with no_autocast(hidden):  # it would round the logits to its own precision
+    with no_autocast(hidden):  # autocast would round the logits to half precision
         if reduction == "none":
-            return _each_loss(hidden.detach(), weight.detach(), chosen, chunk_size, losses_to_grads)
+            return _token_losses(hidden.detach(), weight.detach(), selected, chunk_size, losses_to_grads)
         with_grads = torch.is_grad_enabled()
-        return _LinearCrossEntropy.apply(hidden, weight, chosen, chunk_size, with_grads, losses_to_grads)
+        return _LinearCrossEntropy.apply(hidden, weight, selected, chunk_size, with_grads, losses_to_grads)
 
 
-def with_gradient_of(loss: Tensor, auxiliary: Tensor) -> Tensor:
-    """The value of `loss` and the gradients of both, so that a loss stays comparable whatever else is asked for."""
+def add_gradient_of(loss: Tensor, auxiliary: Tensor) -> Tensor:
+    """Return the value of `loss` with the gradients of both, so that reported losses exclude auxiliary losses."""
     return loss + (auxiliary - auxiliary.detach())
 
 
 class SelectedTokens(NamedTuple):
-    """The tokens to compute, on the device that computes them: which of the N they are, their labels and weights."""
+    """Indices of the tokens to compute, with their labels and weights, on the device that computes them."""
 
     tokens: Tensor
     labels: Tensor
@@ -96,7 +96,11 @@ class SelectedTokens(NamedTuple):
 
 
 def select_tokens(labels: Tensor, weights: Tensor | None, device: torch.device, vocab_size: int) -> SelectedTokens:
-    """The tokens that have a label, from labels on the CPU: the device is not waited for."""
+    """Select the tokens that have a label. The labels are on the CPU, so this does not wait for the device.
+
+    Raises:
+        ValueError: if a label is outside the vocabulary.
+    """
     tokens = (labels != IGNORE).nonzero().squeeze(1)
     labels = labels[tokens]
     if len(tokens):
@@ -111,7 +115,10 @@ def select_tokens(labels: Tensor, weights: Tensor | None, device: torch.device, 
 
 
 def mask_tokens(labels: Tensor, weights: Tensor | None, device: torch.device, vocab_size: int) -> SelectedTokens:
-    """All tokens, those without a label at a weight of 0 and those with an impossible one at nan: nothing is read."""
+    """Select all tokens, with weight 0 for tokens without a label and nan for labels outside the vocabulary.
+
+    This reads no values from the device.
+    """
     labels = labels.to(device, non_blocking=True)
     ones = labels.new_ones(labels.shape, dtype=torch.float32)
     weights = ones if weights is None else weights.to(device, non_blocking=True)
@@ -119,15 +126,15 @@ def mask_tokens(labels: Tensor, weights: Tensor | None, device: torch.device, vo
     return SelectedTokens(torch.arange(len(labels), device=device), labels.clamp(0, vocab_size - 1), weights)
 
 
-def _each_loss(
+def _token_losses(
     hidden: Tensor,
     weight: Tensor,
-    chosen: SelectedTokens,
+    selected: SelectedTokens,
     chunk_size: int,
     losses_to_grads: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     losses = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    for tokens, labels, weights in chosen.split(chunk_size):
+    for tokens, labels, weights in selected.split(chunk_size):
         logits = losses.new_empty(len(tokens), len(weight))
         _matmul_into(logits, hidden[tokens], weight.t())
         loss = losses_to_grads(logits, labels)
@@ -141,18 +148,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx,
         hidden: Tensor,
         weight: Tensor,
-        chosen: SelectedTokens,
+        selected: SelectedTokens,
         chunk_size: int,
         with_grads: bool,
         losses_to_grads: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
         need_hidden, need_weight = (with_grads and need for need in ctx.needs_input_grad[:2])
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        loss = hidden.new_zeros((), dtype=wide)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        loss = hidden.new_zeros((), dtype=dtype)
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        buffer = hidden.new_empty(min(chunk_size, len(chosen.tokens)), len(weight), dtype=wide)
-        for tokens, labels, weights in chosen.split(chunk_size):
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
+        buffer = hidden.new_empty(min(chunk_size, len(selected.tokens)), len(weight), dtype=dtype)
+        for tokens, labels, weights in selected.split(chunk_size):
             x, logits = hidden[tokens], buffer[: len(tokens)]
             _matmul_into(logits, x, weight.t())
             losses = losses_to_grads(logits, labels)
@@ -162,7 +169,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += losses.sum()
             grad_logits = logits.to(hidden.dtype)
             if grad_hidden is not None:
-                grad = torch.empty_like(x, dtype=wide)
+                grad = torch.empty_like(x, dtype=dtype)
                 _matmul_into(grad, grad_logits, weight)
                 grad_hidden[tokens] = grad.to(hidden.dtype)
             if grad_weight is not None:
@@ -183,10 +190,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _matmul_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b, summed and kept in out's precision where a and b have less."""
+    """Compute out = a @ b or out += a @ b, accumulated in the precision of `out` even if a and b have less."""
     if a.dtype == out.dtype:
         out.addmm_(a, b, beta=int(add))
         return
-    # On CUDA bfloat16 tensor cores give a float32 result; a CPU multiplies float32 several times faster than bfloat16.
+    # CUDA tensor cores accumulate bfloat16 in float32; CPUs multiply float32 several times faster than bfloat16.
     product = torch.mm(a, b, out_dtype=out.dtype) if a.is_cuda else a.to(out.dtype) @ b.to(out.dtype)
     out.add_(product) if add else out.copy_(product)

@@ -1,4 +1,4 @@
-"""The feed-forward layer."""
+"""Feed-forward layer."""
 
 from __future__ import annotations
 

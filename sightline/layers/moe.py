@@ -1,8 +1,8 @@
-"""Mixture of experts: a router chooses K of E feed-forward layers for each token.
+"""Mixture of experts (MoE): a router selects K of E feed-forward layers for each token.
 
-Each token's choice depends on that token alone: no expert has a capacity, so none drops a token because others came
-first, and a document cannot be reached through the experts of another one. What is left is the order in which a matrix
-product sums: it may differ in the last bit with the number of tokens that share an expert.
+The selection for a token depends on that token alone. Experts have no capacity limit and drop no tokens, so no
+information leaks between documents. Only the summation order of a matrix product may depend on the number of tokens
+that share an expert, which can change the last bit.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from sightline.layers.precision import no_autocast
 
 
 class Routing(NamedTuple):
-    """Where N tokens go.
+    """The experts of N tokens.
 
-    weights  [N, K], what each chosen expert counts; 0 for a token that is not routed
-    experts  int64 [N, K], the chosen experts, all different; E for a token that is not routed
-    counts   int64 [E], tokens that come to each expert
+    weights  [N, K], weight of each selected expert; 0 for tokens that are not routed
+    experts  int64 [N, K], the selected experts, all different; E for tokens that are not routed
+    counts   int64 [E], tokens routed to each expert
     """
 
     weights: Tensor
@@ -34,22 +34,23 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Chooses `top_k` of `experts` by a score of each, and weighs them by it.
+    """Selects the `top_k` experts with the highest scores for each token and weights them by their scores.
 
-    score         softmax over all experts (Qwen 3), or a sigmoid of each logit by itself (DeepSeek V3, Llama 4)
-    renormalize   the chosen weights sum to 1; with softmax that is the softmax over the chosen logits (gpt-oss)
-    scale         the weights are multiplied by it
-    bias          learned, added to the logits
-    groups        the experts stand in so many groups of equal size, of which only the `num_limited_groups` are open to a token
-                  whose two best experts have the greatest sum of scores (DeepSeek V3)
-    expert_bias_update_rate  balances the load without a loss (arXiv 2408.15664): an expert with less than the mean load of a step
-                  gets so much added to the score that chooses it, one with more so much subtracted. Its weight stays
-                  as it was. See `finish_step`
-    aux_loss_coef coefficient of a loss that balances too (arXiv 2101.03961): E * sum over experts of (its share of the
-                  choices * its mean share of the scores), which is 1 where all are equal. The decoder adds its
-                  gradient to that of the token losses, whose value stays as it was
+    score                    softmax over all experts (Qwen 3), or sigmoid of each logit (DeepSeek V3, Llama 4)
+    renormalize              scale the selected weights to sum to 1; with softmax, this equals the softmax over the
+                             selected logits (gpt-oss)
+    scale                    factor of the weights
+    bias                     add a learned bias to the logits
+    num_groups               divide the experts into this number of groups of equal size (DeepSeek V3)
+    num_limited_groups       select only from this number of groups: those with the greatest sum of the two best scores
+    expert_bias_update_rate  balance the load without a loss (arXiv 2408.15664): after each step, add this rate to the
+                             expert bias of experts below the mean load and subtract it above. The expert bias changes
+                             the selection but not the weights; see `finish_step`
+    aux_loss_coef            coefficient of the load-balancing loss (arXiv 2101.03961): E * sum over experts of (share
+                             of the selections * mean share of the scores), which is 1 if the load is even. The decoder
+                             adds its gradient to those of the token losses; the reported loss excludes its value
 
-    Logits and scores are computed in float32: a choice that bfloat16 rounds goes to another expert.
+    Logits and scores are computed in float32, since rounding to bfloat16 could change the selection.
     """
 
     MATRICES: ClassVar = ("weight",)
@@ -57,7 +58,7 @@ class Router(nn.Module):
     def __init__(
         self,
         hidden_size: int,
-        experts: int,
+        num_experts: int,
         top_k: int,
         *,
         score: Literal["softmax", "sigmoid"] = "softmax",
@@ -73,28 +74,28 @@ class Router(nn.Module):
         self.top_k, self.score, self.renormalize, self.scale = top_k, score, renormalize, scale
         self.num_groups, self.num_limited_groups = num_groups, num_limited_groups
         self.expert_bias_update_rate, self.aux_loss_coef = expert_bias_update_rate, aux_loss_coef
-        self.weight = nn.Parameter(torch.empty(experts, hidden_size))
-        self.bias = nn.Parameter(torch.empty(experts)) if bias else None
-        # Checkpoints keep the balance. The counts of a step live only until its end, where there are no checkpoints.
-        self.register_buffer("expert_bias", None if expert_bias_update_rate is None else torch.empty(experts))
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
+        # Checkpoints store the expert bias but not the counts, since `finish_step` resets them before any checkpoint.
+        self.register_buffer("expert_bias", None if expert_bias_update_rate is None else torch.empty(num_experts))
         self.expert_bias: Tensor | None
         self.counts: Tensor | None = None
         self.aux_loss: Tensor | None = None
 
     def init_weights(self, std: float) -> None:
         nn.init.normal_(self.weight, std=std)
-        for start_at_zero in (self.bias, self.expert_bias):
-            if start_at_zero is not None:
-                nn.init.zeros_(start_at_zero)
+        for bias in (self.bias, self.expert_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def forward(self, x: Tensor, visible: Tensor | None = None) -> Routing:
-        """x [N, W], visible bool [N]: False for padding, which is not routed and not counted."""
+        """x [N, W] -> Routing. `visible` bool [N] is False for padding, which is neither routed nor counted."""
         scores = self._scores(x)
-        choice = scores.detach() if self.expert_bias is None else scores.detach() + self.expert_bias
-        experts = self._open_groups(choice).topk(self.top_k, dim=-1, sorted=False).indices
+        biased = scores.detach() if self.expert_bias is None else scores.detach() + self.expert_bias
+        experts = self._mask_groups(biased).topk(self.top_k, dim=-1, sorted=False).indices
         weights = scores.gather(1, experts)
         if self.renormalize:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)  # all sigmoids may be 0
         weights = weights * self.scale
         if visible is not None:
             weights = weights.masked_fill(~visible[:, None], 0.0)
@@ -102,48 +103,48 @@ class Router(nn.Module):
         counts = torch.zeros(len(self.weight) + 1, dtype=torch.int64, device=x.device)
         counts = counts.scatter_add_(0, experts.flatten(), torch.ones_like(experts).flatten())[:-1]
         if self.training and torch.is_grad_enabled():
-            self._note(counts, scores, visible)
+            self._record(counts, scores, visible)
         return Routing(weights.to(x.dtype), experts, counts)
 
     def _scores(self, x: Tensor) -> Tensor:
-        """[N, E] in float32, or in float64 for such x."""
-        wide = torch.promote_types(x.dtype, torch.float32)
+        """Return the scores [N, E] in float32, or in float64 if x is float64."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
         with no_autocast(x):
-            bias = None if self.bias is None else self.bias.to(wide)
-            logits = F.linear(x.to(wide), self.weight.to(wide), bias)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            logits = F.linear(x.to(dtype), self.weight.to(dtype), bias)
         return logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()
 
-    def _open_groups(self, choice: Tensor) -> Tensor:
-        """The scores [N, E], -inf in the groups that are closed to the token."""
+    def _mask_groups(self, scores: Tensor) -> Tensor:
+        """Return the scores [N, E] with -inf in all but the best `num_limited_groups` groups of each token."""
         if self.num_limited_groups == self.num_groups:
-            return choice
-        grouped = choice.unflatten(1, (self.num_groups, -1))
+            return scores
+        grouped = scores.unflatten(1, (self.num_groups, -1))
         best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(self.num_limited_groups, dim=-1, sorted=False).indices
-        closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
-        return grouped.masked_fill(closed[..., None], -torch.inf).flatten(1)
+        excluded = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
+        return grouped.masked_fill(excluded[..., None], -torch.inf).flatten(1)
 
-    def _note(self, counts: Tensor, scores: Tensor, visible: Tensor | None) -> None:
-        """Keep what a training step wants to know later."""
+    def _record(self, counts: Tensor, scores: Tensor, visible: Tensor | None) -> None:
+        """Add the counts to those of the training step, and compute the auxiliary loss."""
         self.counts = counts if self.counts is None else self.counts + counts
         if self.aux_loss_coef:
-            shares = scores / scores.sum(dim=-1, keepdim=True)
+            fractions = scores / scores.sum(dim=-1, keepdim=True)
             if visible is not None:
-                shares = shares * visible[:, None]
+                fractions = fractions * visible[:, None]
             counts = self.full_row_counts(counts)
-            chosen = counts.to(shares.dtype) / counts.sum().clamp(min=1)
-            # The mean over the tokens would be a loss of each; their sum joins the sum of the token losses.
-            self.aux_loss = self.aux_loss_coef * len(counts) * (chosen @ shares.sum(dim=0))
+            load = counts.to(fractions.dtype) / counts.sum().clamp(min=1)
+            # A sum over the tokens instead of a mean, since it is added to the sum of the token losses.
+            self.aux_loss = self.aux_loss_coef * len(counts) * (load @ fractions.sum(dim=0))
 
     def full_row_counts(self, counts: Tensor) -> Tensor:
-        """The counts of whole rows: here they are those of this forward. Parts of rows replace this by a sum."""
+        """Return the counts of full rows. Context parallelism replaces this method by a sum over its ranks."""
         return counts
 
     @torch.no_grad()
     def finish_step(self) -> Tensor | None:
-        """Move the balance by the counts of all forwards since the last step, and forget them.
+        """Update the expert bias from the counts of all forwards since the last step, and reset the counts.
 
-        Returns the load of the busiest expert as a multiple of the mean load (1 is even), or None where nothing was
-        counted. Where tokens lie on several processes, `counts` have been summed over them: see Decoder.finish_step.
+        Returns the load of the busiest expert as a multiple of the mean load (1 is even), or None if nothing was
+        counted. `Decoder.finish_step` has summed the counts over the ranks that hold other tokens.
         """
         counts, self.counts = self.counts, None
         if counts is None:
@@ -160,16 +161,16 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """E feed-forward layers, their weights stacked: down(activation(gate(x), up(x))), with or without biases.
+    """E feed-forward layers with stacked weights: down(activation(gate(x), up(x))), with or without biases.
 
-    gate, up [E, F, W] and down [E, W, F] lie as in nn.Linear, one after another; biases [E, F] and [E, W].
+    gate, up [E, F, W] and down [E, W, F] are stacks of nn.Linear weights; their biases are [E, F] and [E, W].
     """
 
     MATRICES: ClassVar = ("gate", "up", "down")
 
     def __init__(
         self,
-        experts: int,
+        num_experts: int,
         hidden_size: int,
         intermediate_size: int,
         *,
@@ -178,12 +179,12 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = activation
-        self.gate = nn.Parameter(torch.empty(experts, intermediate_size, hidden_size))
-        self.up = nn.Parameter(torch.empty(experts, intermediate_size, hidden_size))
-        self.down = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
-        self.gate_bias = nn.Parameter(torch.empty(experts, intermediate_size)) if bias else None
-        self.up_bias = nn.Parameter(torch.empty(experts, intermediate_size)) if bias else None
-        self.down_bias = nn.Parameter(torch.empty(experts, hidden_size)) if bias else None
+        self.gate = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
+        self.up = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        self.gate_bias = nn.Parameter(torch.empty(num_experts, intermediate_size)) if bias else None
+        self.up_bias = nn.Parameter(torch.empty(num_experts, intermediate_size)) if bias else None
+        self.down_bias = nn.Parameter(torch.empty(num_experts, hidden_size)) if bias else None
 
     def init_weights(self, std: float, output_std: float) -> None:
         for weight in (self.gate, self.up):
@@ -194,15 +195,18 @@ class Experts(nn.Module):
                 nn.init.zeros_(bias)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """x [M, W], sorted by expert; counts int64 [E], rows of each -> [M, W], 0 for rows behind the last expert's."""
+        """x [M, W], sorted by expert -> [M, W].
+
+        counts  int64 [E], rows of each expert; rows after those of the last expert give 0
+        """
         gate, up = grouped_linears(x, counts, (self.gate, self.gate_bias), (self.up, self.up_bias))
         return grouped_linear(self.activation(gate, up), self.down, counts, self.down_bias)
 
 
 class MoE(TensorParallelLayer):
-    """The weighted sum of each token's experts, and of one expert that all tokens share where there is one.
+    """Weighted sum of the experts of each token, plus an optional expert that all tokens share.
 
-    score_before_experts  a weight multiplies what comes into its expert and not what comes out (Llama 4)
+    score_before_experts  multiply the input of an expert by its weight instead of the output (Llama 4)
     """
 
     SHARD_DIMS: ClassVar = {
@@ -220,27 +224,30 @@ class MoE(TensorParallelLayer):
 
     def init_weights(self, std: float, output_std: float) -> None:
         self.router.init_weights(std)
-        for part in (self.experts, self.shared):
-            if part is not None:
-                part.init_weights(std, output_std)  # type: ignore[operator]
+        for module in (self.experts, self.shared):
+            if module is not None:
+                module.init_weights(std, output_std)  # type: ignore[operator]
 
     def tensor_parallel_units(self) -> dict[str, int]:
         experts: Any = self.experts
         shared: Any = self.shared
-        parts = {"channels of an expert": experts.gate.shape[1]}
-        return parts if shared is None else {**parts, "channels of the shared expert": shared.gate.out_features}
+        units = {"channels of an expert": experts.gate.shape[1]}
+        return units if shared is None else {**units, "channels of the shared expert": shared.gate.out_features}
 
     def flops_per_token(self) -> float:
-        """Of the experts those that a token is sent to, the router, and the shared expert."""
-        sent = flops_per_token(self.experts) * self.router.top_k / len(self.router.weight)
+        """Return the FLOPs of the router, the selected experts and the shared expert."""
+        routed = flops_per_token(self.experts) * self.router.top_k / len(self.router.weight)
         shared = 0.0 if self.shared is None else flops_per_token(self.shared)
-        return flops_per_token(self.router) + sent + shared
+        return flops_per_token(self.router) + routed + shared
 
     def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        """x [B, S, W] -> [B, S, W]. visible bool [B, S], a mask's `visible_queries()`: padding has only the shared expert."""
+        """x [B, S, W] -> [B, S, W].
+
+        visible  bool [B, S], a mask's `visible_queries()`: padding uses only the shared expert
+        """
         tokens = x.flatten(0, 1)
         routing = self.router(tokens, None if visible is None else visible.flatten())
-        # A slot is one of a token's K choices. Sorted by expert, unrouted ones last, the permutation are the experts' rows.
+        # The N * K (token, expert) pairs sorted by expert; pairs that are not routed come last.
         permutation = routing.experts.flatten().argsort(stable=True)
         rows = permute(tokens, permutation, self.router.top_k)
         weights = routing.weights
@@ -250,22 +257,26 @@ class MoE(TensorParallelLayer):
         return out if self.shared is None else out + self.shared(x)
 
 
-# Autograd's own backward of an index adds row by row into zeros, in no fixed order on a GPU. Here each way is a gather,
-# and the way back the sum over K in a fixed order, which embedding_bag takes without writing down what it sums.
+# Autograd's backward of indexing adds rows in no fixed order on a GPU. Here forward and backward are gathers, and the
+# sum over K has a fixed order: embedding_bag computes it without materializing its terms.
 
 
 def permute(tokens: Tensor, permutation: Tensor, top_k: int) -> Tensor:
-    """tokens [N, W], permutation a permutation of N * K: row i of the result [N * K, W] is the token that slot i is of."""
+    """Return one row per (token, expert) pair, [N * K, W], in the order of `permutation`.
+
+    tokens       [N, W]
+    permutation  int64 [N * K]; pair i belongs to token i // top_k
+    """
     return _Permute.apply(tokens, permutation, top_k)
 
 
 def unpermute(rows: Tensor, weights: Tensor, permutation: Tensor) -> Tensor:
-    """The way back: the sum of each token's K rows, weighted by weights [N, K], in the order of its permutation: [N, W]."""
+    """Inverse of `permute`: return the sum [N, W] of each token's K rows, weighted by `weights` [N, K]."""
     return _Unpermute.apply(rows, weights.to(rows.dtype), permutation)
 
 
 def _inverse_permutation(permutation: Tensor, top_k: int) -> Tensor:
-    """The rows of each token's permutation: the inverse permutation, [N, K]."""
+    """Return the inverse permutation [N, K]: the rows of each token's K pairs."""
     index = torch.arange(len(permutation), device=permutation.device)
     return torch.empty_like(permutation).scatter_(0, permutation, index).view(-1, top_k)
 
@@ -288,8 +299,8 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, permutation: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights, permutation)
-        places = _inverse_permutation(permutation, weights.shape[1])
-        return F.embedding_bag(places, rows, mode="sum", per_sample_weights=weights)
+        index = _inverse_permutation(permutation, weights.shape[1])
+        return F.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
 
     @staticmethod
     @once_differentiable
@@ -297,12 +308,12 @@ class _Unpermute(torch.autograd.Function):
         rows, weights, permutation = ctx.saved_tensors
         grad_rows = grad.index_select(0, permutation // weights.shape[1])
         grad_weights = torch.empty_like(weights).flatten()
-        grad_weights[permutation] = torch.einsum("mw,mw->m", rows, grad_rows)  # vecdot would write every product down
+        grad_weights[permutation] = torch.einsum("mw,mw->m", rows, grad_rows)  # vecdot would materialize the products
         grad_rows *= weights.flatten()[permutation, None]
         return grad_rows, grad_weights.view_as(weights), None
 
 
 def routers_of(model: nn.Module) -> dict[str, Router]:
-    """All routers of a model, by the name of the layer they stand in."""
+    """Return all routers of a model, by the name of the MoE layer that contains them."""
     named = ((name, module) for name, module in model.named_modules() if isinstance(module, Router))
     return {name.removesuffix(".router"): router for name, router in named}

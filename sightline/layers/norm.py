@@ -1,4 +1,4 @@
-"""Root-mean-square norm."""
+"""Root-mean-square normalization."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
 
 
 class ZeroCenteredRMSNorm(RMSNorm):
-    """RMSNorm whose weight is the difference from 1, so that a decay of the weight pulls it to 1 and not to 0."""
+    """RMSNorm that scales by 1 + weight, so that weight decay pulls the scale to 1 instead of 0."""
 
     def init_weights(self) -> None:
         nn.init.zeros_(self.weight)

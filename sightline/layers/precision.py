@@ -1,4 +1,4 @@
-"""Autocast, for code that computes around it."""
+"""Helpers for code that handles autocast itself."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 
-def autocast_kind(x: Tensor) -> str:
-    """The type of device whose autocast `x` computes under; meta tensors have none of their own and take the CPU's."""
+def autocast_device_type(x: Tensor) -> str:
+    """Return the device type whose autocast settings apply to `x`. Meta tensors use those of the CPU."""
     return x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast computes matrix products of `x` in, or None where it is off."""
-    kind = autocast_kind(x)
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    """Return the dtype in which autocast computes matrix products of `x`, or None if autocast is off."""
+    device_type = autocast_device_type(x)
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def no_autocast(x: Tensor) -> torch.autocast:
-    """A context in which `x` computes in its own precision."""
-    return torch.autocast(autocast_kind(x), enabled=False)
+    """Return a context manager that disables autocast for the device of `x`."""
+    return torch.autocast(autocast_device_type(x), enabled=False)

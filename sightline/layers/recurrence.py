@@ -1,8 +1,8 @@
-"""Layers with a memory: a causal convolution and the gated delta rule, which forget at every document.
+"""Recurrent layers: a causal convolution and the gated delta rule, both reset at each document.
 
-Where documents begin they read from the mask that attention obeys, so one statement of the facts serves both. What one
-document computes never meets another's: between them stand factors of exactly 0, and no sum runs over both and is
-subtracted again, so not one bit depends on the neighbours.
+Document starts come from the attention mask, so recurrent and attention layers always agree. Documents in a row do not
+affect each other by a single bit: contributions across documents are multiplied by exactly 0, and no cumulative sum
+spans two documents.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ from sightline.masks import AttentionMask
 
 
 def causal_convolution(x: Tensor, weight: Tensor, segments: Tensor, past: Tensor | None = None) -> Tensor:
-    """Depthwise: y[t] = sum over d < K of weight[:, K - 1 - d] * x[t - d], as far back as the document of t reaches.
+    """Depthwise convolution: y[t] = sum over d < K of weight[:, K - 1 - d] * x[t - d], within the document of t.
 
     x         [B, S, C]
-    weight    [C, K], the last column is the token's own
+    weight    [C, K]; the last column multiplies the current token
     segments  int [B, S], from `sightline.masks.segments`
-    past      [B, K - 1, C], the tokens before these: they are of segment 0
+    past      [B, K - 1, C], the tokens before x, which belong to segment 0; None stands for 0
     """
-    length, reach = x.shape[1], weight.shape[1] - 1
-    y = x * weight[:, reach]
-    x = F.pad(x, (0, 0, reach, 0)) if past is None else torch.cat([past, x], dim=1)
-    own = segments
-    segments = F.pad(segments, (reach, 0))
-    for back in range(1, reach + 1):
-        before = slice(reach - back, reach - back + length)
-        y = y + x[:, before] * weight[:, reach - back] * (segments[:, before] == own)[..., None]
+    length, history = x.shape[1], weight.shape[1] - 1
+    y = x * weight[:, history]
+    x = F.pad(x, (0, 0, history, 0)) if past is None else torch.cat([past, x], dim=1)
+    padded = F.pad(segments, (history, 0))
+    for lag in range(1, history + 1):
+        shifted = slice(history - lag, history - lag + length)
+        y = y + x[:, shifted] * weight[:, history - lag] * (padded[:, shifted] == segments)[..., None]
     return y
 
 
@@ -51,92 +50,97 @@ def gated_delta_rule(
     *,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """A memory M [D, E] a head, anew in each document, that every token fades, corrects and reads (arXiv 2412.06464).
+    """Update one state M [D, E] per head with each token, starting from 0 in each document (arXiv 2412.06464).
 
-        M = exp(decay) M                fade
-        M = M + beta k (v - M' k)'      what it holds for k moves towards v; beta 1 replaces it
-        o = M' q                        read
+        M = exp(decay) M                decay
+        M = M + beta k (v - M' k)'      move the value stored for k towards v; beta = 1 replaces it
+        o = M' q                        output
 
-    q, k      [B, S, G, D], G dividing H: value head h reads key head h // (H / G)
+    q, k      [B, S, G, D], where G divides H: value head h uses key head h // (H / G)
     v         [B, S, H, E]
-    decay     [B, S, H], at most 0: the log of what stays
+    decay     [B, S, H], at most 0: log of the decay factor of the state
     beta      [B, S, H], 0 to 1
     segments  int [B, S], from `sightline.masks.segments`
-    state     [B, H, D, E], the memory that segment 0 continues; None is empty
+    state     [B, H, D, E], the initial state of segment 0; None stands for 0
 
-    Returns o [B, S, H, E] and the memory after the last token; computed in float32 where the inputs have less.
+    Returns o [B, S, H, E] and the state after the last token. Inputs in half precision are computed in float32.
 
-    Chunks of C tokens are computed in parallel (the paper's WY form) and handed the memory one by one. Inside a chunk,
-    with P[i, j] what stays at token i of what token j wrote, and a_i what stays of the memory M the chunk was handed,
-    the corrections u_i = beta_i (v_i - M_i' k_i) solve a triangular system:
+    The tokens of a chunk of C tokens are computed in parallel (the paper's WY form); the state passes from chunk to
+    chunk. Inside a chunk, P[i, j] is the decay from token j to token i, and a_i is the decay from the start of the
+    chunk to token i. With M the state at the start of the chunk and M_i the decayed state before the update of token i,
+    the updates u_i = beta_i (v_i - M_i' k_i) solve a triangular system:
 
         u_i + beta_i sum over j < i of P[i, j] (k_i' k_j) u_j  =  beta_i v_i - beta_i a_i M' k_i
 
-    Between documents P is 0, and a after the first begin: the system falls apart into one for each document.
+    P is 0 between documents, and a_i is 0 from the first document start on, so each document has a separate system.
     """
     dtype, length = v.dtype, v.shape[1]
     with no_autocast(v):
         chunk_size = min(chunk_size, length)
-        stays, of_past = _what_stays(_cut(_wide(decay), chunk_size), _cut(segments, chunk_size))
-        q, k, v, beta = (_cut(_wide(t), chunk_size).transpose(2, 3) for t in (q, k, v, beta[..., None]))
+        pair_decay, state_decay = _decay_factors(
+            _split_chunks(_at_least_float32(decay), chunk_size), _split_chunks(segments, chunk_size)
+        )
+        q, k, v, beta = (
+            _split_chunks(_at_least_float32(t), chunk_size).transpose(2, 3) for t in (q, k, v, beta[..., None])
+        )
 
         repeat = v.shape[2] // k.shape[2]
-        kk, qk = k @ k.mT, q @ k.mT  # [N, B, G, C, C], once for the value heads that share them
+        kk, qk = k @ k.mT, q @ k.mT  # [N, B, G, C, C], computed once per key head
         q, k, kk, qk = (t.repeat_interleave(repeat, dim=2) if repeat > 1 else t for t in (q, k, kk, qk))
-        k_past = k * of_past
-        right = torch.cat([v, k_past], dim=-1) * beta
-        solved = torch.linalg.solve_triangular(kk * stays * beta, right, upper=False, unitriangular=True)
-        without_past, past_keys = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+        k_state = k * state_decay
+        rhs = torch.cat([v, k_state], dim=-1) * beta
+        solved = torch.linalg.solve_triangular(kk * pair_decay * beta, rhs, upper=False, unitriangular=True)
+        u_values, u_keys = solved.split([v.shape[-1], k.shape[-1]], dim=-1)  # u = u_values - u_keys M
 
         if state is None:
             state = v.new_zeros(*v.shape[1:3], k.shape[-1], v.shape[-1])
-        states, corrections = [], []
-        to_end = (k * stays[..., -1, :, None]).mT
-        for begin, keys, write, keep in zip(without_past, past_keys, to_end, of_past[..., -1:, :], strict=True):
+        states, updates = [], []
+        k_end = (k * pair_decay[..., -1, :, None]).mT
+        for values, keys, write, keep in zip(u_values, u_keys, k_end, state_decay[..., -1:, :], strict=True):
             states.append(state)
-            corrections.append(begin - keys @ state)
-            state = keep * state + write @ corrections[-1]
+            updates.append(values - keys @ state)
+            state = keep * state + write @ updates[-1]
 
-        o = (q * of_past) @ torch.stack(states) + (qk * stays) @ torch.stack(corrections)
+        o = (q * state_decay) @ torch.stack(states) + (qk * pair_decay) @ torch.stack(updates)
     return o.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length].to(dtype), state
 
 
-def _what_stays(decay: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
-    """What is left at each token: of what tokens wrote [N, B, H, C, C], of the chunk's first memory [N, B, H, C, 1].
+def _decay_factors(decay: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the decay between tokens of a chunk [N, B, H, C, C] and from the chunk's start to a token [N, B, H, C, 1].
 
-    The logs (decay [N, B, C, H], segments [N, B, C]) are summed from the begin of the document, or of the chunk, by a
-    matrix of 0 and 1. One running sum over the row would be cheaper, but its rounding would carry a document into the
-    next.
+    The logs (decay [N, B, C, H], segments [N, B, C]) are summed from the start of the document, or of the chunk, by a
+    matrix of 0 and 1. A cumulative sum over the row would be cheaper, but its rounding errors would leak from one
+    document to the next.
     """
     same = (segments[..., :, None] == segments[..., None, :]).tril()  # [N, B, C, C]
     total = (same.to(decay.dtype) @ decay).mT[..., None]  # [N, B, H, C, 1]
-    stays = (total - total.mT).masked_fill(~same[:, :, None], -torch.inf).exp()
-    before = torch.cat([torch.zeros_like(segments[:1, :, 0]), segments[:-1, :, -1]])
-    continues = segments == before[..., None]
-    return stays, total.exp() * continues[:, :, None, :, None]
+    pair_decay = (total - total.mT).masked_fill(~same[:, :, None], -torch.inf).exp()
+    previous = torch.cat([torch.zeros_like(segments[:1, :, 0]), segments[:-1, :, -1]])
+    continues = segments == previous[..., None]
+    return pair_decay, total.exp() * continues[:, :, None, :, None]
 
 
-def _cut(t: Tensor, size: int) -> Tensor:
-    """[B, S, ...] -> [N, B, C, ...], N first to be walked over.
+def _split_chunks(t: Tensor, size: int) -> Tensor:
+    """Split [B, S, ...] into N chunks of C tokens: [N, B, C, ...].
 
-    What the last chunk lacks is 0: a key of 0 writes nothing, a decay of 0 fades nothing. Segments go on, so that the
-    memory after the last chunk is the last token's.
+    The last chunk is padded with 0: a key of 0 writes nothing, a decay of 0 keeps the state. `segments` is padded with
+    its last value, so that the state after the last chunk is the state after the last token.
     """
     batch, length = t.shape[:2]
     missing = -length % size
     if missing:
-        more = t[:, -1:].expand(-1, missing) if t.dim() == 2 else t.new_zeros(batch, missing, *t.shape[2:])
-        t = torch.cat([t, more], dim=1)
+        padding = t[:, -1:].expand(-1, missing) if t.dim() == 2 else t.new_zeros(batch, missing, *t.shape[2:])
+        t = torch.cat([t, padding], dim=1)
     return t.unflatten(1, (-1, size)).transpose(0, 1)
 
 
-def _wide(t: Tensor) -> Tensor:
-    """In float32, or more where it has more."""
+def _at_least_float32(t: Tensor) -> Tensor:
+    """Convert half precision to float32; keep float32 and float64."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 class CausalConvolution(nn.Module):
-    """A convolution of each channel with K learned conv_kernel, and silu."""
+    """Depthwise convolution with a learned kernel of K tokens, followed by SiLU."""
 
     MATRICES: ClassVar = ()
 
@@ -148,20 +152,20 @@ class CausalConvolution(nn.Module):
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
     def forward(self, x: Tensor, mask: Lowered, segments: Tensor, cache: RecurrentCache | None = None) -> Tensor:
-        """x [B, S, C] -> [B, S, C]: all channels or, as `exchange.to_full_rows` made x, the local ones."""
+        """x [B, S, C] -> [B, S, C], with the local channels if `exchange.to_full_rows` has sharded x by channels."""
         past = None if cache is None else cache.append_inputs(x, self.weight.shape[1] - 1)
         return F.silu(causal_convolution(x, mask.exchange.local_channels(self.weight), segments, past))
 
 
 class GatedDeltaNet(RecurrentLayer):
-    """The layer around the gated delta rule (arXiv 2412.06464), as Qwen3-Next has it.
+    """Gated DeltaNet layer (arXiv 2412.06464) as in Qwen3-Next.
 
-    Queries, keys and values pass a short convolution; queries and keys are of length 1. How much stays of the memory,
-    exp(-exp(A_log) softplus(decay(x) + dt_bias)), each token decides for each value head; A_log and dt_bias are
-    Mamba's (arXiv 2312.00752). The output is normed a head and gated.
+    Queries, keys and values pass through a short convolution, then queries and keys are L2-normalized. The decay
+    factor, exp(-exp(A_log) softplus(decay(x) + dt_bias)), is computed per token and value head; A_log and dt_bias
+    follow Mamba (arXiv 2312.00752). The output is RMS-normalized per head and gated.
     """
 
-    MATRICES: ClassVar = ()  # of its own it has only A_log and dt_bias
+    MATRICES: ClassVar = ()  # A_log and dt_bias are the only parameters outside the submodules
     SHARD_DIMS: ClassVar = {
         **{"qkv": 0, "convolution": 0, "beta": 0, "decay": 0, "A_log": 0, "dt_bias": 0, "gate": 0},
         "output": 1,
@@ -180,10 +184,10 @@ class GatedDeltaNet(RecurrentLayer):
         super().__init__()
         self.key_head_dim, self.value_head_dim = key_head_dim, value_head_dim
         values = num_value_heads * value_head_dim
-        # Of each key head its query and its key, then the values of the heads that it serves.
-        self.sizes = [key_head_dim, key_head_dim, values // num_key_heads]
-        self.qkv = nn.Linear(hidden_size, num_key_heads * sum(self.sizes), bias=False)
-        self.convolution = CausalConvolution(num_key_heads * sum(self.sizes), conv_kernel)
+        # Channels of each key head in `qkv`: its query, its key, and the values of the value heads that share it.
+        self.qkv_sizes = [key_head_dim, key_head_dim, values // num_key_heads]
+        self.qkv = nn.Linear(hidden_size, num_key_heads * sum(self.qkv_sizes), bias=False)
+        self.convolution = CausalConvolution(num_key_heads * sum(self.qkv_sizes), conv_kernel)
         self.beta = nn.Linear(hidden_size, num_value_heads, bias=False)
         self.decay = nn.Linear(hidden_size, num_value_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(num_value_heads))
@@ -193,49 +197,54 @@ class GatedDeltaNet(RecurrentLayer):
         self.output = nn.Linear(values, hidden_size, bias=False)
 
     def init_weights(self, std: float, output_std: float) -> None:
-        """Weights normal with these spreads, the conv_kernel with K^-0.5; norm and dt_bias 1; exp(A_log) uniform from 0.01 to
-        16: some heads keep for hundreds of tokens, some for one."""
+        """Initialize weights to normal, with std K^-0.5 for the convolution, and norm and dt_bias to 1.
+
+        exp(A_log) is uniform from 0.01 to 16, so some heads remember hundreds of tokens and others only one.
+        """
         for linear in (self.qkv, self.beta, self.decay, self.gate):
             nn.init.normal_(linear.weight, std=std)
         self.convolution.init_weights()
         with torch.no_grad():
-            self.A_log.uniform_(0.01, 16).log_()  # not from 0, whose log is -inf
+            self.A_log.uniform_(0.01, 16).log_()  # log(0) would be -inf
         nn.init.ones_(self.dt_bias)
         self.norm.init_weights()
         nn.init.normal_(self.output.weight, std=output_std)
 
     def new_cache(self) -> RecurrentCache:
-        """An empty cache for generation."""
+        """Return an empty cache for generation."""
         return RecurrentCache()
 
     def tensor_parallel_units(self) -> dict[str, int]:
-        return {"key heads of a memory": self.context_parallel_heads()}
+        return {"key heads of a recurrent layer": self.context_parallel_heads()}
 
     def context_parallel_heads(self) -> int:
-        """Key heads, each with the value heads that it serves."""
-        return self.qkv.out_features // sum(self.sizes)
+        """Return the number of key heads; each is sharded together with the value heads that share it."""
+        return self.qkv.out_features // sum(self.qkv_sizes)
 
     def flops_per_token(self) -> float:
-        """Of its matrices, and 18 a number of each value head's memory: it is read by a key, corrected by an outer
-        product and read by a query. The chunked form computes more."""
+        """Return the FLOPs of the matrices plus 18 per element of each value head's state.
+
+        Each token multiplies the state by its key and its query and adds an outer product: three operations of 2
+        FLOPs forward and 4 backward. The chunked algorithm computes more.
+        """
         return super().flops_per_token() + 18.0 * self.gate.out_features * self.key_head_dim
 
     def forward(self, x: Tensor, mask: Lowered, encoding: Any = None, cache: RecurrentCache | None = None) -> Tensor:
-        """x [B, S, W] -> [B, S, W]. With a cache the mask's queries are these S tokens, its keys all tokens so far.
+        """x [B, S, W] -> [B, S, W]. `encoding` is ignored: a recurrence needs no position encoding.
 
-        The encoding of positions, which attention takes here, is not used: what is read in turn has an order.
+        With a cache, the queries of the mask are these S tokens and its keys are all tokens so far.
         """
         exchange, segments = mask.exchange, mask.segments
-        assert segments is not None, "a mask for recurrent layers is lowered with its segments"
-        _check_whole(exchange.full_mask, cache)
-        # Where processes share a row, each had all heads of some tokens, and now has some heads of all tokens.
+        assert segments is not None, "recurrent layers need a mask that was lowered with segments=True"
+        _check_full_rows(exchange.full_mask, cache)
+        # Context parallelism: from all heads of the local tokens to the local heads of all tokens.
         qkv, decay, beta = exchange.to_full_rows(self.qkv(x), self.decay(x), self.beta(x))
-        qkv = self.convolution(qkv, mask, segments, cache).unflatten(-1, (-1, sum(self.sizes)))
-        q, k, v = qkv.split(self.sizes, dim=-1)
-        q, k = _unit(_wide(q)), _unit(_wide(k))
+        qkv = self.convolution(qkv, mask, segments, cache).unflatten(-1, (-1, sum(self.qkv_sizes)))
+        q, k, v = qkv.split(self.qkv_sizes, dim=-1)
+        q, k = _l2_normalize(_at_least_float32(q)), _l2_normalize(_at_least_float32(k))
         v = v.unflatten(-1, (-1, self.value_head_dim)).flatten(2, 3)
-        fading, bias = exchange.local_channels(self.A_log), exchange.local_channels(self.dt_bias)
-        decay = -_wide(fading).exp() * F.softplus(_wide(decay) + bias)
+        A_log, dt_bias = exchange.local_channels(self.A_log), exchange.local_channels(self.dt_bias)
+        decay = -_at_least_float32(A_log).exp() * F.softplus(_at_least_float32(decay) + dt_bias)
         state = None if cache is None else cache.state
         o, state = gated_delta_rule(q * self.key_head_dim**-0.5, k, v, decay, beta.sigmoid(), segments, state)
         if cache is not None:
@@ -245,15 +254,15 @@ class GatedDeltaNet(RecurrentLayer):
         return self.output((self.norm(o) * gate).flatten(2))
 
 
-def _unit(x: Tensor) -> Tensor:
-    """x / |x| over the last dim, and 0 for 0."""
+def _l2_normalize(x: Tensor) -> Tensor:
+    """Return x / |x| over the last dim, and 0 for x = 0."""
     return x * (x.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()
 
 
-def _check_whole(mask: AttentionMask, cache: RecurrentCache | None) -> None:
+def _check_full_rows(mask: AttentionMask, cache: RecurrentCache | None) -> None:
     _, queries, keys = mask.shape
     if cache is None and queries != keys:
         raise ValueError(
-            f"a recurrent layer walks over all tokens of a row, got a mask of {queries} queries and {keys} keys; "
-            "give it whole rows, or the cache that remembers the tokens before"
+            f"a recurrent layer needs all tokens of a row, got a mask of {queries} queries and {keys} keys; "
+            "pass full rows, or the cache with the state after the previous tokens"
         )

@@ -1,7 +1,7 @@
-"""Rotary position embedding (arXiv 2104.09864), from the positions a batch states.
+"""Rotary position embedding (RoPE, arXiv 2104.09864), computed from the `positions` of a batch.
 
-Channel i of a head and channel i + D/2 form a pair, as in the Hugging Face weights (Meta's own pair 2i with 2i + 1), so
-those weights load unpermuted. A pair at position p is turned by the angle p * frequency_i.
+Channels i and i + D/2 of a head form a pair, as in Hugging Face weights, which therefore load without permutation
+(Meta's weights pair channels 2i and 2i + 1). RoPE rotates pair i at position p by the angle p * frequency_i.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3RopeScaling:
-    """How Llama 3.1 stretches RoPE to longer contexts: slow channels are slowed further, fast ones stay."""
+    """Llama 3.1's RoPE scaling for longer contexts: lower the low frequencies and keep the high frequencies."""
 
     factor: float = 8.0
-    """How much slower the slow channels turn."""
+    """Divisor of the low frequencies."""
     low_freq_factor: float = 1.0
-    """Channels that turn less often than this over the original context are slowed by the whole factor."""
+    """Frequencies with fewer rotations than this over the original context are divided by the full factor."""
     high_freq_factor: float = 4.0
-    """Channels that turn more often than this over the original context stay; in between it is a straight line."""
+    """Frequencies with more rotations than this over the original context are kept; those between are interpolated."""
     original_context: int = 8192
-    """Tokens of the context before the stretch."""
+    """Original context length in tokens, before scaling."""
 
     rotation_factor: ClassVar[float] = 1.0
-    """What cosine and sine are multiplied by."""
+    """Factor of cosine and sine."""
 
     def __post_init__(self) -> None:
         if self.factor < 1:
@@ -44,27 +44,27 @@ class Llama3RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """YaRN's stretch of RoPE to longer contexts (arXiv 2309.00071), which also sharpens attention.
+    """YaRN's RoPE scaling for longer contexts (arXiv 2309.00071), which also scales the attention scores.
 
-    Its correction of the attention scores is given away in two parts: `rotation_factor` for `build_rotation`, and
-    `score_factor` for the scale of the scores, where also those channels are that do not rotate (DeepSeek V3).
+    The score scaling has two parts: `rotation_factor` goes to `build_rotation` and affects only channels with RoPE;
+    `score_factor` multiplies the scale of the scores and also affects channels without RoPE (DeepSeek V3).
     """
 
     factor: float = 32.0
-    """How much slower the slow channels turn."""
+    """Divisor of the low frequencies."""
     beta_fast: float = 32.0
-    """Channels that turn more often than this over the original context stay."""
+    """Frequencies with more rotations than this over the original context are kept."""
     beta_slow: float = 1.0
-    """Channels that turn less often than this over the original context are slowed by the whole factor; in between it
-    is a straight line over the channels."""
+    """Frequencies with fewer rotations than this over the original context are divided by the full factor;
+    those between are interpolated linearly over the channels."""
     original_context: int = 4096
-    """Tokens of the context before the stretch."""
+    """Original context length in tokens, before scaling."""
     truncate: bool = True
-    """Begin and end the straight line at whole channels (DeepSeek V3 does, gpt-oss does not)."""
+    """Round the ends of the interpolated range to integer channels (DeepSeek V3 does, gpt-oss does not)."""
     mscale: float = 1.0
-    """Rotated queries and keys are lengthened by 1 + 0.1 mscale ln(factor) each, ..."""
+    """Queries and keys with RoPE are multiplied by 1 + 0.1 mscale ln(factor) ..."""
     mscale_all_dim: float = 0.0
-    """... and shortened by 1 + 0.1 mscale-all-dim ln(factor), by which all channels are lengthened in the scores."""
+    """... and divided by 1 + 0.1 mscale-all-dim ln(factor); the scores are multiplied by the square of this divisor."""
 
     def __post_init__(self) -> None:
         if self.factor < 1:
@@ -79,22 +79,22 @@ class YarnScaling:
 
     @property
     def rotation_factor(self) -> float:
-        """What cosine and sine are multiplied by."""
-        return self._lengthened(self.mscale) / self._lengthened(self.mscale_all_dim)
+        """Factor of cosine and sine."""
+        return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
 
     @property
     def score_factor(self) -> float:
-        """What the scale of the scores, usually D^-0.5, is multiplied by."""
-        return self._lengthened(self.mscale_all_dim) ** 2
+        """Factor of the scale of the scores, which is usually D^-0.5."""
+        return self._magnitude(self.mscale_all_dim) ** 2
 
-    def _lengthened(self, mscale: float) -> float:
+    def _magnitude(self, mscale: float) -> float:
         return 1.0 + 0.1 * mscale * math.log(self.factor)
 
 
 class Rotation(NamedTuple):
-    """What `rotate` turns heads by: float32 [B, S, 1, D] each, made once per forward and shared by all layers.
+    """Cosine and sine for `rotate`: float32 [B, S, 1, D] each, computed once per forward and shared by all layers.
 
-    Both halves of `cos` are the same; the first half of `sin` is negated, so that a turn is
+    The two halves of `cos` are equal. The first half of `sin` is negated, so that a rotation is
     `x * cos + swap_halves(x) * sin`.
     """
 
@@ -109,39 +109,39 @@ def rope_frequencies(
     *,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Radians a token of each channel pair: float32 [D/2], from 1 down to about 1 / theta."""
+    """Return the frequency of each channel pair in radians per token: float32 [D/2], from 1 down to about 1 / theta."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     frequencies = 1.0 / theta**exponents
     if scaling is None:
         return frequencies
     if isinstance(scaling, YarnScaling):
-        kept = _kept_by_yarn(head_dim, theta, scaling, device)
+        ramp = _yarn_ramp(head_dim, theta, scaling, device)
     else:
-        turns = scaling.original_context * frequencies / (2 * math.pi)
+        rotations = scaling.original_context * frequencies / (2 * math.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = ((turns - low) / max(high - low, 1e-6)).clamp(0, 1)  # equal factors: a step and not a line
-    return frequencies * (kept + (1 - kept) / scaling.factor)
+        ramp = ((rotations - low) / max(high - low, 1e-6)).clamp(0, 1)  # equal factors give a step
+    return frequencies * (ramp + (1 - ramp) / scaling.factor)
 
 
-def _kept_by_yarn(head_dim: int, theta: float, scaling: YarnScaling, device: torch.device | str) -> Tensor:
-    """The share of each pair's frequency that stays: float32 [D/2], a line from 1 at fast pairs to 0 at slow ones."""
+def _yarn_ramp(head_dim: int, theta: float, scaling: YarnScaling, device: torch.device | str) -> Tensor:
+    """Return the unscaled share of each pair's frequency: float32 [D/2], falling from 1 to 0 along the pairs."""
 
-    def pair_of(turns: float) -> float:
-        """The pair, in between two mostly, that turns so often over the original context."""
-        return head_dim * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def fractional_pair(rotations: float) -> float:
+        """Return the fractional index of the pair with this number of rotations over the original context."""
+        return head_dim * math.log(scaling.original_context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    first, last = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+    first, last = fractional_pair(scaling.beta_fast), fractional_pair(scaling.beta_slow)
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, head_dim - 1)  # sic, not head_dim / 2 - 1: the models were trained so
+    first, last = max(first, 0), min(last, head_dim - 1)  # not head_dim / 2 - 1: published models use head_dim - 1
     pairs = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
     return 1 - ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
 
 
 def build_rotation(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> Rotation:
-    """positions int [B, S], frequencies float32 [D/2] -> Rotation. Angles are float32 in every precision.
+    """positions int [B, S], frequencies float32 [D/2] -> Rotation. Angles are always float32.
 
-    factor  what is turned is also lengthened by it: see `YarnScaling.rotation_factor`
+    factor  multiplies cosine and sine: see `YarnScaling.rotation_factor`
     """
     angles = positions[:, :, None, None].float() * frequencies
     cos, sin = angles.cos() * factor, angles.sin() * factor
@@ -149,25 +149,25 @@ def build_rotation(positions: Tensor, frequencies: Tensor, factor: float = 1.0) 
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn the channel pairs of x [B, S, H, D]; computed in float32, returned in the dtype of x."""
+    """Rotate the channel pairs of x [B, S, H, D]; computed in float32, returned in the dtype of x."""
     return _Rotate.apply(x, rotation.cos, rotation.sin)
 
 
 class _Rotate(torch.autograd.Function):
-    """Its backward is the turn back, so nothing of x is kept, and a turn writes two temporaries and not six."""
+    """Rotation whose backward is the inverse rotation. It does not save x and allocates two temporaries, not six."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return _apply_rotation(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
+        return _apply_rotation(grad, cos, -sin), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _apply_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     swapped = torch.cat([second, first], dim=-1)
     return (x * cos).addcmul_(swapped, sin).to(x.dtype)

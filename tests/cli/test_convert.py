@@ -160,7 +160,7 @@ def test_vision_encoder_and_decoder_become_one_vlm(trained, tmp_path) -> None:
     ("arguments", "message"),
     [
         (["nowhere", "out"], "nowhere does not exist; expected the directory of a run or one of its checkpoints"),
-        (["hf", "hf"], "hf holds the weights of a model already; choose another directory"),
+        (["hf", "hf"], "hf already contains model weights; choose another directory"),
     ],
 )
 def test_wrong_arguments_are_refused(
@@ -179,6 +179,6 @@ def test_initial_weights_of_another_shape_are_refused(trained, tmp_path, capsys)
     assert run([*command, f"--output-dir={tmp_path / 'run'}", "--model.intermediate-size=64"]) == 2
     error = capsys.readouterr().err
     assert "model.layers.0.mlp.gate_proj.weight in" in error
-    assert "has the shape (48, 32); expected (64, 32)" in error
+    assert "has shape (48, 32); expected (64, 32)" in error
     assert run(["train", "llama3-debug", "--model-from=nowhere"]) == 2
     assert "nowhere/config.json does not exist; expected a Hugging Face directory" in capsys.readouterr().err

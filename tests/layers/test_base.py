@@ -1,4 +1,4 @@
-"""What layers state about themselves, and its sums over a module."""
+"""Parameter roles, FLOPs and head counts that layers declare, and their sums over a model."""
 
 import re
 from dataclasses import replace
@@ -30,7 +30,7 @@ OTHER = {
     },
     "vlm-debug": NORMS,
 }
-"""The parameters of a layer that are no matrices, by their name in it."""
+"""Parameters of a layer that are not matrices, by their name in the layer."""
 OUTSIDE = {
     "vlm-debug": {
         *("vision.positions", "vision.embedding.bias", "vision.norm.weight", "vision.norm.bias"),
@@ -46,13 +46,14 @@ OUTSIDE = {
         ),
     },
 }
+"""Parameters outside the layers that are not matrices."""
 
 
 @pytest.mark.parametrize("name", OTHER)
 def test_roles_of_every_family(name: str) -> None:
-    facts = parameter_info(build_skeleton(name))
-    assert [fact.name for fact in facts] == [key for key, _ in build_skeleton(name).named_parameters()]
-    roles: dict[Role, set[str]] = {role: {fact.name for fact in facts if fact.role is role} for role in Role}
+    infos = parameter_info(build_skeleton(name))
+    assert [info.name for info in infos] == [key for key, _ in build_skeleton(name).named_parameters()]
+    roles: dict[Role, set[str]] = {role: {info.name for info in infos if info.role is role} for role in Role}
     assert roles[Role.VOCABULARY] == {"embedding.weight", "output.weight"}
     assert {re.sub(r"^layers\.\d+\.", "", key) for key in roles[Role.OTHER]} - OTHER[name] == {
         "norm.weight",
@@ -62,29 +63,29 @@ def test_roles_of_every_family(name: str) -> None:
     assert all(key.startswith(("layers.", "vision.", "projector.")) for key in roles[Role.MATRIX])
 
 
-def test_a_tied_weight_is_the_vocabulary_s_once() -> None:
-    facts = parameter_info(build_skeleton(replace(MODELS["llama3-debug"], tied_embeddings=True)))
-    assert [fact.name for fact in facts if fact.role is Role.VOCABULARY] == ["embedding.weight"]
+def test_tied_embedding_is_listed_once() -> None:
+    infos = parameter_info(build_skeleton(replace(MODELS["llama3-debug"], tied_embeddings=True)))
+    assert [info.name for info in infos if info.role is Role.VOCABULARY] == ["embedding.weight"]
 
 
-class Unstated(nn.Module):
+class Undeclared(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scale, self.mix = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, 2))
 
 
-def test_a_module_that_states_nothing_is_refused_and_not_guessed() -> None:
+def test_module_without_matrices_is_an_error() -> None:
     words = (
-        r"inner \(Unstated\) has the parameters scale, mix and .*MATRICES = \('scale',\) or MATRICES = \(\) for none"
+        r"inner \(Undeclared\) has the parameters scale, mix and .*MATRICES = \('scale',\) or MATRICES = \(\) for none"
     )
     with pytest.raises(ValueError, match=words):
-        parameter_info(nn.ModuleDict({"inner": Unstated()}))
-    with pytest.raises(ValueError, match="does not state which of them are matrices"):
-        flops_per_token(Unstated())
-    assert matrices_of(nn.ModuleDict({"norm": nn.LayerNorm(2)})) == ()  # without parameters of its own
+        parameter_info(nn.ModuleDict({"inner": Undeclared()}))
+    with pytest.raises(ValueError, match="does not declare which of them are matrices"):
+        flops_per_token(Undeclared())
+    assert matrices_of(nn.ModuleDict({"norm": nn.LayerNorm(2)})) == ()  # all parameters are in submodules
 
 
-def test_experts_count_as_far_as_a_token_meets_them() -> None:
+def test_flops_count_selected_experts_only() -> None:
     config = MODELS["qwen3-debug-moe"]
     assert (config.num_experts, config.experts_per_token, config.hidden_size, config.intermediate_size) == (
         8,
@@ -97,10 +98,10 @@ def test_experts_count_as_far_as_a_token_meets_them() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama3-8b", "qwen3-30b-a3b", "gpt_oss-20b", "qwen3_next-80b-a3b"])
-def test_the_work_of_a_model_is_that_of_its_layers_and_its_output(name: str) -> None:
+def test_model_flops_are_layers_plus_output(name: str) -> None:
     model = build_skeleton(name)
-    work = sum(flops_per_token(layer) for layer in model.layers.values()) + flops_per_token(model.output)
-    assert work == model.flops_per_token() and flops_per_token(model.embedding) == 0
+    flops = sum(flops_per_token(layer) for layer in model.layers.values()) + flops_per_token(model.output)
+    assert flops == model.flops_per_token() and flops_per_token(model.embedding) == 0
 
 
 @pytest.mark.parametrize(
@@ -110,13 +111,13 @@ def test_the_work_of_a_model_is_that_of_its_layers_and_its_output(name: str) -> 
         (MODELS["llama4-debug"], {"chunked": (3, 2), "full": (1, 2)}),
         (MODELS["gpt_oss-debug"], {"window": (1, 2), "full": (1, 2)}),
         (MODELS["deepseek_v3-debug"], {"attention": (2, 4)}),
-        (MTP, {"attention": (3, 4)}),  # the layer that predicts one token further attends too
-        (MODELS["qwen3_next-debug"], {"attention": (1, 2)}),  # three of four layers have a memory
+        (MTP, {"attention": (3, 4)}),  # the MTP module has an attention layer too
+        (MODELS["qwen3_next-debug"], {"attention": (1, 2)}),  # three of four layers are recurrent
         (MODELS["vlm-debug"], {"encoder": (2, 4), "decoder": (2, 2)}),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_layers_and_head_groups_of_each_mask(config: object, shapes: dict[str, tuple[int, int]]) -> None:
+def test_attention_shape_of_each_mask(config: object, shapes: dict[str, tuple[int, int]]) -> None:
     model = build_skeleton(config)
     assert {mask: model.attention_shape(mask) for mask in shapes} == shapes
     assert sum(model.flops_per_pair(mask) for mask in shapes) == sum(
@@ -125,7 +126,7 @@ def test_layers_and_head_groups_of_each_mask(config: object, shapes: dict[str, t
     assert all(isinstance(layer, AttentionLayer) for layer in attention_layers(model))
 
 
-def test_heads_of_recurrent_layers() -> None:
+def test_context_parallel_heads() -> None:
     config = MODELS["qwen3_next-debug"]
     assert build_skeleton(config).context_parallel_heads == config.linear_num_key_heads == 2
     assert build_skeleton(replace(config, full_attention_interval=1)).context_parallel_heads is None

@@ -18,7 +18,7 @@ def make_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Ten
     return hidden, weight, labels
 
 
-def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def reference_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(hidden @ weight.t(), labels, ignore_index=-100, reduction="sum")
 
 
@@ -27,7 +27,7 @@ def test_equals_cross_entropy_at_every_chunk_boundary(chunk_size: int) -> None:
     hidden, weight, labels = make_inputs()
     loss = linear_cross_entropy(hidden, weight, labels, chunk_size)
     grads = torch.autograd.grad(loss * 0.37, (hidden, weight))
-    expected = plain(hidden, weight, labels)
+    expected = reference_loss(hidden, weight, labels)
     expected_grads = torch.autograd.grad(expected * 0.37, (hidden, weight))
     assert loss.dtype == torch.float32 and loss.shape == ()
     torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)
@@ -38,10 +38,10 @@ def test_equals_cross_entropy_at_every_chunk_boundary(chunk_size: int) -> None:
 def test_gradcheck_in_float64() -> None:
     hidden, weight, labels = make_inputs(torch.float64)
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels, 7), (hidden, weight))
-    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, 7), plain(hidden, weight, labels))
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, 7), reference_loss(hidden, weight, labels))
 
 
-def test_tokens_without_a_label_are_not_computed() -> None:
+def test_unlabeled_tokens_are_not_computed() -> None:
     hidden, weight, labels = make_inputs()
     with torch.no_grad():
         hidden[labels == -100] = float("nan")
@@ -52,7 +52,7 @@ def test_tokens_without_a_label_are_not_computed() -> None:
     assert (hidden.grad[labels != -100] != 0).any(dim=1).all()
 
 
-def test_no_label_at_all_is_no_loss_and_no_gradient() -> None:
+def test_no_labels_give_zero_loss_and_gradients() -> None:
     hidden, weight, _ = make_inputs()
     loss = linear_cross_entropy(hidden, weight, torch.full((N,), -100))
     loss.backward()
@@ -61,12 +61,12 @@ def test_no_label_at_all_is_no_loss_and_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_a_frozen_side_gets_no_gradient(frozen: str) -> None:
+def test_frozen_input_gets_no_gradient(frozen: str) -> None:
     hidden, weight, labels = make_inputs()
     (hidden if frozen == "hidden" else weight).requires_grad_(False)
     free = weight if frozen == "hidden" else hidden
     linear_cross_entropy(hidden, weight, labels, 5).backward()
-    (expected,) = torch.autograd.grad(plain(hidden, weight, labels), free)
+    (expected,) = torch.autograd.grad(reference_loss(hidden, weight, labels), free)
     torch.testing.assert_close(free.grad, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -79,7 +79,7 @@ def test_backward_twice_gives_the_same_gradients() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the most elements of any new tensor; views and in-place results are none."""
+    """Records the number of elements of the largest new tensor, ignoring views and in-place results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,25 +92,25 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_the_logits_of_all_tokens_never_exist() -> None:
+def test_full_logits_are_never_materialized() -> None:
     hidden, weight, labels = make_inputs()
-    with Largest() as seen:
-        plain(hidden, weight, labels).backward()
-    assert seen.elements == N * V
-    with Largest() as seen:
+    with Largest() as largest:
+        reference_loss(hidden, weight, labels).backward()
+    assert largest.elements == N * V
+    with Largest() as largest:
         linear_cross_entropy(hidden, weight, labels, 4).backward()
-    assert seen.elements == V * W  # the weight's gradient; logits are at most 4 x 41
+    assert largest.elements == V * W  # gradient of the weight; logits are at most 4 x 41
 
 
-def test_under_no_grad_the_value_is_the_same_and_no_gradient_is_computed() -> None:
+def test_no_grad_computes_the_same_value_without_gradients() -> None:
     hidden, weight, labels = make_inputs()
-    with torch.no_grad(), Largest() as seen:
+    with torch.no_grad(), Largest() as largest:
         loss = linear_cross_entropy(hidden, weight, labels, 4)
-    assert not loss.requires_grad and seen.elements == 4 * V
+    assert not loss.requires_grad and largest.elements == 4 * V
     assert torch.equal(loss, linear_cross_entropy(hidden, weight, labels, 4).detach())
 
 
-def test_an_unlikely_label_has_a_finite_exact_loss() -> None:
+def test_unlikely_label_has_exact_finite_loss() -> None:
     hidden = torch.tensor([[1.0]], requires_grad=True)
     weight = torch.tensor([[5000.0], [-5000.0]])
     loss = linear_cross_entropy(hidden, weight, torch.tensor([1]))
@@ -122,46 +122,46 @@ def test_bfloat16_inputs_have_float32_logits() -> None:
     hidden, weight, labels = make_inputs(torch.bfloat16)
     loss = linear_cross_entropy(hidden, weight, labels, 5)
     loss.backward()
-    wide_hidden, wide_weight = (x.detach().float().requires_grad_() for x in (hidden, weight))
-    expected = plain(wide_hidden, wide_weight, labels)
+    hidden32, weight32 = (x.detach().float().requires_grad_() for x in (hidden, weight))
+    expected = reference_loss(hidden32, weight32, labels)
     expected.backward()
     assert loss.dtype == torch.float32 and hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
     torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)  # bfloat16 logits would be 1e-3 off
-    for grad, wide in ((hidden.grad, wide_hidden.grad), (weight.grad, wide_weight.grad)):
-        torch.testing.assert_close(grad.float(), wide, atol=2e-2, rtol=2e-2)
+    for grad, expected_grad in ((hidden.grad, hidden32.grad), (weight.grad, weight32.grad)):
+        torch.testing.assert_close(grad.float(), expected_grad, atol=2e-2, rtol=2e-2)
 
 
-def test_autocast_rounds_the_inputs_and_not_the_logits() -> None:
+def test_autocast_rounds_inputs_but_not_logits() -> None:
     hidden, weight, labels = make_inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = linear_cross_entropy(hidden, weight, labels, 5)
     loss.backward()
-    expected = plain(hidden.detach().bfloat16().float(), weight.detach().bfloat16().float(), labels)
+    expected = reference_loss(hidden.detach().bfloat16().float(), weight.detach().bfloat16().float(), labels)
     torch.testing.assert_close(loss.detach(), expected, atol=0, rtol=1e-6)
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("label", [V, V + 7, -1])
-def test_a_label_outside_the_vocabulary_is_named(label: int) -> None:
+def test_label_outside_the_vocabulary_is_an_error(label: int) -> None:
     hidden, weight, labels = make_inputs()
     labels[3] = label
     with pytest.raises(ValueError, match=f"label {label} is outside the vocabulary of 41 tokens; .*0 to 40"):
         linear_cross_entropy(hidden, weight, labels)
 
 
-def test_rows_that_are_not_flattened_are_refused() -> None:
+def test_unflattened_rows_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"got \[\(1, 23, 16\), \(41, 16\), \(1, 23\)\]; flatten rows first"):
         linear_cross_entropy(torch.randn(1, N, W), torch.randn(V, W), torch.zeros(1, N, dtype=torch.int64))
 
 
-def weights_of_tokens() -> Tensor:
+def make_token_weights() -> Tensor:
     return torch.rand(N, generator=torch.Generator().manual_seed(4)) * 2 - 0.5
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 18, 512])
-def test_weights_are_factors_of_each_tokens_loss(chunk_size: int) -> None:
+def test_token_weights_scale_each_loss(chunk_size: int) -> None:
     hidden, weight, labels = make_inputs()
-    weights = weights_of_tokens()
+    weights = make_token_weights()
     loss = linear_cross_entropy(hidden, weight, labels, chunk_size, token_weights=weights)
     each = F.cross_entropy(hidden @ weight.t(), labels, ignore_index=-100, reduction="none")
     expected = (each * weights).sum()
@@ -172,18 +172,18 @@ def test_weights_are_factors_of_each_tokens_loss(chunk_size: int) -> None:
         torch.testing.assert_close(grad, expected_grad, atol=1e-5, rtol=1e-5)
 
 
-def test_the_loss_of_each_token_has_no_gradients() -> None:
+def test_reduction_none_computes_no_gradients() -> None:
     hidden, weight, labels = make_inputs()
-    with Largest() as seen:
+    with Largest() as largest:
         each = linear_cross_entropy(hidden, weight, labels, 4, reduction="none")
-    assert not each.requires_grad and seen.elements == 4 * V
+    assert not each.requires_grad and largest.elements == 4 * V
     expected = F.cross_entropy(hidden @ weight.t(), labels, ignore_index=-100, reduction="none")
     torch.testing.assert_close(each, expected, atol=1e-6, rtol=1e-6)
     assert not each[labels == -100].any()
 
 
-@pytest.mark.parametrize("weights", [None, weights_of_tokens()], ids=["plain", "weighted"])
-def test_labels_on_a_device_are_masked_to_the_same_numbers(weights: Tensor | None, monkeypatch) -> None:
+@pytest.mark.parametrize("weights", [None, make_token_weights()], ids=["plain", "weighted"])
+def test_masked_labels_equal_selected_labels(weights: Tensor | None, monkeypatch) -> None:
     def measure() -> list[Tensor]:
         hidden, weight, labels = make_inputs()
         each = linear_cross_entropy(hidden, weight, labels, 5, token_weights=weights, reduction="none")
@@ -192,19 +192,19 @@ def test_labels_on_a_device_are_masked_to_the_same_numbers(weights: Tensor | Non
 
     expected = measure()
     monkeypatch.setattr(loss, "select_tokens", loss.mask_tokens)
-    for found, truth in zip(measure(), expected, strict=True):
-        torch.testing.assert_close(found, truth, atol=1e-6 * float(truth.abs().max()), rtol=0)
+    for found, wanted in zip(measure(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-6 * float(wanted.abs().max()), rtol=0)
     hidden, weight, labels = make_inputs()
     for label in (V, -1):
         labels[3] = label
-        assert linear_cross_entropy(hidden, weight, labels).isnan(), "it cannot be named, and must not pass"
+        assert linear_cross_entropy(hidden, weight, labels).isnan(), "an invalid label on a device must give nan"
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_no_device_is_read(device: str) -> None:
-    """Reading a meta tensor raises. Labels may lie on the CPU, where reading them waits for nothing."""
+def test_no_device_synchronization(device: str) -> None:
+    """Reading a meta tensor raises. Labels may be on the CPU, where reading them does not synchronize."""
     hidden, weight = (x.detach().to("meta").requires_grad_() for x in make_inputs()[:2])
     labels = make_inputs()[2].to(device)
-    linear_cross_entropy(hidden, weight, labels, 5, token_weights=weights_of_tokens().to(device)).backward()
+    linear_cross_entropy(hidden, weight, labels, 5, token_weights=make_token_weights().to(device)).backward()
     assert hidden.grad.shape == (N, W) and weight.grad.shape == (V, W)
     assert linear_cross_entropy(hidden, weight, labels, 5, reduction="none").shape == (N,)

@@ -1,4 +1,4 @@
-"""The losses of `--training.loss`, and what any other one gets."""
+"""The losses of `--training.loss`, and losses that are not a `WeightedLoss`."""
 
 from typing import get_args, get_type_hints
 
@@ -15,20 +15,20 @@ from sightline.training.step import prepare_batch
 
 W, V = 16, 41
 DOCUMENTS = [[1, 2, 3, 4, 5], [6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16, 17]]
-"""In two rows of 10: 5, 2, 1 and 2 tokens of a document that goes on with 4 in the next row, 3, and padding."""
+"""Two rows of 10: documents of 5, 2, 1 and 2 tokens, the last of which continues with 4 in the next row; 3; padding."""
 
 
-def test_the_option_offers_every_loss() -> None:
+def test_option_lists_all_losses() -> None:
     assert get_args(get_type_hints(TrainingConfig)["loss"]) == tuple(one.name for one in LOSSES)
     assert TrainingConfig().loss == LOSSES[0].name == "token_mean"
     with pytest.raises(ValueError, match=r"training\.loss is 'mean'; expected one of token_mean, document_mean"):
         get_loss("mean")
 
 
-def test_every_document_of_a_row_counts_the_same() -> None:
+def test_document_mean_weights_documents_equally() -> None:
     batch = Batch.from_documents(DOCUMENTS, length=10)
     loss = get_loss("document_mean")
-    assert loss.weight(batch) == 5  # with 4, 1, 2, 3 and 2 labels; a document of one token has none
+    assert loss.weight(batch) == 5  # they have 4, 1, 2, 3 and 2 labels; a document of one token has no label
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 10, W, requires_grad=True), torch.randn(V, W)
     found = compute_loss(loss, linear_cross_entropy, hidden, weight, batch.labels, loss.per_token_inputs(batch), None)
@@ -39,20 +39,20 @@ def test_every_document_of_a_row_counts_the_same() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (found, expected)), atol=1e-6, rtol=1e-5)
 
 
-def test_facts_that_are_missing_are_named() -> None:
-    with pytest.raises(ValueError, match="document_mean needs document_share of each token, got no facts; give"):
+def test_missing_loss_inputs_are_an_error() -> None:
+    with pytest.raises(ValueError, match="document_mean needs document_share in loss_inputs, got nothing; pass"):
         compute_loss(get_loss("document_mean"), linear_cross_entropy, *(torch.zeros(1, 2, 3),) * 3, {}, None)
 
 
 @pytest.mark.parametrize("name", [one.name for one in LOSSES])
-def test_one_pass_and_two_give_the_same(name: str) -> None:
-    """A loss that does not say that it is a weighted sum is computed by the log-probabilities it receives."""
+def test_one_pass_equals_two_passes(name: str) -> None:
+    """A loss that is not a `WeightedLoss` takes a second pass with its derivatives as token weights."""
     batch, loss = Batch.from_documents(DOCUMENTS, length=10), get_loss(name)
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 10, W, requires_grad=True), torch.randn(V, W, requires_grad=True)
     inputs = hidden, weight, batch.labels, loss.per_token_inputs(batch), None
     results = []
-    for one in (loss, lambda *given: loss(*given)):
+    for one in (loss, lambda *args: loss(*args)):
         value = compute_loss(one, linear_cross_entropy, *inputs)  # type: ignore[arg-type]
         results.append([value, *torch.autograd.grad(value, (hidden, weight))])
         with torch.no_grad():
@@ -63,7 +63,7 @@ def test_one_pass_and_two_give_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", [one.name for one in LOSSES])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_model_and_its_loss_read_no_device(device: str, name: str) -> None:
+def test_model_and_loss_do_not_synchronize(device: str, name: str) -> None:
     model = build_skeleton("llama3-debug", attention_backend="reference")
     model.loss = get_loss(name)
     batch = Batch.from_documents(DOCUMENTS, length=10)
@@ -73,7 +73,7 @@ def test_a_model_and_its_loss_read_no_device(device: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_the_token_after_the_next_reads_no_device(device: str) -> None:
+def test_mtp_shift_does_not_synchronize(device: str) -> None:
     batch = Batch.from_documents(DOCUMENTS, length=10)
     next_tokens, next_labels = shift_for_mtp(batch.tokens.to("meta"), batch.labels.to(device))
     assert next_tokens.device.type == "meta" and next_labels.device.type == device

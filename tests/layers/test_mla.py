@@ -11,7 +11,7 @@ from sightline.layers import KeyValueCache, MultiHeadLatentAttention, Rotation, 
 from sightline.masks import AttentionMask, causal, document
 from tests.support.lowering import lowered
 
-SIZES: dict[str, Any] = {
+OPTIONS: dict[str, Any] = {
     "q_lora_rank": 10,
     "kv_lora_rank": 9,
     "qk_nope_head_dim": 6,
@@ -19,17 +19,17 @@ SIZES: dict[str, Any] = {
     "v_head_dim": 8,
 }
 CASES = {
-    "value smaller": SIZES,
-    "value larger": {**SIZES, "v_head_dim": 14},
-    "queries without a latent": {**SIZES, "q_lora_rank": None},
-    "sharpened": {**SIZES, "score_factor": 1.7},
+    "value smaller": OPTIONS,
+    "value larger": {**OPTIONS, "v_head_dim": 14},
+    "queries without a latent": {**OPTIONS, "q_lora_rank": None},
+    "sharpened": {**OPTIONS, "score_factor": 1.7},
 }
 W, H = 16, 3
 IDS = torch.tensor([[0] * 5 + [1] * 7, [0] * 9 + [-1] * 3], dtype=torch.int32)
 POSITIONS = torch.tensor([[*range(5), *range(7)], [*range(9), 0, 0, 0]])
 
 
-def make(case: str = "value smaller") -> MultiHeadLatentAttention:
+def make_layer(case: str = "value smaller") -> MultiHeadLatentAttention:
     torch.manual_seed(0)
     layer = MultiHeadLatentAttention(W, H, **CASES[case])
     layer.init_weights(0.4, 0.4)
@@ -43,67 +43,67 @@ def mask_and_rotation() -> tuple[Lowered, Rotation]:
     return mask, build_rotation(POSITIONS, rope_frequencies(4, 100.0))
 
 
-def by_hand(layer: MultiHeadLatentAttention, x: Tensor, positions: Tensor) -> Tensor:
-    """One document [n, W], head by head, as the paper writes it: equations 37 to 47 of arXiv 2405.04434."""
+def reference(layer: MultiHeadLatentAttention, x: Tensor, positions: Tensor) -> Tensor:
+    """One document [n, W], one head at a time, by equations 37 to 47 of arXiv 2405.04434."""
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
-    def turn(x: Tensor) -> Tensor:
+    def rotated(x: Tensor) -> Tensor:
         angles = positions[:, None].double() * torch.tensor([1.0, 0.1], dtype=torch.float64)
         z = torch.complex(x[:, :2], x[:, 2:]) * torch.exp(1j * angles)
         return torch.cat([z.real, z.imag], dim=1)
 
-    through = x if layer.query_down is None else norm(x @ layer.query_down.weight.t(), layer.query_norm.weight)
+    q_latent = x if layer.query_down is None else norm(x @ layer.query_down.weight.t(), layer.query_norm.weight)
     down = x @ layer.kv_down.weight.t()
-    latent, shared_key = norm(down[:, :9], layer.kv_norm.weight), turn(down[:, 9:])
+    latent, shared_key = norm(down[:, :9], layer.kv_norm.weight), rotated(down[:, 9:])
     outs, size = [], 6 + layer.v_head_dim
     for head in range(H):
-        q = through @ layer.query.weight[head * 10 : head * 10 + 10].t()
+        q = q_latent @ layer.query.weight[head * 10 : head * 10 + 10].t()
         kv = latent @ layer.kv.weight[head * size : head * size + size].t()
-        scores = (q[:, :6] @ kv[:, :6].t() + turn(q[:, 6:]) @ shared_key.t()) * layer.scale
+        scores = (q[:, :6] @ kv[:, :6].t() + rotated(q[:, 6:]) @ shared_key.t()) * layer.scale
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
         outs.append(scores.softmax(-1) @ kv[:, 6:])
     return torch.cat(outs, dim=1) @ layer.output.weight.t()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_packed_rows_are_the_paper_s_formulas_for_each_document(case: str) -> None:
-    layer, x = make(case), torch.randn(2, 12, W, dtype=torch.float64)
+def test_packed_equals_reference_per_document(case: str) -> None:
+    layer, x = make_layer(case), torch.randn(2, 12, W, dtype=torch.float64)
     out = layer(x, *mask_and_rotation())
     assert layer.scale == pytest.approx((1.7 if case == "sharpened" else 1.0) / math.sqrt(10))
-    for row, begin, end in ((0, 0, 5), (0, 5, 12), (1, 0, 9)):
-        expected = by_hand(layer, x[row, begin:end], POSITIONS[row, begin:end])
-        assert_close(out[row, begin:end], expected, atol=1e-6, rtol=0)  # angles are float32
+    for row, start, end in ((0, 0, 5), (0, 5, 12), (1, 0, 9)):
+        expected = reference(layer, x[row, start:end], POSITIONS[row, start:end])
+        assert_close(out[row, start:end], expected, atol=1e-6, rtol=0)  # angles are float32
     assert torch.equal(out[1, 9:], torch.zeros(3, W, dtype=torch.float64))
 
 
-def test_gradients_are_those_of_the_formulas() -> None:
-    layer, x = make(), torch.randn(2, 12, W, dtype=torch.float64, requires_grad=True)
+def test_gradients_equal_reference() -> None:
+    layer, x = make_layer(), torch.randn(2, 12, W, dtype=torch.float64, requires_grad=True)
     leaves, grad = [x, *layer.parameters()], torch.randn(5, W, dtype=torch.float64)
-    outs = layer(x, *mask_and_rotation())[0, :5], by_hand(layer, x[0, :5], POSITIONS[0, :5])
-    for mine, other in zip(*(torch.autograd.grad(out, leaves, grad) for out in outs), strict=True):
-        assert_close(mine, other, atol=1e-6, rtol=1e-6)
-        assert other.abs().sum() > 0
+    outs = layer(x, *mask_and_rotation())[0, :5], reference(layer, x[0, :5], POSITIONS[0, :5])
+    for actual, expected in zip(*(torch.autograd.grad(out, leaves, grad) for out in outs), strict=True):
+        assert_close(actual, expected, atol=1e-6, rtol=1e-6)
+        assert expected.abs().sum() > 0
 
 
-def test_the_cache_holds_the_latent_and_the_shared_key_alone() -> None:
-    layer, x = make(), torch.randn(1, 12, W, dtype=torch.float64)
+def test_cache_holds_latent_and_shared_key_only() -> None:
+    layer, x = make_layer(), torch.randn(1, 12, W, dtype=torch.float64)
     frequencies, mask = rope_frequencies(4, 100.0), causal(1, 12)
-    whole = layer(x, lowered(mask, torch.float64), build_rotation(torch.arange(12)[None], frequencies))
-    cache, begin = KeyValueCache(), 0
+    full = layer(x, lowered(mask, torch.float64), build_rotation(torch.arange(12)[None], frequencies))
+    cache, start = KeyValueCache(), 0
     for end in (5, 6, 12):
-        new = torch.arange(begin, end)
+        new = torch.arange(start, end)
         part = AttentionMask(mask.start[:, new], mask.stop[:, new], end)
         out = layer(x[:, new], lowered(part, torch.float64), build_rotation(new[None], frequencies), cache)
-        assert_close(out, whole[:, new])
-        begin = end
+        assert_close(out, full[:, new])
+        start = end
     latents, keys = cache.append(torch.zeros(1, 1, 1, 9), torch.zeros(1, 1, 1, 4))
-    assert (latents.shape, keys.shape) == ((1, 1, 13, 9), (1, 1, 13, 4)), "9 + 4 numbers a token, for all heads"
+    assert (latents.shape, keys.shape) == ((1, 1, 13, 9), (1, 1, 13, 4)), "9 + 4 values per token, for all heads"
 
 
-def test_fresh_weights_keep_sizes() -> None:
-    """What reads a latent is drawn by the latent's size, what reads the hidden state as it is told."""
+def test_initial_spread() -> None:
+    """Weights that read a latent have std fan_in^-0.5; weights that read hidden states have the given std."""
     torch.manual_seed(0)
     layer = MultiHeadLatentAttention(
         64, 8, q_lora_rank=400, kv_lora_rank=100, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=32
@@ -111,8 +111,8 @@ def test_fresh_weights_keep_sizes() -> None:
     layer.init_weights(0.5, 0.25)
     expected = {"query_down": 0.5, "query": 1 / 20, "kv_down": 0.5, "kv": 1 / 10, "output": 0.25}
     assert {name: getattr(layer, name).weight.std().item() for name in expected} == pytest.approx(expected, rel=0.05)
-    straight = MultiHeadLatentAttention(
+    direct = MultiHeadLatentAttention(
         64, 8, q_lora_rank=None, kv_lora_rank=100, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=32
     )
-    straight.init_weights(0.5, 0.25)
-    assert straight.query.weight.std().item() == pytest.approx(0.5, rel=0.05)
+    direct.init_weights(0.5, 0.25)
+    assert direct.query.weight.std().item() == pytest.approx(0.5, rel=0.05)

@@ -5,7 +5,7 @@ import torch
 from sightline.layers import SwiGLU
 
 
-def test_swiglu_against_one_value_by_hand() -> None:
+def test_swiglu_literal() -> None:
     mlp = SwiGLU(hidden_size=1, intermediate_size=1)
     with torch.no_grad():
         mlp.gate.weight.fill_(2.0)

@@ -19,7 +19,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "score": "sigmoid",
         "renormalize": True,
         "scale": 2.5,
-        "groups": 4,
+        "num_groups": 4,
         "num_limited_groups": 2,
         "expert_bias_update_rate": 0.1,
     },
@@ -32,14 +32,14 @@ def make_router(**options: Any) -> Router:
     torch.manual_seed(0)
     router = Router(W, E, K, **options).double()
     router.init_weights(std=0.5)
-    for start in (router.bias, router.expert_bias):
-        if start is not None:
-            start.data.normal_()
+    for bias in (router.bias, router.expert_bias):
+        if bias is not None:
+            bias.data.normal_()
     return router
 
 
-def route_by_hand(router: Router, x: Tensor, **options: Any) -> tuple[list[int], list[float]]:
-    """One token: its experts and weights, in plain words."""
+def reference_routing(router: Router, x: Tensor, **options: Any) -> tuple[list[int], list[float]]:
+    """Experts and weights of one token, in plain Python."""
     bias = router.bias.tolist() if options.get("bias") else [0.0] * E
     logits = [(row @ x).item() + b for row, b in zip(router.weight.detach(), bias, strict=True)]
     if options.get("score") == "sigmoid":
@@ -47,16 +47,16 @@ def route_by_hand(router: Router, x: Tensor, **options: Any) -> tuple[list[int],
     else:
         total = sum(2.718281828459045**logit for logit in logits)
         scores = [2.718281828459045**logit / total for logit in logits]
-    choice = [
+    biased = [
         s + (float(router.expert_bias[e]) if "expert_bias_update_rate" in options else 0.0)
         for e, s in enumerate(scores)
     ]
-    open_to_it = list(range(E))
-    if "groups" in options:
+    allowed = list(range(E))
+    if "num_groups" in options:
         groups = [list(range(first, first + 2)) for first in range(0, E, 2)]
-        groups.sort(key=lambda group: -sum(choice[e] for e in group))
-        open_to_it = groups[0] + groups[1]
-    chosen = sorted(open_to_it, key=lambda e: -choice[e])[:K]
+        groups.sort(key=lambda group: -sum(biased[e] for e in group))
+        allowed = groups[0] + groups[1]
+    chosen = sorted(allowed, key=lambda e: -biased[e])[:K]
     weights = [scores[e] for e in chosen]
     if options.get("renormalize"):
         weights = [w / sum(weights) for w in weights]
@@ -64,19 +64,19 @@ def route_by_hand(router: Router, x: Tensor, **options: Any) -> tuple[list[int],
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_routing_by_hand(name: str) -> None:
+def test_routing_equals_reference(name: str) -> None:
     router, x = make_router(**ROUTERS[name]), torch.randn(20, W, dtype=torch.float64)
     routing = router(x)
     for token in range(20):
-        chosen, weights = route_by_hand(router, x[token], **ROUTERS[name])
+        chosen, weights = reference_routing(router, x[token], **ROUTERS[name])
         got = dict(zip(routing.experts[token].tolist(), routing.weights[token].tolist(), strict=True))
         assert got == pytest.approx(dict(zip(chosen, weights, strict=True)))
     assert routing.counts.tolist() == [int((routing.experts == e).sum()) for e in range(E)]
     assert len(routing.experts.unique()) > K
 
 
-def test_routing_against_literals() -> None:
-    """Logits 2, 1, 0 of three experts, two chosen: e^2 = 7.389, e^1 = 2.718, e^0 = 1."""
+def test_routing_literals() -> None:
+    """Logits 2, 1, 0 of three experts, two selected: e^2 = 7.389, e^1 = 2.718, e^0 = 1."""
     for options, expected in (
         ({}, [7.389 / 11.107, 2.718 / 11.107]),
         ({"renormalize": True}, [7.389 / 10.107, 2.718 / 10.107]),
@@ -90,7 +90,7 @@ def test_routing_against_literals() -> None:
         assert weights[0][order].tolist() == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_balance_chooses_and_does_not_weigh() -> None:
+def test_expert_bias_changes_selection_but_not_weights() -> None:
     router = Router(1, 3, 1, score="sigmoid", expert_bias_update_rate=0.1)
     router.weight.data = torch.tensor([[0.0], [2.0], [1.0]])
     router.expert_bias.copy_(torch.tensor([1.0, 0.0, 0.0]))
@@ -118,29 +118,29 @@ def make_moe(score_before_experts: bool = False, shared: bool = True, bias: bool
     return moe.double()
 
 
-def plain(moe: MoE, x: Tensor, visible: Tensor) -> Tensor:
-    """A loop over tokens and their experts."""
+def reference(moe: MoE, x: Tensor, visible: Tensor) -> Tensor:
+    """Loop over tokens and their experts."""
     tokens, experts = x.flatten(0, 1), moe.experts
     weights, chosen, _ = moe.router(tokens, visible.flatten())
     outs = []
-    for token, sees in enumerate(visible.flatten().tolist()):
+    for token, is_visible in enumerate(visible.flatten().tolist()):
         out = torch.zeros(W, dtype=x.dtype)
         for weight, e in zip(weights[token], chosen[token].tolist(), strict=True):
-            if sees:
-                into = tokens[token] * weight if moe.score_before_experts else tokens[token]
-                gate, up = experts.gate[e] @ into, experts.up[e] @ into
+            if is_visible:
+                x_e = tokens[token] * weight if moe.score_before_experts else tokens[token]
+                gate, up = experts.gate[e] @ x_e, experts.up[e] @ x_e
                 if experts.gate_bias is not None:
                     gate, up = gate + experts.gate_bias[e], up + experts.up_bias[e]
-                of_it = experts.down[e] @ experts.activation(gate, up)
+                y_e = experts.down[e] @ experts.activation(gate, up)
                 if experts.down_bias is not None:
-                    of_it = of_it + experts.down_bias[e]
-                out = out + (of_it if moe.score_before_experts else of_it * weight)
+                    y_e = y_e + experts.down_bias[e]
+                out = out + (y_e if moe.score_before_experts else y_e * weight)
         outs.append(out)
     routed = torch.stack(outs).view_as(x)
     return routed if moe.shared is None else routed + moe.shared(x)
 
 
-SEEING = torch.tensor([[True] * 9, [True] * 4 + [False] * 5])
+VISIBLE = torch.tensor([[True] * 9, [True] * 4 + [False] * 5])
 MOES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"bias": False},
     "gpt_oss": {"shared": False, "renormalize": True},
@@ -149,41 +149,41 @@ MOES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", MOES)
-def test_output_and_gradients_are_those_of_a_plain_loop(name: str) -> None:
+def test_output_and_gradients_equal_reference(name: str) -> None:
     moe, x = make_moe(**MOES[name]), torch.randn(2, 9, W, dtype=torch.float64, requires_grad=True)
-    out, expected = moe(x, SEEING), plain(moe, x, SEEING)
+    out, expected = moe(x, VISIBLE), reference(moe, x, VISIBLE)
     assert_close(out, expected)
     grad = torch.randn_like(out)
     leaves = [x, *moe.parameters()]
-    got, wanted = (torch.autograd.grad(y, leaves, grad, retain_graph=True) for y in (out, expected))
-    for mine, other in zip(got, wanted, strict=True):
-        assert_close(mine, other)
-        assert other.abs().sum() > 0
+    grads, expected_grads = (torch.autograd.grad(y, leaves, grad, retain_graph=True) for y in (out, expected))
+    for actual, wanted in zip(grads, expected_grads, strict=True):
+        assert_close(actual, wanted)
+        assert wanted.abs().sum() > 0
 
 
-def test_padding_has_no_expert_and_is_not_counted() -> None:
+def test_padding_is_not_routed_or_counted() -> None:
     moe, x = make_moe(), torch.randn(2, 9, W, dtype=torch.float64)
-    out = moe(x, SEEING)
-    assert torch.equal(out[~SEEING], moe.shared(x)[~SEEING])
+    out = moe(x, VISIBLE)
+    assert torch.equal(out[~VISIBLE], moe.shared(x)[~VISIBLE])
     assert moe.router.counts.sum() == 13 * K
     moe.shared = None
-    out = moe(torch.where(SEEING[..., None], x, torch.inf), SEEING)
-    assert torch.equal(out[~SEEING], torch.zeros(5, W, dtype=torch.float64))
-    assert_close(out[SEEING], moe(x, SEEING)[SEEING])
-    assert torch.equal(moe(x, torch.zeros_like(SEEING)), torch.zeros_like(x)), "rows of padding alone"
+    out = moe(torch.where(VISIBLE[..., None], x, torch.inf), VISIBLE)
+    assert torch.equal(out[~VISIBLE], torch.zeros(5, W, dtype=torch.float64))
+    assert_close(out[VISIBLE], moe(x, VISIBLE)[VISIBLE])
+    assert torch.equal(moe(x, torch.zeros_like(VISIBLE)), torch.zeros_like(x)), "rows of only padding"
 
 
-def test_other_tokens_change_nothing_but_how_a_sum_rounds() -> None:
-    """Whatever company a token has: others, more, none. The choice is the same to the bit."""
+def test_routing_ignores_other_tokens() -> None:
+    """The selected experts of a token are equal for any other tokens, and its output differs only by rounding."""
     moe, x = make_moe(), torch.randn(1, 40, W, dtype=torch.float64)
-    whole, routing = moe(x), moe.router(x[0])
+    full, routing = moe(x), moe.router(x[0])
     others = x.clone()
     others[:, 1:] = torch.randn(1, 39, W, dtype=torch.float64)
-    for company in (others, x[:, :3], x[:, :1], x.repeat(1, 4, 1)):
-        again = moe.router(company[0])
+    for batch in (others, x[:, :3], x[:, :1], x.repeat(1, 4, 1)):
+        again = moe.router(batch[0])
         assert torch.equal(again.experts[0], routing.experts[0])
         assert_close(again.weights[0], routing.weights[0], atol=1e-14, rtol=0)
-        assert_close(moe(company)[:, 0], whole[:, 0], atol=1e-13, rtol=0)
+        assert_close(moe(batch)[:, 0], full[:, 0], atol=1e-13, rtol=0)
     x.requires_grad_(True)
     (grad,) = torch.autograd.grad(moe(x)[:, 0].sum(), x)
     assert torch.equal(grad[:, 1:], torch.zeros_like(grad[:, 1:])) and grad[:, 0].abs().sum() > 0
@@ -207,61 +207,61 @@ def test_grouped_linear(counts: list[int], bias: bool) -> None:
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 4, 1], [0, 0, 8, 0], [3, 0, 2, 0]])
-def test_the_kernel_computes_the_same(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's grouped kernel, which a CPU has too though it is not taken there."""
+def test_grouped_kernel_equals_loop(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's grouped kernel also runs on the CPU, although Sightline does not use it there."""
     x = torch.randn(8, 16).bfloat16().requires_grad_(True)
     weight = torch.randn(4, 8, 16).bfloat16().requires_grad_(True)
     bias = torch.randn(4, 8).bfloat16().requires_grad_(True)
     results = []
     for kernel in (False, True):
-        monkeypatch.setattr(grouped, "_kernel_fits", lambda *_, kernel=kernel: kernel)
+        monkeypatch.setattr(grouped, "_kernel_supports", lambda *_, kernel=kernel: kernel)
         out = grouped_linear(x, weight, torch.tensor(counts), bias)
         results.append((out, *torch.autograd.grad(out, (x, weight, bias), torch.ones_like(out))))
-    for ours, theirs in zip(*results, strict=True):
-        assert_close(ours, theirs, atol=0.05, rtol=0.02)
+    for loop, fused in zip(*results, strict=True):
+        assert_close(loop, fused, atol=0.05, rtol=0.02)
     assert torch.equal(results[1][0][sum(counts) :], torch.zeros(8 - sum(counts), 8).bfloat16())
 
 
-def test_spread_and_collect() -> None:
+def test_permute_and_unpermute() -> None:
     tokens, weights = torch.randn(4, 2, dtype=torch.float64), torch.rand(4, 3, dtype=torch.float64)
-    slots = torch.randperm(12)
-    rows = permute(tokens, slots, 3)
-    assert torch.equal(rows, tokens[slots // 3])
-    assert_close(unpermute(rows, weights, slots), tokens * weights.sum(dim=1, keepdim=True))
+    permutation = torch.randperm(12)
+    rows = permute(tokens, permutation, 3)
+    assert torch.equal(rows, tokens[permutation // 3])
+    assert_close(unpermute(rows, weights, permutation), tokens * weights.sum(dim=1, keepdim=True))
     leaves = [t.clone().requires_grad_(True) for t in (tokens, rows + torch.randn_like(rows), weights)]
-    assert torch.autograd.gradcheck(lambda t: permute(t, slots, 3), leaves[0])
-    assert torch.autograd.gradcheck(lambda r, w: unpermute(r, w, slots), leaves[1:])
+    assert torch.autograd.gradcheck(lambda t: permute(t, permutation, 3), leaves[0])
+    assert torch.autograd.gradcheck(lambda r, w: unpermute(r, w, permutation), leaves[1:])
 
 
-def test_finish_step_by_hand() -> None:
+def test_finish_step_literal() -> None:
     router = Router(1, 4, 1, expert_bias_update_rate=0.5)
     router.init_weights(std=1.0)
     router.counts = torch.tensor([7, 1, 2, 2])
     assert router.finish_step() == pytest.approx(7 / 3)
     assert router.expert_bias.tolist() == [-0.5, 0.5, 0.5, 0.5]
-    assert router.finish_step() is None, "the counts are forgotten"
+    assert router.finish_step() is None, "finish_step resets the counts"
     router.counts = torch.tensor([3, 3, 4, 2])
     router.finish_step()
-    assert router.expert_bias.tolist() == [-0.5, 0.5, 0.0, 1.0], "a mean load moves nothing"
+    assert router.expert_bias.tolist() == [-0.5, 0.5, 0.0, 1.0], "an expert with the mean load keeps its bias"
 
 
-def test_counts_gather_over_micro_batches_and_only_in_training() -> None:
+def test_counts_accumulate_over_micro_batches_in_training_only() -> None:
     moe, x = make_moe(), torch.randn(2, 9, W, dtype=torch.float64)
-    whole = moe.router(x.flatten(0, 1)).counts
+    full = moe.router(x.flatten(0, 1)).counts
     moe.router.counts = None
     moe(x[:1])
     moe(x[1:])
-    assert torch.equal(moe.router.counts, whole)
+    assert torch.equal(moe.router.counts, full)
     with torch.no_grad():
         moe(x)
     moe.eval()
     moe(x)
-    assert torch.equal(moe.router.counts, whole)
+    assert torch.equal(moe.router.counts, full)
     assert list(routers_of(torch.nn.ModuleDict({"a": moe}))) == ["a"]
 
 
-def test_balancing_evens_out_the_load() -> None:
-    """Tokens that all want the same experts, and a router that learns nothing."""
+def test_expert_bias_balances_the_load() -> None:
+    """All tokens prefer the same experts, and the router weights are not trained."""
     torch.manual_seed(0)
     router = Router(W, E, 2, score="sigmoid", expert_bias_update_rate=0.02)
     router.init_weights(std=0.3)
@@ -274,20 +274,20 @@ def test_balancing_evens_out_the_load() -> None:
     assert max(loads[-10:]) < 1.15
 
 
-def test_the_auxiliary_loss_is_one_where_all_is_even_and_pulls_there() -> None:
+def test_aux_loss_is_one_for_even_load() -> None:
     router = Router(E, E, 1, aux_loss_coef=0.5)
     router.weight.data = torch.eye(E) * 1e-6
     router(torch.eye(E))
-    assert router.aux_loss.item() == pytest.approx(0.5 * E), "half of 1 for each of 8 tokens"
+    assert router.aux_loss.item() == pytest.approx(0.5 * E), "coefficient 0.5 times 1 for each of 8 tokens"
     router.weight.data[0] = 5.0
     router(torch.eye(E), torch.arange(E) < 6)
     share = F.softmax(torch.tensor([5.0] + [0.0] * 7), 0)[0].item()
-    assert router.aux_loss.item() == pytest.approx(0.5 * E * 6 * share, rel=1e-4), "all of 6 to one expert"
+    assert router.aux_loss.item() == pytest.approx(0.5 * E * 6 * share, rel=1e-4), "all 6 tokens select one expert"
     (grad,) = torch.autograd.grad(router.aux_loss, router.weight)
-    assert (grad[0, :6] > 0).all(), "down with the score that all have chosen"
+    assert (grad[0, :6] > 0).all(), "gradient descent lowers the score of the overloaded expert"
 
 
-def test_the_auxiliary_loss_over_k_choices() -> None:
+def test_aux_loss_with_several_experts_per_token() -> None:
     router, x = make_router(aux_loss_coef=1.0), torch.randn(10, W, dtype=torch.float64)
     routing = router(x)
     shares = F.softmax(x @ router.weight.detach().t(), dim=1).mean(dim=0)

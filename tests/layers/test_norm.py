@@ -3,14 +3,14 @@ import torch
 from sightline.layers import RMSNorm, ZeroCenteredRMSNorm
 
 
-def test_norm_divides_by_the_root_mean_square() -> None:
+def test_rms_norm_literal() -> None:
     norm = RMSNorm(4, eps=0.0)
     norm.init_weights()
     x = torch.tensor([[1.0, 1.0, 1.0, 1.0], [3.0, -4.0, 0.0, 0.0]])  # root mean squares 1 and 2.5
     torch.testing.assert_close(norm(x), torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.2, -1.6, 0.0, 0.0]]))
 
 
-def test_eps_keeps_a_zero_row_zero_and_the_weight_scales() -> None:
+def test_zero_input_and_weight() -> None:
     norm = RMSNorm(2, eps=1e-5)
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([2.0, 10.0]))
@@ -18,7 +18,7 @@ def test_eps_keeps_a_zero_row_zero_and_the_weight_scales() -> None:
     torch.testing.assert_close(norm(torch.tensor([[5.0, 5.0]])), torch.tensor([[2.0, 10.0]]))
 
 
-def test_a_zero_centred_weight_is_the_difference_from_one() -> None:
+def test_zero_centered_norm_scales_by_one_plus_weight() -> None:
     norm = ZeroCenteredRMSNorm(2, eps=0.0)
     norm.init_weights()
     assert torch.equal(norm.weight, torch.zeros(2))

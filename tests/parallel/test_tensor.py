@@ -230,7 +230,7 @@ def test_a_row_that_cannot_be_shared_is_refused() -> None:
         ("llama3-debug", 3, "the 512 tokens of the vocabulary nor the 2 key/value heads nor .* use parallel.tensor 2"),
         ("deepseek_v3-debug", 8, "8 does not divide the 4 heads of DeepseekV3; use parallel.tensor 4"),
         ("gpt_oss-120b", 16, "16 does not divide the 8 key/value heads of GptOss; use parallel.tensor 8"),
-        ("qwen3_next-debug", 4, "2 key heads of a memory nor the 2 key/value heads of Qwen3Next"),
+        ("qwen3_next-debug", 4, "2 key heads of a recurrent layer nor the 2 key/value heads of Qwen3Next"),
         ("vlm-debug", 4, "4 does not divide the 2 key/value heads of VLM; use parallel.tensor 2"),
     ],
 )
