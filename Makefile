@@ -1,7 +1,7 @@
-# The whole project by name. `make train` and `make test` set up .venv by themselves.
+# The tasks of the project. `make train` and `make test` set up .venv themselves.
 PYTHON ?= python3
 BIN := .venv/bin
-# The other PyTorch that `make test-torch` runs on.
+# PyTorch version of `make test-torch`.
 TORCH ?= 2.11.0
 OTHER := .venv-torch-$(TORCH)
 
@@ -12,7 +12,7 @@ setup: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Sightline needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	# torch first and alone: with it in place nothing later can pull another build of it
+	# torch first and alone, so that no other package pulls in a different build of it
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@

@@ -1,9 +1,9 @@
-"""Attention alone, forward + backward, against SDPA with a dense mask and against the limit of the machine.
+"""Time of attention, forward + backward, against SDPA with a dense mask and against the limit of the machine.
 
-    python -m benchmarks.attention [--lengths 2048 4096 8192 32768] [--heads 8] [--head-size 64] [--threads 1]
+    python -m benchmarks.attention [--lengths 2048 4096 8192 32768] [--heads 8] [--head-dim 64] [--threads 1]
 
-The limit is the attended pairs at this machine's own matrix-product rate, timed in turn in the same run:
-14 x heads x head size x visible pairs FLOPs (4 forward, 10 backward with its recomputation, as FlashAttention counts).
+The limit is the time of 14 x heads x head dim x visible pairs FLOPs (4 forward, 10 backward with its recomputation, as
+FlashAttention counts) at the matrix-product rate of this machine, which is timed in turn in the same run.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from benchmarks.timing import (
 from sightline.attention import attend, lower
 from sightline.masks import AttentionMask, causal, chunked, document, prefix_lm, shared_prefix, sliding_window
 
-PLAIN_UP_TO = 8192  # what looks at every pair takes minutes further on
+MAX_DENSE_LENGTH = 8192  # kernels that compute every pair take minutes for longer rows
 
 
 def masks(length: int) -> dict[str, AttentionMask]:
-    """The masks of the table, each over one row of `length` tokens."""
+    """Masks of the table by name, each for one row of `length` tokens."""
     ids = lognormal_documents(length)
     long_ids = even_documents(length, 3)
     positions = positions_of(ids)
@@ -54,6 +54,8 @@ def masks(length: int) -> dict[str, AttentionMask]:
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, run: Callable[..., Tensor]) -> Callable[[], None]:
+    """Return a function that runs forward and backward of `run(q, k, v)`."""
+
     def forward_backward() -> None:
         for x in (q, k, v):
             x.grad = None
@@ -66,43 +68,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 32768])
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=None, help="default: as many as --heads")
-    parser.add_argument("--head-size", type=int, default=64)
+    parser.add_argument("--kv-heads", type=int, default=None, help="default: the same number as --heads")
+    parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="only masks whose name contains this")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    heads, size = options.heads, options.head_size
+    heads, head_dim = options.heads, options.head_dim
     kv_heads = options.kv_heads or heads
     rows: list[dict[str, object]] = []
-    table = Table(title=f"attention, forward + backward, float32, H={heads} G={kv_heads} D={size}, {machine()}")
+    table = Table(title=f"attention, forward + backward, float32, H={heads} G={kv_heads} D={head_dim}, {machine()}")
     for name in ("S", "mask", "ms", "x dense", "x causal row", "% of limit"):
         table.add_column(name, justify="left" if name == "mask" else "right")
     for length in options.lengths:
-        q = torch.randn(1, length, heads, size).transpose(1, 2).requires_grad_()
-        k, v = (torch.randn(1, length, kv_heads, size).transpose(1, 2).requires_grad_() for _ in range(2))
-        grad = torch.randn(1, length, heads, size).transpose(1, 2)
+        q = torch.randn(1, length, heads, head_dim).transpose(1, 2).requires_grad_()
+        k, v = (torch.randn(1, length, kv_heads, head_dim).transpose(1, 2).requires_grad_() for _ in range(2))
+        grad = torch.randn(1, length, heads, head_dim).transpose(1, 2)
         contestants: dict[str, Callable[[], object]] = {"gemm": gemm()}
         chosen = {name: mask for name, mask in masks(length).items() if options.only in name}
         for name, mask in chosen.items():
             lowered = lower(mask, device="cpu", dtype=torch.float32, training=True)
-            contestants[name] = step(q, k, v, grad, lambda q, k, v, form=lowered: attend(q, k, v, form))
-        if length <= PLAIN_UP_TO:
-            # What is dense costs the same whatever it shows, so one dense mask stands for all.
+            contestants[name] = step(q, k, v, grad, lambda q, k, v, lowered=lowered: attend(q, k, v, lowered))
+        if length <= MAX_DENSE_LENGTH:
+            # The time of a dense mask does not depend on its values: measure one of them for all.
             dense = next(iter(chosen.values())).to_dense().unsqueeze(1)
             gqa = {"enable_gqa": kv_heads != heads}
-            for name, options_of_sdpa in (
+            for name, sdpa_options in (
                 ("dense", {"attn_mask": dense, **gqa}),
                 ("causal row", {"is_causal": True, **gqa}),
             ):
                 contestants[name] = step(
                     q, k, v, grad,
-                    lambda q, k, v, o=options_of_sdpa: F.scaled_dot_product_attention(q, k, v, **o),
+                    lambda q, k, v, o=sdpa_options: F.scaled_dot_product_attention(q, k, v, **o),
                 )  # fmt: skip
         seconds = in_turn(contestants, options.rounds)
         for name, mask in chosen.items():
-            limit = 14 * heads * size * int(mask.visible_pairs().sum()) / (GEMM_FLOPS / seconds["gemm"])
+            limit = 14 * heads * head_dim * int(mask.visible_pairs().sum()) / (GEMM_FLOPS / seconds["gemm"])
             times = {
                 f"times_{other}": seconds[other] / seconds[name]
                 for other in ("dense", "causal row")
@@ -114,7 +116,7 @@ def main() -> None:
             table.add_row(str(length), name, f"{1e3 * seconds[name]:.0f}", *shown, f"{100 * share:.0f}")
         table.add_section()
     Console().print(table)
-    save(f"attention-h{heads}-g{kv_heads}-d{size}-{options.threads}t", rows)
+    save(f"attention-h{heads}-g{kv_heads}-d{head_dim}-{options.threads}t", rows)
 
 
 if __name__ == "__main__":

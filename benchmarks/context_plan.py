@@ -1,10 +1,11 @@
-"""The context-parallel plan: balance, keys that travel and time, of every order and of PyTorch's load balancers.
+"""Context-parallel plans: load balance, exchanged keys and planning time of each order and of PyTorch's load balancers.
 
     python -m benchmarks.context_plan [--rounds 9]
 
-Rows of 32k tokens on 8 ranks and of 128k on 64. `received` is the share of the keys that an all-gather brings, which is
-also what a ring passes on: (degree - 1) / degree of the row to every rank, for every mask. PyTorch's balancers only say
-who owns what and then gather everything; what is shown for them is what their owners would need.
+Rows of 32k tokens on 8 ranks and of 128k on 64. `received` is the number of received keys as a share of an all-gather
+or a ring, which send (degree - 1) / degree of the row to every rank, for every mask. PyTorch's balancers only assign
+tokens to ranks and then all-gather all keys; the share shown for them counts only the keys that the assigned queries
+attend to.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from sightline.parallel.context.plan import ORDERS, ContextPlan
 from sightline.parallel.context.transfers import build_pieces, find_key_ranges, find_transfers
 from sightline.plots.context_png import plot_context_plan
 
-PICTURE = Path(__file__).parent.parent / "docs" / "context_plan.png"
+PLOT = Path(__file__).parent.parent / "docs" / "context_plan.png"
 
 
 class Layout(NamedTuple):
@@ -73,30 +74,30 @@ def main() -> None:
     Console(width=140).print(table)
     save("context_plan", rows)
     ids = lognormal_documents(8192, rows=4)
-    plot_context_plan(plan_context(causal(*ids.shape) & document(ids), 4), PICTURE)
+    plot_context_plan(plan_context(causal(*ids.shape) & document(ids), 4), PLOT)
 
 
 def build_layouts(length: int) -> list[Layout]:
-    """Lognormal documents of median 300; a document of half the row among those of median 100; two masks over each."""
+    """Lognormal documents of median 300; half a row of one document among those of median 100; with two masks each."""
     usual = lognormal_documents(length)
     half = lognormal_documents(length, median=100)
     long = torch.cat(
         [half[:, : length // 4], torch.full((1, length // 2), length), half[:, length // 4 : length // 2]], 1
     )
     long = long.to(torch.int32)
-    full, of_long = causal(1, length) & document(usual), causal(1, length) & document(long)
+    full, long_full = causal(1, length) & document(usual), causal(1, length) & document(long)
     window = sliding_window(1, length, 128) & full
-    chunk = chunked(positions_of(long), 8192) & of_long
+    chunk = chunked(positions_of(long), 8192) & long_full
     return [
         Layout("lognormal", usual, {"full": full}, {"full": 1}),
-        Layout("one long, many short", long, {"full": of_long}, {"full": 1}),
+        Layout("one long, many short", long, {"full": long_full}, {"full": 1}),
         Layout("lognormal, window 128 + full", usual, {"full": full, "window": window}, {"full": 1, "window": 1}),
-        Layout("one long, chunk 8192 + full", long, {"full": of_long, "chunk": chunk}, {"full": 1, "chunk": 3}),
+        Layout("one long, chunk 8192 + full", long, {"full": long_full, "chunk": chunk}, {"full": 1, "chunk": 3}),
     ]
 
 
 def measure(layout: Layout, degree: int, rounds: int) -> list[dict[str, object]]:
-    """A line for each order. A balancer sees the full mask alone, for it takes one."""
+    """One result per order. PyTorch's balancers take one mask and get the full one."""
     plans: dict[str, tuple[ContextPlan, dict[str, int]]] = {}
     planners: dict[str, Callable[[], object]] = {}
     for order in ORDERS:
@@ -105,14 +106,14 @@ def measure(layout: Layout, degree: int, rounds: int) -> list[dict[str, object]]
     blocks = layout.masks["full"].to_block_mask()
     planners["PyTorch PTRR"] = lambda: _PTRRLoadBalancer(blocks, degree)._generate_indices()
     plans["PyTorch PTRR"] = (
-        plan_of(layout.masks, owners_of_shards(planners["PyTorch PTRR"](), degree), degree),
+        build_plan(layout.masks, owners_of_shards(planners["PyTorch PTRR"](), degree), degree),
         layout.layers,
     )
     if len(layout.masks) == 1:
         rounded = round_documents(layout.document_ids, 2 * degree)
         planners["PyTorch per document"] = lambda: per_document(rounded, degree)._generate_indices()
         masks = {"full": causal(1, rounded.shape[1]) & document(rounded)}
-        plans["PyTorch per document"] = plan_of(masks, owners_by_document(rounded, degree), degree), layout.layers
+        plans["PyTorch per document"] = build_plan(masks, owners_by_document(rounded, degree), degree), layout.layers
     seconds = cpu_seconds(planners, rounds)
     shards = cpu_seconds(
         {o: lambda o=o: [plans[o][0].shard(degree // 2, name) for name in layout.masks] for o in ORDERS}, rounds
@@ -133,7 +134,7 @@ def measure(layout: Layout, degree: int, rounds: int) -> list[dict[str, object]]
 
 
 def cpu_seconds(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of this thread for each contestant, run in turn; the first round warms up."""
+    """Median CPU seconds of this thread for each contestant; they run in turn, and the first round is warm-up."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds + 1):
         for name, run in contestants.items():
@@ -144,7 +145,7 @@ def cpu_seconds(contestants: dict[str, Callable[[], object]], rounds: int) -> di
 
 
 def weighted_work(plan: ContextPlan, layers: dict[str, int]) -> np.ndarray:
-    """Pairs of each rank over all layers: float64 [degree]."""
+    """Visible pairs of each rank, summed over all layers: float64 [degree]."""
     work = np.zeros(plan.degree)
     for name, mask in plan.masks.items():
         pairs = (mask.stop - mask.start).sum(dim=2).flatten().numpy()
@@ -152,8 +153,8 @@ def weighted_work(plan: ContextPlan, layers: dict[str, int]) -> np.ndarray:
     return work
 
 
-def plan_of(masks: dict[str, AttentionMask], owner: Tensor, degree: int) -> ContextPlan:
-    """The plan for given owners: int64 [S], one row."""
+def build_plan(masks: dict[str, AttentionMask], owner: Tensor, degree: int) -> ContextPlan:
+    """Plan of one row for a given owner rank of each token: int64 [S]."""
     edges = [0, *(owner.diff().nonzero().flatten() + 1).tolist(), len(owner)]
     pieces = build_pieces([[(first, last, int(owner[first])) for first, last in pairwise(edges)]])
     needs = {name: find_key_ranges(mask, pieces) for name, mask in masks.items()}
@@ -162,7 +163,7 @@ def plan_of(masks: dict[str, AttentionMask], owner: Tensor, degree: int) -> Cont
 
 
 def owners_of_shards(indices: object, degree: int) -> Tensor:
-    """PyTorch reorders the row by `indices` [1, S] and gives every rank a contiguous part."""
+    """Owner of each token [S] if the row, reordered by `indices` [1, S], is split into contiguous parts."""
     assert isinstance(indices, Tensor)
     owner = torch.empty(indices.shape[1], dtype=torch.int64)
     owner[indices[0].long()] = torch.arange(degree).repeat_interleave(indices.shape[1] // degree)
@@ -174,7 +175,7 @@ def document_lengths(document_ids: Tensor) -> list[int]:
 
 
 def round_documents(document_ids: Tensor, multiple: int) -> Tensor:
-    """The same documents, padded to the multiple that the per-document balancer asks for; padding counts as work."""
+    """Document ids, each document padded to the multiple that the per-document balancer requires; padding is work."""
     lengths = torch.tensor([-(-length // multiple) * multiple for length in document_lengths(document_ids)])
     return torch.repeat_interleave(torch.arange(len(lengths)), lengths)[None].to(torch.int32)
 
@@ -184,8 +185,10 @@ def per_document(document_ids: Tensor, degree: int) -> _PerDocumentHeadTailLoadB
 
 
 def owners_by_document(document_ids: Tensor, degree: int) -> Tensor:
-    """Rank r owns chunks r and 2 degree - 1 - r of every document. The balancer lists its indices document by document,
-    so parts of equal length of its list would not be that; these are the owners it describes."""
+    """Owner of each token [S] under the per-document balancer: rank r owns chunks r and 2 degree - 1 - r of a document.
+
+    Its indices go document by document, so splitting them into equal parts, as PyTorch does, gives other owners.
+    """
     indices = per_document(document_ids, degree)._generate_indices()[0]
     ranks = [torch.arange(degree).repeat_interleave(length // degree) for length in document_lengths(document_ids)]
     owner = torch.empty_like(indices)

@@ -1,13 +1,13 @@
-"""A training step of each family's -tiny model: Sightline against the transformers model of the same config.
+"""Time and memory of a training step of each -tiny model: Sightline against the transformers model of the same config.
 
     python -m benchmarks.families [--models llama3-tiny qwen3-tiny ...] [--length 2048] [--threads 2] [--rounds 5]
 
-Both have the same weights and take the same documents of the corpus, in turn in one run: forward, loss over the valid
-tokens, backward, clipping, fused AdamW. Theirs attends with SDPA, or with its own eager code where it has no other, and
-keeps the documents of a row apart by their position_ids where that gives our loss; where it does not (state that
-crosses documents), each document has a row of its own, padded to the longest. Where images see both ways, theirs has
-no mask for it, and takes ours written out pair by pair. Peak memory is that of one process each: what it grew by from
-before the model was built until three steps were done.
+Both have the same weights and use the same documents of the corpus, in turn in one run: forward, loss over the valid
+tokens, backward, clipping, fused AdamW. The transformers model ("theirs") uses SDPA, or its eager attention if it has
+no SDPA. It separates the documents of a row by their position_ids if that gives our loss; otherwise (state that crosses
+documents) each document has its own row, padded to the longest. For bidirectional images, which theirs has no mask for,
+it gets our mask as a dense tensor. Peak memory is measured in one process each: its growth from before the model is
+built until three steps are done.
 """
 
 from __future__ import annotations
@@ -59,19 +59,19 @@ SAME_LOSS = 2e-5
 
 
 class Inputs(NamedTuple):
-    """What their model takes; `labels` are already shifted."""
+    """Inputs of their model; `labels` are already shifted."""
 
     labels: Tensor
     arguments: dict[str, Tensor]
 
 
 def packed(batch: Batch) -> Inputs:
-    """Rows as they are. No attention_mask: only without one do they look for documents in position_ids."""
+    """Packed rows without attention_mask: only without one does transformers find the documents in position_ids."""
     return Inputs(batch.labels, {"input_ids": batch.tokens, "position_ids": batch.positions.long()})
 
 
 def padded(batch: Batch) -> Inputs:
-    """One document a row."""
+    """One document per row."""
     index = [
         (row, (batch.document_ids[row] == number).nonzero()[:, 0])
         for row in range(batch.shape[0])
@@ -92,7 +92,7 @@ def padded(batch: Batch) -> Inputs:
 
 
 def with_images(config: VLMConfig, batch: Batch) -> Inputs:
-    """Rows as they are, under a dense mask; each image a row of patches, padded to the largest."""
+    """Packed rows with a dense mask; each image is a row of patches, padded to the largest image."""
     with torch.device("meta"):
         model = VLM(config)
     mask = model.get_attention_masks(batch)["decoder"].to_dense()[:, None]
@@ -145,7 +145,7 @@ def our_step(model: Any, batch: Callable[[], Batch], tokenizer: Tokenizer) -> Ca
 
 
 def load_theirs(directory: Path) -> Any:
-    """Their model with SDPA, or with what it has where it has no SDPA."""
+    """Load their model with SDPA, or with eager attention if it has no SDPA."""
     model = getattr(transformers, read_config(directory)["architectures"][0])
     try:
         return model.from_pretrained(directory, attn_implementation="sdpa")
@@ -154,7 +154,7 @@ def load_theirs(directory: Path) -> Any:
 
 
 def write_model(name: str, directory: Path) -> None:
-    """Fresh weights, for both to read. Theirs have no multi-token prediction, so ours goes without."""
+    """Write initial weights that both models load, without the multi-token prediction that theirs do not have."""
     config = config_of(name)
     if getattr(config, "mtp_loss_weight", None) is not None:
         config = dataclasses.replace(config, mtp_loss_weight=None)
@@ -163,7 +163,11 @@ def write_model(name: str, directory: Path) -> None:
 
 
 def choose_arrangement(ours: Any, theirs: Any, batch: Batch, tokenizer: Tokenizer) -> Callable[[Batch], Inputs]:
-    """The first that is correct, which is to give our loss; if none does, the two are not the same model."""
+    """Return the first arrangement with which their loss equals ours.
+
+    Raises:
+        AssertionError: if there is none, so that the two are not the same model.
+    """
     arrangements = [partial(with_images, ours.config)] if batch.extra else [packed, padded]
     with torch.no_grad():
         expected = ours(**prepare_batch(ours, batch, tokenizer, torch.device("cpu"))).item() / batch.valid_tokens()
@@ -175,32 +179,34 @@ def choose_arrangement(ours: Any, theirs: Any, batch: Batch, tokenizer: Tokenize
     raise AssertionError(f"their losses are {losses}, ours {expected}: not the same model")
 
 
-def peak_memory(directory: Path, whose: str, rows: list[Batch], tokenizer: Tokenizer, arrange: Any) -> float:
-    """MiB that three steps need, measured in a process of its own."""
+def peak_memory(directory: Path, which: str, rows: list[Batch], tokenizer: Tokenizer, arrange: Any) -> float:
+    """Peak memory of three steps in MiB, measured in a separate process."""
     with multiprocessing.get_context("spawn").Pool(1) as process:
-        return process.apply(_grow, (directory, whose, rows, tokenizer, arrange, torch.get_num_threads()))
+        return process.apply(_memory_growth, (directory, which, rows, tokenizer, arrange, torch.get_num_threads()))
 
 
-def _grow(directory: Path, whose: str, rows: list[Batch], tokenizer: Tokenizer, arrange: Any, threads: int) -> float:
+def _memory_growth(
+    directory: Path, which: str, rows: list[Batch], tokenizer: Tokenizer, arrange: Any, threads: int
+) -> float:
     torch.set_num_threads(threads)
-    before = _high_water()
-    if whose == "ours":
+    before = _peak_rss()
+    if which == "ours":
         step = our_step(load_pretrained(directory), cycle(rows), tokenizer)
     else:
         step = their_step(load_theirs(directory), cycle(rows), arrange)
     for _ in range(3):
         step()
-    return _high_water() - before
+    return _peak_rss() - before
 
 
-def _high_water() -> float:
+def _peak_rss() -> float:
     found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) / 1024
 
 
 def compare(name: str, rows: list[Batch], tokenizer: Tokenizer, rounds: int) -> dict[str, object]:
-    """The figures of one model."""
+    """Measurements of one model."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         write_model(name, directory)
@@ -213,18 +219,18 @@ def compare(name: str, rows: list[Batch], tokenizer: Tokenizer, rounds: int) -> 
         seconds = in_turn(contestants, rounds)
         attention, length = theirs.config._attn_implementation, rows[0].tokens.numel()
         del ours, theirs, contestants
-        memory = {whose: peak_memory(directory, whose, rows[:3], tokenizer, arrange) for whose in ("ours", "theirs")}
+        memory = {which: peak_memory(directory, which, rows[:3], tokenizer, arrange) for which in ("ours", "theirs")}
     return {
         "model": name,
-        "their_way": f"{attention}, {getattr(arrange, 'func', arrange).__name__}",
-        **{f"{whose}_tokens_per_second": length / value for whose, value in seconds.items()},
+        "their_attention": f"{attention}, {getattr(arrange, 'func', arrange).__name__}",
+        **{f"{which}_tokens_per_second": length / value for which, value in seconds.items()},
         "times": seconds["theirs"] / seconds["ours"],
-        **{f"{whose}_mib": value for whose, value in memory.items()},
+        **{f"{which}_mib": value for which, value in memory.items()},
     }
 
 
 def rows_of(name: str, length: int, tokenizers: dict[tuple[str, int], Tokenizer]) -> tuple[list[Batch], Tokenizer]:
-    """Rows of at least three documents of the recipe's own source."""
+    """Rows with at least three documents of the recipe's data source."""
     recipe = get_recipe(name)
     training = dataclasses.replace(recipe.training, sequence_length=length, global_batch_size=1, micro_batch_size=1)
     run = dataclasses.replace(recipe, training=training, seed=1)
@@ -259,7 +265,7 @@ def main() -> None:
         results.append(row)
         table.add_row(
             name,
-            str(row["their_way"]),
+            str(row["their_attention"]),
             *(f"{row[key]:.0f}" for key in ("ours_tokens_per_second", "theirs_tokens_per_second")),
             f"{row['times']:.2f}x",
             *(f"{row[key]:.0f}" for key in ("ours_mib", "theirs_mib")),

@@ -1,10 +1,11 @@
-"""Losses and gradient norms of ten steps of every recipe that runs on a laptop, to compare two commits by.
+"""Losses and gradient norms of ten steps of every recipe that runs on a laptop, to compare two commits.
 
     python -m benchmarks.losses --output before.json                        # on one commit
-    python -m benchmarks.losses --output after.json --compare before.json   # on the other, on the same machine
+    python -m benchmarks.losses --output after.json --compare before.json   # on the other commit, on the same machine
 
-One process computes the same bits again; a mesh (run by the tests' own processes) sums in another order and is compared
-within 1e-6. Numbers of different machines or PyTorch versions differ in the last digits and prove nothing.
+One process is deterministic to the bit; a mesh (run with the processes of the tests) sums in another order and is
+compared within 1e-6. Results from different machines or PyTorch versions differ in the last digits and cannot be
+compared.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tests.support.processes import on_processes
 from tests.support.small_runs import write_corpus
 
 STEPS = 10
-KEPT = ("step", "loss", "grad_norm", "learning_rate", "tokens", "visible_pairs", "validation_loss")
+COMPARED = ("step", "loss", "grad_norm", "learning_rate", "tokens", "visible_pairs", "validation_loss")
 
 
 def laptop_recipes() -> list[str]:
@@ -45,11 +46,13 @@ def ten_steps(run: Run, directory: Path) -> Run:
 
 def record_run(run: Run, world: int) -> list[dict[str, Any]]:
     on_processes(world, train_on, run, join=False)
-    return [{name: row[name] for name in KEPT if name in row} for row in read_metrics(run.output_dir / "metrics.jsonl")]
+    return [
+        {name: row[name] for name in COMPARED if name in row} for row in read_metrics(run.output_dir / "metrics.jsonl")
+    ]
 
 
 def record(only: str) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each run, by its name; those of one process first."""
+    """Metrics of each run by its name, runs on one process first. `only` selects names that contain it."""
     recorded = {}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -70,6 +73,7 @@ def record(only: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """One line per metric that differs between two recordings."""
     found = []
     for key in [key for key in before if key in after]:
         exact = key in RECIPES
@@ -92,7 +96,7 @@ def main() -> None:
     options.output.write_text(json.dumps(recorded, indent=1))
     if options.compare:
         found = differences(json.loads(options.compare.read_text()), recorded)
-        print("\n".join(found) or f"{len(recorded)} runs: one process to the bit, meshes within 1e-6")
+        print("\n".join(found) or f"{len(recorded)} runs are equal: one process to the bit, meshes within 1e-6")
         sys.exit(bool(found))
 
 

@@ -1,8 +1,8 @@
-"""What masks cost: building them, lowering them to tiles and to block masks, against create_block_mask.
+"""Time to build masks and to convert them to tiles and block masks, against create_block_mask.
 
     python -m benchmarks.masks [--lengths 2048 4096 ... 131072] [--threads 1]
 
-Writes the figures and docs/mask_cost.png: cost against S, both on a logarithmic scale, where linear is a slope of 1.
+Writes the measurements, and docs/mask_cost.png: time against S in a log-log plot, where linear has a slope of 1.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from benchmarks.timing import in_turn, lognormal_documents, machine, positions_o
 from sightline.attention.tiles import build_tiles
 from sightline.masks import AttentionMask, causal, document, prefix_lm, shared_prefix, sliding_window
 
-THEIRS_UP_TO = 16384  # create_block_mask looks at every pair: 17 GB of indices at 64k
-PICTURE = Path(__file__).parent.parent / "docs" / "mask_cost.png"
+MAX_TORCH_LENGTH = 16384  # create_block_mask evaluates every pair: 17 GB of indices at 64k
+PLOT = Path(__file__).parent.parent / "docs" / "mask_cost.png"
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
             "blocks_forward": lambda mask=mask: mask.to_block_mask(compute_q_blocks=False),
         }
         seconds = in_turn(contestants, options.rounds)
-        if length <= THEIRS_UP_TO:
+        if length <= MAX_TORCH_LENGTH:
             seconds |= in_turn(
                 {
                     "theirs": lambda mask=mask, length=length: create_block_mask(
@@ -81,10 +81,10 @@ def main() -> None:
         table.add_row(str(length), *(f"{row[name]:.2f}" for name in names), theirs, times)
     Console(width=140).print(table)
     save(f"masks-{options.threads}t", rows)
-    draw(rows)
+    plot(rows)
 
 
-def draw(rows: list[dict[str, object]]) -> None:
+def plot(rows: list[dict[str, object]]) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     names = {
@@ -100,10 +100,10 @@ def draw(rows: list[dict[str, object]]) -> None:
     linear = [first["build"] * row["length"] / first["length"] for row in rows]  # type: ignore[operator]
     axes.loglog([row["length"] for row in rows], linear, color="gray", linestyle=":", label="linear in S", base=2)
     axes.set_yscale("log")
-    axes.set(xlabel="tokens of a row (S)", ylabel="ms", title="What a mask costs, on one CPU core")
+    axes.set(xlabel="tokens of a row (S)", ylabel="ms", title="Time to build a mask, on one CPU core")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(PICTURE, dpi=120)
+    figure.savefig(PLOT, dpi=120)
 
 
 if __name__ == "__main__":

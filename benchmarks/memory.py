@@ -1,8 +1,8 @@
-"""Peak memory of attention, forward + backward, at S = 32768: ours under several masks against plain causal SDPA.
+"""Peak memory of attention, forward + backward, at S = 32768: several masks against plain causal SDPA.
 
     python -m benchmarks.memory [--length 32768]
 
-Each runs in a process of its own; what the process held before the first step is taken off.
+Each mask runs in a separate process. The memory of the process before the first step is subtracted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PLAIN = "plain causal SDPA"
 
 
 def peak() -> float:
-    """MiB this process has held at most."""
+    """Peak memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

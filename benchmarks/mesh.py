@@ -1,10 +1,10 @@
-"""What a mesh costs and what it saves.
+"""Overhead of the distributed code on one process, and memory per rank under FSDP.
 
-    python -m benchmarks.mesh                                   a step on one process, with the mesh's code and without
-    torchrun --nproc-per-node 4 -m benchmarks.mesh              what each of 4 processes holds of llama3-tiny
+    python -m benchmarks.mesh                                   time of a step on one process, with and without the code
+    torchrun --nproc-per-node 4 -m benchmarks.mesh              memory of llama3-tiny on each of 4 ranks
 
-Without the mesh's code a step is written as one would write it: forward and backward for each microbatch, PyTorch's own
-clipping, the optimizer. Each contestant runs in a process of its own, and they take their steps in turn.
+Without the distributed code a step is plain PyTorch: forward and backward of each micro-batch, clip_grad_norm_, the
+optimizer. Each contestant runs in a separate process, and they take turns, step by step.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from sightline.training.step import prepare_batch, train_step
 CPU = torch.device("cpu")
 
 
-def through_the_mesh(length: int, threads: int) -> Callable[[], float]:
-    """A step as `sightline train` takes it on one process."""
+def distributed_step(length: int, threads: int) -> Callable[[], float]:
+    """Return a function that takes a step of `sightline train` on one process."""
     torch.set_num_threads(threads)
     tokenizer, rows = rows_of(length)
     model = build_model("llama3-tiny")
@@ -40,8 +40,8 @@ def through_the_mesh(length: int, threads: int) -> Callable[[], float]:
     ).loss.item()
 
 
-def by_hand(length: int, threads: int) -> Callable[[], float]:
-    """The same step without it."""
+def plain_step(length: int, threads: int) -> Callable[[], float]:
+    """Return a function that takes the same step in plain PyTorch."""
     torch.set_num_threads(threads)
     tokenizer, rows = rows_of(length)
     model = build_model("llama3-tiny")
@@ -60,38 +60,38 @@ def by_hand(length: int, threads: int) -> Callable[[], float]:
 
 
 def measure_overhead(arguments: argparse.Namespace) -> None:
-    given = (arguments.length, arguments.threads)
-    makers = {"through the mesh": (through_the_mesh, given), "by hand": (by_hand, given)}
+    options = (arguments.length, arguments.threads)
+    makers = {"distributed code": (distributed_step, options), "plain PyTorch": (plain_step, options)}
     seconds = {name: took for name, (took, _) in processes_in_turn(makers, arguments.rounds).items()}
-    ratio = seconds["through the mesh"] / seconds["by hand"]
+    ratio = seconds["distributed code"] / seconds["plain PyTorch"]
     for name, took in seconds.items():
-        print(f"{name:<18} {took * 1e3:8.1f} ms a step")
-    print(f"the mesh's code costs {ratio - 1:+.2%} ({machine()})")
+        print(f"{name:<18} {took * 1e3:8.1f} ms per step")
+    print(f"overhead of the distributed code: {ratio - 1:+.2%} ({machine()})")
     save("mesh_overhead", [{"length": arguments.length, "rounds": arguments.rounds, **seconds, "ratio": ratio}])
 
 
-def held_bytes(model: ParallelModel) -> dict[str, int]:
-    """Weights, gradients and moments of this process, after a step."""
+def local_bytes(model: ParallelModel) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer state on this rank after a step."""
     optimizer = build_optimizer(model, OptimizerConfig())
-    held = {"weights": 0, "gradients": 0, "moments": 0}
+    local = {"weights": 0, "gradients": 0, "optimizer state": 0}
     for _, parameter in model.named_parameters():
         parameter.grad = torch.zeros_like(parameter)
-        moments = [value for value in optimizer.state[parameter].values()]
-        for kind, tensors in (("weights", [parameter]), ("gradients", [parameter.grad]), ("moments", moments)):
-            held[kind] += sum(t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes for t in tensors)
-    return held
+        state = [value for value in optimizer.state[parameter].values()]
+        for kind, tensors in (("weights", [parameter]), ("gradients", [parameter.grad]), ("optimizer state", state)):
+            local[kind] += sum(t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes for t in tensors)
+    return local
 
 
 def measure_memory(model: str) -> None:
     with distributed_session(ParallelConfig(), CPU) as device:
         mesh = Mesh(ParallelConfig(), device)
-        here = sum(held_bytes(build_parallel(config_of(model), TrainingConfig(device="cpu"), mesh)).values())
-        most = torch.tensor(here)
+        local = sum(local_bytes(build_parallel(config_of(model), TrainingConfig(device="cpu"), mesh)).values())
+        most = torch.tensor(local)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        alone = sum(held_bytes(single_process_model(build_model(model))).values())
+        alone = sum(local_bytes(single_process_model(build_model(model))).values())
         if mesh.rank == 0:
-            print(f"{model}: one process holds {alone / 2**20:.1f} MiB of weights, gradients and moments")
-            print(f"shard {mesh.size('shard')}: the fullest holds {int(most) / 2**20:.1f} MiB, {int(most) / alone:.1%}")
+            print(f"{model}: {alone / 2**20:.1f} MiB of weights, gradients and optimizer state on one process")
+            print(f"shard {mesh.size('shard')}: at most {int(most) / 2**20:.1f} MiB per rank, {int(most) / alone:.1%}")
 
 
 def main() -> None:

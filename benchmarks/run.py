@@ -1,4 +1,4 @@
-"""Every benchmark that this machine can run, one after the other: `make bench`. Under an hour on two cores."""
+"""Run every benchmark that this machine supports: `make bench`. Takes less than an hour on two cores."""
 
 from __future__ import annotations
 

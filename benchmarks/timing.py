@@ -1,4 +1,4 @@
-"""What every benchmark here shares: things timed in turn in one run, and rows of documents like real ones."""
+"""Shared by the benchmarks: timing of contestants in turn in one run, and rows of documents with realistic lengths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def in_turn(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each contestant, run A B C A B C ... so that a noisy machine is noisy to all alike."""
+    """Median seconds of each contestant. They run A B C A B C ..., so that noise of the machine affects all alike."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for lap in range(rounds + 1):
         for name, run in contestants.items():
@@ -26,7 +26,7 @@ def in_turn(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[s
             begin = time.perf_counter()
             run()
             _wait()
-            if lap > 0:  # the first lap warms up
+            if lap > 0:  # the first lap is warm-up
                 times[name].append(time.perf_counter() - begin)
     return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
@@ -34,10 +34,11 @@ def in_turn(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[s
 def processes_in_turn(
     makers: dict[str, tuple[Callable[..., Callable[[], object]], tuple[object, ...]]], rounds: int
 ) -> dict[str, tuple[float, float]]:
-    """The same with every contestant in a process of its own: median seconds and peak MiB of each.
+    """Median seconds and peak MiB of each contestant, as `in_turn` with each contestant in a separate process.
 
-    makers: name -> (function that builds the contestant, its arguments); both must be picklable. What one contestant
-    does to its process (allocator, threads, caches) does not touch the others, and its memory is its own.
+    The state of one process (allocator, threads, caches) does not affect the others, and its memory is measured alone.
+
+    makers  name -> (function that builds the contestant, its arguments); both must be picklable
     """
     context = multiprocessing.get_context("spawn")
     pipes = {}
@@ -52,7 +53,7 @@ def processes_in_turn(
         for name, pipe in pipes.items():
             pipe.send("run")
             seconds = pipe.recv()
-            if lap > 1:  # the first laps warm up
+            if lap > 1:  # the first laps are warm-up
                 times[name].append(seconds)
     results = {}
     for name, pipe in pipes.items():
@@ -77,7 +78,7 @@ def _wait() -> None:
 
 
 def gemm() -> Callable[[], Tensor]:
-    """A float32 matrix product to time in turn with others: 2 * 1024^3 FLOPs (see GEMM_FLOPS)."""
+    """Return a contestant that computes a float32 matrix product of GEMM_FLOPS = 2 * 1024^3 FLOPs."""
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     return lambda: a @ b
 
@@ -86,7 +87,7 @@ GEMM_FLOPS = 2 * 1024**3
 
 
 def lognormal_documents(length: int, rows: int = 1, *, median: float = 300.0, seed: int = 0) -> Tensor:
-    """Document ids int32 [rows, length] of documents with lognormal lengths (sigma 1), cut where a row ends."""
+    """Document ids int32 [rows, length] of documents with lognormal lengths (sigma 1); the last of a row is cut off."""
     generator = torch.Generator().manual_seed(seed)
     packed = []
     for _ in range(rows):
@@ -101,21 +102,21 @@ def even_documents(length: int, count: int) -> Tensor:
 
 
 def positions_of(document_ids: Tensor) -> Tensor:
-    """int32 [B, S], position inside the document."""
+    """Position of each token inside its document: int32 [B, S]."""
     index = torch.arange(document_ids.shape[1]).expand_as(document_ids)
-    begins = torch.ones_like(document_ids, dtype=torch.bool)
-    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return (index - index.masked_fill(~begins, 0).cummax(dim=1).values).to(torch.int32)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return (index - index.masked_fill(~starts, 0).cummax(dim=1).values).to(torch.int32)
 
 
 def machine() -> str:
-    """One line for the table: processor, threads, torch."""
+    """Processor, threads and torch version, for the title of a table."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     return f"{platform.machine()} {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def save(name: str, rows: list[dict[str, object]]) -> None:
-    """Keep a benchmark's figures as JSON beside the code, for the table and for the next comparison."""
+    """Write the measurements of a benchmark to results/NAME.json beside the code."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")

@@ -1,14 +1,14 @@
-"""A whole training step on packed rows of the corpus: Sightline against the same model written plainly.
+"""Time and memory of a training step on packed rows of the corpus: Sightline against the same model in plain PyTorch.
 
     python -m benchmarks.training_step [--lengths 2048 8192] [--threads 2]
 
-Each contestant runs in a process of its own, and they take their steps in turn.
+Each contestant runs in a separate process, and they take turns, step by step.
 
-The model: 6 layers, width 256, 8 heads, 4 key/value heads, FFN 688, vocabulary 8192, float32. The plain model has the
-same weights and is written as one would write it down: PyTorch's own modules, SDPA, full logits, cross_entropy,
-clipping, fused AdamW. It runs once with a dense document mask (built from the batch in each step, as trainers do) and
-once with plain causal attention, where every document leaks into the next. All take the same rows of at least three
-documents. Mask work is what Sightline does with masks in a step: the rules and the lowering.
+The model has 6 layers, hidden size 256, 8 heads, 4 key/value heads, intermediate size 688, vocabulary 8192, float32.
+The plain model has the same weights and uses PyTorch's modules, SDPA, full logits, cross_entropy, clipping and fused
+AdamW. It runs with a dense document mask (built from the batch in each step, as trainers do) and with plain causal
+attention, where every document leaks into the next. All use the same rows of at least three documents. Mask work is the
+time that a step of Sightline spends on masks: rules and lowering.
 """
 
 from __future__ import annotations
@@ -38,22 +38,23 @@ from sightline.training.step import train_step
 class PlainBlock(nn.Module):
     def __init__(self, config: Llama3Config) -> None:
         super().__init__()
-        width, size = config.hidden_size, config.resolved_head_dim
-        self.heads, self.kv_heads, self.size = config.num_heads, config.num_kv_heads, size
-        self.attention_norm = nn.RMSNorm(width, config.norm_eps)
-        self.query = nn.Linear(width, config.num_heads * size, bias=False)
-        self.key = nn.Linear(width, config.num_kv_heads * size, bias=False)
-        self.value = nn.Linear(width, config.num_kv_heads * size, bias=False)
-        self.attention_output = nn.Linear(config.num_heads * size, width, bias=False)
-        self.mlp_norm = nn.RMSNorm(width, config.norm_eps)
-        self.gate = nn.Linear(width, config.intermediate_size, bias=False)
-        self.up = nn.Linear(width, config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, width, bias=False)
+        hidden_size, head_dim = config.hidden_size, config.resolved_head_dim
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, head_dim
+        self.attention_norm = nn.RMSNorm(hidden_size, config.norm_eps)
+        self.query = nn.Linear(hidden_size, config.num_heads * head_dim, bias=False)
+        self.key = nn.Linear(hidden_size, config.num_kv_heads * head_dim, bias=False)
+        self.value = nn.Linear(hidden_size, config.num_kv_heads * head_dim, bias=False)
+        self.attention_output = nn.Linear(config.num_heads * head_dim, hidden_size, bias=False)
+        self.mlp_norm = nn.RMSNorm(hidden_size, config.norm_eps)
+        self.gate = nn.Linear(hidden_size, config.intermediate_size, bias=False)
+        self.up = nn.Linear(hidden_size, config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, hidden_size, bias=False)
 
     def forward(self, h: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
         x = self.attention_norm(h)
         q, k, v = (
-            linear(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for linear in (self.query, self.key, self.value)
+            linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for linear in (self.query, self.key, self.value)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
@@ -82,8 +83,8 @@ class PlainModel(nn.Module):
             ids, length = batch.document_ids, batch.shape[1]
             mask = (ids[:, :, None] == ids[:, None, :]).unsqueeze(1)
             mask = mask & torch.ones(length, length, dtype=torch.bool).tril()
-        size = self.config.resolved_head_dim
-        frequencies = self.config.rope_theta ** -(torch.arange(0, size, 2) / size)
+        head_dim = self.config.resolved_head_dim
+        frequencies = self.config.rope_theta ** -(torch.arange(0, head_dim, 2) / head_dim)
         angles = (batch.positions[:, None, :, None] * frequencies).repeat(1, 1, 1, 2)
         cos, sin = angles.cos(), angles.sin()
         h = self.embedding(batch.tokens)
@@ -92,14 +93,14 @@ class PlainModel(nn.Module):
         return self.output(self.norm(h))
 
     def copy_weights(self, model: Llama3) -> None:
-        """The weights of Sightline's model, whose parameters come in the same order."""
+        """Copy the weights of Sightline's model, whose parameters have the same order."""
         with torch.no_grad():
-            for own, other in zip(self.parameters(), model.parameters(), strict=True):
-                own.copy_(other)
+            for parameter, source in zip(self.parameters(), model.parameters(), strict=True):
+                parameter.copy_(source)
 
 
 def rows_of(length: int) -> tuple[Tokenizer, list[Batch]]:
-    """Rows of the corpus with at least three documents, the same ones for every contestant."""
+    """Tokenizer, and rows of the corpus with at least three documents, the same for every contestant."""
     documents = load_documents(DataConfig())
     tokenizer = train_tokenizer(documents, 8192)
     loader = Loader(documents, tokenizer, rows=1, sequence_length=length, seed=1)
@@ -109,7 +110,7 @@ def rows_of(length: int) -> tuple[Tokenizer, list[Batch]]:
 
 
 def ours(length: int, threads: int) -> Callable[[], float]:
-    """A step of Sightline, as `sightline train` takes it."""
+    """Return a function that takes a step of `sightline train`."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     tokenizer, rows = rows_of(length)
@@ -119,14 +120,14 @@ def ours(length: int, threads: int) -> Callable[[], float]:
 
     def step() -> float:
         batch = following()
-        taken = train_step(alone, optimizer, batch, tokenizer, micro_batch_size=1, max_grad_norm=1.0)
-        return taken.loss.item()
+        result = train_step(alone, optimizer, batch, tokenizer, micro_batch_size=1, max_grad_norm=1.0)
+        return result.loss.item()
 
     return step
 
 
 def plain(length: int, threads: int, dense: bool) -> Callable[[], float]:
-    """A step of the plain model, with a dense document mask or with leaky causal attention."""
+    """Return a function that takes a step of the plain model, with a dense document mask or leaky causal attention."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     _, rows = rows_of(length)
@@ -170,12 +171,14 @@ def main() -> None:
             options.rounds,
         )
         _, rows = rows_of(length)
-        own = measured["ours"][0]
-        share = mask_work(build_model("llama3-tiny"), rows) / own
+        our_seconds = measured["ours"][0]
+        share = mask_work(build_model("llama3-tiny"), rows) / our_seconds
         for name, (seconds, peak) in measured.items():
             row = {"length": length, "contestant": name, "tokens_per_second": length / seconds, "peak_mib": peak}
-            results.append({**row, "ours_times": seconds / own, "mask_share": share if name == "ours" else None})
-            table.add_row(str(length), name, f"{length / seconds:.0f}", f"{peak:.0f}", f"{seconds / own:.2f}x")
+            results.append(
+                {**row, "ours_times": seconds / our_seconds, "mask_share": share if name == "ours" else None}
+            )
+            table.add_row(str(length), name, f"{length / seconds:.0f}", f"{peak:.0f}", f"{seconds / our_seconds:.2f}x")
         table.add_section()
         Console().print(f"S = {length}: mask work is {share:.2%} of our step")
     Console().print(table)
@@ -183,19 +186,19 @@ def main() -> None:
 
 
 def cycle(rows: list[Batch]) -> Callable[[], Batch]:
-    """The next row of a list, over and over."""
-    at = -1
+    """Return a function that returns the next row of a list, endlessly."""
+    index = -1
 
     def following() -> Batch:
-        nonlocal at
-        at = (at + 1) % len(rows)
-        return rows[at]
+        nonlocal index
+        index = (index + 1) % len(rows)
+        return rows[index]
 
     return following
 
 
 def mask_work(model: Llama3, rows: list[Batch]) -> float:
-    """Median seconds of the masks of one step: rules and lowering."""
+    """Median seconds that one step spends on masks: rules and lowering."""
     times = []
     for batch in rows[:15]:
         begin = time.perf_counter()

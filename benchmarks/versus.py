@@ -1,10 +1,10 @@
-"""This checkout against another one, in turn in one run: has a change made anything slower?
+"""Time of this checkout against another one, in turn in one run, to find slowdowns.
 
     git worktree add ../before COMMIT
     python -m benchmarks.versus ../before [--pairs 15] [--only attention]
 
-Each checkout serves its own benchmarks' contestants from a process of its own, with one thread; they run in turn, new
-old new old. The ratio is the median over the pairs of new / old, with the quartiles beside it: below 1 is faster.
+Each checkout runs the contestants of its own benchmarks in a separate process with one thread; they take turns, new old
+new old. The ratio is the median over the pairs of new / old, with its quartiles: below 1 is faster.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 HERE = Path(__file__).parent.parent
-REPEATS = 50  # of what takes milliseconds
+REPEATS = 50  # of contestants that take milliseconds
 
 
 def training_step(length: int) -> Callable[[], object]:
@@ -74,14 +74,14 @@ CONTESTANTS: dict[str, tuple[Callable[..., Callable[[], object]], tuple[object, 
 
 
 def serve() -> None:
-    """For each line, a contestant's name, run it once and answer with the seconds."""
+    """Read names of contestants from stdin, one per line; run each once and print its seconds."""
     torch.set_num_threads(1)
     answers, sys.stdout = sys.stdout, sys.stderr
     running: dict[str, Callable[[], object]] = {}
     for line in sys.stdin:
         name = line.strip()
         if name not in running:
-            running.clear()  # one is held at a time: what it needs does not slow the next
+            running.clear()  # keep one contestant at a time, so that its memory does not slow down the next
             maker, arguments = CONTESTANTS[name]
             running[name] = maker(*arguments)
         begin = time.perf_counter()
@@ -120,7 +120,7 @@ def main() -> None:
         table.add_column(column, justify="right" if column else "left")
     for name in track([name for name in CONTESTANTS if options.only in name], console=Console(stderr=True)):
         new, old = start(HERE), start(options.other)
-        for process in (new, old, new, old):  # these warm up
+        for process in (new, old, new, old):  # warm-up
             seconds(process, name)
         pairs = [(seconds(new, name), seconds(old, name)) for _ in range(options.pairs)]
         for process in (new, old):

@@ -1,4 +1,4 @@
-"""The drawings of docs/masks.md are what the program draws, and its example rule does what it says."""
+"""The plots in docs/masks.md equal those of the program, and its example of a new rule works."""
 
 import re
 from pathlib import Path
@@ -11,17 +11,17 @@ from sightline.masks import AttentionMask
 from sightline.plots.mask_text import to_text
 
 PAGE = (Path(__file__).parent.parent / "docs" / "masks.md").read_text()
-DRAWN = re.findall(r'```console\n\$ sightline masks "([^"]+)"\n(.*?)\n```', PAGE, re.DOTALL)
+PLOTS = re.findall(r'```console\n\$ sightline masks "([^"]+)"\n(.*?)\n```', PAGE, re.DOTALL)
 
 
-@pytest.mark.parametrize(("expression", "drawing"), DRAWN, ids=[e for e, _ in DRAWN])
-def test_drawing(expression: str, drawing: str) -> None:
-    assert to_text(evaluate(expression), 0, 80) == drawing
+@pytest.mark.parametrize(("expression", "plot"), PLOTS, ids=[e for e, _ in PLOTS])
+def test_plot(expression: str, plot: str) -> None:
+    assert to_text(evaluate(expression), 0, 80) == plot
 
 
-def test_every_rule_is_drawn() -> None:
-    drawn = " ".join(expression for expression, _ in DRAWN)
-    missing = [rule for rule in RULES if rule not in drawn and rule not in ("and_masks", "or_masks")]
+def test_every_rule_has_a_plot() -> None:
+    plotted = " ".join(expression for expression, _ in PLOTS)
+    missing = [rule for rule in RULES if rule not in plotted and rule not in ("and_masks", "or_masks")]
     assert not missing
 
 

@@ -1,4 +1,4 @@
-"""The layers of docs/design.md: import contracts, what the page says of them, how long a file or function may be."""
+"""Import contracts, the table of layers in docs/design.md, and the maximum length of files and functions."""
 
 import ast
 import re
@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "sightline").rglob("*.py"))
 
 
-def test_imports_keep_the_contracts() -> None:
-    """In a process of its own, since import-linter disables the loggers of the one it runs in."""
+def test_import_contracts() -> None:
+    """import-linter runs in a subprocess because it disables the loggers of its process."""
     script = (
         "from importlinter.cli import lint_imports; raise SystemExit(lint_imports('pyproject.toml', no_cache=True))"
     )
@@ -24,7 +24,7 @@ def test_imports_keep_the_contracts() -> None:
     assert linted.returncode == 0, linted.stdout + linted.stderr
 
 
-def test_the_page_says_what_the_contract_says() -> None:
+def test_design_page_lists_the_layers_of_the_contract() -> None:
     contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
     section = (ROOT / "docs" / "design.md").read_text().split("\n## Layers\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (\d+) \| (.+?) \| ", section, flags=re.M)
@@ -33,14 +33,14 @@ def test_the_page_says_what_the_contract_says() -> None:
     assert [int(number) for number, _ in rows] == list(reversed(range(len(rows))))
 
 
-def test_the_contract_of_backends_names_them_all() -> None:
+def test_backend_contract_lists_every_backend() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (backends,) = (contract["modules"] for contract in contracts if contract["type"] == "independence")
     assert set(backends) == {type(backend).__module__ for backend in BACKENDS}
 
 
-def test_imports_stand_at_the_top() -> None:
-    """Nothing is imported inside a function: not in the package, and without an exception of the linter."""
+def test_imports_are_at_module_level() -> None:
+    """No function or class of the package contains an import, not even one that the linter is told to ignore."""
     hidden = [
         f"{path}:{node.lineno}"
         for path in FILES
@@ -53,8 +53,8 @@ def test_imports_stand_at_the_top() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_no_file_or_function_is_two(path: Path) -> None:
-    """A file has at most 350 lines, a function 50, its docstring left out."""
+def test_maximum_length_of_files_and_functions(path: Path) -> None:
+    """A file has at most 350 lines, a function at most 50 without its docstring."""
     text = path.read_text()
     assert len(text.splitlines()) <= 350, f"{path} has more than 350 lines: split it"
     for node in ast.walk(ast.parse(text)):

@@ -1,4 +1,4 @@
-"""The ready scripts say what their schedulers and `sightline train` understand."""
+"""The launch scripts in scripts/ are valid for their schedulers, for torchrun and for `sightline train`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def container_of(template: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(container: dict[str, Any]) -> Any:
-    """Let torchrun and `sightline train` read the command; returns torchrun's options."""
+    """Parse the command as torchrun and `sightline train` do; return the options of torchrun."""
     program, *words = [*container["command"], *container["args"]]
     options = get_args_parser().parse_args(words)
     assert program == "torchrun" and options.module and options.training_script == "sightline"
@@ -38,7 +38,7 @@ def check(container: dict[str, Any]) -> Any:
     return options
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_slurm() -> None:
     script = SCRIPTS / "slurm.sbatch"
     subprocess.run(["bash", "-n", str(script)], check=True)
@@ -52,7 +52,7 @@ def test_pytorchjob() -> None:
     worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
     container = container_of(worker["template"])
     assert check(container).shutdown_timeout < worker["template"]["spec"]["terminationGracePeriodSeconds"]
-    assert container["name"] == "pytorch"  # the operator looks for it
+    assert container["name"] == "pytorch"  # the operator requires this name
     assert job["spec"]["elasticPolicy"]["maxReplicas"] == worker["replicas"]
     assert int(job["spec"]["nprocPerNode"]) == container["resources"]["limits"]["nvidia.com/gpu"]
 

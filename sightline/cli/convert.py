@@ -1,4 +1,4 @@
-"""`sightline convert SOURCE OUTPUT`: a trained model as a Hugging Face directory."""
+"""`sightline convert SOURCE OUTPUT`: write a trained model as a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from sightline.models.hf.vision_pair import load_vision_pair
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Write a model as a Hugging Face directory, which transformers loads: config.json, safetensors, tokenizer.
+    """Write a trained model as a Hugging Face directory that transformers loads: config.json, safetensors, tokenizer.
 
     examples:
       sightline convert runs/llama3-tiny exported
       sightline convert ~/Qwen3-0.6B smaller --dtype bfloat16
-      sightline convert ~/Llama-3.2-1B seeing --vision ~/siglip2-so400m-patch16-naflex
+      sightline convert ~/Llama-3.2-1B vlm --vision ~/siglip2-so400m-patch16-naflex
       sightline convert package.module:RUN exported
 
-    The way in needs no conversion: sightline train qwen3-0.6b --model-from ~/Qwen3-0.6B
+    Training from a Hugging Face directory needs no conversion: sightline train qwen3-0.6b --model-from ~/Qwen3-0.6B
     """
 
     source: SourceArgument
-    """Directory of a run, whose newest checkpoint is taken; a checkpoint; or a Hugging Face directory.
-    A Run of your own, package.module:NAME, stands for the directory it writes to."""
+    """A run directory, for its newest checkpoint; a checkpoint; or a Hugging Face directory.
+    Or package.module:NAME, a Run of your own, for its output directory."""
     output: Annotated[Path, tyro.conf.Positional]
-    """Directory to write. It must not hold weights yet."""
+    """Directory to write. It must not contain weights yet."""
     family: str | None = None
-    """The family of a directory's model where it is one of your own: package.module:NAME, a Family or a Run."""
+    """The family of the directory's model, if it is your own: package.module:NAME, a Family or a Run."""
     vision: Path | None = None
-    """Hugging Face directory of a SigLIP 2 that becomes the encoder of a VLM, whose decoder is the source, a Llama 3.
-    The projector between them is fresh: sightline train vlm-1.7b --model-from OUTPUT trains it."""
+    """Hugging Face directory of a SigLIP 2 model: write a VLM of this image encoder and the Llama 3 of DIRECTORY.
+    The projector between them is newly initialized; train it: sightline train vlm-1.7b --model-from OUTPUT."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision of the weights written; without it, that of the source."""
+    """Dtype of the written weights; None keeps the dtype of the source."""
     max_shard_bytes: int = MAX_SHARD_BYTES
-    """Size of one file of weights."""
+    """Largest size of one weight file, in bytes."""
 
 
 def main(argv: list[str]) -> None:
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
             )
             save_pretrained(model, output, dtype=dtype, source=source, max_shard_bytes=shard)
         else:
-            export = importlib.import_module("sightline.training.export")  # loads what help need not wait for
+            export = importlib.import_module("sightline.training.export")  # imported here so that --help is fast
             source = export.export_checkpoint(source, output, dtype=dtype, max_shard_bytes=shard, family=family)
     except OSError as error:
         raise RunFailed(str(error)) from error

@@ -1,4 +1,4 @@
-"""The first batch of a recipe or a run and its masks, for the commands that show or count them."""
+"""The first training batch of a recipe or run and its masks, for the commands that plot or count masks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sightline.training.step import Model, prepare_batch
 
 @dataclass(frozen=True, kw_only=True)
 class MaskSource:
-    """What there is to draw: named masks, and for a recipe or a run the model and the batch they are of."""
+    """Named masks to plot; for a recipe or run also the model and batch that they belong to."""
 
     title: str
     masks: dict[str, AttentionMask]
@@ -30,7 +30,11 @@ class MaskSource:
 
 
 def first_batch(title: str, run: Run, directory: Path | None, sequence_length: int | None) -> MaskSource:
-    """The masks that training would see first, on its data, with its tokenizer: that of the run, else a new one."""
+    """Build the first training batch of `run` and its masks.
+
+    directory        the run directory, whose tokenizer is used; None trains or loads the tokenizer as training does
+    sequence_length  tokens of a row, if not the length of the run
+    """
     if sequence_length is not None:
         run = replace(run, training=replace(run.training, sequence_length=sequence_length))
     with Console(stderr=True).status(f"reading {run.data.source} and packing the first batch"):

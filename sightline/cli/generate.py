@@ -1,4 +1,4 @@
-"""`sightline generate DIR`: text from a trained model."""
+"""`sightline generate DIRECTORY`: generate text with a trained model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sightline.models import VLMConfig
 from sightline.training.setup import choose_device
 
 IMAGE_PLACEHOLDER = "<image>"
-"""Where an image stands in a prompt."""
+"""Marks the position of an image in a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(SamplingConfig):
-    """Continue a text with a trained model, token by token.
+    """Continue a prompt with a trained model, token by token.
 
     examples:
       sightline generate runs/llama3-tiny --prompt "def " --temperature 0.5
@@ -35,18 +35,18 @@ class Generate(SamplingConfig):
     """
 
     source: SourceArgument
-    """Directory of a run, whose newest checkpoint is taken; a checkpoint; or a Hugging Face directory.
-    A Run of your own, package.module:NAME, stands for the directory it writes to."""
+    """A run directory, for its newest checkpoint; a checkpoint; or a Hugging Face directory.
+    Or package.module:NAME, a Run of your own, for its output directory."""
     family: str | None = None
-    """The family of a directory's model where it is one of your own: package.module:NAME, a Family or a Run."""
+    """The family of the directory's model, if it is your own: package.module:NAME, a Family or a Run."""
     prompt: str = "def "
-    """The beginning of the text; `<image>` in it is where an image stands."""
+    """The text to continue; `<image>` marks the position of an image."""
     image: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """File of an image, for a model that sees; give the option again for each further one, in the prompt's order."""
+    """Image file, for vision-language models; repeat the option for more images, in the order of the prompt."""
     max_new_tokens: int = 200
-    """Tokens to add at most; it ends before that where the model ends the document."""
+    """Most tokens to generate; generation stops earlier if the model ends the document."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes CUDA where there is one."""
+    """`auto` uses CUDA if it is available."""
 
 
 def main(argv: list[str]) -> None:
@@ -65,23 +65,26 @@ def main(argv: list[str]) -> None:
 def read_prompt(
     prompt: str, images: Sequence[Path], model: object, tokenizer: Tokenizer
 ) -> tuple[str | list[int], dict[str, Tensor]]:
-    """What `stream` takes: the text as it is, or token ids and the patches of the images among them.
+    """Return the prompt and extra inputs of `stream`: the text unchanged, or token ids and the patches of the images.
 
     model  the model's config
-    Errors: ValueError for images that the model or the prompt has no place for.
+
+    Raises:
+        ValueError: if the model takes no images, or the prompt does not have one `<image>` per image.
     """
     if not isinstance(model, VLMConfig):
         if images:
             family = type(model).__name__.removesuffix("Config")
             raise ValueError(
-                f"--image {images[0]}: a {family} reads text alone; take a model of the family vlm, or leave it out"
+                f"--image {images[0]}: a {family} model takes text only; use a model of the family vlm, or leave it out"
             )
         return prompt, {}
     texts = prompt.split(IMAGE_PLACEHOLDER)
     if len(texts) - 1 != len(images):
         raise ValueError(
-            f"the prompt {prompt!r} has {len(texts) - 1} places for images and --image was given {len(images)} times; "
-            f'write {IMAGE_PLACEHOLDER} where each one stands: --prompt "{IMAGE_PLACEHOLDER * max(1, len(images))}a"'
+            f"the prompt {prompt!r} contains {IMAGE_PLACEHOLDER} {len(texts) - 1} times, but --image was given "
+            f"{len(images)} times; write {IMAGE_PLACEHOLDER} at the position of each image: "
+            f'--prompt "{IMAGE_PLACEHOLDER * max(1, len(images))}a"'
         )
     if not images:
         return prompt, {}

@@ -1,4 +1,4 @@
-"""The command `sightline`: finds the command, and turns errors into one message and an exit code."""
+"""Entry point of `sightline`: run the chosen command, and turn errors into one message and an exit code."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from sightline.errors import AnotherRankEnded, LostRank, RunEnded, Stopped, exit
 
 class Command(NamedTuple):
     module: str
-    """Its `main` takes the arguments. It is imported when the command is chosen, so that help needs none of them."""
+    """Module whose `main` takes the arguments. It is imported only when the command is chosen, so that help is fast."""
     line: str
 
 
 COMMANDS = {
-    "train": Command("sightline.cli.train", "train a model by a recipe, or continue where it stopped"),
-    "generate": Command("sightline.cli.generate", "continue a text with a trained model"),
+    "train": Command("sightline.cli.train", "train a model from a recipe, or resume its run"),
+    "generate": Command("sightline.cli.generate", "continue a prompt with a trained model"),
     "convert": Command("sightline.cli.convert", "write a trained model as a Hugging Face directory"),
-    "masks": Command("sightline.cli.masks", "draw what each token may see"),
-    "plan": Command("sightline.cli.plan", "say what a run needs on a mesh: memory, communication, waiting"),
+    "masks": Command("sightline.cli.masks", "plot and count what each token may attend to"),
+    "plan": Command("sightline.cli.plan", "estimate memory, communication and pipeline bubble of a run on a mesh"),
 }
 
 EXAMPLES = """examples:
@@ -35,17 +35,17 @@ EXAMPLES = """examples:
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run one command and end the process: 0 done, 1 failed, 2 wrong input, 128 + n ended by signal n."""
+    """Run one command and exit: 0 success, 1 failure, 2 wrong input, 128 + n stopped by signal n."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         sys.exit(run(argv))
-    except BrokenPipeError:  # `sightline generate ... | head`: nobody reads on, and nobody wants to hear of it
+    except BrokenPipeError:  # `sightline generate ... | head` closed the pipe: no error message
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
 def run(argv: list[str]) -> int:
-    """The exit code of one command."""
+    """Run one command and return its exit code."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -65,20 +65,20 @@ def run(argv: list[str]) -> int:
         print_error(error, f"error: {error}")
         return exit_code_of(error)
     except KeyboardInterrupt as interrupt:
-        print_error(interrupt, "left at once; checkpoints are as they were", style="yellow")
+        print_error(interrupt, "interrupted; existing checkpoints are unchanged", style="yellow")
         return 130
     return 0
 
 
 def print_error(error: BaseException, message: str, style: str = "red") -> None:
-    """Say why the process ends, with its rank where it is not the first.
+    """Print why the process ends to standard error, with its rank if that is not 0.
 
-    An error that `joined` let pass is for its process alone to say; before that, all processes of a machine fail alike,
-    and the first one speaks.
+    Only the first rank of a machine prints an error that all its ranks have in common, such as a wrong option. An error
+    with a note comes from `distributed_session` and belongs to one rank, which prints it itself.
     """
-    speaks = getattr(error, "__notes__", None) or os.environ.get("LOCAL_RANK", "0") == "0"
+    prints = getattr(error, "__notes__", None) or os.environ.get("LOCAL_RANK", "0") == "0"
     rank = os.environ.get("RANK", "0")
-    if speaks:
+    if prints:
         console = Console(stderr=True, highlight=False)
         prefix = "" if rank == "0" else f"[rank {rank}] "
         console.print(escape(prefix + message), style=style, soft_wrap=not console.is_terminal)

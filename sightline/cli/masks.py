@@ -1,4 +1,4 @@
-"""`sightline masks`: draw and count what each token may see, for a recipe, a run or an expression of rules."""
+"""`sightline masks`: plot and count what each token may attend to, for a recipe, a run or a mask expression."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import tyro
 
 from sightline.cli.expression import HELPERS, RULES
 
-DESCRIPTION = """Draw what each token may see.
+DESCRIPTION = """Plot what each token may attend to.
 
-WHAT is a recipe (of your own: package.module:RUN) or the directory of a run (the masks of its model on the first batch
-of its data), or an expression of rules over one row.
+WHAT is a recipe, package.module:RUN (a recipe of your own) or a run directory, to plot the masks of its model on the
+first batch of its data; or an expression of mask rules.
 
 examples:
   sightline masks llama3-tiny --stats
@@ -26,29 +26,29 @@ examples:
 """
 DESCRIPTION += f"""rules: {", ".join(RULES)}
 
-facts about tokens: {", ".join(HELPERS)}, or lists of numbers"""
+helpers for their arguments: {", ".join(HELPERS)}; or write lists of numbers"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Masks:
     what: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WHAT")]
-    """Recipe, directory of a run, or expression of rules."""
+    """Recipe, run directory, or mask expression."""
     png: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Write the masks as a picture."""
+    """Write the masks as a PNG image."""
     html: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Write them as one page to explore in a browser: hover over a query, zoom down to single tokens."""
+    """Write an interactive HTML page: hover over a query, zoom in to single tokens."""
     row: int = 0
-    """Row of the batch that is drawn; `--stats` counts all of them."""
+    """Row of the batch to plot; `--stats` counts all rows."""
     block_size: int = 128
-    """Tokens a side of the blocks that are counted as full, partial or empty."""
+    """Side, in tokens, of the square blocks counted as full, partial or empty."""
     width: Annotated[int | None, tyro.conf.arg(metavar="COLUMNS")] = None
-    """Columns of the picture in the terminal; without it, the terminal's, at most 100."""
+    """Columns of the plot in the terminal; None uses the width of the terminal, at most 100."""
     stats: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Count: visible pairs, blocks, and for a recipe or a run the FLOPs of a training step."""
+    """Print visible pairs, block counts and, for a recipe or run, the FLOPs of a training step."""
     sequence_length: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
-    """Tokens of a row, in place of those of the recipe or the run."""
+    """Tokens of a row; None uses the sequence length of the recipe or run."""
     family: str | None = None
-    """The family of a run's model where it is one of your own: package.module:NAME, a Family or a Run."""
+    """The family of the run's model, if it is your own: package.module:NAME, a Family or a Run."""
 
 
 def main(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Tables and files that commands write."""
+"""Helpers for the tables and files that commands write."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.text import Text
 
 
 def tabulate(columns: dict[str, dict[str, str]]) -> Table:
-    """Columns of labelled values, side by side."""
+    """Return a table with one row per label and one column per name: {column: {label: value}}."""
     table = Table.grid(padding=(0, 3))
     labels = list(dict.fromkeys(label for column in columns.values() for label in column))
     table.add_row("", *(Text(name, "bold") for name in columns))
@@ -23,7 +23,11 @@ def tabulate(columns: dict[str, dict[str, str]]) -> Table:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Make room for a file and say where it is. Errors: ValueError where it cannot be written."""
+    """Create the directory of a file, run the block that writes the file, and print its path.
+
+    Raises:
+        ValueError: if the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield

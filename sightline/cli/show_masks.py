@@ -1,4 +1,4 @@
-"""The pictures and counts of `sightline masks`."""
+"""The plots and counts of `sightline masks`."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ from sightline.plots.mask_text import to_text
 from sightline.recipes import RECIPES, get_family, get_recipe
 from sightline.training.run_directory import RunDirectory, load_config
 
-WIDEST = 100  # columns a picture takes by itself; a wider one would not fit a screen in height
+MAX_WIDTH = 100  # columns of a plot by default; a wider plot would be taller than a screen
 
 
 def show_masks(options: Masks) -> None:
-    """Print the masks and their counts, and write the files that the options name."""
+    """Print the masks and their counts, and write the files named by the options."""
     console = Console(highlight=False)
     family = None if options.family is None else get_family(options.family)
-    subject = find_mask_source(options.what, options.sequence_length, family)
-    for mask in subject.masks.values():
+    source = find_mask_source(options.what, options.sequence_length, family)
+    for mask in source.masks.values():
         check_row(mask, options.row)
-    counted = {name: get_statistics(mask, options.block_size) for name, mask in subject.masks.items()}
-    for name, mask in subject.masks.items():
+    statistics = {name: get_statistics(mask, options.block_size) for name, mask in source.masks.items()}
+    for name, mask in source.masks.items():
         show(console, name, mask, options)
     if options.stats:
-        console.print(tabulate({name: describe(counted[name], subject, name) for name in counted}))
-        if subject.model is not None:
-            console.print(tabulate({"a training step, forward and backward": describe_step(counted, subject)}))
+        console.print(tabulate({name: describe(statistics[name], source, name) for name in statistics}))
+        if source.model is not None:
+            console.print(tabulate({"training step, forward and backward": describe_step(statistics, source)}))
     if options.png:
         with writing(options.png):
-            plot_masks(subject.masks, options.png, options.row)
+            plot_masks(source.masks, options.png, options.row)
     if options.html:
         facts = {
-            name: describe_flops(get_statistics(mask[options.row]), subject, name)
-            for name, mask in subject.masks.items()
+            name: describe_flops(get_statistics(mask[options.row]), source, name) for name, mask in source.masks.items()
         }
-        page = to_html(subject.masks, options.row, title=subject.title, block_size=options.block_size, facts=facts)
+        page = to_html(source.masks, options.row, title=source.title, block_size=options.block_size, facts=facts)
         with writing(options.html):
             options.html.write_text(page, encoding="utf-8")
 
 
 def find_mask_source(what: str, sequence_length: int | None, family: Family | None = None) -> MaskSource:
-    """The masks of a recipe, of the directory of a run (`family` as in `load_config`), or of an expression.
+    """Return the masks of a recipe, of a run directory (`family` as in `load_config`), or of a mask expression.
 
-    Errors: ValueError where `what` is none of them, or cannot be read as what it is.
+    Raises:
+        ValueError: if `what` is none of them, or cannot be read.
     """
     if what in RECIPES:
         return first_batch(what, RECIPES[what], None, sequence_length)
@@ -64,29 +64,29 @@ def find_mask_source(what: str, sequence_length: int | None, family: Family | No
         config = RunDirectory(Path(what)).config
         if not config.exists():
             raise ValueError(
-                f"{what} is no directory of a run: it has no {config.name}, which `sightline train` writes"
+                f"{what} is not a run directory: it has no {config.name}; expected one written by sightline train"
             )
         return first_batch(what, load_config(config, family), Path(what), sequence_length)
     if "(" in what:
         if sequence_length is not None:
-            raise ValueError("--sequence-length is for recipes and runs; an expression of rules states its own lengths")
+            raise ValueError("--sequence-length applies to recipes and runs; a mask expression states its own lengths")
         return MaskSource(title=what, masks={"attention": evaluate(what)})
     if ":" in what:
         return first_batch(what, get_recipe(what), None, sequence_length)
     raise ValueError(
-        f"{what!r} is no recipe ({', '.join(RECIPES)}), no directory, and no expression of rules such as "
-        f'"causal(1, 64) & sliding_window(1, 64, 8)"'
+        f"{what!r} is not a recipe, a run directory, or a mask expression such as "
+        f'"causal(1, 64) & sliding_window(1, 64, 8)"; the recipes are: {", ".join(RECIPES)}'
     )
 
 
 def show(console: Console, name: str, mask: AttentionMask, options: Masks) -> None:
-    """One mask in the terminal, in colour where it has colours."""
+    """Plot one mask in the terminal, in color if the terminal supports it."""
     rows = f", row {options.row} of {mask.shape[0]}" if mask.shape[0] > 1 else ""
     console.print(
         Text.assemble((name, "bold"), f"{rows}: {get_statistics(mask[options.row]).describe()}"), soft_wrap=True
     )
     unicode = console.encoding.lower().startswith("utf")
-    width = options.width or min(console.width, WIDEST)
+    width = options.width or min(console.width, MAX_WIDTH)
     picture = Text(to_text(mask, options.row, width, unicode=unicode))
     picture.highlight_regex(r"[█▓▒░▀▄#*+]+", "bright_blue")
     picture.highlight_regex(r"[·─│┌.|-]+", "dim")
@@ -94,55 +94,55 @@ def show(console: Console, name: str, mask: AttentionMask, options: Masks) -> No
     console.print()
 
 
-def describe(counts: Statistics, subject: MaskSource, name: str) -> dict[str, str]:
-    """What there is to count of one mask, over all rows of the batch."""
+def describe(counts: Statistics, source: MaskSource, name: str) -> dict[str, str]:
+    """Counts of one mask over all rows of the batch, as text by label."""
     pairs, blocks = counts.visible_pairs, counts.blocks
     spread = f" ({min(pairs):,} to {max(pairs):,})" if len(pairs) > 1 else ""
     share = {} if counts.share_of_causal is None else {"share of causal": f"{counts.share_of_causal:.2%}"}
     full, partial, empty = (f"{number:,} ({number / sum(blocks):.1%})" for number in blocks)
     return {
         "rows, queries, keys": f"{len(pairs)}, {counts.queries:,}, {counts.keys:,}",
-        "intervals a query (K)": f"{counts.intervals}",
-        "visible pairs a row": f"{round(counts.pairs_per_row):,}{spread}",
+        "intervals per query (K)": f"{counts.intervals}",
+        "visible pairs per row": f"{round(counts.pairs_per_row):,}{spread}",
         **share,
         "sparsity": f"{counts.sparsity:.2%}",
         f"blocks of {counts.block_size}, full": full,
         f"blocks of {counts.block_size}, partial": partial,
         f"blocks of {counts.block_size}, empty": empty,
-        **describe_flops(counts, subject, name),
+        **describe_flops(counts, source, name),
     }
 
 
-def describe_flops(counts: Statistics, subject: MaskSource, name: str) -> dict[str, str]:
-    """Forward and backward FLOPs of attention under one mask, over all rows; nothing for a mask without a model."""
-    if subject.model is None:
+def describe_flops(counts: Statistics, source: MaskSource, name: str) -> dict[str, str]:
+    """Forward and backward attention FLOPs under one mask, over all rows; empty for a mask without a model."""
+    if source.model is None:
         return {}
-    layers, groups = subject.model.attention_shape(name)
+    layers, groups = source.model.attention_shape(name)
     if not layers:
-        return {"attention FLOPs, all layers": "0: no layer attends under this mask"}
-    total = sum(counts.visible_pairs) * subject.model.flops_per_pair(name)
+        return {"attention FLOPs, all layers": "0: no layer uses this mask"}
+    total = sum(counts.visible_pairs) * source.model.flops_per_pair(name)
     return {
         "attention FLOPs, all layers": flops(total),
-        f"one of {layers} layers": flops(total / layers),
-        f"one of its {groups} head groups": flops(total / layers / groups),
+        f"per layer ({layers} layers)": flops(total / layers),
+        f"per head group ({groups} in a layer)": flops(total / layers / groups),
     }
 
 
-def describe_step(counted: dict[str, Statistics], subject: MaskSource) -> dict[str, str]:
-    """Forward and backward FLOPs of the whole batch: what MFU counts, and what it would count without the masks."""
-    assert subject.model is not None and subject.batch is not None
+def describe_step(statistics: dict[str, Statistics], source: MaskSource) -> dict[str, str]:
+    """Forward and backward FLOPs of a training step on the batch, as MFU counts them, and with plain causal masks."""
+    assert source.model is not None and source.batch is not None
     attention = causal = 0.0
-    for name, counts in counted.items():
-        per_pair, rows, length = subject.model.flops_per_pair(name), len(counts.visible_pairs), counts.keys
+    for name, counts in statistics.items():
+        per_pair, rows, length = source.model.flops_per_pair(name), len(counts.visible_pairs), counts.keys
         attention += per_pair * sum(counts.visible_pairs)
         causal += per_pair * rows * length * (length + 1) / 2
-    tokens = int((subject.batch.document_ids != PADDING).sum())
-    matmul = tokens * subject.model.flops_per_token()
+    tokens = int((source.batch.document_ids != PADDING).sum())
+    matmul = tokens * source.model.flops_per_token()
     step = matmul + attention
     return {
-        "tokens": f"{tokens:,} ({subject.batch.fill():.1%} of the rows)",
+        "tokens": f"{tokens:,} ({source.batch.fill():.1%} of the rows)",
         "matrix products": flops(matmul),
         "attention": f"{flops(attention)} ({attention / step:.1%} of the step)",
-        "the step": flops(step),
-        "as plain causal rows": f"{flops(matmul + causal)}, {(matmul + causal) / step:.2f} times as much",
+        "total": flops(step),
+        "with plain causal rows": f"{flops(matmul + causal)}, {(matmul + causal) / step:.2f} times as much",
     }

@@ -1,4 +1,4 @@
-"""What commands take for a trained model: a directory, or the recipe that trained it."""
+"""The argument of commands that names a trained model: a directory, or the Run that trained it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ SourceArgument = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR
 
 
 def find_source(source: str, family: str | None) -> tuple[Path, Family | None]:
-    """The directory that is meant, and the family of its model where the user names one.
+    """Return the directory of a trained model, and the family of the model if the user names it.
 
-    source  a directory, or `package.module:NAME` for the one that this Run writes to
+    source  a directory, or `package.module:NAME`, a Run, for the directory that it writes to
     family  `package.module:NAME`, a Family or a Run
 
     Raises:
-        ValueError: for names that no module defines.
+        ValueError: if a module cannot be imported or does not define the name.
     """
     named = None if family is None else get_family(family)
     if ":" not in source or Path(source).exists():

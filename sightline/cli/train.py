@@ -1,4 +1,4 @@
-"""`sightline train RECIPE`: every field of a Run is an option, with the recipe's value as its default."""
+"""`sightline train RECIPE`: each field of a Run is an option, and the recipe gives its default."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ EXAMPLES = """examples:
   sightline train llama3-tiny --output-dir runs/mine --data.source ~/texts --training.steps 500
   sightline train llama3-tiny --training.sequence-length 4096 --training.global-batch-size 1 \\
       --training.micro-batch-size 1
-  sightline train llama3-debug --model.num_layers 4 --optimizer.schedule wsd
+  sightline train llama3-debug --model.num-layers 4 --optimizer.schedule wsd
   sightline train qwen3-0.6b --model-from ~/Qwen3-0.6B --data.source ~/texts
-  sightline train package.module:RUN        a recipe of your own, of any model: docs/adding_a_model.md"""
+  sightline train package.module:RUN        a recipe of your own, for any model: docs/adding_a_model.md"""
 
 CONSTRUCTORS = ConstructorRegistry()
 
@@ -40,18 +40,18 @@ def main(argv: list[str]) -> None:
         print(usage())
         return
     run = parse(argv)
-    sightline.train(run)  # imports the trainer, which a wrong option has not to wait for
+    sightline.train(run)  # imports the trainer only now, so that a wrong option fails fast
 
 
 @CONSTRUCTORS.primitive_rule
 def backend_names(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
-    """The choices of `--attention.backend`: the backends there are, which the config does not know."""
+    """Give `--attention.backend` the available backends as choices; the config module does not know them."""
     if info.type != str | BackendName:
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=f"{{{','.join(CHOICES)}}}",
-        instance_from_str=lambda given: given[0],
+        instance_from_str=lambda values: values[0],
         is_instance=lambda value: value in CHOICES,
         str_from_instance=lambda name: [name],
         choices=CHOICES,
@@ -59,28 +59,34 @@ def backend_names(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | No
 
 
 def parse(argv: list[str]) -> Run:
-    """The Run of a recipe's name and options. tyro ends the process by itself on --help and on a wrong option."""
+    """Return the Run of a recipe's name and options. tyro exits the process on --help and on a wrong option.
+
+    Raises:
+        ValueError: if the first argument is not a recipe.
+    """
     if argv[0].startswith("-"):
-        raise ValueError(f"the recipe comes before the options, got {argv[0]!r} first; recipes: {', '.join(RECIPES)}")
+        raise ValueError(
+            f"the recipe comes before the options; got {argv[0]!r} first; the recipes are: {', '.join(RECIPES)}"
+        )
     recipe = get_recipe(argv[0])
     directory = _model_from(argv[1:])
     if directory is not None:
         families = (family_of(recipe.model), *FAMILIES)
         recipe = dataclasses.replace(recipe, model=read_model_config(directory, families), model_from=directory)
-    kind: Any = Run[type(recipe.model)]  # type: ignore[misc]  # so that the model's own fields are options too
+    kind: Any = Run[type(recipe.model)]  # type: ignore[misc]  # makes the fields of the model's config options too
     return tyro.cli(
         kind,
         default=recipe,
         args=use_new_options(recipe, argv[1:]),
         prog=f"sightline train {argv[0]}",
-        description=f"Train {argv[0]}. The defaults are the recipe's.\n\n{EXAMPLES}",
+        description=f"Train {argv[0]}. The defaults are those of the recipe.\n\n{EXAMPLES}",
         config=(tyro.conf.AvoidSubcommands,),
         registry=CONSTRUCTORS,
     )
 
 
 def use_new_options(recipe: Run, options: list[str]) -> list[str]:
-    """The options with each old name replaced by the new one, with a warning on the standard error."""
+    """Return the options with renamed ones under their new names, and print a warning for each to standard error."""
     renamed = dict(_renamed_options("--", recipe))
     current = []
     for option in options:
@@ -98,7 +104,7 @@ def use_new_options(recipe: Run, options: list[str]) -> list[str]:
 
 
 def _renamed_options(prefix: str, section: Any) -> Iterator[tuple[str, str]]:
-    """(old option, new option) of every renamed field of a config and of the configs in it."""
+    """Yield (old option, new option) for each renamed field of a config and of its nested configs."""
     for old, new in old_names(type(section)).items():
         yield f"{prefix}{old}".replace("_", "-"), f"{prefix}{new}".replace("_", "-")
     for field in dataclasses.fields(section):
@@ -108,7 +114,7 @@ def _renamed_options(prefix: str, section: Any) -> Iterator[tuple[str, str]]:
 
 
 def _model_from(options: list[str]) -> Path | None:
-    """The option that is read first, because it decides which sizes the other options begin with."""
+    """Return the value of --model-from. It is read first because it sets the defaults of the model options."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model-from", "--model_from", type=Path)
     return parser.parse_known_args(options)[0].model_from
@@ -116,10 +122,11 @@ def _model_from(options: list[str]) -> Path | None:
 
 def usage() -> str:
     lines = ["usage: sightline train RECIPE [options]", "", "recipes:"]
+    width = max(map(len, RECIPES))
     for name, run in RECIPES.items():
         training, model = run.training, run.model
         lines.append(
-            f"  {name:<14} {model.num_layers} layers of width {model.hidden_size:,}; {training.steps:,} steps of "
-            f"{count(training.global_batch_size * training.sequence_length)} tokens"
+            f"  {name:<{width}} {model.num_layers} layers, hidden size {model.hidden_size:,}; {training.steps:,} steps "
+            f"of {count(training.global_batch_size * training.sequence_length)} tokens"
         )
     return "\n".join([*lines, "", "options: sightline train RECIPE --help", "", EXAMPLES])

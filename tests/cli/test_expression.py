@@ -1,4 +1,4 @@
-"""Expressions of rules: that they give the mask Python would, and evaluate nothing else."""
+"""Mask expressions give the same mask as Python, and evaluate nothing but rules and helpers."""
 
 import pytest
 import torch
@@ -29,17 +29,17 @@ POSITIONS = torch.tensor([[*range(5), *range(9), 0, 0]])
         ("or_masks(and_masks(causal(1, 4), sliding_window(1, 4, 2)), causal(1, 4))", causal(1, 4)),
     ],
 )
-def test_an_expression_is_the_mask_it_says(text: str, expected: AttentionMask) -> None:
+def test_expression_equals_the_python_mask(text: str, expected: AttentionMask) -> None:
     assert evaluate(text).equal(expected)
 
 
-def test_facts_about_tokens() -> None:
+def test_helpers() -> None:
     assert documents(2, 3, padding=1) == [0, 0, 1, 1, 1, -1]
     assert positions(2, 3, padding=1) == [0, 1, 0, 1, 2, 0]
     assert repeat([7, 5], [2, 3]) == [7, 7, 5, 5, 5]
 
 
-def test_every_public_rule_can_be_written() -> None:
+def test_every_public_rule_is_available() -> None:
     public = {name for name in masks.__all__ if name in vars(masks.rules)} - {"AttentionMask"}
     assert set(RULES) == public
 
@@ -47,27 +47,27 @@ def test_every_public_rule_can_be_written() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("causal(1, 4", "is not an expression of rules .*never closed.*rules: causal, document"),
-        ("", "is not an expression of rules"),
+        ("causal(1, 4", "is not a mask expression .*never closed.*rules: causal, document"),
+        ("", "is not a mask expression"),
         ("window(1, 4)", "unknown name 'window'.*sliding_window.*documents, positions, repeat"),
         ("causal(1, S)", "unknown name 'S'"),
-        ("documents(5, 9)", "gives a list, expected a mask"),
-        ("3", "gives a number, expected a mask"),
-        ("causal(1, 4) & 3", "join two masks, got a number in 'causal"),
-        ("causal(1, 4) + causal(1, 4)", "cannot stand in an expression"),
-        ("causal(1)", r"'causal\(1\)' does not fit causal\(batch_size, length\)"),
-        ("causal(1, 4, 5)", r"does not fit causal\(batch_size, length\)"),
-        ("causal(1, [1, 2])", "does not fit causal"),
+        ("documents(5, 9)", "is a list; expected a mask"),
+        ("3", "is a number; expected a mask"),
+        ("causal(1, 4) & 3", "combine two masks; got a number in 'causal"),
+        ("causal(1, 4) + causal(1, 4)", "is not allowed in a mask expression"),
+        ("causal(1)", r"'causal\(1\)' does not match causal\(batch_size, length\)"),
+        ("causal(1, 4, 5)", r"does not match causal\(batch_size, length\)"),
+        ("causal(1, [1, 2])", "does not match causal"),
         ("sliding_window(1, 4, 0)", "at least 1; got 0"),
         ("causal(1, 4) & causal(1, 5)", "masks of different shape"),
-        ("repeat([1], [2, 3])", "as many values as lengths, got 1 and 2"),
-        ("document([[0, 0], [1]])", "lists of one length"),
+        ("repeat([1], [2, 3])", "one length per value; got 1 values and 2 lengths"),
+        ("document([[0, 0], [1]])", "lists of the same length"),
         ("document([])", "document_ids must be integers"),
-        ("causal(*[1, 4])", r"\* and \*\* cannot stand"),
-        ("causal(**[1, 4])", r"\* and \*\* cannot stand"),
+        ("causal(*[1, 4])", r"\* and \*\* are not allowed"),
+        ("causal(**[1, 4])", r"\* and \*\* are not allowed"),
     ],
 )
-def test_what_is_no_mask_is_refused(text: str, message: str) -> None:
+def test_wrong_expressions_are_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(text)
 
@@ -87,10 +87,10 @@ def test_what_is_no_mask_is_refused(text: str, message: str) -> None:
         "f'{causal}'",
     ],
 )
-def test_nothing_else_of_python_is_evaluated(text: str) -> None:
-    with pytest.raises(ValueError, match="expression of rules"):
+def test_no_other_python_is_evaluated(text: str) -> None:
+    with pytest.raises(ValueError, match="mask expression"):
         evaluate(text)
 
 
-def test_helpers_and_rules_have_names_of_their_own() -> None:
+def test_helpers_and_rules_have_distinct_names() -> None:
     assert not set(RULES) & set(HELPERS)

@@ -1,4 +1,4 @@
-"""`sightline generate` from Hugging Face directories, and with images. Runs are in test_processes.py."""
+"""`sightline generate` from Hugging Face directories and with images; test_processes.py tests it on runs."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from sightline.data.synthetic_images import caption_documents, render
 from sightline.generation import SamplingConfig
 from sightline.models import build_model, load_pretrained, save_pretrained
 
-IMAGE_TOKEN = 511  # of vlm-debug, whose token of an image is 8 x 8 pixels
+IMAGE_TOKEN = 511  # image_token_id of vlm-debug; one image token is 8 x 8 pixels
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +29,13 @@ def directory(request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_fac
 
 
 @pytest.fixture(scope="module")
-def visible_queries(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model("vlm", tokenizer, tmp_path_factory.mktemp("seeing"))
+def vlm_directory(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model("vlm", tokenizer, tmp_path_factory.mktemp("vlm-only"))
 
 
 @pytest.fixture(scope="module")
 def drawings(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two files: 1 x 2 and 2 x 1 tokens."""
+    """Two image files of 1 x 2 and 2 x 1 image tokens."""
     folder, rng = tmp_path_factory.mktemp("drawings"), np.random.default_rng(0)
     paths = []
     for caption, height, width in (("a large red circle on white", 8, 16), ("a small blue cross on black", 16, 8)):
@@ -51,70 +51,73 @@ def write_model(family: str, tokenizer: Tokenizer, directory: Path) -> Path:
     return directory
 
 
-def told(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+def generated_text(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     generate.main([*map(str, arguments), "--max-new-tokens", "8", "--device", "cpu"])
     return capsys.readouterr().out
 
 
-def test_a_hugging_face_directory_continues_a_prompt(directory: Path, tokenizer: Tokenizer, capsys) -> None:
+def test_generate_from_a_hugging_face_directory(directory: Path, tokenizer: Tokenizer, capsys) -> None:
     model = load_pretrained(directory)
     expected = generation.generate(model, tokenizer, "a small", SamplingConfig(max_new_tokens=8, seed=2))
-    assert told(capsys, directory, "--prompt", "a small", "--seed", 2) == f"a small{expected}\n"
+    assert generated_text(capsys, directory, "--prompt", "a small", "--seed", 2) == f"a small{expected}\n"
 
 
-def test_weights_in_half_precision_are_computed_in_float32_on_a_cpu(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_half_precision_weights_are_loaded_as_float32_on_a_cpu(tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_pretrained(build_model("llama3-debug"), tmp_path, dtype=torch.bfloat16)
     tokenizer.save(tmp_path / "tokenizer.json")
     model, _ = sightline.load(tmp_path, device="cpu")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32} and not model.training
 
 
-def test_a_directory_without_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_directory_without_tokenizer_is_refused(tmp_path: Path) -> None:
     save_pretrained(build_model("llama3-debug"), tmp_path)
     with pytest.raises(ValueError, match="no tokenizer at"):
         generate.main([str(tmp_path)])
 
 
-def test_images_stand_where_the_prompt_has_a_place(
-    seeing: Path, tokenizer: Tokenizer, drawings: list[Path], capsys: pytest.CaptureFixture
+def test_images_are_placed_at_their_placeholders(
+    vlm_directory: Path, tokenizer: Tokenizer, drawings: list[Path], capsys: pytest.CaptureFixture
 ) -> None:
-    """Against tokens and patches put together by hand: `[begin] image " a" image image " the"`."""
+    """Compare with tokens and patches assembled by hand: `[bos] image " a" image image " the"`."""
     text = [tokenizer.encode_prompt(part)[1:] for part in ("a", "the")]
     ids = [tokenizer.bos_id, *[IMAGE_TOKEN] * 2, *text[0], *[IMAGE_TOKEN] * 2, *text[1]]
     extra = pack_patches([[np.asarray(Image.open(path)) for path in drawings]], 4)
     assert extra["patch_grid"].tolist() == [[[2, 4], [4, 2]]]
     expected = generation.generate(
-        load_pretrained(seeing), tokenizer, ids, SamplingConfig(max_new_tokens=8), extra=extra
+        load_pretrained(vlm_directory), tokenizer, ids, SamplingConfig(max_new_tokens=8), extra=extra
     )
     options = [option for path in drawings for option in ("--image", path)]
-    assert told(capsys, seeing, *options, "--prompt", "<image>a<image>the") == f"<image>a<image>the{expected}\n"
-    other = told(capsys, seeing, *options[2:], *options[:2], "--prompt", "<image>a<image>the")
-    assert other != f"<image>a<image>the{expected}\n", "another order is another prompt"
+    assert (
+        generated_text(capsys, vlm_directory, *options, "--prompt", "<image>a<image>the")
+        == f"<image>a<image>the{expected}\n"
+    )
+    other = generated_text(capsys, vlm_directory, *options[2:], *options[:2], "--prompt", "<image>a<image>the")
+    assert other != f"<image>a<image>the{expected}\n", "the order of the images makes no difference"
 
 
-def test_images_without_a_place_and_places_without_an_image_are_refused(seeing: Path, drawings: list[Path]) -> None:
+def test_number_of_images_must_match_the_placeholders(vlm_directory: Path, drawings: list[Path]) -> None:
     for prompt, given, counts in (
-        ("a", 1, "0 places .* given 1"),
-        ("<image>a", 2, "1 places .* 2"),
-        ("<image>", 0, "1 .* 0"),
+        ("a", 1, "0 times, .* given 1"),
+        ("<image>a", 2, "1 times, .* given 2"),
+        ("<image>", 0, "1 times, .* given 0"),
     ):
         options = [option for path in drawings[:given] for option in ("--image", str(path))]
-        with pytest.raises(ValueError, match=rf"the prompt '{prompt}' has {counts} times; write <image> where"):
-            generate.main([str(seeing), "--prompt", prompt, *options])
+        with pytest.raises(
+            ValueError, match=rf"the prompt '{prompt}' contains <image> {counts} times; write <image> at"
+        ):
+            generate.main([str(vlm_directory), "--prompt", prompt, *options])
 
 
-def test_a_model_that_reads_text_alone_refuses_images(
-    tokenizer: Tokenizer, drawings: list[Path], tmp_path: Path
-) -> None:
+def test_text_model_refuses_images(tokenizer: Tokenizer, drawings: list[Path], tmp_path: Path) -> None:
     write_model("llama3", tokenizer, tmp_path)
     with pytest.raises(
-        ValueError, match=r"--image .*8x16.png: a Llama3 reads text alone; take a model of the family vlm"
+        ValueError, match=r"--image .*8x16.png: a Llama3 model takes text only; use a model of the family vlm"
     ):
         generate.main([str(tmp_path), "--prompt", "<image>a", "--image", str(drawings[0])])
     assert generate.read_prompt("<image>a", [], build_model("llama3-debug").config, tokenizer) == ("<image>a", {})
 
 
-def test_a_file_that_is_no_image_is_refused(seeing: Path, tmp_path: Path) -> None:
+def test_file_that_is_not_an_image_is_refused(vlm_directory: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no image")
     with pytest.raises(ValueError, match=r"cannot read an image from .*notes.png"):
-        generate.main([str(seeing), "--prompt", "<image>a", "--image", str(tmp_path / "notes.png")])
+        generate.main([str(vlm_directory), "--prompt", "<image>a", "--image", str(tmp_path / "notes.png")])

@@ -20,7 +20,7 @@ def call(capsys, *argv: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("argv", [(), ("--help",), ("-h",)])
-def test_alone_it_lists_its_commands(argv, capsys) -> None:
+def test_help_lists_the_commands(argv, capsys) -> None:
     code, out, _ = call(capsys, *argv)
     assert code == 0
     for words in ("  train  ", "  generate  ", "  masks  ", "examples:\n  sightline train llama3-tiny"):
@@ -32,7 +32,7 @@ def test_version(capsys) -> None:
 
 
 @pytest.mark.parametrize("argv", [("train",), ("train", "--help"), ("train", "-h")])
-def test_train_lists_its_recipes(argv, capsys) -> None:
+def test_train_help_lists_the_recipes(argv, capsys) -> None:
     code, out, _ = call(capsys, *argv)
     assert code == 0
     assert all(f"  {name} " in out for name in RECIPES)
@@ -40,11 +40,11 @@ def test_train_lists_its_recipes(argv, capsys) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama3-tiny", "llama3-8b"])
-def test_help_teaches_every_field(name, capsys) -> None:
+def test_recipe_help_lists_every_option(name, capsys) -> None:
     code, out, _ = call(capsys, "train", name, "--help")
     assert code == 0
     for option in (
-        "--output-dir", "--seed", "--model.layers", "--model.num-kv-heads", "--data.source", "--data.packing",
+        "--output-dir", "--seed", "--model.num-layers", "--model.num-kv-heads", "--data.source", "--data.packing",
         "--training.steps", "--training.sequence-length", "--training.global-batch-size", "--training.micro-batch-size",
         "--training.deterministic", "--optimizer.learning-rate", "--optimizer.schedule", "--attention.backend",
         "--validation.every", "--checkpoint.every", "--checkpoint.resume", "--logging.wandb",
@@ -55,11 +55,12 @@ def test_help_teaches_every_field(name, capsys) -> None:
     assert "examples:" in out
 
 
-def test_options_become_the_run() -> None:
+def test_options_set_the_run() -> None:
     run = parse([
         "llama3-tiny", "--output-dir", "x/y", "--seed", "7", "--training.steps", "12", "--training.sequence-length",
         "64", "--attention.backend", "reference", "--data.source", "some/path", "--checkpoint.every", "3",
-        "--model.layers", "2", "--training.deterministic", "--data.tokenizer", "t.json", "--checkpoint.resume", "never",
+        "--model.num-layers", "2", "--training.deterministic", "--data.tokenizer", "t.json",
+        "--checkpoint.resume", "never",
     ])  # fmt: skip
     assert run.output_dir == Path("x/y") and run.seed == 7
     assert run.training.steps == 12 and run.training.sequence_length == 64 and run.training.deterministic
@@ -77,7 +78,7 @@ def test_every_backend_is_a_choice(name, capsys) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_alone_is_itself(name) -> None:
+def test_recipe_without_options_is_unchanged(name) -> None:
     assert parse([name]) == RECIPES[name]
 
 
@@ -86,11 +87,11 @@ def test_a_recipe_alone_is_itself(name) -> None:
     [
         (("nonsense",), "unknown command 'nonsense'; the commands are: train, generate, convert, masks"),
         (("train", "nonsense"), "unknown recipe 'nonsense'; the recipes are: llama3-debug, llama3-tiny"),
-        (("train", "--seed", "1", "llama3-tiny"), "the recipe comes before the options, got '--seed' first"),
+        (("train", "--seed", "1", "llama3-tiny"), "the recipe comes before the options; got '--seed' first"),
         (("generate", "nowhere"), "nowhere does not exist; expected the directory of a run"),
     ],
 )
-def test_wrong_input_is_one_message_and_code_2(argv, words, capsys) -> None:
+def test_wrong_input_prints_one_message_and_exits_with_2(argv, words, capsys) -> None:
     code, out, err = call(capsys, *argv)
     assert code == 2
     assert f"error: {words}" in err
@@ -108,7 +109,7 @@ def test_wrong_input_is_one_message_and_code_2(argv, words, capsys) -> None:
         ("--attention.backend", "magic", "reference"),
     ],
 )
-def test_wrong_options_name_the_remedy(option, value, words, capsys) -> None:
+def test_error_of_a_wrong_option_names_the_remedy(option, value, words, capsys) -> None:
     code, _, err = call(capsys, "train", "llama3-tiny", option, value)
     assert code == 2
     assert words in " ".join(err.replace("│", " ").split())
@@ -122,24 +123,24 @@ def test_wrong_options_name_the_remedy(option, value, words, capsys) -> None:
         (Stopped(signal.SIGINT, 7, Path("c/step-7")), 130, "The same command continues"),
         (NonFiniteLoss(9, float("nan"), 1.0, None), 1, "error: step 9: loss nan"),
         (SaveFailed(9, "no room", Path("c/step-7")), 1, "c/step-7 is intact"),
-        (ValueError("came 1, expected 2"), 2, "error: came 1, expected 2"),
-        (KeyboardInterrupt(), 130, "left at once"),
+        (ValueError("got 1; expected 2"), 2, "error: got 1; expected 2"),
+        (KeyboardInterrupt(), 130, "interrupted; existing checkpoints are unchanged"),
     ],
 )
-def test_each_end_has_its_code(error, code, words, capsys, monkeypatch) -> None:
+def test_each_error_has_its_exit_code(error, code, words, capsys, monkeypatch) -> None:
     def fail(argv):
         raise error
 
     monkeypatch.setattr("sightline.cli.train.main", fail)
-    came, _, err = call(capsys, "train")
-    assert came == code
+    actual, _, err = call(capsys, "train")
+    assert actual == code
     assert words in err
 
 
-def test_a_bug_of_ours_keeps_its_traceback(monkeypatch) -> None:
+def test_internal_error_keeps_its_traceback(monkeypatch) -> None:
     def fail(argv):
-        raise AssertionError("ours")
+        raise AssertionError("internal")
 
     monkeypatch.setattr("sightline.cli.train.main", fail)
-    with pytest.raises(AssertionError, match="ours"):
+    with pytest.raises(AssertionError, match="internal"):
         cli.main(["train"])

@@ -1,4 +1,4 @@
-"""`sightline masks`, as a user calls it."""
+"""`sightline masks` on recipes, runs and mask expressions."""
 
 import json
 import re
@@ -23,7 +23,7 @@ DEBUG_RECIPES = [name for name in RECIPES if name.endswith("-debug")]
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Forty documents of different length."""
+    """Forty documents of different lengths."""
     folder = tmp_path / "texts"
     folder.mkdir()
     for number in range(40):
@@ -43,7 +43,7 @@ def recipe(source: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def run_directory(source: Path, tmp_path: Path) -> Path:
-    """What `sightline train` leaves of a run: its config and its own tokenizer, here of hardly more than bytes."""
+    """A run directory with the config and a tokenizer of its own, whose vocabulary is little more than the bytes."""
     run = small(get_recipe("llama3-debug"), source)
     directory = tmp_path / "run"
     directory.mkdir()
@@ -51,16 +51,16 @@ def run_directory(source: Path, tmp_path: Path) -> Path:
     return directory
 
 
-def test_a_mask_that_no_layer_attends_under_costs_nothing(
+def test_unused_mask_has_no_attention_flops(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = small(get_recipe("qwen3_next-debug"), source)
     monkeypatch.setitem(RECIPES, "recurrent", replace(run, model=replace(run.model, full_attention_interval=9)))
     main(["recurrent", "--stats"])
-    assert "0: no layer attends under this mask" in capsys.readouterr().out
+    assert "0: no layer uses this mask" in capsys.readouterr().out
 
 
-def test_an_expression_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plot_of_an_expression(capsys: pytest.CaptureFixture[str]) -> None:
     main([EXPRESSION])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "attention: S 16, K 1, 60 visible pairs (44.1% of causal)"
@@ -68,7 +68,7 @@ def test_an_expression_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[7] == "    4 │██████████ · · · · · · · · · · ·"
 
 
-def test_the_width_is_the_users(capsys: pytest.CaptureFixture[str]) -> None:
+def test_width_option(capsys: pytest.CaptureFixture[str]) -> None:
     main(["causal(1, 4096)", "--width", "30"])
     picture = capsys.readouterr().out.split("\n", 1)[1]
     assert max(len(line) for line in picture.splitlines()) == 30
@@ -80,7 +80,7 @@ def test_statistics_of_an_expression(capsys: pytest.CaptureFixture[str]) -> None
     assert "attention, row 1 of 2: S 4, K 1, 6 visible pairs (60.0% of causal)" in text
     rows = dict(re.findall(r"^(\S.*?) {2,}(\S.*?) *$", text, re.MULTILINE))
     assert rows["rows, queries, keys"] == "2, 4, 4"
-    assert rows["visible pairs a row"] == "8 (6 to 10)"
+    assert rows["visible pairs per row"] == "8 (6 to 10)"
     assert rows["share of causal"] == "80.00%"
     assert rows["sparsity"] == "50.00%"
     assert [rows[f"blocks of 2, {state}"] for state in ("full", "partial", "empty")] == [
@@ -89,51 +89,51 @@ def test_statistics_of_an_expression(capsys: pytest.CaptureFixture[str]) -> None
     assert "FLOP" not in text
 
 
-def test_a_recipe_shows_the_first_batch_of_its_training(recipe: str, source: Path) -> None:
+def test_recipe_gives_its_first_training_batch(recipe: str, source: Path) -> None:
     run = RECIPES[recipe]
     training, _ = split_documents(load_documents(run.data), run.data.validation_fraction)
     tokenizer = train_tokenizer(training, run.model.vocab_size)
     loader = open_loader(run.data, run.training, training, tokenizer, seed=run.seed)
     batch = next(loader)
     loader.close()
-    subject = find_mask_source(recipe, None)
-    assert list(subject.masks) == ["attention"]
+    mask_source = find_mask_source(recipe, None)
+    assert list(mask_source.masks) == ["attention"]
     assert batch.document_ids.amax() > 1
-    assert subject.masks["attention"].equal(causal(*batch.shape) & document(batch.document_ids))
-    assert subject.batch is not None and torch.equal(subject.batch.tokens, batch.tokens)
+    assert mask_source.masks["attention"].equal(causal(*batch.shape) & document(batch.document_ids))
+    assert mask_source.batch is not None and torch.equal(mask_source.batch.tokens, batch.tokens)
 
 
-def test_a_run_shows_its_own_tokenizers_batch(recipe: str, run_directory: Path) -> None:
-    of_recipe, of_run = find_mask_source(recipe, None), find_mask_source(str(run_directory), None)
-    assert of_run.batch is not None and int(of_run.batch.tokens.max()) < 260
-    assert not of_run.masks["attention"].equal(of_recipe.masks["attention"])
+def test_run_directory_uses_its_own_tokenizer(recipe: str, run_directory: Path) -> None:
+    recipe_masks, run_masks = find_mask_source(recipe, None), find_mask_source(str(run_directory), None)
+    assert run_masks.batch is not None and int(run_masks.batch.tokens.max()) < 260
+    assert not run_masks.masks["attention"].equal(recipe_masks.masks["attention"])
 
 
-def test_another_sequence_length(recipe: str, run_directory: Path) -> None:
+def test_sequence_length_option(recipe: str, run_directory: Path) -> None:
     for what in (recipe, str(run_directory)):
         assert find_mask_source(what, 40).masks["attention"].shape == (4, 40, 40)
 
 
-def test_flops_of_a_step_by_hand(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """llama3-debug: 2 layers of 4 heads of 16 channels, 2 key/value heads; 12 FLOPs a pair, head and channel."""
+def test_flops_of_a_step(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """llama3-debug has 2 layers, 4 heads of 16 channels, 2 key/value heads; 12 FLOPs per pair, head and channel."""
     pairs = int(find_mask_source(recipe, None).masks["attention"].visible_pairs().sum())
     main([recipe, "--stats"])
     rows = dict(re.findall(r"^(\S.*?) {2,}(\S.*?) *$", capsys.readouterr().out, re.MULTILINE))
     attention, tokens = pairs * 12 * 4 * 16 * 2, 4 * 96
     assert rows["attention FLOPs, all layers"] == flops(attention)
-    assert rows["one of 2 layers"] == flops(attention / 2)
-    assert rows["one of its 2 head groups"] == flops(attention / 4)
-    # 64 wide: q and o 64 x 64, k and v 64 x 32, three of 64 x 128 in each of 2 layers, and 512 x 64 of vocabulary
+    assert rows["per layer (2 layers)"] == flops(attention / 2)
+    assert rows["per head group (2 in a layer)"] == flops(attention / 4)
+    # hidden size 64: in each of 2 layers q and o 64 x 64, k and v 64 x 32, three 64 x 128; output projection 512 x 64
     matmul = tokens * 6 * (2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + 512 * 64)
     assert rows["tokens"] == f"{tokens} (100.0% of the rows)"
     assert rows["matrix products"] == flops(matmul)
-    assert rows["the step"] == flops(matmul + attention)
+    assert rows["total"] == flops(matmul + attention)
     causal_rows = matmul + 4 * 96 * 97 / 2 * 12 * 4 * 16 * 2
-    assert rows["as plain causal rows"].startswith(flops(causal_rows))
+    assert rows["with plain causal rows"].startswith(flops(causal_rows))
 
 
 @pytest.mark.parametrize("name", DEBUG_RECIPES)
-def test_every_family_has_masks_to_draw_and_count(
+def test_every_family_has_masks(
     name: str, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(RECIPES, name, small(get_recipe(name), source))
@@ -141,9 +141,7 @@ def test_every_family_has_masks_to_draw_and_count(
     assert "FLOP" in capsys.readouterr().out
 
 
-def test_files_are_written_where_they_are_wanted(
-    tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_png_and_html_files(tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     png, html = tmp_path / "new" / "masks.png", tmp_path / "new" / "masks.html"
     main([recipe, "--png", str(png), "--html", str(html), "--row", "3", "--block-size", "32"])
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -158,22 +156,25 @@ def test_files_are_written_where_they_are_wanted(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["llama9-tiny"], r"'llama9-tiny' is no recipe \(llama3-debug, .*no directory, and no expression"),
+        (
+            ["llama9-tiny"],
+            r"'llama9-tiny' is not a recipe, a run directory, or a mask expression .* recipes are: llama3-debug, ",
+        ),
         (["window(1, 4)"], "unknown name 'window'"),
         ([EXPRESSION, "--row", "1"], "row 1 is not in this mask of 1 rows"),
         ([EXPRESSION, "--row", "-1"], "row -1 is not in this mask"),
         ([EXPRESSION, "--width", "5"], "at least 24 columns, got 5"),
         ([EXPRESSION, "--block-size", "0"], "at least 1 token, got 0"),
-        ([EXPRESSION, "--sequence-length", "32"], "--sequence-length is for recipes and runs"),
+        ([EXPRESSION, "--sequence-length", "32"], "--sequence-length applies to recipes and runs"),
         ([EXPRESSION, "--png", "masks.nothing"], "Format 'nothing' is not supported"),
         ([EXPRESSION, "--html", "/dev/null/masks.html"], "cannot write /dev/null/masks.html: .*choose another path"),
     ],
 )
-def test_refusals_say_what_came_and_what_to_do(argv: list[str], message: str) -> None:
+def test_wrong_arguments_are_refused(argv: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         main(argv)
 
 
-def test_a_directory_that_holds_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no directory of a run: it has no config"):
+def test_directory_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a run directory: it has no config"):
         main([str(tmp_path)])
