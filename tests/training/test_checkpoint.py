@@ -134,7 +134,7 @@ def test_damage_that_keeps_the_size_is_refused(name, tmp_path) -> None:
     file = saved / name
     file.write_bytes(b"\0" * file.stat().st_size)
     with pytest.raises(
-        ValueError, match=r"step-2 cannot be read: what is in it is damaged; expected a whole checkpoint.*Delete"
+        ValueError, match=r"step-2 cannot be read: its contents are damaged; expected a complete checkpoint.*Delete"
     ):
         load_checkpoint(saved, tensors(*build(1), CPU), CPU)
 
@@ -154,7 +154,7 @@ def test_not_a_checkpoint_is_refused(tmp_path) -> None:
 def test_another_shape_is_refused(tmp_path) -> None:
     saved = save(tmp_path / "checkpoints", *trained())
     wider = dataclasses.replace(MODEL, intermediate_size=96)
-    with pytest.raises(ValueError, match=r"cannot be read: .*expected a whole checkpoint of this model"):
+    with pytest.raises(ValueError, match=r"cannot be read: .*expected a complete checkpoint of this model"):
         load_checkpoint(saved, tensors(*build(1, wider), CPU), CPU)
 
 

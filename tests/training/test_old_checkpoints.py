@@ -1,7 +1,7 @@
 """Checkpoints of 0.2.0: weights and optimizer state load, and the next step equals that of 0.2.0.
 
-Each archive holds `step-2` of a small model and expected.json: the loss and gradient norm that 0.2.0 computed on the batch
-below, and the sum of the absolute values of all weights after one more step.
+Each archive holds `step-2` of a small model and expected.json: the loss and gradient norm that 0.2.0 computed on the
+batch below, and the sum of the absolute values of all weights after one more step.
 """
 
 import json

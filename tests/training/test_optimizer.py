@@ -208,4 +208,4 @@ def refused_on(rank: int) -> str:
 
 def test_muon_refuses_cpu_offload() -> None:
     for said in on_processes(2, refused_on):
-        assert "layers.0.mlp.up.weight lies in the memory of meta; use --parallel.no-offload, or" in said
+        assert "layers.0.mlp.up.weight is offloaded to meta; use --parallel.no-offload, or" in said

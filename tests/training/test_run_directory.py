@@ -72,7 +72,7 @@ def test_a_family_that_is_not_imported_is_refused_unless_it_is_given(tmp_path) -
     path = tmp_path / "config.json"
     written = {**settings(small_run(tmp_path, tmp_path)), "family": "no.such:FAMILY"}
     path.write_text(json.dumps(written))
-    with pytest.raises(ValueError, match=r"'no.such:FAMILY'; it comes from outside .* --family no.such:FAMILY"):
+    with pytest.raises(ValueError, match=r"'no.such:FAMILY'; it is defined outside .* --family no.such:FAMILY"):
         load_config(path)
     assert load_config(path, LLAMA3) == small_run(tmp_path, tmp_path)
 

@@ -1,4 +1,4 @@
-"""Asynchronous checkpoints: they hold the state at the start of the save, one at a time; failures are reported later."""
+"""Asynchronous checkpoints: they hold the state at the start of the save; failures are reported later."""
 
 import threading
 

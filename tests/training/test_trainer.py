@@ -68,7 +68,7 @@ def test_the_log_shows_the_model_and_the_output_files(run, said) -> None:
         "20 documents",
         "2 held out",
         "2 rows of 48 tokens in 2 forwards",
-        "attention    tiled: on a CPU",
+        "attention    tiled: it is the fastest backend that trains on a CPU",
         "MFU",
         "a sample:\ndef ",
         "step 8 reached, loss",
@@ -119,7 +119,10 @@ def test_metrics_that_are_read_late_are_equal(source, tmp_path) -> None:
     with ExitStack() as opened:
         one = open_trainer(late, opened)
         one.reads_immediately = False
-        one.take_step, take_step = lambda: (seen.append(len(rows_of(tmp_path / "late"))), take_step())[1], one.take_step
+        one.launch_step, launch_step = (
+            lambda: (seen.append(len(rows_of(tmp_path / "late"))), launch_step())[1],
+            one.launch_step,
+        )
         one.train()
     assert rows_of(tmp_path / "late") == rows_of(tmp_path / "now")
     # Rows in the file when steps 1 to 8 start: one step late, except after steps 3, 4 and 6, which save or validate.
