@@ -1,7 +1,7 @@
-"""Ministral: Llama's layers by turns within a window and over the whole document.
+"""Ministral: Llama layers that alternate between sliding-window attention and full attention.
 
-With `anchors`, the windows never lose the first tokens of a document, so that a text may grow far past the window
-(StreamingLLM, arXiv 2309.17453).
+With `anchors`, sliding-window layers also attend to the first tokens of the document, so that a text may grow far past
+the window (StreamingLLM, arXiv 2309.17453).
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from sightline.models.hf.rope import read_rope, write_rope
 
 @dataclass(frozen=True, kw_only=True)
 class MinistralConfig(DecoderConfig):
-    """The sizes of a Ministral. The first, third, ... layers attend within the window, the others fully."""
+    """Config of a Ministral model. The first, third, ... layers use the sliding window, the others full attention."""
 
     num_heads: int = 8
-    """Query heads (H)."""
+    """Number of query heads (H)."""
     num_kv_heads: int = 4
-    """Key/value heads (G); each serves heads / kv-heads query heads."""
+    """Number of key/value heads (G); must divide num-heads."""
     head_dim: int = 32
-    """Channels of a head (D), an even number."""
+    """Channels of an attention head (D); must be even."""
     sliding_window: int = 128
-    """Keys that a token sees in a windowed layer, itself included."""
+    """Number of keys that a token attends to in sliding-window layers, itself included."""
     anchors: int = 0
-    """First tokens of a document that windowed layers see from everywhere in it."""
+    """Number of first tokens of a document that sliding-window layers always attend to."""
     intermediate_size: int = 688
-    """Inner width of the feed-forward layer."""
+    """Intermediate size of the feed-forward layers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,8 +48,6 @@ class MinistralConfig(DecoderConfig):
 
 
 class Ministral(Decoder):
-    """The whole model."""
-
     def build_block(self, index: int) -> Block:
         config = self.config
         attention = GroupedQueryAttention(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim)
@@ -57,26 +55,29 @@ class Ministral(Decoder):
         return Block(attention, mlp, self.build_norm, mask_name="full" if index % 2 else "window")
 
     def get_attention_masks(self, batch: Batch, tokenizer: object = None) -> dict[str, AttentionMask]:
-        """In its own document a token sees itself and what comes before it: all of that, or of it the window that ends
-        with the token and the anchors."""
-        past = super().get_attention_masks(batch)
+        """Return `full`, causal attention within each document, and `window`, limited to sliding window and anchors."""
+        full = super().get_attention_masks(batch)
         window = sliding_window(*batch.shape, self.config.sliding_window, device=batch.tokens.device)
         anchors = prefix_lm(batch.positions, torch.full_like(batch.positions, self.config.anchors))
-        return {"window": (window | anchors) & past, "full": past}
+        return {"window": (window | anchors) & full, "full": full}
 
 
 FIELDS = {**DECODER, **HEADS, "sliding_window": "sliding_window", "intermediate_size": "intermediate_size"}
 
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    """The fields of our config from those of a config.json."""
+    """Convert the fields of config.json to those of our config."""
     fields = read_fields(hf, FIELDS, norm_eps=1e-6, tied_embeddings=False)
     expect(hf, hidden_act="silu", layer_types=layer_types(fields["num_layers"]))
     return {**fields, "rope_theta": read_rope(hf)["rope_theta"]}
 
 
 def config_to_hf(config: MinistralConfig) -> dict[str, Any]:
-    """The fields of a config.json. Raises ValueError for anchors, which theirs does not have."""
+    """Convert our config to the fields of config.json.
+
+    Raises:
+        ValueError: if the model has anchors, which transformers does not support.
+    """
     if config.anchors:
         raise ValueError(f"a MinistralForCausalLM has no anchors; expected model.anchors 0, got {config.anchors}")
     return {
@@ -88,9 +89,9 @@ def config_to_hf(config: MinistralConfig) -> dict[str, Any]:
     }
 
 
-def layer_types(layers: int) -> list[str]:
-    """As config.json calls the masks of the layers."""
-    return ["full_attention" if index % 2 else "sliding_attention" for index in range(layers)]
+def layer_types(num_layers: int) -> list[str]:
+    """Return the attention type of every layer, as in config.json."""
+    return ["full_attention" if index % 2 else "sliding_attention" for index in range(num_layers)]
 
 
 MINISTRAL = Family(
@@ -115,7 +116,7 @@ MINISTRAL = Family(
         architectures=("MinistralForCausalLM",),
         config_from_hf=config_from_hf,
         config_to_hf=config_to_hf,
-        weights=weights,  # theirs calls its tensors what Llama does, and so do we
+        weights=weights,  # the tensor names are those of Llama 3, in transformers and here
     ),
 )
 RUN = debug("ministral-debug", MINISTRAL.presets["debug"])

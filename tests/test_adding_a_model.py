@@ -1,4 +1,4 @@
-"""docs/adding_a_model.md: its code is examples/ministral.py, and that is a whole model."""
+"""The code of docs/adding_a_model.md is examples/ministral.py, which is a complete model."""
 
 import os
 import re
@@ -58,23 +58,23 @@ def theirs() -> Any:
 
 
 def as_ours(theirs: Any, directory: Path) -> Ministral:
-    """Their model, written by them and read by us."""
+    """Save their model and load it as ours."""
     theirs.save_pretrained(directory)
     return load_pretrained(directory, family=MINISTRAL)
 
 
 @pytest.fixture
 def anchored() -> Ministral:
-    """Two layers, so that what the window hides and the anchors show also arrives through the full layer."""
+    """A small model with anchors: one sliding-window layer, then one full layer."""
     torch.manual_seed(0)
     return build_model(replace(MINISTRAL.presets["debug"], vocab_size=V, sliding_window=4, anchors=2))
 
 
-def test_the_example_has_under_150_lines() -> None:
+def test_example_has_under_150_lines() -> None:
     assert EXAMPLE.count("\n") < 150
 
 
-def test_the_code_of_the_page_is_the_file() -> None:
+def test_code_of_the_page_equals_the_file() -> None:
     def lines(code: str) -> Iterator[str]:
         return (line for line in code.splitlines() if line.strip())
 
@@ -82,8 +82,8 @@ def test_the_code_of_the_page_is_the_file() -> None:
     assert list(lines("\n".join(shown))) == list(lines(EXAMPLE))
 
 
-def test_masks_are_the_window_the_anchors_and_the_past(anchored: Ministral) -> None:
-    """Documents of 7 and 3 tokens, a window of 4, 2 anchors; then padding."""
+def test_masks_by_hand(anchored: Ministral) -> None:
+    """Documents of 7 and 3 tokens, then padding; a window of 4, 2 anchors."""
     batch = Batch.from_documents([[1] * 7, [2] * 3], length=12)
     window, full = (
         anchored.get_attention_masks(batch)[name].to_dense()[0].int().tolist() for name in ("window", "full")
@@ -95,46 +95,44 @@ def test_masks_are_the_window_the_anchors_and_the_past(anchored: Ministral) -> N
 
 
 @pytest.mark.parametrize(("lengths", "length"), [([40], 40), ([1, 30, 2, 7, 17, 23, 8], 40)])
-def test_logits_and_gradients_are_those_of_transformers(
-    theirs: Any, tmp_path: Path, lengths: list[int], length: int
-) -> None:
+def test_logits_and_gradients_equal_transformers(theirs: Any, tmp_path: Path, lengths: list[int], length: int) -> None:
     assert_same_model(as_ours(theirs, tmp_path), theirs, random_documents(lengths, V), length)
 
 
-def test_transformers_reads_what_we_write(theirs: Any, tmp_path: Path) -> None:
+def test_transformers_loads_saved_model(theirs: Any, tmp_path: Path) -> None:
     ours = as_ours(theirs, tmp_path / "theirs")
     assert_way_back(ours, theirs, type(theirs), torch.tensor(random_documents([40], V)), tmp_path / "back")
 
 
-def test_a_packed_row_gives_what_its_documents_give_alone(anchored: Ministral) -> None:
+def test_packed_equals_separate(anchored: Ministral) -> None:
     documents = random_documents([5, 30, 1, 4], V)
     packed = run(anchored, Batch.from_documents(documents, length=48))[0]
     alone = [run(anchored, Batch.from_documents([tokens], length=max(2, len(tokens))))[0] for tokens in documents]
-    whole = torch.cat([logits[: len(tokens)] for logits, tokens in zip(alone, documents, strict=True)])
-    torch.testing.assert_close(packed[:40], whole, atol=1e-5, rtol=0)
+    expected = torch.cat([logits[: len(tokens)] for logits, tokens in zip(alone, documents, strict=True)])
+    torch.testing.assert_close(packed[:40], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("changed", [0, 20])
-def test_needle_no_other_document_changes_by_one_bit(anchored: Ministral, changed: int) -> None:
+def test_no_leakage_between_documents(anchored: Ministral, changed: int) -> None:
     assert_needle(anchored, Batch.from_documents(random_documents([30, 7, 3], V), length=44), 0, changed)
 
 
-def test_generation_keeps_to_the_masks(anchored: Ministral) -> None:
+def test_generation_uses_the_masks(anchored: Ministral) -> None:
     tokens = random_documents([12], V)[0]
     assert_cached_logits(anchored, tokens, cuts=[3, 4, 9])
     assert_greedy_text(anchored, tokens, count=5)
 
 
 @pytest.fixture(scope="module")
-def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of somebody's own with the example in it, a corpus, and a run of 30 steps: 20, and 10 continued."""
+def user_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's directory with the example, a corpus, and a run of 30 steps that was resumed after 20."""
     home = tmp_path_factory.mktemp("home")
     (home / "mine").mkdir()
     shutil.copyfile(ROOT / "examples" / "ministral.py", home / "mine" / "ministral.py")
     write_corpus(home / "texts")
     for steps in ("20", "30"):
-        said = sightline(home, "train", "mine.ministral:RUN", *OPTIONS, "--training.steps", steps)
-        assert ("continued from step-20" in said) == (steps == "30"), said
+        output = sightline(home, "train", "mine.ministral:RUN", *OPTIONS, "--training.steps", steps)
+        assert ("continued from step-20" in output) == (steps == "30"), output
     return home
 
 
@@ -145,28 +143,28 @@ OPTIONS = (
 
 
 def sightline(home: Path, *arguments: str, code: int = 0) -> str:
-    """What the command says, run in `home` by a process that has seen nothing of this one."""
+    """Run the command in `home` in a new process and return its output."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "sightline", *arguments], cwd=home, env=environment, capture_output=True, text=True
     )
-    assert found.returncode == code, found.stdout + found.stderr
-    return found.stdout + found.stderr
+    assert process.returncode == code, process.stdout + process.stderr
+    return process.stdout + process.stderr
 
 
-def test_the_command_line_trains_continues_and_converts_it(
-    outside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_command_line_trains_resumes_and_converts(
+    user_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    losses = [row["loss"] for row in read_metrics(outside / "runs" / "ministral-debug" / "metrics.jsonl")]
+    losses = [row["loss"] for row in read_metrics(user_directory / "runs" / "ministral-debug" / "metrics.jsonl")]
     assert len(losses) == 30 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    assert sightline(outside, "convert", "mine.ministral:RUN", "exported").startswith("wrote the model of runs/")
-    ours = load_pretrained(outside / "exported", family=MINISTRAL)
-    theirs = MinistralForCausalLM.from_pretrained(outside / "exported")
+    assert sightline(user_directory, "convert", "mine.ministral:RUN", "exported").startswith("wrote the model of runs/")
+    ours = load_pretrained(user_directory / "exported", family=MINISTRAL)
+    theirs = MinistralForCausalLM.from_pretrained(user_directory / "exported")
     batch = Batch.from_documents(random_documents([40], 300), length=40)
     with torch.no_grad():
         torch.testing.assert_close(run(ours, batch), theirs(input_ids=batch.tokens).logits, atol=1e-4, rtol=0)
 
-    monkeypatch.chdir(outside)
+    monkeypatch.chdir(user_directory)
     start = ("--model-from", "exported", "--output-dir", "runs/begun", *OPTIONS, "--training.steps", "1")
     assert command(["train", "examples.ministral:RUN", *start]) == 0
     assert "sightline generate runs/begun --family examples.ministral:MINISTRAL" in capsys.readouterr().out
@@ -174,32 +172,32 @@ def test_the_command_line_trains_continues_and_converts_it(
     assert "A run" in capsys.readouterr().out
 
 
-def test_other_commands_take_the_recipe_too(outside: Path) -> None:
-    said = sightline(outside, "generate", "mine.ministral:RUN", "--prompt", "A run", "--max-new-tokens", "5")
-    assert said.startswith("A run")
-    said = sightline(outside, "masks", "mine.ministral:RUN", "--sequence-length", "64", "--stats")
-    assert "window, row 0 of 4: S 64, K " in said and "full, row 0 of 4: S 64, K 1" in said
-    said = sightline(outside, "plan", "mine.ministral:RUN", "--processes", "2", "--parallel.tensor", "2")
-    assert said.startswith("mine.ministral:RUN, ") and "tensor 2" in said
+def test_other_commands_accept_the_recipe(user_directory: Path) -> None:
+    output = sightline(user_directory, "generate", "mine.ministral:RUN", "--prompt", "A run", "--max-new-tokens", "5")
+    assert output.startswith("A run")
+    output = sightline(user_directory, "masks", "mine.ministral:RUN", "--sequence-length", "64", "--stats")
+    assert "window, row 0 of 4: S 64, K " in output and "full, row 0 of 4: S 64, K 1" in output
+    output = sightline(user_directory, "plan", "mine.ministral:RUN", "--processes", "2", "--parallel.tensor", "2")
+    assert output.startswith("mine.ministral:RUN, ") and "tensor 2" in output
 
 
-def test_a_directory_imports_nothing(
-    outside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_a_directory_never_causes_an_import(
+    user_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """What a file names is not imported, though it could be: the user names it, or it is refused."""
+    """A family named in config.json is not imported, even if it could be: the user must name it."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "ministral.py").write_text("raise SystemExit('imported')")
-    shutil.copytree(outside / "runs" / "ministral-debug", tmp_path / "run")
-    shutil.copytree(outside / "texts", tmp_path / "texts")
+    shutil.copytree(user_directory / "runs" / "ministral-debug", tmp_path / "run")
+    shutil.copytree(user_directory / "texts", tmp_path / "texts")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for arguments in (("generate", "run"), ("convert", "run", "out"), ("masks", "run")):
         assert command([*arguments]) == 2
-        said = capsys.readouterr().err
-        assert "names the model family 'mine.ministral:MINISTRAL'; it comes from outside the package" in said
-        assert "--family mine.ministral:MINISTRAL" in said
-        named = "examples.ministral:MINISTRAL"  # the same, where this process finds it
-        assert command([*arguments, "--family", named]) == 0
+        error = capsys.readouterr().err
+        assert "names the model family 'mine.ministral:MINISTRAL'; it comes from outside the package" in error
+        assert "--family mine.ministral:MINISTRAL" in error
+        family = "examples.ministral:MINISTRAL"  # the same family, importable in this process
+        assert command([*arguments, "--family", family]) == 0
 
 
 def train_on(rank: int, run: Run) -> None:
@@ -214,8 +212,8 @@ def train_on(rank: int, run: Run) -> None:
         pytest.param({"pipeline": 2}, marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_train_as_one(degrees: dict[str, int], tmp_path: Path) -> None:
-    # With the usual eps Adam moves a weight whose gradient is nothing but rounding as far as any other.
+def test_two_processes_train_like_one(degrees: dict[str, int], tmp_path: Path) -> None:
+    # With the default eps, Adam would amplify gradients that are only rounding error.
     changes = {"model": MINISTRAL.presets["debug"], "optimizer__eps": 1e-5}
     alone = small_run(tmp_path / "alone", write_corpus(tmp_path / "texts"), **changes)
     train_quietly(alone)
@@ -227,7 +225,7 @@ def test_two_processes_train_as_one(degrees: dict[str, int], tmp_path: Path) -> 
     assert [row["visible_pairs"] for row in rows] == [row["visible_pairs"] for row in expected]
 
 
-def test_anchors_cannot_be_told_to_transformers() -> None:
+def test_anchors_cannot_be_saved_for_transformers() -> None:
     with pytest.raises(ValueError, match=r"no anchors; expected model.anchors 0, got 2"):
         config_to_hf(MINISTRAL.presets["debug"])
     with pytest.raises(ValueError, match=r"model.anchors must be at least 0, got -1"):

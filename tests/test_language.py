@@ -1,7 +1,7 @@
 """The words of the project: names and phrases that were replaced by the field's standard terms do not come back.
 
-Each entry gives the term to use instead. A word that is right in one place and private in another has a scope: the files
-in which it is searched for. `EXCEPTIONS` lists the few places that must keep an old word, with the reason.
+Each entry gives the term to use instead. A word that is standard in one place and private in another has a scope: the
+files in which it is searched for. `EXCEPTIONS` and `ALLOWED` list what must keep an old word, with the reason.
 """
 
 import ast
@@ -43,9 +43,8 @@ WORDS = {
     r"sees": "attends to; may see",
     r"\w*(?:honour|colour|neighbour|favour|behaviour)\w*": "honor, color, neighbor, favor, behavior",
     r"centre[ds]?|grey|learnt|unlearnt": "US spelling",
-    r"(?:initial|util|normal|serial|optim|quant|parallel|token|synchron|recogn|material|general|orthogonal)is(?:e[ds]?|ing|ation)": (
-        "US spelling"
-    ),
+    r"(?:initial|util|normal|serial|optim|quant|parallel|token)is(?:e[ds]?|ing|ation)": "US spelling",
+    r"(?:synchron|recogn|material|general|orthogonal)is(?:e[ds]?|ing|ation)": "US spelling",
     # phrases
     r"(?:the|its|their|on the) way back|[Aa]nd back\.": "inverse, reverse exchange",
     r"at its height|so many-th|at hand|under way|no NaN is born|knows of the journey": "plain English",
@@ -77,13 +76,13 @@ ALLOWED = {
 """Single words that a file keeps, and why."""
 
 
-def searched(path: Path) -> str:
+def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", FILES, ids=searched)
+@pytest.mark.parametrize("path", FILES, ids=relative)
 def test_no_private_words(path: Path) -> None:
-    name = searched(path)
+    name = relative(path)
     if name in EXCEPTIONS:
         return
     words: dict[str, str] = dict(WORDS)
@@ -101,19 +100,20 @@ def test_no_private_words(path: Path) -> None:
 
 
 def docstrings(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and text of each docstring, those of fields and constants included."""
+    """Line and text of each docstring, including those of fields and constants."""
     for node in ast.walk(ast.parse(path.read_text())):
-        for statement in getattr(node, "body", []) if isinstance(getattr(node, "body", None), list) else []:
-            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-                if isinstance(statement.value.value, str):
-                    yield statement.lineno, statement.value.value
+        body = getattr(node, "body", None)
+        for statement in body if isinstance(body, list) else []:
+            match statement:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    yield statement.lineno, text
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.suffix == ".py"], ids=searched)
+@pytest.mark.parametrize("path", [path for path in FILES if path.suffix == ".py"], ids=relative)
 def test_docstrings_name_their_subject(path: Path) -> None:
     """They begin with what is returned or done, not with a relative clause; errors stand below `Raises:`."""
     wrong = [
-        f"{searched(path)}:{line}: {text.splitlines()[0]!r}"
+        f"{relative(path)}:{line}: {text.splitlines()[0]!r}"
         for line, text in docstrings(path)
         if re.match(r"(?:What|Of|Whose|And|So|But|As)\b", text) or re.search(r"\bRaises:[^\n]", text)
     ]
@@ -126,7 +126,7 @@ def test_every_exception_is_needed() -> None:
     assert all((ROOT / name).is_file() for name in EXCEPTIONS)
 
 
-@pytest.mark.parametrize("path", TEXT, ids=searched)
+@pytest.mark.parametrize("path", TEXT, ids=relative)
 def test_no_old_option_in_the_documentation(path: Path) -> None:
     old = {name.replace("_", "-") for name in RENAMED}
     options = (

@@ -37,7 +37,7 @@ def imported(code: str, *names: str) -> list[str]:
     return ended.stdout.splitlines()[-1].split()
 
 
-def test_importing_sightline_loads_nothing_slow() -> None:
+def test_importing_sightline_imports_nothing_slow() -> None:
     assert imported("import sightline", *SLOW_TO_IMPORT, "torch", "tyro", "rich", "safetensors") == []
     assert imported("from sightline import Batch", *SLOW_TO_IMPORT, "tyro", "rich", "safetensors", "torch") == ["torch"]
 
@@ -57,7 +57,7 @@ def test_importing_sightline_loads_nothing_slow() -> None:
         (["plan", "llama3-tiny", "--gpu", "wrong"], []),
     ],
 )
-def test_help_and_wrong_options_wait_for_nothing_slow(arguments: list[str], also: list[str]) -> None:
+def test_help_and_wrong_options_import_nothing_slow(arguments: list[str], also: list[str]) -> None:
     assert imported(f"from sightline.cli.main import main; main({arguments})", *SLOW_TO_IMPORT, *also) == []
 
 
@@ -75,7 +75,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def test_a_run_a_checkpoint_and_a_hugging_face_directory_load_alike(run: Run, tmp_path: Path) -> None:
+def test_run_checkpoint_and_hugging_face_directory_load_the_same_model(run: Run, tmp_path: Path) -> None:
     loaded = sightline.load(str(run.output_dir))
     model, tokenizer = loaded
     assert loaded.model is model and not model.training
@@ -107,9 +107,7 @@ def own(run: Run, directory: Path, **changes: Any) -> Run:
     return dataclasses.replace(run, output_dir=directory, data=data, **changes)
 
 
-def test_own_batches_are_trained_on_and_continued_to_the_bit(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_user_batches_resume_exactly(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_quietly(own(run, tmp_path / "whole"), batches=Batches(run))
     assert rows_of(tmp_path / "whole") == rows_of(run.output_dir)
 
@@ -134,7 +132,7 @@ def train_on_own_batches(rank: int, run: Run) -> None:
     train_quietly(run, batches=lambda rank, world: Batches(run, rank, world))
 
 
-def test_own_batches_of_two_ranks_are_those_of_one(run: Run, tmp_path: Path) -> None:
+def test_user_batches_on_two_ranks_equal_one(run: Run, tmp_path: Path) -> None:
     for steps in (2, 6):
         training = dataclasses.replace(run.training, steps=steps)
         options = {"training": training, "parallel": ParallelConfig(shard=2), "optimizer": WITHOUT_END}
@@ -145,13 +143,13 @@ def test_own_batches_of_two_ranks_are_those_of_one(run: Run, tmp_path: Path) -> 
     assert [row["tokens"] for row in rows] == [row["tokens"] for row in expected]
 
 
-def test_own_batches_without_a_state_are_not_continued(run: Run, tmp_path: Path) -> None:
+def test_user_batches_without_a_state_do_not_resume(run: Run, tmp_path: Path) -> None:
     shorter = dataclasses.replace(run.training, steps=2)
     train_quietly(own(run, tmp_path / "run", training=shorter), batches=iter(Batches(run).loader))
     with pytest.raises(ValueError, match="stopped after step 2, and a generator cannot go on from there"):
         train_quietly(own(run, tmp_path / "run"), batches=(batch for batch in Batches(run)))
 
 
-def test_own_batches_name_their_tokenizer(run: Run, tmp_path: Path) -> None:
+def test_user_batches_need_a_tokenizer(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"your batches hold no text to train a tokenizer on; name .*data\.tokenizer"):
         train_quietly(dataclasses.replace(run, output_dir=tmp_path / "run"), batches=Batches(run))

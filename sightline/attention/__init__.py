@@ -1,4 +1,4 @@
-"""Attention that honors a mask exactly, whatever the kernel."""
+"""Attention under an AttentionMask, with the same results from every backend."""
 
 from sightline.attention.attend import BACKENDS, CHOICES, Lowered, attend, check_backend, lower
 from sightline.attention.backend import KernelRequirements

@@ -1,4 +1,4 @@
-"""attend(): attention under a mask, by the backend that fits or the one that is asked for."""
+"""attend(): attention under a mask, with the requested backend or the fastest one that supports the mask."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ BACKENDS: tuple[Backend, ...] = (Flex(), Sdpa(), Varlen(), Tiled(), Reference())
 CHOICES = ("auto", *(backend.name for backend in BACKENDS))
 """Values of the option `attention.backend`."""
 AUTO = {"cpu": ("tiled",), "cuda": ("varlen", "flex")}
-"""By type of device, the backends that `auto` tries, fastest first; on any other device it takes sdpa."""
+"""Backends that `auto` tries for each device type, fastest first; other devices use sdpa."""
 
 
-@dataclass(frozen=True, eq=False)  # no tuple: torch.compile would look into it and compile anew for every layout
+@dataclass(frozen=True, eq=False)  # not a tuple, for whose contents torch.compile would recompile
 class Lowered:
-    """A mask as the layers take it: made once per forward and shared by all layers that use the mask.
+    """A mask prepared for one backend: built once per forward and shared by all layers that use the mask.
 
-    mask      what was lowered, on the CPU: the local queries over the keys that `exchange` brings
-    backend   computes it
-    reason    why this backend, in words for the log
-    inputs    what the backend's `lower` made of the mask
-    exchange  brings the keys and values that the mask indexes
-    visible   bool [B, Q] on the device: False for queries that see no key (padding)
-    segments  int64 [B, S] on the device: the documents of whole rows by number, for recurrent layers (see
-              `sightline.masks.segments`); None where none was asked for
+    mask      the AttentionMask on the CPU: local queries, and the keys that `exchange` provides
+    backend   backend that computes the attention
+    reason    why this backend was chosen, for the log
+    inputs    kernel inputs, built by `backend.lower`
+    exchange  provides the keys and values that the mask indexes
+    visible   bool [B, Q] on the device: false for fully masked queries (padding)
+    segments  int64 [B, S] on the device: document numbers of the full rows, for recurrent layers (see
+              `sightline.masks.segments`); None if not requested
     """
 
     mask: AttentionMask
@@ -60,40 +60,46 @@ def lower(
     exchange: Exchange | None = None,
     segments: bool = False,
 ) -> Lowered:
-    """Turn a mask into the inputs of one backend.
+    """Choose a backend for a mask and build its kernel inputs.
 
-    exchange  where the keys come from; without it they are local
-    segments  whether recurrent layers will read where documents begin
+    backend   one of CHOICES
+    exchange  provides the keys under context parallelism; default: all keys are local
+    segments  whether to number the documents for recurrent layers
 
-    The other options are those of `KernelRequirements`. A mask that lies on a device costs one read of it; one on the CPU none.
+    The other options are those of `KernelRequirements`. A mask on a GPU costs one synchronization, one on the CPU none.
 
     Raises:
-        ValueError: the backend is unknown or cannot honor the mask there; the text names those that can.
+        ValueError: if the backend is unknown or does not support the mask; the message lists the backends that do.
     """
-    needs = KernelRequirements(
+    requirements = KernelRequirements(
         device=torch.device(device), dtype=dtype, training=training, sinks=sinks, head_dim=head_dim
     )
     mask = mask.cpu()
     exchange = exchange or LocalExchange(mask)
-    chosen, inputs, reason = _choose(mask, needs, backend)
-    numbered = number_segments(exchange.full_mask).to(device, non_blocking=True) if segments else None
+    chosen, inputs, reason = _choose(mask, requirements, backend)
+    document_numbers = number_segments(exchange.full_mask).to(device, non_blocking=True) if segments else None
     return Lowered(
-        mask, chosen, reason, inputs, exchange, mask.visible_queries().to(device, non_blocking=True), numbered
+        mask, chosen, reason, inputs, exchange, mask.visible_queries().to(device, non_blocking=True), document_numbers
     )
 
 
-def check_backend(backend: str, needs: KernelRequirements) -> None:
-    """Refuse a backend that cannot serve such layers, whatever the mask; the error names those that can."""
-    refused = [candidate.supports(needs) for candidate in find_backends(backend, needs.device)]
-    if all(refused):
-        raise ValueError(f"attention backend {backend!r}: {'; '.join(map(str, refused))}; {_alternatives(needs)}")
+def check_backend(backend: str, requirements: KernelRequirements) -> None:
+    """Check that a backend supports the requirements of attention layers, before any mask is known.
+
+    Raises:
+        ValueError: if it does not; the message lists the backends that do.
+    """
+    unsupported = [candidate.supports(requirements) for candidate in find_backends(backend, requirements.device)]
+    if all(unsupported):
+        reasons = "; ".join(map(str, unsupported))
+        raise ValueError(f"attention backend {backend!r}: {reasons}; {_alternatives(requirements)}")
 
 
 def find_backends(backend: str, device: torch.device) -> list[Backend]:
-    """The backends that a choice stands for on a device, the preferred one first. On a CPU `sdpa` means `tiled`.
+    """Return the backends that a choice selects on a device, in order of preference. On a CPU `sdpa` selects `tiled`.
 
     Raises:
-        ValueError: no such choice.
+        ValueError: if the choice is unknown.
     """
     if backend not in CHOICES:
         raise ValueError(f"unknown attention backend {backend!r}; expected one of: {', '.join(CHOICES)}")
@@ -103,30 +109,32 @@ def find_backends(backend: str, device: torch.device) -> list[Backend]:
     return [candidate for name in names for candidate in BACKENDS if candidate.name == name]
 
 
-def _choose(mask: AttentionMask, needs: KernelRequirements, backend: str) -> tuple[Backend, Any, str]:
-    """The first backend that takes the mask, its inputs, and why it was taken."""
-    refused: list[str] = []
-    for candidate in find_backends(backend, needs.device):
-        reason = candidate.supports(needs)
+def _choose(mask: AttentionMask, requirements: KernelRequirements, backend: str) -> tuple[Backend, Any, str]:
+    """Return the first backend that supports the mask, its kernel inputs, and the reason for the choice."""
+    unsupported: list[str] = []
+    for candidate in find_backends(backend, requirements.device):
+        reason = candidate.supports(requirements)
         if reason is None:
-            inputs = candidate.lower(mask, needs)
+            inputs = candidate.lower(mask, requirements)
             if not isinstance(inputs, Unsupported):
-                why = candidate.why if backend == "auto" else "it was asked for"
-                return candidate, inputs, "; ".join([*refused, why])
-            reason = f"{candidate.name} cannot: {inputs.reason}"
-        refused.append(reason)
+                why = candidate.why if backend == "auto" else "it was requested"
+                return candidate, inputs, "; ".join([*unsupported, why])
+            reason = f"{candidate.name} does not support this mask: {inputs.reason}"
+        unsupported.append(reason)
     raise ValueError(
-        f"attention backend {backend!r} cannot honor this mask: {'; '.join(refused)}; {_alternatives(needs, mask)}"
+        f"attention backend {backend!r} does not support this mask: {'; '.join(unsupported)}; "
+        f"{_alternatives(requirements, mask)}"
     )
 
 
-def _alternatives(needs: KernelRequirements, mask: AttentionMask | None = None) -> str:
-    able = [
+def _alternatives(requirements: KernelRequirements, mask: AttentionMask | None = None) -> str:
+    supported = [
         backend.name
         for backend in BACKENDS
-        if backend.supports(needs) is None and (mask is None or not isinstance(backend.lower(mask, needs), Unsupported))
+        if backend.supports(requirements) is None
+        and (mask is None or not isinstance(backend.lower(mask, requirements), Unsupported))
     ]
-    return f"backends that can: {', '.join(able)}"
+    return f"supported backends: {', '.join(supported)}"
 
 
 def attend(
@@ -139,19 +147,19 @@ def attend(
     scale: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale * q k') v over the keys each query sees.
+    """Compute softmax(scale * q k') v over the keys that each query attends to: [B, H, Q, D].
 
     q        [B, H, Q, D]
-    k, v     [B, G, T, D], G dividing H: query head h reads key head h // (H / G)
-    mask     an AttentionMask of (B, Q, T), lowered here, or one lowered before (see `lower`) to serve many layers
-    backend  one of CHOICES; only for a mask that is not lowered yet
+    k, v     [B, G, T, D], with H a multiple of G: query head h uses key/value head h // (H / G)
+    mask     AttentionMask of (B, Q, T), or the result of `lower` to share the kernel inputs between layers
+    backend  one of CHOICES; ignored if `mask` is already lowered
     scale    default 1 / sqrt(D)
-    sinks    [H], learned logits that take part in the softmax and carry no value (gpt-oss)
+    sinks    [H], learned logits that are part of the softmax but have no value (gpt-oss)
 
-    Returns [B, H, Q, D]. A query that sees nothing gives exact zeros and receives zero gradients.
+    A fully masked query has an output of exact zeros and zero gradients.
 
     Raises:
-        ValueError: shapes that do not fit each other, or a backend that cannot honor the mask.
+        ValueError: if shapes are inconsistent, or the backend does not support the mask.
     """
     _check_shapes(q, k, v, mask.mask if isinstance(mask, Lowered) else mask, sinks)
     if not isinstance(mask, Lowered):
@@ -175,7 +183,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, sinks: T
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise ValueError(f"expected q [B, H, Q, D] and k, v [B, G, T, D], got {shapes}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"queries and keys must agree in B and D, got {shapes}")
+        raise ValueError(f"queries and keys must have the same B and D, got {shapes}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"query heads must be a multiple of key/value heads, got {q.shape[1]} and {k.shape[1]}")
     if mask.shape != (q.shape[0], q.shape[2], k.shape[2]):
@@ -183,4 +191,4 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, sinks: T
             f"the mask is for (B, Q, T) = {mask.shape}, but {shapes} need {(q.shape[0], q.shape[2], k.shape[2])}"
         )
     if sinks is not None and sinks.shape != (q.shape[1],):
-        raise ValueError(f"sinks must be [H] = [{q.shape[1]}], one logit a query head, got {tuple(sinks.shape)}")
+        raise ValueError(f"sinks must be [H] = [{q.shape[1]}], one logit per query head, got {tuple(sinks.shape)}")

@@ -1,4 +1,4 @@
-"""What an attention kernel states of itself: a backend is one object."""
+"""The interface of attention backends: one object per kernel."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sightline.masks import AttentionMask
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRequirements:
-    """What attention layers ask of a kernel, whatever the mask.
+    """Requirements of attention layers on a kernel, independent of the mask.
 
-    device, dtype  of the queries
-    training       whether gradients will be asked for
+    device, dtype  device and dtype of the queries
+    training       whether the backward pass will run
     sinks          whether heads have learned sink logits
-    head_dim       D, channels of a head; None where it is not known yet
+    head_dim       D, channels per head; None if not known yet
     """
 
     device: torch.device
@@ -29,32 +29,35 @@ class KernelRequirements:
 
 
 class Unsupported(NamedTuple):
-    """Returned by `Backend.lower` for a mask that the kernel cannot honor."""
+    """Returned by `Backend.lower` if the kernel does not support the mask."""
 
     reason: str
 
 
 class Backend(Protocol):
-    """An attention kernel and what it makes of a mask.
+    """An attention kernel, and the conversion of masks to its inputs.
 
-    name  the value of the option, in errors and in the log
-    why   why `auto` takes it, for the log
+    name  value of the option `attention.backend`; also used in errors and in the log
+    why   why `auto` chooses this backend, for the log
     """
 
     name: str
     why: str
 
-    def supports(self, needs: KernelRequirements) -> str | None:
-        """Why the kernel cannot serve such layers, whatever the mask; None where it can.
+    def supports(self, requirements: KernelRequirements) -> str | None:
+        """Return why the kernel does not support the requirements, or None if it does.
 
-        The reason is a clause that begins with the backend's name: "varlen runs on CUDA only, and this is cpu".
+        The reason is a clause that starts with the backend's name: "varlen runs on CUDA only, got device cpu".
         """
         ...
 
-    def lower(self, mask: AttentionMask, needs: KernelRequirements) -> Any:
-        """The kernel's inputs for a mask on the CPU, copied to `needs.device` without a wait for it, or Unsupported."""
+    def lower(self, mask: AttentionMask, requirements: KernelRequirements) -> Any:
+        """Build the kernel inputs for a mask on the CPU, and copy them to `requirements.device` asynchronously.
+
+        Returns Unsupported if the kernel does not support the mask.
+        """
         ...
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Any, scale: float, sinks: Tensor | None) -> Tensor:
-        """[B, H, Q, D]: see `sightline.attention.attend`. `inputs` come from `lower`."""
+        """Compute `sightline.attention.attend` with the kernel inputs from `lower`: [B, H, Q, D]."""
         ...

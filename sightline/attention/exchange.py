@@ -1,4 +1,4 @@
-"""How keys, values and whole rows reach the queries of this process."""
+"""Exchange of keys, values and rows between ranks, as attention and recurrent layers use it."""
 
 from __future__ import annotations
 
@@ -11,29 +11,31 @@ from sightline.masks import AttentionMask
 
 
 class Pending(Protocol):
-    """Tensors on their way."""
+    """Tensors whose communication may be in flight."""
 
     def wait(self) -> tuple[Tensor, ...]:
-        """The tensors, once they have arrived."""
+        """Wait for the communication and return the tensors."""
         ...
 
 
 class Exchange(Protocol):
-    """What attention and recurrent layers do with one mask's tokens where several processes may share a row.
+    """Communication for the tokens of one mask, whose rows may be sharded across ranks by context parallelism.
 
-    full_mask  the mask of all tokens of the rows
+    full_mask  mask of all tokens of the rows
     """
 
     @property
     def full_mask(self) -> AttentionMask: ...
 
     def start(self, *tensors: Tensor) -> Pending:
-        """Start to bring the keys that the mask's intervals index: [B, heads, S, D] of the local tokens ->
-        [B, heads, T, D] each. What is computed before `wait` hides the communication."""
+        """Start sending the keys that the mask's intervals index: local [B, heads, S, D] -> [B, heads, T, D] each.
+
+        Computation between `start` and `wait` overlaps with the communication.
+        """
         ...
 
     def to_full_rows(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """[B, local tokens, channels] -> [B, S, local channels] each."""
+        """Reshard from tokens to channels: [B, local tokens, channels] -> [B, S, local channels] each."""
         ...
 
     def to_local_tokens(self, x: Tensor) -> Tensor:
@@ -41,20 +43,20 @@ class Exchange(Protocol):
         ...
 
     def local_channels(self, weight: Tensor) -> Tensor:
-        """The part of a weight [channels, ...] that belongs to the channels of `to_full_rows`."""
+        """Return the rows of a weight [channels, ...] for the local channels of `to_full_rows`."""
         ...
 
 
 class Exchanges(Protocol):
-    """What a model holds: makes the Exchange of each mask that it is given."""
+    """Factory of a model that creates the Exchange for each mask of a forward."""
 
     def bind(self, mask: Any, device: torch.device) -> tuple[AttentionMask, Exchange]:
-        """The mask of the local queries, and how the keys it indexes reach them."""
+        """Return the mask of the local queries, and the Exchange that provides the keys it indexes."""
         ...
 
 
 class CompletedExchange(NamedTuple):
-    """Tensors that nobody has to send."""
+    """A Pending whose tensors are already available."""
 
     tensors: tuple[Tensor, ...]
 
@@ -63,7 +65,7 @@ class CompletedExchange(NamedTuple):
 
 
 class LocalExchange(NamedTuple):
-    """All tokens of the rows are on this process: nothing is sent."""
+    """Exchange without communication: all tokens of the rows are local."""
 
     full_mask: AttentionMask
 
@@ -81,7 +83,7 @@ class LocalExchange(NamedTuple):
 
 
 class LocalExchanges:
-    """The exchanges of a model whose rows are whole on every process."""
+    """Exchanges of a model without context parallelism: every rank has full rows."""
 
     def bind(self, mask: AttentionMask, device: torch.device) -> tuple[AttentionMask, LocalExchange]:
         mask = mask.cpu()

@@ -1,4 +1,4 @@
-"""The CPU kernel: attention tile by tile on PyTorch's fused CPU operators, for any interval mask, with gradients."""
+"""The CPU backend: attention in tiles with PyTorch's fused CPU kernels, for any mask, forward and backward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sightline.torch_private import disable_compiler
 
 
 class Slice(NamedTuple):
-    """Keys `[first, last)` of a tile, and what is added to their scores: float [1, 1, queries, keys] or nothing."""
+    """Keys `[first, last)` of a tile, and the bias of their scores: float [1, 1, queries, keys], or None."""
 
     first: int
     last: int
@@ -26,9 +26,9 @@ class Slice(NamedTuple):
     bias: Tensor | None
 
 
-@dataclass(frozen=True)  # no tuple: torch.compile would look into it and compile anew for every layout
+@dataclass(frozen=True)  # not a tuple, for whose contents torch.compile would recompile
 class Tiles:
-    """A mask for the CPU: (row, first query, end of queries, slices), and whether any query lies in no tile."""
+    """Tiles (row, first query, end of queries, slices) of a mask, and whether any query is fully masked."""
 
     tiles: list[tuple[int, int, int, list[Slice]]]
     has_fully_masked: bool
@@ -36,23 +36,25 @@ class Tiles:
 
 class Tiled:
     name = "tiled"
-    why = "on a CPU it is the fast backend that trains, tile by tile"
+    why = "it is the fastest backend that trains on a CPU"
 
-    def supports(self, needs: KernelRequirements) -> str | None:
-        return None if needs.device.type == "cpu" else f"tiled runs on a CPU, and this is {needs.device.type}"
+    def supports(self, requirements: KernelRequirements) -> str | None:
+        device = requirements.device.type
+        return None if device == "cpu" else f"tiled runs on a CPU only, got device {device}"
 
-    def lower(self, mask: AttentionMask, needs: KernelRequirements) -> Tiles:
+    def lower(self, mask: AttentionMask, requirements: KernelRequirements) -> Tiles:
         tiles = build_tiles(mask.start, mask.stop)
-        biases: dict[int, Tensor] = {}  # tiles of a sliding window share one pattern, so they share one bias
+        dtype = requirements.dtype
+        biases: dict[int, Tensor] = {}  # by pattern: tiles of a sliding window share one
 
         def to_slice(segment: Segment) -> Slice:
             pattern, bias = segment.pattern, None
             if pattern is not None:
                 if id(pattern) not in biases:
-                    # Not -inf: where a query sees no key of this slice, the kernel would call its log-sum-exp 0. A
-                    # number as low as this gives every hidden key a weight of exactly 0, and such a slice as well.
-                    shown = torch.zeros(pattern.shape, dtype=needs.dtype)
-                    biases[id(pattern)] = shown.masked_fill_(~pattern, torch.finfo(needs.dtype).min / 2)[None, None]
+                    # Not -inf: for a query that attends to no key of this slice, the kernel would return a
+                    # log-sum-exp of 0. This value gives masked keys, and such a slice, a weight of exactly 0.
+                    zeros = torch.zeros(pattern.shape, dtype=dtype)
+                    biases[id(pattern)] = zeros.masked_fill_(~pattern, torch.finfo(dtype).min / 2)[None, None]
                 bias = biases[id(pattern)]
             return Slice(segment.first, segment.last, segment.causal, bias)
 
@@ -68,11 +70,11 @@ class Tiled:
 class _TiledAttention(torch.autograd.Function):
     """Attention over tiles with PyTorch's fused CPU kernels, forward and backward.
 
-    A tile with several slices of keys joins their results by their log-sum-exp, as FlashAttention joins its blocks
-    (Dao et al. 2022, arXiv:2205.14135, section 3.1). The backward kernel rebuilds the weights of a slice from the
-    log-sum-exp, so given that of *all* slices it returns the exact gradients of its own. For the same reason a sink
-    needs no key: it only raises the log-sum-exp and scales the output; with p its weight and delta = sum(dO * O) the
-    gradient of its logit is -sum(p * delta).
+    The results of a tile's slices are merged by their log-sum-exp, as FlashAttention merges its blocks
+    (Dao et al. 2022, arXiv:2205.14135, section 3.1). The backward kernel recomputes the weights of a slice from the
+    log-sum-exp; given that of *all* slices, it returns the exact gradients of this slice. For the same reason a sink
+    needs no key: it increases the log-sum-exp and scales the output. With p the weight of the sink and
+    delta = sum(dO * O), the gradient of its logit is -sum(p * delta).
     """
 
     @staticmethod
@@ -82,19 +84,19 @@ class _TiledAttention(torch.autograd.Function):
         heads = k.shape[1]
         for row, first, last, slices in inputs.tiles:
             query = _grouped(q[row, :, first:last], heads)
-            parts = [
+            results = [
                 flash_forward(
-                    query, _shared(k, row, s, query), _shared(v, row, s, query), 0.0, s.causal,
+                    query, _expanded(k, row, s, query), _expanded(v, row, s, query), 0.0, s.causal,
                     attn_mask=s.bias, scale=scale,
                 )
                 for s in slices
             ]  # fmt: skip
-            joined, total = functools.reduce(_join, parts)
+            merged, total = functools.reduce(_merge, results)
             if sinks is not None:
                 sink = sinks.to(total.dtype).view(heads, -1, 1)
                 with_sink = torch.logaddexp(total, sink)
-                joined, total = joined * (total - with_sink).exp_().unsqueeze(3), with_sink
-            out[row, :, first:last] = joined.flatten(0, 1)
+                merged, total = merged * (total - with_sink).exp_().unsqueeze(3), with_sink
+            out[row, :, first:last] = merged.flatten(0, 1)
             lse[row, :, first:last] = total.flatten(0, 1)
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.inputs, ctx.scale = inputs, scale
@@ -112,7 +114,7 @@ class _TiledAttention(torch.autograd.Function):
             total = _grouped(lse[row, :, first:last], heads)
             target = d_q[row, :, first:last]
             for number, s in enumerate(slices):
-                key, value = _shared(k, row, s, query), _shared(v, row, s, query)
+                key, value = _expanded(k, row, s, query), _expanded(v, row, s, query)
                 d_query, d_key, d_value = flash_backward(
                     grad, query, key, value, result, total, 0.0, s.causal, attn_mask=s.bias, scale=ctx.scale
                 )
@@ -124,7 +126,7 @@ class _TiledAttention(torch.autograd.Function):
                 d_v[row, :, s.first : s.last] += d_value.sum(dim=1)
         d_sinks = None
         if sinks is not None:
-            # out is zero where a query sees nothing, so such a query moves no sink.
+            # The output of a fully masked query is zero, so it does not contribute.
             delta = (d_out * out).sum(dim=3, dtype=lse.dtype)
             weight = (sinks.to(lse.dtype).view(1, -1, 1) - lse).exp_()
             d_sinks = -(weight * delta).sum(dim=(0, 2)).to(sinks.dtype)
@@ -132,17 +134,17 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def _grouped(x_Hn: Tensor, heads: int) -> Tensor:
-    """[H, n, ...] as [G, H / G, n, ...]: the query heads that share a key head, side by side. A view."""
+    """Group the query heads that share a key/value head: view of [H, n, ...] as [G, H / G, n, ...]."""
     return x_Hn.unflatten(0, (heads, -1))
 
 
-def _shared(x: Tensor, row: int, s: Slice, query: Tensor) -> Tensor:
-    """Keys or values of a slice as [G, H / G, keys, D], one head seen by all its query heads. A view."""
+def _expanded(x: Tensor, row: int, s: Slice, query: Tensor) -> Tensor:
+    """Expand the keys or values of a slice to all query heads of a group: view [G, H / G, keys, D]."""
     return x[row, :, s.first : s.last].unsqueeze(1).expand(-1, query.shape[1], -1, -1)
 
 
-def _join(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from attention over each: outputs [G, R, n, D] and log-sum-exps [G, R, n]."""
+def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Merge the attention over two sets of keys: outputs [G, R, n, D] and log-sum-exps [G, R, n]."""
     total = torch.logaddexp(one[1], other[1])
     weights = [(lse - total).exp_().unsqueeze(3) for _, lse in (one, other)]
     return one[0] * weights[0] + other[0] * weights[1], total

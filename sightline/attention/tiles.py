@@ -1,9 +1,9 @@
-"""AttentionMask -> tiles: runs of queries, each with the few slices of keys it attends.
+"""Split an AttentionMask into tiles: runs of queries, each with a few slices of keys.
 
-A fused kernel without a mask is fastest on a rectangle that everyone sees, and on a square that is causal. Most masks
-are made of those: while a query's intervals stay put or grow by one key from query to query, a whole run of queries is
-one rectangle and one causal square per interval. Sliding intervals are cut into short tiles whose pattern repeats, and
-what follows no rule becomes tiles with a pattern of their own. No tile computes what lies between far intervals.
+Fused kernels are fastest without a mask: on rectangles in which all pairs are visible, and on causal squares. Most
+masks consist of these: as long as each interval stays the same or grows by one key per query, a run of queries is one
+rectangle and one causal square per interval. Sliding intervals are split into short tiles with a repeating pattern, and
+irregular intervals into tiles with separate patterns. The keys between distant intervals are not computed.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TILE = 128  # queries of a tile that needs a pattern
-SHORT_RUN = 32  # runs shorter than this share a tile: one masked call is cheaper than many small ones
-MIN_UNMASKED_KEYS = 256  # keys everyone sees get a call of their own, without a pattern, from this many on
-SMALL_GAP = 32  # hidden keys between two slices that are cheaper to compute than to leave out
+TILE = 128  # queries per tile with a pattern
+SHORT_RUN = 32  # shorter runs of queries share a tile: one masked call is cheaper than many small ones
+MIN_UNMASKED_KEYS = 256  # at least this many keys visible to all queries get a separate call without a pattern
+SMALL_GAP = 32  # up to this many masked keys between two slices are cheaper to compute than to skip
 
 
 class Segment(NamedTuple):
     """Keys `[first, last)` for all queries of a tile.
 
-    With `causal`, query i of the tile sees keys first .. first + i (there are as many keys as queries).
-    With `pattern`, bool [queries, keys], it sees what the pattern says. With neither, it sees all of them.
+    If `causal`, query i of the tile attends to keys first .. first + i (the number of keys equals that of queries).
+    If `pattern` is given, bool [queries, keys], it selects the visible pairs. Otherwise all pairs are visible.
     """
 
     first: int
@@ -34,7 +34,7 @@ class Segment(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Queries `[first, last)` of a row; every one of them sees at least one key of some segment."""
+    """Queries `[first, last)` of a row; each attends to at least one key of the segments."""
 
     row: int
     first: int
@@ -43,32 +43,32 @@ class Tile(NamedTuple):
 
 
 def build_tiles(start: Tensor, stop: Tensor) -> list[Tile]:
-    """From canonical int32 [B, Q, K] on the CPU. Queries that see nothing are in no tile."""
+    """Build tiles from canonical int32 [B, Q, K] on the CPU. Fully masked queries are in no tile."""
     tiles: list[Tile] = []
     runs = _find_runs(start, stop)
-    at = 0
-    while at < len(runs):
-        end = at + 1
-        if runs[at].length < SHORT_RUN:
-            while end < len(runs) and _may_share(runs[at], runs[end - 1], runs[end]):
+    index = 0
+    while index < len(runs):
+        run, end = runs[index], index + 1
+        if run.length < SHORT_RUN:
+            while end < len(runs) and _may_share(run, runs[end - 1], runs[end]):
                 end += 1
-        row, first, last = runs[at].row, runs[at].first, runs[end - 1].last
-        if end - at > 1:
-            tiles.append(Tile(row, first, last, _irregular(start[row, first:last], stop[row, first:last])))
-        elif any(runs[at].slides):
-            tiles += _sliding(runs[at])
+        row, first, last = run.row, run.first, runs[end - 1].last
+        if end - index > 1:
+            tiles.append(Tile(row, first, last, _irregular_segments(start[row, first:last], stop[row, first:last])))
+        elif any(run.slides):
+            tiles += _sliding_tiles(run)
         else:
-            tiles.append(Tile(row, first, last, _growing(runs[at])))
-        at = end
+            tiles.append(Tile(row, first, last, _growing_segments(run)))
+        index = end
     return tiles
 
 
 class _Run(NamedTuple):
-    """Queries `[first, last)` whose intervals all move in the same way.
+    """Queries `[first, last)` over which each interval changes by constant steps.
 
     start, stop  intervals of the first query
-    slides       per interval, whether its start moves on by one key from query to query
-    grows        per interval, whether its stop does
+    slides       per interval, whether its start increases by one key per query (otherwise it is constant)
+    grows        per interval, whether its stop increases by one key per query (otherwise it is constant)
     """
 
     row: int
@@ -84,54 +84,54 @@ class _Run(NamedTuple):
         return self.last - self.first
 
 
-def _may_share(opening: _Run, before: _Run, run: _Run) -> bool:
-    """Whether a short run that follows another lies in the tile the opening run began."""
-    adjacent = run.row == before.row and run.first == before.last
-    return adjacent and run.length < SHORT_RUN and run.last - opening.first <= TILE
+def _may_share(first_run: _Run, previous_run: _Run, run: _Run) -> bool:
+    """Return whether `run`, which follows `previous_run`, may be added to the tile that starts with `first_run`."""
+    adjacent = run.row == previous_run.row and run.first == previous_run.last
+    return adjacent and run.length < SHORT_RUN and run.last - first_run.first <= TILE
 
 
 def _find_runs(start: Tensor, stop: Tensor) -> list[_Run]:
-    """Cut every row where the way its intervals move changes; leave out queries that see nothing."""
-    rows, queries, width = start.shape
+    """Split each row into runs, wherever the steps of its intervals change; omit fully masked queries."""
+    rows, queries, num_intervals = start.shape
     if start.numel() == 0:
         return []
-    seen = stop > start
+    nonempty = stop > start
     slides, grows = start.diff(dim=1), stop.diff(dim=1)
-    steady = (slides >= 0) & (slides <= 1) & (grows >= 0) & (grows <= 1) & (seen[:, 1:] == seen[:, :-1])
+    steady = (slides >= 0) & (slides <= 1) & (grows >= 0) & (grows <= 1) & (nonempty[:, 1:] == nonempty[:, :-1])
     steady = steady.all(dim=2)
-    same = torch.ones_like(steady)  # moves as the step before moved
+    same = torch.ones_like(steady)  # same steps as from the previous query
     if queries > 2:
         same[:, 1:] = ((slides[:, 1:] == slides[:, :-1]) & (grows[:, 1:] == grows[:, :-1])).all(dim=2)
         same[:, 1:] |= ~steady[:, :-1]
-    begins = torch.ones(rows, queries, dtype=torch.bool)
-    begins[:, 1:] = ~(steady & same)
-    row, first = begins.nonzero(as_tuple=True)
+    is_start = torch.ones(rows, queries, dtype=torch.bool)
+    is_start[:, 1:] = ~(steady & same)
+    row, first = is_start.nonzero(as_tuple=True)
     last = torch.cat([first[1:], first.new_tensor([queries])])
-    last = torch.where(last <= first, queries, last)  # the next run begins in another row
+    last = torch.where(last <= first, queries, last)  # the next run starts in another row
     inside = (first + 1 < last)[:, None]
     step = first.clamp(max=max(0, queries - 2))
     if queries > 1:
         moves = (inside & (slides[row, step] > 0)).tolist(), (inside & (grows[row, step] > 0)).tolist()
     else:
-        moves = ([[False] * width] * len(row),) * 2
-    heads = zip(
+        moves = ([[False] * num_intervals] * len(row),) * 2
+    runs = zip(
         row.tolist(), first.tolist(), last.tolist(), start[row, first].tolist(), stop[row, first].tolist(), *moves,
         strict=True,
     )  # fmt: skip
-    return [_drop_empty_intervals(*head) for head in heads if head[4][0] > head[3][0]]
+    return [_drop_empty_intervals(*run) for run in runs if run[4][0] > run[3][0]]
 
 
 def _drop_empty_intervals(
     row: int, first: int, last: int, start: list[int], stop: list[int], slides: list[bool], grows: list[bool]
 ) -> _Run:
-    kept = [k for k in range(len(start)) if stop[k] > start[k]]
-    pick = [[values[k] for k in kept] for values in (start, stop, slides, grows)]
+    used = [k for k in range(len(start)) if stop[k] > start[k]]
+    pick = [[values[k] for k in used] for values in (start, stop, slides, grows)]
     return _Run(row, first, last, *pick)  # type: ignore[arg-type]
 
 
-def _growing(run: _Run) -> list[Segment]:
-    """Segments of a run where no interval slides: a rectangle that all its queries see and, where an interval grows, a
-    causal square behind it."""
+def _growing_segments(run: _Run) -> list[Segment]:
+    """Return the segments of a run without sliding intervals: a rectangle per interval, followed by a causal square if
+    the interval grows."""
     segments = []
     for start, stop, grows in zip(run.start, run.stop, run.grows, strict=True):
         if not grows:
@@ -144,55 +144,55 @@ def _growing(run: _Run) -> list[Segment]:
     return segments
 
 
-def _sliding(run: _Run) -> Iterator[Tile]:
-    """Tiles of a run with a sliding interval. Where every interval moves as one, tiles differ by a shift only and share
-    their patterns."""
-    reach = max(stop - start for start, stop in zip(run.start, run.stop, strict=True))
-    size = max(TILE, min(1024, reach // 4))
-    in_step = all(run.slides) and all(run.grows)
+def _sliding_tiles(run: _Run) -> Iterator[Tile]:
+    """Yield the tiles of a run with a sliding interval. If all intervals slide and grow, the tiles are shifted copies
+    and share their patterns."""
+    interval_length = max(stop - start for start, stop in zip(run.start, run.stop, strict=True))
+    size = max(TILE, min(1024, interval_length // 4))
+    all_slide = all(run.slides) and all(run.grows)
     shared: dict[int, list[Segment]] = {}
-    for at in range(0, run.length, size):
-        length = min(size, run.length - at)
-        shift = at if in_step else 0
-        if not in_step or length not in shared:
-            moved = torch.arange(at - shift, at - shift + length, dtype=torch.int32)[:, None]
-            start = torch.tensor(run.start, dtype=torch.int32) + moved * torch.tensor(run.slides)
-            stop = torch.tensor(run.stop, dtype=torch.int32) + moved * torch.tensor(run.grows)
-            shared[length] = _irregular(start, stop)
+    for offset in range(0, run.length, size):
+        length = min(size, run.length - offset)
+        shift = offset if all_slide else 0
+        if not all_slide or length not in shared:
+            steps = torch.arange(offset - shift, offset - shift + length, dtype=torch.int32)[:, None]
+            start = torch.tensor(run.start, dtype=torch.int32) + steps * torch.tensor(run.slides)
+            stop = torch.tensor(run.stop, dtype=torch.int32) + steps * torch.tensor(run.grows)
+            shared[length] = _irregular_segments(start, stop)
         segments = [s._replace(first=s.first + shift, last=s.last + shift) for s in shared[length]]
-        yield Tile(run.row, run.first + at, run.first + at + length, segments)
+        yield Tile(run.row, run.first + offset, run.first + offset + length, segments)
 
 
-def _irregular(start: Tensor, stop: Tensor) -> list[Segment]:
-    """Segments of any tile, from intervals int32 [n, K] of its queries.
+def _irregular_segments(start: Tensor, stop: Tensor) -> list[Segment]:
+    """Return the segments of any tile, from the intervals int32 [n, K] of its queries.
 
-    All starts and stops cut the keys into pieces within which the same queries see every key. Pieces that all queries
-    see, where long enough to be worth it, get a segment without a pattern; pieces that none sees are left out; what
-    lies between becomes segments with a pattern.
+    All starts and stops split the keys into pieces, each visible to the same queries throughout. A long enough piece
+    that is visible to all queries gets a segment without a pattern, a piece that is visible to none is omitted, and
+    the others become segments with a pattern.
     """
-    seen = stop > start
-    edges, place = torch.cat([start[seen], stop[seen]]).unique(return_inverse=True)
-    opened, closed = place.chunk(2)
+    nonempty = stop > start
+    edges, edge_index = torch.cat([start[nonempty], stop[nonempty]]).unique(return_inverse=True)
+    start_edges, stop_edges = edge_index.chunk(2)
     change = torch.zeros(len(edges), dtype=torch.int32)
-    change.index_add_(0, opened, torch.ones_like(opened, dtype=torch.int32))
-    change.index_add_(0, closed, torch.full_like(closed, -1, dtype=torch.int32))
+    change.index_add_(0, start_edges, torch.ones_like(start_edges, dtype=torch.int32))
+    change.index_add_(0, stop_edges, torch.full_like(stop_edges, -1, dtype=torch.int32))
     counts, points = change.cumsum(0).tolist(), edges.tolist()
-    pieces: list[tuple[int, int, bool]] = []  # first, last, whether all queries see all of it
+    pieces: list[tuple[int, int, bool]] = []  # first, last, whether visible to all queries
     for first, last, count in zip(points, points[1:], counts, strict=False):
-        whole = count == len(start) and last - first >= MIN_UNMASKED_KEYS
+        unmasked = count == len(start) and last - first >= MIN_UNMASKED_KEYS
         if count == 0:
             continue
-        if pieces and not whole and not pieces[-1][2] and first - pieces[-1][1] <= SMALL_GAP:
+        if pieces and not unmasked and not pieces[-1][2] and first - pieces[-1][1] <= SMALL_GAP:
             pieces[-1] = (pieces[-1][0], last, False)
         else:
-            pieces.append((first, last, whole))
+            pieces.append((first, last, unmasked))
     return [
-        Segment(first, last, pattern=None if whole else _pattern(start, stop, first, last))
-        for first, last, whole in pieces
+        Segment(first, last, pattern=None if unmasked else _pattern(start, stop, first, last))
+        for first, last, unmasked in pieces
     ]
 
 
 def _pattern(start: Tensor, stop: Tensor, first: int, last: int) -> Tensor:
-    """bool [n, last - first]: which of these keys each query sees."""
+    """Return which of the keys `[first, last)` are visible to each query: bool [n, last - first]."""
     keys = torch.arange(first, last, dtype=torch.int32)[:, None]
     return ((keys >= start[:, None, :]) & (keys < stop[:, None, :])).any(dim=2)

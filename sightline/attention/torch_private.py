@@ -1,19 +1,19 @@
-"""Private operators of PyTorch that attention calls. Tried with torch 2.13.0."""
+"""Private PyTorch operators used by the attention backends. Tested with torch 2.13.0."""
 
 from __future__ import annotations
 
 import torch
 
-# PyTorch's fused CPU kernel and its backward; they return and take the log-sum-exp, and a float mask.
+# PyTorch's fused CPU kernel and its backward; they take a float mask, and return and take the log-sum-exp.
 flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def varlen_forward(*args: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The kernel of `torch.nn.attention.varlen.varlen_attn`: output, log-sum-exp and random state."""
+    """Forward kernel of `torch.nn.attention.varlen.varlen_attn`: output, log-sum-exp and random state."""
     return torch.ops.torch_attn._varlen_attn(*args)
 
 
 def varlen_backward(*args: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Its backward: the gradients of queries, keys and values."""
+    """Backward kernel of `varlen_attn`: gradients of queries, keys and values."""
     return torch.ops.torch_attn._varlen_attn_backward(*args)

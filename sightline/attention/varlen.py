@@ -1,4 +1,4 @@
-"""Variable-length FlashAttention by `torch.nn.attention.varlen`: CUDA, half precision, what cu_seqlens can say."""
+"""Variable-length FlashAttention of `torch.nn.attention.varlen`: CUDA, half precision, masks given by cu_seqlens."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
     import torch.nn.attention.varlen
 
 DTYPES = (torch.bfloat16, torch.float16)
-MAX_HEAD_DIM = 256  # of FlashAttention 2
+MAX_HEAD_DIM = 256  # limit of FlashAttention 2
 
 
 class Varlen:
     name = "varlen"
     why = "the mask is documents with at most one window, in half precision on CUDA"
 
-    def supports(self, needs: KernelRequirements) -> str | None:
-        if needs.device.type != "cuda":
-            return f"varlen runs on CUDA only, and this is {needs.device.type}"
-        if needs.dtype not in DTYPES:
-            return f"varlen computes in bfloat16 or float16, got {needs.dtype}"
-        if needs.head_dim is not None and needs.head_dim > MAX_HEAD_DIM:
-            return f"varlen takes heads of at most {MAX_HEAD_DIM} channels, got {needs.head_dim}"
+    def supports(self, requirements: KernelRequirements) -> str | None:
+        if requirements.device.type != "cuda":
+            return f"varlen runs on CUDA only, got device {requirements.device.type}"
+        if requirements.dtype not in DTYPES:
+            return f"varlen needs bfloat16 or float16, got {requirements.dtype}"
+        if requirements.head_dim is not None and requirements.head_dim > MAX_HEAD_DIM:
+            return f"varlen supports a head_dim of at most {MAX_HEAD_DIM}, got {requirements.head_dim}"
         return None
 
-    def lower(self, mask: AttentionMask, needs: KernelRequirements) -> VarlenLayout | Unsupported:
-        """Built once, on the CPU, where nothing waits for the device."""
-        importlib.import_module("torch.nn.attention.varlen")  # takes a second, which only a run on CUDA has to wait
+    def lower(self, mask: AttentionMask, requirements: KernelRequirements) -> VarlenLayout | Unsupported:
+        """Build the layout on the CPU, without synchronization, and copy it to the device."""
+        importlib.import_module("torch.nn.attention.varlen")  # imported here since it takes a second
         try:
             layout = mask.to_varlen()
         except ValueError as error:
             return Unsupported(str(error))
-        padding = None if layout.padding is None else layout.padding.to(needs.device, non_blocking=True)
-        return replace(layout, cu_seqlens=layout.cu_seqlens.to(needs.device, non_blocking=True), padding=padding)
+        padding = None if layout.padding is None else layout.padding.to(requirements.device, non_blocking=True)
+        return replace(layout, cu_seqlens=layout.cu_seqlens.to(requirements.device, non_blocking=True), padding=padding)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: VarlenLayout, scale: float, sinks: Tensor | None
@@ -64,12 +64,12 @@ class Varlen:
 
 
 class _SinkAttention(torch.autograd.Function):
-    """varlen attention with learned sinks [H].
+    """Variable-length attention with learned sinks [H].
 
-    `varlen_attn` gives its log-sum-exp no gradient, so a sink cannot be added behind it. It can be added between its
-    two kernels: a sink raises the log-sum-exp and scales the output, and the backward kernel, which rebuilds the
-    weights from both, then returns the exact gradients. The sink's own is -sum(p * delta), p being its weight and
-    delta = sum(dO * O).
+    The log-sum-exp of `varlen_attn` has no gradient, so sinks cannot be added to its output. They are added between its
+    forward and backward kernels: a sink increases the log-sum-exp and scales the output, and the backward kernel, which
+    recomputes the weights from both, returns the exact gradients. The gradient of a sink is -sum(p * delta), with p the
+    weight of the sink and delta = sum(dO * O).
     """
 
     @staticmethod

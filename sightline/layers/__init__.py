@@ -10,7 +10,7 @@ from sightline.layers.base import (
     flops_per_token,
 )
 from sightline.layers.cache import KeyValueCache, LayerCache, RecurrentCache
-from sightline.layers.loss import linear_cross_entropy, with_gradient_of
+from sightline.layers.loss import add_gradient_of, linear_cross_entropy
 from sightline.layers.losses import LOSSES, Loss, compute_loss, get_loss
 from sightline.layers.mla import MultiHeadLatentAttention
 from sightline.layers.mlp import SwiGLU
@@ -41,6 +41,7 @@ __all__ = [
     "TensorParallelLayer",
     "YarnScaling",
     "ZeroCenteredRMSNorm",
+    "add_gradient_of",
     "attention_layers",
     "build_rotation",
     "compute_loss",
@@ -50,5 +51,4 @@ __all__ = [
     "rope_frequencies",
     "rotate",
     "routers_of",
-    "with_gradient_of",
 ]

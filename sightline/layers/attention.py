@@ -81,9 +81,9 @@ class GroupedQueryAttention(AttentionLayer):
 
         With a cache, the queries of the mask are these S tokens and its keys are all tokens so far.
         """
-        return self.output(self.mix(x, mask, encoding, cache))
+        return self.output(self.attend_heads(x, mask, encoding, cache))
 
-    def mix(self, x: Tensor, mask: Lowered, encoding: Any, cache: KeyValueCache | None = None) -> Tensor:
+    def attend_heads(self, x: Tensor, mask: Lowered, encoding: Any, cache: KeyValueCache | None = None) -> Tensor:
         """Return the concatenated head outputs [B, S, H * D]: `forward` without the output projection."""
         k_BSGD, v_BSGD = self._split_heads(self.key(x)), self._split_heads(self.value(x))
         if self.key_norm is not None:

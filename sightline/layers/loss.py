@@ -78,7 +78,7 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(hidden, weight, selected, chunk_size, with_grads, losses_to_grads)
 
 
-def with_gradient_of(loss: Tensor, auxiliary: Tensor) -> Tensor:
+def add_gradient_of(loss: Tensor, auxiliary: Tensor) -> Tensor:
     """Return the value of `loss` with the gradients of both, so that reported losses exclude auxiliary losses."""
     return loss + (auxiliary - auxiliary.detach())
 

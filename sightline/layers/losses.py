@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sightline.batch import IGNORE, Batch
-from sightline.layers.loss import with_gradient_of
+from sightline.layers.loss import add_gradient_of
 
 
 class Loss(Protocol):
@@ -154,4 +154,4 @@ def compute_loss(
         return loss(log_probs, labels, loss_inputs, group)
     value = loss(log_probs.requires_grad_(), labels, loss_inputs, group)
     (gradient,) = torch.autograd.grad(value, log_probs)
-    return with_gradient_of(value.detach(), token_losses(*inputs, token_weights=-gradient.flatten()))
+    return add_gradient_of(value.detach(), token_losses(*inputs, token_weights=-gradient.flatten()))

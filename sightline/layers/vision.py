@@ -169,25 +169,27 @@ class VisionEncoder(nn.Module):
 
 
 class Projector(nn.Module):
-    """Features of the encoder to tokens of the decoder: merge x merge neighboring patches become one token."""
+    """Maps encoder features to decoder embeddings: merge_size x merge_size neighboring patches become one token."""
 
-    def __init__(self, *, channels: int, hidden: int, width: int, merge: int) -> None:
+    def __init__(
+        self, *, vision_hidden_size: int, projector_hidden_size: int, hidden_size: int, merge_size: int
+    ) -> None:
         super().__init__()
-        self.merge = merge
-        self.norm = nn.LayerNorm(channels * merge**2)
-        self.up = nn.Linear(channels * merge**2, hidden)
-        self.down = nn.Linear(hidden, width)
+        self.merge_size = merge_size
+        self.norm = nn.LayerNorm(vision_hidden_size * merge_size**2)
+        self.up = nn.Linear(vision_hidden_size * merge_size**2, projector_hidden_size)
+        self.down = nn.Linear(projector_hidden_size, hidden_size)
 
     def init_weights(self) -> None:
         init_linears(self)
 
     def forward(self, features: Tensor, patch_positions: PatchPositions) -> Tensor:
-        """features [B, P, C] -> [B, P / merge^2, W], one image after another, each in row-major order.
+        """features [B, P, C] -> [B, P / merge_size^2, W], one image after another, each in row-major order.
 
-        P and the height and width of every image must be multiples of `merge`.
+        P and the height and width of every image must be multiples of `merge_size`.
         """
-        order = merge_order(patch_positions, self.merge)
-        neighbors = features.gather(1, order[..., None].expand_as(features)).unflatten(1, (-1, self.merge**2))
+        order = merge_order(patch_positions, self.merge_size)
+        neighbors = features.gather(1, order[..., None].expand_as(features)).unflatten(1, (-1, self.merge_size**2))
         return self.down(F.gelu(self.up(self.norm(neighbors.flatten(2)))))
 
 

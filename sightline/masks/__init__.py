@@ -1,8 +1,8 @@
-"""Masks as data: AttentionMask, the rules that make one, and the inputs that kernels take."""
+"""Attention masks as key intervals: AttentionMask, the rules that build one, and the conversions to kernel inputs."""
 
 from sightline.masks import rules
 from sightline.masks.mask import AttentionMask, named_masks
-from sightline.masks.rules import *  # noqa: F403  # a rule is added in rules.py alone
+from sightline.masks.rules import *  # noqa: F403  # a new rule is added in rules.py only
 
 __all__ = ["AttentionMask", "named_masks"]
 __all__ += rules.__all__

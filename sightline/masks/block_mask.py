@@ -1,4 +1,4 @@
-"""AttentionMask -> FlexAttention's BlockMask, without ever looking at single pairs."""
+"""Convert an AttentionMask to FlexAttention's BlockMask without evaluating single query-key pairs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch.nn.attention.flex_attention import BlockMask
 
 
 def build_mask_mod(start: Tensor, stop: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """`any_k(start[b, q, k] <= kv < stop[b, q, k])` for intervals int32 [B, Q, K].
+    """Return a `mask_mod` that computes `any_k(start[b, q, k] <= kv < stop[b, q, k])` for intervals int32 [B, Q, K].
 
-    The closure holds tensors only, so a new layout never recompiles; the intervals are rounded up to a power of two
-    (empty ones fill up), so masks whose K varies from batch to batch compile a handful of kernels, not one each.
+    The closure contains tensors only, so a new document layout does not recompile. K is padded to a power of two with
+    empty intervals, so masks whose K varies from batch to batch compile a handful of kernels instead of one per K.
     """
-    width = 1 << (start.shape[2] - 1).bit_length()
-    start = torch.nn.functional.pad(start, (0, width - start.shape[2]))
-    stop = torch.nn.functional.pad(stop, (0, width - stop.shape[2]))
+    num_intervals = 1 << (start.shape[2] - 1).bit_length()
+    start = torch.nn.functional.pad(start, (0, num_intervals - start.shape[2]))
+    stop = torch.nn.functional.pad(stop, (0, num_intervals - stop.shape[2]))
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         visible = (kv_idx >= start[b, q_idx, 0]) & (kv_idx < stop[b, q_idx, 0])
-        for k in range(1, width):
+        for k in range(1, num_intervals):
             visible = visible | ((kv_idx >= start[b, q_idx, k]) & (kv_idx < stop[b, q_idx, k]))
         return visible
 
@@ -31,7 +31,7 @@ def build_mask_mod(start: Tensor, stop: Tensor) -> Callable[[Tensor, Tensor, Ten
 def build_block_mask(
     start: Tensor, stop: Tensor, key_length: int, block_size: int | tuple[int, int], compute_q_blocks: bool
 ) -> BlockMask:
-    """See AttentionMask.to_block_mask. start, stop: canonical int32 [B, Q, K]."""
+    """Implementation of `AttentionMask.to_block_mask`. start, stop: canonical int32 [B, Q, K]."""
     query_block, key_block = (block_size, block_size) if isinstance(block_size, int) else block_size
     if query_block < 1 or key_block < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
@@ -60,25 +60,27 @@ def build_block_mask(
 def block_states(
     start: Tensor, stop: Tensor, key_length: int, query_block: int, key_block: int
 ) -> tuple[Tensor, Tensor]:
-    """Which blocks are partly and which are fully visible: bool [B, query blocks, key blocks] each.
+    """Return the partial and the full blocks: bool [B, query blocks, key blocks] each.
 
-    A block that reaches past the last query or key is never full, as in `create_block_mask`.
+    A block that extends past the last query or key is never full, as in `create_block_mask`.
 
-    Each interval touches a run of key blocks and covers a (shorter) run of them. Adding +1 where such a run begins and
-    -1 where it ends, over all queries of a block, and summing along the keys counts the queries that touch and that
-    cover each block. Canonical intervals do not touch each other, so at most one of a query's covers a block.
+    Each interval overlaps a run of key blocks and fully covers a (shorter) run of them. Adding +1 where such a run
+    starts and -1 where it ends, for all queries of a block, and taking a prefix sum along the keys counts the queries
+    that overlap and that cover each block. Canonical intervals are disjoint and not adjacent, so at most one interval
+    of a query covers a block.
     """
-    rows, queries, width = start.shape
+    rows, queries, num_intervals = start.shape
     query_blocks, key_blocks = -(-queries // query_block), -(-key_length // key_block)
     line = (
         torch.arange(queries, device=start.device) // query_block
         + torch.arange(rows, device=start.device).unsqueeze(1) * query_blocks
     )
-    base = (line * (key_blocks + 1)).unsqueeze(2).expand(rows, queries, width)  # of each query's line of counters
-    seen = stop > start
+    # index of the first counter of each query's line of blocks
+    base = (line * (key_blocks + 1)).unsqueeze(2).expand(rows, queries, num_intervals)
+    nonempty = stop > start
 
     def count(first: Tensor, end: Tensor) -> Tensor:
-        one = ((end > first) & seen).to(torch.int32).flatten()
+        one = ((end > first) & nonempty).to(torch.int32).flatten()
         counters = torch.zeros(rows * query_blocks * (key_blocks + 1), dtype=torch.int32, device=start.device)
         counters.scatter_add_(0, (base + first).flatten(), one)
         counters.scatter_add_(0, (base + torch.maximum(end, first)).flatten(), -one)
@@ -91,16 +93,16 @@ def block_states(
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Number and indices of the true blocks of each line, those first and in order, the others after them.
+    """Return the number of true blocks in each line, and all block indices with those of the true blocks first.
 
-    blocks: bool [B, N, M]. Returns int32 [B, 1, N] and int32 [B, 1, N, M]. This is the order that a stable descending
-    sort gives `create_block_mask`; a prefix sum finds it without sorting.
+    blocks: bool [B, N, M]. Returns int32 [B, 1, N] and int32 [B, 1, N, M]. Both groups of indices are ascending, the
+    order that `create_block_mask` gets from a stable descending sort; a prefix sum computes it without sorting.
     """
     blocks = blocks.contiguous()
-    place = torch.arange(blocks.shape[2], dtype=torch.int32, device=blocks.device)
+    index = torch.arange(blocks.shape[2], dtype=torch.int32, device=blocks.device)
     before = blocks.cumsum(dim=2, dtype=torch.int32)
     number = before[..., -1:]
-    target = torch.where(blocks, before - 1, number + place - before)
-    indices = torch.empty_like(target)
-    indices.scatter_(2, target.long(), place.expand_as(target))
+    position = torch.where(blocks, before - 1, number + index - before)
+    indices = torch.empty_like(position)
+    indices.scatter_(2, position.long(), index.expand_as(position))
     return number.squeeze(2).unsqueeze(1), indices.unsqueeze(1)

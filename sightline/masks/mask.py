@@ -1,4 +1,4 @@
-"""AttentionMask: for each query the few runs of keys it sees, as data."""
+"""AttentionMask: the keys that each query attends to, as a few intervals of key indices."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class AttentionMask:
-    """What each query may see: the keys of its K half-open intervals `[start, stop)`.
+    """Attention mask in which each query attends to the keys of at most K half-open intervals `[start, stop)`.
 
     start, stop  int32 [B, Q, K]
-    key_length   T, the number of keys the intervals index
+    key_length   T, the number of keys that the intervals index
 
-    A mask is canonical: a query's intervals are sorted, none touches another, empty ones are dropped, what stays free
-    is `[0, 0)` at the end, and K is as small as the neediest query allows (but at least 1). So equal masks are equal
-    in data. The rules and the operators keep to this; `from_intervals` brings any intervals into this form.
+    A mask is canonical: the intervals of a query are sorted, disjoint, not adjacent and not empty, unused ones are
+    `[0, 0)` at the end, and K is the most that any query needs (at least 1). Two masks with the same visible pairs
+    therefore have the same tensors. All rules and operators return canonical masks; `from_intervals` canonicalizes.
 
-    A query whose intervals are all empty (padding) sees nothing: its output is exactly zero.
+    A query whose intervals are all empty (padding) is fully masked: its output is exactly zero.
     """
 
     start: Tensor
@@ -46,14 +46,15 @@ class AttentionMask:
 
     @classmethod
     def from_intervals(cls, start: Tensor, stop: Tensor, key_length: int) -> AttentionMask:
-        """From intervals in any order, overlapping, touching or empty: integers [B, Q, K]."""
+        """Build a mask from integers [B, Q, K]; intervals may be in any order, overlap, be adjacent or be empty."""
         return cls(*canonical(start.to(torch.int32), stop.to(torch.int32), key_length), key_length)
 
     @classmethod
     def from_dense(cls, dense: Tensor, *, max_intervals: int = 64) -> AttentionMask:
-        """From bool [B, Q, T], exactly.
+        """Convert a dense mask bool [B, Q, T], exactly.
 
-        Errors: ValueError when a query needs more than `max_intervals` intervals; the text says how many.
+        Raises:
+            ValueError: if a query needs more than `max_intervals` intervals; the message states how many.
         """
         if dense.dim() != 3 or dense.dtype != torch.bool:
             raise ValueError(f"a dense mask must be bool [B, Q, T], got {dense.dtype} {tuple(dense.shape)}")
@@ -70,10 +71,12 @@ class AttentionMask:
         max_intervals: int = 64,
         device: torch.device | str = "cpu",
     ) -> AttentionMask:
-        """From a FlexAttention `mask_mod(b, h, q_idx, kv_idx) -> bool`, exactly; h is 0, the mask of all heads.
+        """Convert a FlexAttention `mask_mod(b, h, q_idx, kv_idx) -> bool`, exactly. All heads share the mask: h is 0.
 
-        The function is asked about every pair, a few million at a time, so this costs O(Q T) work but not memory.
-        Errors: ValueError when a query needs more than `max_intervals` intervals; the text says how many.
+        The function is evaluated for every pair, a few million at a time: O(Q T) work, but not O(Q T) memory.
+
+        Raises:
+            ValueError: if a query needs more than `max_intervals` intervals; the message states how many.
         """
         rows = torch.arange(batch_size, device=device)[:, None, None]
         keys = torch.arange(key_length, device=device)[None, None, :]
@@ -84,21 +87,21 @@ class AttentionMask:
             queries = torch.arange(first, min(first + step, query_length), device=device)[None, :, None]
             shape = (batch_size, queries.shape[1], key_length)
             parts.append(from_dense(mask_mod(rows, head, queries, keys).to(torch.bool).expand(shape), max_intervals))
-        width = max((start.shape[2] for start, _ in parts), default=1)
+        num_intervals = max((start.shape[2] for start, _ in parts), default=1)
         start, stop = (
-            torch.cat([F.pad(bounds, (0, width - bounds.shape[2])) for bounds in side], dim=1)
+            torch.cat([F.pad(bounds, (0, num_intervals - bounds.shape[2])) for bounds in side], dim=1)
             for side in zip(*parts, strict=True)
         )
         return cls(start, stop, key_length)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(B, Q, T)."""
+        """The mask's (B, Q, T)."""
         return self.start.shape[0], self.start.shape[1], self.key_length
 
     @property
     def intervals(self) -> int:
-        """K, the intervals the neediest query has."""
+        """K, the most intervals that any query has (at least 1)."""
         return self.start.shape[2]
 
     @property
@@ -110,83 +113,86 @@ class AttentionMask:
         return f"AttentionMask(B={rows}, Q={queries}, T={keys}, K={self.intervals}, device={str(self.device)!r})"
 
     def __and__(self, other: AttentionMask) -> AttentionMask:
-        """What both masks show."""
-        self._check_joinable(other, "&")
+        """Intersection: the pairs visible in both masks."""
+        self._check_same_shape(other, "&")
         start = torch.maximum(self.start[..., :, None], other.start[..., None, :]).flatten(2)
         stop = torch.minimum(self.stop[..., :, None], other.stop[..., None, :]).flatten(2)
         return AttentionMask(*canonical(start, stop, self.key_length), self.key_length)
 
     def __or__(self, other: AttentionMask) -> AttentionMask:
-        """What either mask shows."""
-        self._check_joinable(other, "|")
+        """Union: the pairs visible in either mask."""
+        self._check_same_shape(other, "|")
         start = torch.cat([self.start, other.start], dim=2)
         stop = torch.cat([self.stop, other.stop], dim=2)
         return AttentionMask(*canonical(start, stop, self.key_length), self.key_length)
 
-    def _check_joinable(self, other: AttentionMask, sign: str) -> None:
+    def _check_same_shape(self, other: AttentionMask, sign: str) -> None:
         if not isinstance(other, AttentionMask):
-            raise TypeError(f"a mask joins with a mask, got {type(other).__name__} on the right of {sign}")
+            raise TypeError(f"expected an AttentionMask on the right of {sign}, got {type(other).__name__}")
         if self.shape != other.shape:
             raise ValueError(
-                f"masks of different shape cannot be joined: (B, Q, T) = {self.shape} {sign} {other.shape}; "
-                "build both rules for the same rows, queries and keys"
+                f"masks of different shape cannot be combined: (B, Q, T) = {self.shape} {sign} {other.shape}; "
+                "build both for the same rows, queries and keys"
             )
 
     def equal(self, other: AttentionMask) -> bool:
-        """True when both show the same pairs; being canonical, they are compared as data."""
+        """Return whether both masks have the same visible pairs; canonical masks are compared tensor by tensor."""
         same = self.key_length == other.key_length and self.start.shape == other.start.shape
         return same and torch.equal(self.start, other.start) and torch.equal(self.stop, other.stop)
 
     def __getitem__(self, rows: int | slice | Tensor | list[int]) -> AttentionMask:
-        """The mask of some rows. B stays a dimension: `mask[0]` is a mask of one row."""
+        """Select rows. The batch dimension is kept: `mask[0]` has B = 1."""
         if isinstance(rows, int):
             if not -self.shape[0] <= rows < self.shape[0]:
-                raise IndexError(f"row {rows} of a mask with {self.shape[0]} rows")
+                raise IndexError(f"row {rows} is out of range for a mask with {self.shape[0]} rows")
             rows = [rows]
-        return self._narrowed(self.start[rows], self.stop[rows])
+        return self._selection(self.start[rows], self.stop[rows])
 
     def take_queries(self, index: Tensor) -> AttentionMask:
-        """The mask of some queries over the same keys.
+        """Select queries; the keys stay the same. A context-parallel rank takes the queries of its tokens.
 
-        index: int64 [Q'], the same queries of every row, or [B, Q'], those of each row.
+        index: int64 [Q'], the same queries of every row, or [B, Q'], separate queries for each row.
         """
         if index.dim() == 1:
-            return self._narrowed(self.start[:, index], self.stop[:, index])
+            return self._selection(self.start[:, index], self.stop[:, index])
         if index.dim() != 2 or index.shape[0] != self.shape[0]:
             raise ValueError(f"index must be [Q'] or [B, Q'] with B={self.shape[0]}, got {tuple(index.shape)}")
-        wide = index[:, :, None].expand(-1, -1, self.intervals)
-        return self._narrowed(self.start.gather(1, wide), self.stop.gather(1, wide))
+        index_BQK = index[:, :, None].expand(-1, -1, self.intervals)
+        return self._selection(self.start.gather(1, index_BQK), self.stop.gather(1, index_BQK))
 
-    def _narrowed(self, start: Tensor, stop: Tensor) -> AttentionMask:
-        """Fewer rows or queries may need fewer intervals."""
+    def _selection(self, start: Tensor, stop: Tensor) -> AttentionMask:
+        """Build the mask of a selection, which may need fewer intervals per query."""
         if start.shape[2] > 1:
             needed = max(1, int((stop > start).sum(dim=2).max())) if start.numel() else 1
             start, stop = start[:, :, :needed], stop[:, :, :needed]
         return AttentionMask(start, stop, self.key_length)
 
     def to(self, device: torch.device | str) -> AttentionMask:
-        """The same mask on another device."""
+        """Copy the mask to a device, without waiting for the copy."""
         return AttentionMask(
             self.start.to(device, non_blocking=True), self.stop.to(device, non_blocking=True), self.key_length
         )
 
     def cpu(self) -> AttentionMask:
-        """The same mask on the CPU: itself, or one read from the device it lies on."""
+        """Return the mask on the CPU: itself, or a copy that costs one synchronization with its device."""
         if self.device.type == "cpu":
             return self
         start, stop = torch.stack([self.start, self.stop]).cpu()
         return AttentionMask(start, stop, self.key_length)
 
     def visible_queries(self) -> Tensor:
-        """bool [B, Q]: queries that see at least one key; padding does not."""
+        """Return bool [B, Q]: true for queries that attend to at least one key, false for fully masked ones."""
         return self.stop[..., 0] > self.start[..., 0]
 
     def visible_pairs(self) -> Tensor:
-        """int64 [B]: (query, key) pairs a row computes. Four FLOPs per pair, head and channel in the forward."""
+        """Count the visible (query, key) pairs of each row: int64 [B].
+
+        The forward pass of attention costs four FLOPs per pair, head and channel.
+        """
         return (self.stop - self.start).sum(dim=(1, 2), dtype=torch.int64)
 
     def to_dense(self) -> Tensor:
-        """bool [B, Q, T], the truth every other form is tested against. O(B Q T) memory."""
+        """Return the dense mask bool [B, Q, T], the reference for all other conversions. O(B Q T) memory."""
         keys = torch.arange(self.key_length, dtype=torch.int32, device=self.device)
         dense = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
         for start, stop in zip(self.start.unbind(2), self.stop.unbind(2), strict=True):
@@ -195,27 +201,28 @@ class AttentionMask:
 
     @property
     def mask_mod(self) -> MaskMod:
-        """FlexAttention's form, one function for all masks: `any_k(start[b, q, k] <= kv < stop[b, q, k])`."""
+        """FlexAttention `mask_mod`, the same function for every mask: `any_k(start[b, q, k] <= kv < stop[b, q, k])`."""
         return build_mask_mod(self.start, self.stop)
 
     def to_block_mask(self, block_size: int | tuple[int, int] = 128, *, compute_q_blocks: bool = True) -> BlockMask:
-        """FlexAttention's BlockMask in O(S K + blocks), equal to `create_block_mask(self.mask_mod, ...)`.
+        """Return FlexAttention's BlockMask in O(S K + blocks), equal to `create_block_mask(self.mask_mod, ...)`.
 
-        block_size         tokens of a block, or (of queries, of keys); lengths need not be multiples of it
-        compute_q_blocks   the side the backward pass reads; without it the mask serves a forward only
+        block_size        tokens per block, or (queries, keys) per block; lengths need not be multiples of it
+        compute_q_blocks  also build the query blocks of each key block, which the backward pass needs
         """
         return build_block_mask(self.start, self.stop, self.key_length, block_size, compute_q_blocks)
 
     def to_varlen(self) -> VarlenLayout:
-        """cu_seqlens and window for varlen kernels.
+        """Return cu_seqlens and window for variable-length attention kernels.
 
-        Errors: ValueError when varlen cannot say this mask; the text names the first query it fails at and why.
+        Raises:
+            ValueError: if varlen kernels cannot express this mask; the message names a query and the reason.
         """
         return build_varlen(self.start, self.stop, self.key_length)
 
 
 def named_masks(masks: Any) -> dict[str, Any]:
-    """Masks by name, as the package passes them on; a single mask is called `attention`."""
+    """Return masks as a dict by name; a single mask gets the name `attention`."""
     return dict(masks) if isinstance(masks, Mapping) else {"attention": masks}
 
 
@@ -228,7 +235,7 @@ def _flatten_with_keys(mask: AttentionMask) -> tuple[list[tuple[pytree.KeyEntry,
 
 
 def _unflatten(leaves: list[Tensor], key_length: int) -> AttentionMask:
-    # No check: tree_map may put anything where the tensors were (shapes, chunk specs, None).
+    # No validation: tree_map may replace the tensors by anything (shapes, chunk specs, None).
     mask = object.__new__(AttentionMask)
     object.__setattr__(mask, "start", leaves[0])
     object.__setattr__(mask, "stop", leaves[1])
@@ -236,7 +243,7 @@ def _unflatten(leaves: list[Tensor], key_length: int) -> AttentionMask:
     return mask
 
 
-# As a pytree of tensors with B first, torch.distributed.pipelining splits a mask with its rows under every schedule.
+# As a pytree of tensors with B first, a mask is split into micro-batches by torch.distributed.pipelining.
 pytree.register_pytree_node(
     AttentionMask,
     _flatten,

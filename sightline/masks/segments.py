@@ -1,4 +1,4 @@
-"""Where documents begin, read off a mask, for layers that carry a state along the row."""
+"""Document numbers derived from a mask, for recurrent layers, which reset their state at each document start."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from sightline.masks.mask import AttentionMask
 
 
 def number_segments(mask: AttentionMask) -> Tensor:
-    """int64 [B, Q]: 1, 2, ... for the documents that begin among these tokens; 0 continues what a cache holds.
+    """Number the documents of a `causal & document` mask whose queries are the last Q of its T tokens: int64 [B, Q].
 
-    The mask is `causal & document`, whose queries are the last Q of its T tokens. There a token sees its document from
-    the first token on: it is that token when it sees nothing before itself. A run of padding is a document too.
+    Documents that start among the queries get 1, 2, ...; 0 continues the document of a cached state. A token is the
+    first of its document if its interval starts at itself. A run of padding counts as a document too.
 
     Raises:
-        ValueError: the documents of the mask are not runs of tokens.
+        ValueError: if a document is not one run of tokens.
     """
     if mask.intervals > 1:
         raise ValueError(
             f"a recurrent layer needs documents that are one run of tokens each, got a mask of {mask.intervals} "
-            "intervals a query; give it causal(...) & document(...) with every document in one piece"
+            "intervals per query; use causal(...) & document(...) with contiguous documents"
         )
     _, queries, keys = mask.shape
     index = torch.arange(keys - queries, keys, dtype=torch.int32, device=mask.device)
-    seeing = mask.visible_queries()
-    after_padding = F.pad(~seeing[:, :-1], (1, 0))  # the first token here comes after whatever the cache holds
-    return torch.where(seeing, mask.start[..., 0] == index, ~after_padding).cumsum(dim=1)
+    visible = mask.visible_queries()
+    after_padding = F.pad(~visible[:, :-1], (1, 0))  # what precedes the first query does not count as padding
+    return torch.where(visible, mask.start[..., 0] == index, ~after_padding).cumsum(dim=1)

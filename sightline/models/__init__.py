@@ -1,4 +1,4 @@
-"""Models: one file each, which ends in its `Family`. `FAMILIES` lists them, `MODELS` names their sizes."""
+"""Model families: one file each, ending in its `Family`. `FAMILIES` lists them; `MODELS` are the named configs."""
 
 from sightline.models.block import Block
 from sightline.models.decoder import Decoder, DecoderConfig

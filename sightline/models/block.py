@@ -1,4 +1,4 @@
-"""The layers of a decoder, and the pre-norm block that most families build them from."""
+"""The decoder layer interface, and the pre-norm block that most families use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sightline.layers import KeyValueCache, LayerCache, MoE
 
 
 class Layers(nn.ModuleDict):
-    """The layers, by their number in the whole model, one after the other."""
+    """Decoder layers, applied in order; keys are the layer indices in the full model, also in a pipeline stage."""
 
     def forward(
         self, h: Tensor, lowered: dict[str, Lowered], encoding: Any, cache: dict[str, LayerCache] | None
@@ -24,24 +24,24 @@ class Layers(nn.ModuleDict):
 
 
 class Layer(nn.Module):
-    """A layer of a decoder."""
+    """Base class of decoder layers."""
 
     mask_name = "attention"
-    """Which of the model's masks its attention uses."""
+    """Name of the attention mask that the layer uses, a key of the model's masks."""
 
     def new_cache(self) -> LayerCache:
-        """What this layer remembers of a text while it is generated."""
+        """Return an empty cache for incremental generation."""
         return KeyValueCache()
 
 
 class Block(Layer):
-    """A pre-norm layer: h + mixer(norm(h)), then h + mlp(norm(h)).
+    """Pre-norm layer: h + mixer(norm(h)), then h + mlp(norm(h)).
 
     mixer       attention or a recurrent layer, called as mixer(x, mask, encoding, cache)
-    mlp         a feed-forward layer or a mixture of experts, applied to each token by itself
-    build_norm  builds each of the two norms
-    mask_name   the model's mask that the mixer uses
-    names       names of the mixer and the mlp in the state dict; their norms are NAME_norm
+    mlp         a feed-forward layer or a mixture of experts, applied to each token independently
+    build_norm  returns a new norm; called once for the mixer and once for the mlp
+    mask_name   name of the mask that the mixer uses
+    names       attribute names of the mixer and the mlp, as in the state dict; their norms are NAME_norm
     """
 
     def __init__(
@@ -56,22 +56,22 @@ class Block(Layer):
         super().__init__()
         self.mask_name = mask_name
         self.names = names
-        for name, part in zip(names, (mixer, mlp), strict=True):
+        for name, module in zip(names, (mixer, mlp), strict=True):
             self.add_module(f"{name}_norm", build_norm())
-            self.add_module(name, part)
+            self.add_module(name, module)
 
-    def halves(self) -> Any:
-        """(norm, mixer) and (norm, mlp)."""
+    def sublayers(self) -> Any:
+        """Return (mixer norm, mixer) and (mlp norm, mlp)."""
         return [(getattr(self, f"{name}_norm"), getattr(self, name)) for name in self.names]
 
     def init_weights(self, std: float, output_std: float) -> None:
-        for norm, part in self.halves():
+        for norm, module in self.sublayers():
             norm.init_weights()
-            part.init_weights(std, output_std)
+            module.init_weights(std, output_std)
 
     def forward(self, h: Tensor, mask: Lowered, encoding: Any, cache: LayerCache | None = None) -> Tensor:
         """h [B, S, W] -> [B, S, W]."""
-        (mixer_norm, mixer), (mlp_norm, mlp) = self.halves()
+        (mixer_norm, mixer), (mlp_norm, mlp) = self.sublayers()
         h = h + mixer(mixer_norm(h), mask, encoding, cache)
         x = mlp_norm(h)
         return h + (mlp(x, mask.visible) if isinstance(mlp, MoE) else mlp(x))

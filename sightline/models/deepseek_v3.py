@@ -1,4 +1,4 @@
-"""DeepSeek V3 (arXiv 2412.19437): latent attention, many small experts, a look one token further."""
+"""DeepSeek V3 (arXiv 2412.19437): multi-head latent attention, fine-grained experts, multi-token prediction (MTP)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sightline.layers import (
     Router,
     SwiGLU,
     YarnScaling,
-    with_gradient_of,
+    add_gradient_of,
 )
 from sightline.masks import named_masks
 from sightline.models.block import Block
@@ -35,49 +35,49 @@ from sightline.models.hf.deepseek_v3 import DEEPSEEK_V3_HF
 
 @dataclass(frozen=True, kw_only=True)
 class DeepseekV3Config(DecoderConfig):
-    """The sizes of a DeepSeek V3."""
+    """Config of a DeepSeek V3 model."""
 
     num_dense_layers: int = 1
-    """The first so many have one feed-forward layer for all tokens, the others have experts."""
+    """Number of dense layers at the start of the model; all later layers have experts."""
     num_heads: int = 8
-    """Heads (H)."""
+    """Number of attention heads (H)."""
     q_lora_rank: int | None = 128
-    """Size of the latent that queries come through; None: they come straight from the hidden state."""
+    """Rank of the low-rank query projection; None uses one full projection."""
     kv_lora_rank: int = 64
-    """Size of the latent that keys and values come through, which is what generation remembers of a token."""
+    """Rank of the low-rank key/value projection: size of the latent vector that the KV cache stores per token."""
     qk_nope_head_dim: int = 16
-    """Channels of a head's query and key that know no position."""
+    """Query and key channels per head without RoPE."""
     qk_rope_head_dim: int = 16
-    """Channels that RoPE turns, an even number."""
+    """Query and key channels per head with RoPE; must be even. All heads share these key channels."""
     v_head_dim: int = 32
-    """Channels of a head's value."""
+    """Value channels per head."""
     intermediate_size: int = 688
-    """Inner width of the feed-forward layer of the dense layers."""
+    """Intermediate size of the dense feed-forward layers."""
     moe_intermediate_size: int = 128
-    """Inner width of an expert."""
+    """Intermediate size of each expert."""
     num_experts: int = 16
-    """Experts that tokens are sent to (E)."""
+    """Number of routed experts per MoE layer (E)."""
     experts_per_token: int = 4
-    """Experts that a token is sent to (K)."""
+    """Number of routed experts that the router selects for each token (K)."""
     num_shared_experts: int = 1
-    """Experts that all tokens share: one feed-forward layer of so many times expert-ffn."""
+    """Number of shared experts, fused into one feed-forward layer of num-shared-experts * moe-intermediate-size."""
     num_expert_groups: int = 1
-    """The experts stand in so many groups (the nodes they lie on) ..."""
+    """Number of groups that the routed experts are divided into, such as the nodes that store them."""
     num_limited_groups: int = 1
-    """... of which a token is sent to no more than this many."""
+    """Number of expert groups that a token may be routed to (node-limited routing)."""
     routed_scaling_factor: float = 2.5
-    """What the experts of a token give together, against 1 of the shared."""
+    """Factor of the routed experts' weighted sum; the shared expert has factor 1."""
     expert_bias_update_rate: float = 0.001
-    """How far a step moves the bias of an expert with more or less than the mean load, so that the loads even out."""
+    """Change of the expert bias per optimizer step: up for underloaded experts, down for overloaded ones."""
     aux_loss_coef: float = 0.0
-    """Weight of a loss that evens out the loads as well."""
+    """Coefficient of an auxiliary load-balancing loss, in addition to the expert bias; 0 disables it."""
     mtp_loss_weight: float | None = None
-    """With it, an extra layer learns to predict the token after the next, its loss weighted by this (0.3 at first, then
-    0.1 in the paper); the loss that is told stays that of the next token."""
+    """Weight of the multi-token prediction (MTP) loss; the paper uses 0.3, later 0.1. None builds no MTP module. The
+    reported loss remains that of the next token."""
     rope_scaling: YarnScaling | None = None
-    """YaRN's stretch of RoPE to longer contexts."""
+    """YaRN scaling of RoPE for longer contexts."""
     norm_eps: float = 1e-6
-    """Added to the mean square in the norms."""
+    """Epsilon added to the mean square in RMSNorm."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,7 +100,7 @@ class DeepseekV3Config(DecoderConfig):
         check_rotary("qk_rope_head_dim", self.qk_rope_head_dim)
         if not 0 <= self.num_dense_layers <= self.num_layers:
             raise ValueError(
-                f"model.num-dense-layers must be 0 to {self.num_layers}, all layers, got {self.num_dense_layers}"
+                f"model.num-dense-layers must be 0 to {self.num_layers} (model.num-layers), got {self.num_dense_layers}"
             )
         check_divisible(self, "num_experts", "num_expert_groups", "groups")
         self._check_groups()
@@ -108,23 +108,25 @@ class DeepseekV3Config(DecoderConfig):
     def _check_groups(self) -> None:
         if self.num_limited_groups > self.num_expert_groups:
             raise ValueError(
-                f"model.num-limited-groups must be at most {self.num_expert_groups}, all groups, got {self.num_limited_groups}"
+                f"model.num-limited-groups must be at most {self.num_expert_groups} (model.num-expert-groups), "
+                f"got {self.num_limited_groups}"
             )
-        size = self.num_experts // self.num_expert_groups
-        if self.num_limited_groups < self.num_expert_groups and size < 2:
+        group_size = self.num_experts // self.num_expert_groups
+        if self.num_limited_groups < self.num_expert_groups and group_size < 2:
             raise ValueError(
-                f"a group is judged by its two best experts, but model.num-experts {self.num_experts} in "
-                f"{self.num_expert_groups} groups leave one to each; lower model.num-expert-groups"
+                f"a group is scored by its two best experts, but model.num-experts {self.num_experts} in "
+                f"{self.num_expert_groups} groups leave one expert per group; lower model.num-expert-groups"
             )
-        if self.num_limited_groups * size < self.experts_per_token:
+        available = self.num_limited_groups * group_size
+        if available < self.experts_per_token:
             raise ValueError(
-                f"model.num-limited-groups {self.num_limited_groups} opens {self.num_limited_groups * size} experts to a "
-                f"token, but it is sent to {self.experts_per_token}; raise it or lower model.experts-per-token"
+                f"model.num-limited-groups {self.num_limited_groups} makes {available} experts available to a token, "
+                f"but model.experts-per-token is {self.experts_per_token}; raise the first or lower the second"
             )
 
 
 def build_moe(config: DeepseekV3Config) -> MoE:
-    """Section 2.1.2 of the paper: sigmoid scores, the limit on groups, and the balance without a loss."""
+    """Build the MoE of section 2.1.2: sigmoid scores, node-limited routing, load balancing by an expert bias."""
     router = Router(
         config.hidden_size,
         config.num_experts,
@@ -142,8 +144,8 @@ def build_moe(config: DeepseekV3Config) -> MoE:
 
 
 class MTPModule(nn.Module):
-    """The layer that looks one token further (section 2.2): from what the model knows at a token, and the next token,
-    it predicts the one after that. Embedding and output projection are the model's own."""
+    """Multi-token prediction module (section 2.2): predicts the token after the next from a token's hidden state and
+    the embedding of the next token. It shares the model's embedding and output projection."""
 
     def __init__(self, config: DeepseekV3Config, block: Block) -> None:
         super().__init__()
@@ -160,7 +162,10 @@ class MTPModule(nn.Module):
         self.block.init_weights(std, output_std)
 
     def forward(self, h: Tensor, next_embedding: Tensor, mask: Lowered, rotation: Rotation) -> Tensor:
-        """The model's normed hidden states [B, S, W] and the next tokens' embeddings -> normed hidden states."""
+        """Combine the model's normalized hidden states with the next tokens' embeddings.
+
+        h, next_embedding  [B, S, W] -> normalized hidden states [B, S, W]
+        """
         x = self.join(torch.cat([self.embedding_norm(next_embedding), self.hidden_norm(h)], dim=-1))
         return self.norm(self.block(x, mask, rotation))
 
@@ -171,7 +176,7 @@ class DeepseekV3(Decoder):
         self.prediction: MTPModule | None = None
         if config.mtp_loss_weight is not None:
             self.prediction = MTPModule(config, self.build_block(config.num_layers - 1))
-        self.mtp_losses: list[Tensor] = []  # (sum of losses, tokens) of each forward of a step
+        self.mtp_losses: list[Tensor] = []  # [loss sum, tokens] of each forward of a step
 
     def build_block(self, index: int) -> Block:
         config = self.config
@@ -185,11 +190,8 @@ class DeepseekV3(Decoder):
             v_head_dim=config.v_head_dim,
             score_factor=1.0 if config.rope_scaling is None else config.rope_scaling.score_factor,
         )
-        mlp = (
-            SwiGLU(config.hidden_size, config.intermediate_size)
-            if index < config.num_dense_layers
-            else build_moe(config)
-        )
+        dense = index < config.num_dense_layers
+        mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else build_moe(config)
         return Block(attention, mlp, self.build_norm)
 
     @property
@@ -215,8 +217,8 @@ class DeepseekV3(Decoder):
         if self.prediction is None:
             return super().pipeline_unsupported_reason
         return (
-            f"model.mtp-loss-weight is {self.config.mtp_loss_weight}, and predicting a token further takes the "
-            "embedding and the head together; expected None: use --model.mtp-loss-weight None"
+            f"model.mtp-loss-weight is {self.config.mtp_loss_weight}, and the multi-token prediction module needs "
+            "embedding and output head on one rank; expected None: use --model.mtp-loss-weight None"
         )
 
     def forward(
@@ -231,10 +233,9 @@ class DeepseekV3(Decoder):
         next_tokens: Tensor | None = None,
         next_labels: Tensor | None = None,
     ) -> Tensor:
-        """As in every decoder. In training with labels, the token after the next is learnt too where that is wanted:
-        its gradients are there, its loss is not in the sum.
+        """Run `Decoder.forward`. In training with labels, the MTP loss adds gradients, but not to the returned loss.
 
-        next_tokens, next_labels  int64 [B, S], from `shift_for_mtp`; without them, `tokens` are whole rows
+        next_tokens, next_labels  int64 [B, S], from `shift_for_mtp`; needed only if `tokens` are not full rows
         """
         if self.prediction is None or labels is None or not self.training:
             return super().forward(
@@ -245,22 +246,22 @@ class DeepseekV3(Decoder):
                 cache=cache,
                 loss_inputs=loss_inputs,
             )
-        assert self.embedding is not None and self.norm is not None, "prediction needs both ends of the model"
+        assert self.embedding is not None and self.norm is not None, "MTP needs embedding and output head on one rank"
         h = self.embedding(tokens)
         lowered, rotation = self.lower_masks(named_masks(attention_masks), h), self.encode_positions(positions)
         h = self.norm(self.layers(h, lowered, rotation, None))
         if next_tokens is None or next_labels is None:
             next_tokens, next_labels = shift_for_mtp(tokens, labels)
-        further = self.prediction(h, self.embedding(next_tokens), lowered["attention"], rotation)
+        h_mtp = self.prediction(h, self.embedding(next_tokens), lowered["attention"], rotation)
         output = self.embedding if self.output is None else self.output
-        loss = self.token_losses(further.flatten(0, 1), output.weight, next_labels.flatten())
-        predicted = (next_labels != IGNORE).sum().to(loss.device, non_blocking=True)
-        self.mtp_losses.append(torch.stack([loss.detach(), predicted]))
+        mtp_loss = self.token_losses(h_mtp.flatten(0, 1), output.weight, next_labels.flatten())
+        count = (next_labels != IGNORE).sum().to(mtp_loss.device, non_blocking=True)
+        self.mtp_losses.append(torch.stack([mtp_loss.detach(), count]))
         weight = self.config.mtp_loss_weight * self.aux_loss_scale
-        return with_gradient_of(self.head(h, labels, loss_inputs), weight * loss)
+        return add_gradient_of(self.head(h, labels, loss_inputs), weight * mtp_loss)
 
     def finish_step(self, add: Callable[[Tensor], Tensor] = lambda total: total) -> dict[str, Tensor]:
-        """As in every decoder, and `mtp_loss`: the mean loss of the token after the next."""
+        """Run `Decoder.finish_step` and add the metric `mtp_loss`, the mean MTP loss per token."""
         metrics = super().finish_step(add)
         if self.mtp_losses:
             loss, tokens = add(torch.stack(self.mtp_losses).sum(dim=0))
@@ -269,19 +270,19 @@ class DeepseekV3(Decoder):
         return metrics
 
     def flops_per_token(self) -> float:
-        """As in every decoder; predicting the token after the next takes the output projection a second time."""
+        """Return `Decoder.flops_per_token`; the MTP loss uses the output projection a second time."""
         return super().flops_per_token() + (0.0 if self.prediction is None else self.output_flops_per_token())
 
 
 def shift_for_mtp(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The next token of each token, and its label: what comes after the next, int64 [B, S] each.
+    """Return each token's next token and the label of that next token, int64 [B, S] each.
 
-    A label says both that the next token is of the same document and which one it is, also where the row ends. Where
-    there is none the next token of the row stands in: in a document, it is the right one; at its end, it is another's,
-    but there is nothing to predict, and no other token sees what comes of it.
+    A label is the next token of the same document, even if that token is in the next row. A token without a label gets
+    the next token of the row instead. Inside a document this is the correct token. At its end the token belongs to
+    another document, but there is no label to predict, and no other token attends to the result.
     """
-    known = labels.to(tokens.device, non_blocking=True)  # labels may lie on the CPU
-    next_tokens = torch.where(known != IGNORE, known, tokens.roll(-1, dims=1))
+    device_labels = labels.to(tokens.device, non_blocking=True)  # labels may be on the CPU
+    next_tokens = torch.where(device_labels != IGNORE, device_labels, tokens.roll(-1, dims=1))
     next_labels = labels.roll(-1, dims=1)
     next_labels[:, -1] = IGNORE
     return next_tokens, next_labels.masked_fill(labels == IGNORE, IGNORE)
@@ -312,7 +313,7 @@ DEEPSEEK_V3 = Family(
             num_limited_groups=2,
         ),
         "tiny": DeepseekV3Config(num_expert_groups=4, num_limited_groups=2),
-        "16b": published(  # the sizes of DeepSeek V2 Lite (arXiv 2405.04434)
+        "16b": published(  # the size of DeepSeek V2 Lite (arXiv 2405.04434)
             vocab_size=102_400,
             hidden_size=2048,
             num_layers=27,
@@ -344,6 +345,6 @@ DEEPSEEK_V3 = Family(
         ),
     },
     hf=DEEPSEEK_V3_HF,
-    # On GPUs with the peak learning rates of V2 Lite (arXiv 2405.04434) and V3.
+    # The peak learning rates of V2 Lite (arXiv 2405.04434) and V3.
     recipes={"debug": debug, "tiny": tiny, "16b": on_gpus(4.2e-4), "671b": on_gpus(2.2e-4)},
 )

@@ -1,4 +1,4 @@
-"""The list of families, and the lookups derived from it."""
+"""Registry of model families: lookup by name or config, and model construction."""
 
 from __future__ import annotations
 
@@ -22,48 +22,52 @@ FAMILIES: tuple[Family, ...] = (LLAMA3, LLAMA4, QWEN3, QWEN3_NEXT, DEEPSEEK_V3, 
 MODELS: dict[str, Any] = {
     f"{family.name}-{size}": config for family in FAMILIES for size, config in family.presets.items()
 }
-"""The configs of all named sizes: FAMILY-SIZE."""
+"""All named model configs by FAMILY-SIZE, such as `llama3-8b`."""
 
 
 def config_of(name: str) -> Any:
-    """The config of a named size: `llama3-tiny`, `llama3-8b`, ..."""
+    """Return the config of a named model, such as `llama3-tiny` or `llama3-8b`.
+
+    Raises:
+        ValueError: if there is no model of that name.
+    """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; the models are: {', '.join(MODELS)}")
     return MODELS[name]
 
 
 def family_of(config: Any) -> Family:
-    """The family of a model's config: one of FAMILIES, or the `Family` in the module that defines the config's class.
+    """Return the family of a config: one of FAMILIES, or the `Family` in the module that defines the config's class.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: if no family has this config class.
     """
     return _find(config)[1]
 
 
 def reference_of(config: Any) -> str:
-    """The family of a config as a string, for files: `llama3`, or `package.module:NAME` for one from outside."""
+    """Return the family of a config as text for files: `llama3`, or `package.module:NAME` outside this package."""
     return _find(config)[0]
 
 
 def _find(config: Any) -> tuple[str, Family]:
     kind = type(config)
-    outside = ((f"{kind.__module__}:{name}", value) for name, value in _values(kind.__module__).items())
-    for reference, family in (*((family.name, family) for family in FAMILIES), *outside):
+    external = ((f"{kind.__module__}:{name}", value) for name, value in _values(kind.__module__).items())
+    for reference, family in (*((family.name, family) for family in FAMILIES), *external):
         if isinstance(family, Family) and family.config is kind:
             return reference, family
     raise ValueError(
-        f"{kind.__module__}.{kind.__qualname__} is the config of no family. A family is a value "
-        f"Family(name=..., model=..., config={kind.__name__}, ...) in the module that defines the class of its config, "
-        f"here {kind.__module__}; or one of {', '.join(family.name for family in FAMILIES)}"
+        f"{kind.__module__}.{kind.__qualname__} is not the config class of a model family; expected a config of "
+        f"{', '.join(family.name for family in FAMILIES)}, or a module-level value "
+        f"Family(name=..., model=..., config={kind.__name__}, ...) in {kind.__module__}"
     )
 
 
 def named_family(reference: str) -> Family | None:
-    """The family of `reference_of`, or None for one that is not known to this process.
+    """Return the family of a reference from `reference_of`, or None if this process does not know it.
 
-    Looks at modules that are imported, and imports none: a reference comes out of a file, and a file must not decide
-    what code runs.
+    Searches imported modules only and never imports one: references are read from files, and a file must not decide
+    which code runs.
     """
     known = {family.name: family for family in FAMILIES}
     module, _, name = reference.partition(":")
@@ -72,21 +76,21 @@ def named_family(reference: str) -> Family | None:
 
 
 def _values(module: str) -> dict[str, Any]:
-    """What an imported module defines. Read without getattr, with which some modules import others."""
+    """Return the attributes of an imported module without getattr, which can trigger lazy imports."""
     return dict(getattr(sys.modules.get(module), "__dict__", {}))
 
 
 def build_skeleton(name_or_config: Any, *, attention_backend: str = "auto") -> Any:
-    """A model on the meta device, without memory for its weights: `model.to_empty(device=...)`, then `init_model_weights`."""
+    """Build a model on the meta device. Materialize it by `model.to_empty(device=...)`, then `init_model_weights`."""
     config = config_of(name_or_config) if isinstance(name_or_config, str) else name_or_config
     with torch.device("meta"):
         return family_of(config).model(config, attention_backend=attention_backend)
 
 
 def build_model(name_or_config: Any, *, attention_backend: str = "auto") -> Any:
-    """A model with fresh weights on the default device; `torch.manual_seed` before it decides them.
+    """Build a model with initialized weights on the default device; `torch.manual_seed` determines the weights.
 
-    name_or_config  a name in MODELS, or the config of a family
+    name_or_config  a name in MODELS, or a model config
     """
     model = build_skeleton(name_or_config, attention_backend=attention_backend)
     model.to_empty(device=torch.get_default_device())

@@ -1,4 +1,4 @@
-"""A model family as one value, which stands at the end of the family's file."""
+"""`Family`: everything the package needs to know about a model architecture, as one value."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ from sightline.models.hf.format import HuggingFace
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
-    """All models of one architecture: the classes, the named sizes, the Hugging Face format and the recipes."""
+    """A model architecture: model class, config class, named presets, Hugging Face format and recipes."""
 
     name: str
-    """The FAMILY of FAMILY-SIZE."""
+    """Name of the family, the FAMILY in model names FAMILY-SIZE."""
     model: type[Decoder]
-    """The class of the model, built as model(config, attention_backend=...)."""
+    """Model class, called as model(config, attention_backend=...)."""
     config: type
-    """The class of its config, a frozen dataclass that belongs to no other family."""
+    """Config class, a frozen dataclass that no other family uses."""
     presets: Mapping[str, Any] = field(default_factory=dict)
-    """Configs by SIZE."""
+    """{SIZE: config} of the named models."""
     hf: HuggingFace | None = None
-    """The format of its models in Hugging Face directories; None for an architecture that has none there."""
+    """Conversion from and to Hugging Face directories; None if transformers has no such architecture."""
     recipes: Mapping[str, RecipeTemplate] = field(default_factory=dict)
-    """How each of the presets is trained, by SIZE."""
+    """{SIZE: recipe template}: how each preset is trained."""
 
     def config_from_hf(self, hf: dict[str, Any]) -> Any:
-        """The config of a model from the fields of its config.json. ValueError for what our model does not do."""
-        assert self.hf is not None, "only a family with a format is looked for in Hugging Face directories"
+        """Return the model config for the fields of a config.json.
+
+        Raises:
+            ValueError: if config.json asks for a feature that the model does not support.
+        """
+        assert self.hf is not None, "find_family returns only families with a Hugging Face format"
         return self.config(**self.hf.config_from_hf(hf))

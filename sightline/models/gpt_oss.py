@@ -1,4 +1,4 @@
-"""gpt-oss (arXiv 2508.10925): windowed and full layers by turns, learned sinks, experts with a clamped SwiGLU."""
+"""gpt-oss (arXiv 2508.10925): alternating sliding-window and full attention, sinks, experts with clamped SwiGLU."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from sightline.models.hf.gpt_oss import GPT_OSS_HF
 
 @dataclass(frozen=True, kw_only=True)
 class GptOssConfig(DecoderConfig):
-    """The sizes of a gpt-oss."""
+    """Config of a gpt-oss model."""
 
     num_layers: int = 6
-    """Blocks of attention and experts; the first, third, ... attend within the window, the others to everything."""
+    """Number of decoder layers. The first, third, ... use sliding-window attention, the others full attention."""
     num_heads: int = 8
-    """Query heads (H)."""
+    """Number of query heads (H)."""
     num_kv_heads: int = 4
-    """Key/value heads (G); each serves heads / kv-heads query heads."""
+    """Number of key/value heads (G); must divide num-heads."""
     head_dim: int = 32
-    """Channels of a head (D), an even number."""
+    """Channels of an attention head (D); must be even."""
     sliding_window: int = 128
-    """Keys that a token sees in a windowed layer, itself included."""
+    """Number of keys that a token attends to in sliding-window layers, itself included."""
     intermediate_size: int = 344
-    """Inner width of an expert."""
+    """Intermediate size of each expert."""
     num_experts: int = 8
-    """Experts of a layer (E)."""
+    """Number of experts per layer (E)."""
     experts_per_token: int = 2
-    """Experts that a token is sent to (K)."""
+    """Number of experts that the router selects for each token (K)."""
     aux_loss_coef: float = 0.001
-    """Weight of the loss that keeps the load of the experts even."""
+    """Coefficient of the auxiliary load-balancing loss; 0 disables it."""
     rope_scaling: YarnScaling | None = None
-    """YaRN's stretch of RoPE to longer contexts."""
+    """YaRN scaling of RoPE for longer contexts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +61,7 @@ class GptOssConfig(DecoderConfig):
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gate * sigmoid(1.702 gate) * (up + 1), with gate at most 7 and up within -7 and 7."""
+    """Return gate * sigmoid(1.702 gate) * (up + 1), with gate clamped to at most 7 and up to [-7, 7]."""
     gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
@@ -75,10 +75,8 @@ def build_moe(config: GptOssConfig) -> MoE:
         bias=True,
         aux_loss_coef=config.aux_loss_coef,
     )
-    return MoE(
-        router,
-        Experts(config.num_experts, config.hidden_size, config.intermediate_size, bias=True, activation=clamped_swiglu),
-    )
+    sizes = config.num_experts, config.hidden_size, config.intermediate_size
+    return MoE(router, Experts(*sizes, bias=True, activation=clamped_swiglu))
 
 
 class GptOss(Decoder):
@@ -91,13 +89,12 @@ class GptOss(Decoder):
         return Block(attention, build_moe(config), self.build_norm, mask_name=mask_name, names=("attention", "moe"))
 
     def get_attention_masks(self, batch: Batch, tokenizer: object = None) -> dict[str, AttentionMask]:
-        """In its own document a token sees the window that ends with it, or itself and all that comes before it."""
+        """Return `window` and `full`: causal attention within each document, for `window` within the sliding window."""
         rows, length = batch.shape
-        own_document = document(batch.document_ids)
+        device, same_document = batch.tokens.device, document(batch.document_ids)
         return {
-            "window": sliding_window(rows, length, self.config.sliding_window, device=batch.tokens.device)
-            & own_document,
-            "full": causal(rows, length, device=batch.tokens.device) & own_document,
+            "window": sliding_window(rows, length, self.config.sliding_window, device=device) & same_document,
+            "full": causal(rows, length, device=device) & same_document,
         }
 
 

@@ -17,18 +17,18 @@ from sightline.models.hf.llama3 import LLAMA3_HF
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Config(DecoderConfig):
-    """The sizes of a Llama 3."""
+    """Config of a Llama 3 model."""
 
     num_heads: int = 8
-    """Query heads (H)."""
+    """Number of query heads (H)."""
     num_kv_heads: int = 4
-    """Key/value heads (G); each serves heads / kv-heads query heads."""
+    """Number of key/value heads (G); must divide num-heads."""
     head_dim: int | None = None
-    """Channels of a head (D), an even number; without it, width / heads."""
+    """Channels of an attention head (D); must be even. None means hidden-size / num-heads."""
     intermediate_size: int = 688
-    """Inner width of the feed-forward layer."""
+    """Intermediate size of the feed-forward layers."""
     rope_scaling: Llama3RopeScaling | None = None
-    """Llama 3.1's stretch of RoPE to longer contexts."""
+    """Llama 3.1 scaling of RoPE for longer contexts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,13 +36,13 @@ class Llama3Config(DecoderConfig):
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"model.hidden-size {self.hidden_size} is not divisible by model.num-heads {self.num_heads}; "
-                "change one of them or state model.head-dim"
+                "change one of them or set model.head-dim"
             )
         check_heads(self, self.resolved_head_dim)
 
     @property
     def resolved_head_dim(self) -> int:
-        """Channels of a head (D)."""
+        """Channels of an attention head (D): `head_dim`, or its default."""
         return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
 
 
@@ -85,7 +85,7 @@ LLAMA3 = Family(
     recipes={
         "debug": debug,
         "tiny": template(
-            # A small batch takes more steps from the same tokens, which is what so short a training needs.
+            # So short a run needs many steps: a small batch takes more of them from the same tokens.
             training=TrainingConfig(steps=395, sequence_length=1024, global_batch_size=1, micro_batch_size=1),
             optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=30),
             validation=ValidationConfig(every=50, rows=8),

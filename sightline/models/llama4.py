@@ -1,4 +1,4 @@
-"""Llama 4's text model (Meta, 2025): layers that rotate and see a chunk, every fourth without either, and experts."""
+"""Llama 4 text model (Meta, 2025): chunked attention with RoPE, every n-th layer full without RoPE, and experts."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ from sightline.models.hf.llama4 import LLAMA4_HF
 
 @dataclass(frozen=True, kw_only=True)
 class Llama4Config(DecoderConfig):
-    """The sizes of a Llama 4."""
+    """Config of a Llama 4 text model."""
 
     num_layers: int = 8
-    """Blocks of attention and feed-forward."""
+    """Number of decoder layers."""
     num_heads: int = 8
-    """Query heads (H)."""
+    """Number of query heads (H)."""
     num_kv_heads: int = 4
-    """Key/value heads (G); each serves heads / kv-heads query heads."""
+    """Number of key/value heads (G); must divide num-heads."""
     head_dim: int = 32
-    """Channels of a head (D), an even number."""
+    """Channels of an attention head (D); must be even."""
     no_rope_layer_interval: int = 4
-    """Every so manieth layer sees the whole document and rotates nothing; the others rotate and see their chunk."""
+    """Every n-th layer attends to the full document without RoPE (NoPE); the others use RoPE within their chunk."""
     attention_chunk_size: int = 128
-    """Tokens of a chunk, counted inside the document."""
+    """Tokens per attention chunk, counted from the start of each document."""
     qk_norm: bool = True
-    """Norm the rotated queries and keys of the chunked layers, without a weight."""
+    """Apply RMSNorm without a weight to queries and keys after RoPE, in the chunked layers."""
     temperature_scale: float = 0.1
-    """In full layers, the query at position p is multiplied by 1 + temperature-scale * ln(1 + floor((p + 1) /
-    temperature-floor)), so that attention stays sharp over many keys; 0 leaves queries as they are."""
+    """Attention temperature of the full layers: the query at position p is multiplied by 1 + temperature-scale * ln(1 +
+    floor((p + 1) / temperature-floor)); 0 disables it."""
     temperature_floor: int = 8192
-    """Tokens after which a query grows."""
+    """Tokens per step of the attention temperature; see temperature-scale."""
     moe_layer_interval: int = 2
-    """Every so manieth layer has experts, the others one feed-forward layer for all tokens."""
+    """Every n-th layer has experts; the others are dense."""
     intermediate_size_mlp: int = 688
-    """Inner width of the feed-forward layer for all tokens."""
+    """Intermediate size of the dense feed-forward layers."""
     intermediate_size: int = 344
-    """Inner width of an expert, and of the expert that all tokens share."""
+    """Intermediate size of each expert, and of the shared expert."""
     num_experts: int = 8
-    """Experts of a layer, the shared one aside (E)."""
+    """Number of routed experts per MoE layer (E)."""
     experts_per_token: int = 1
-    """Experts that a token is sent to, the shared one aside (K)."""
+    """Number of routed experts that the router selects for each token (K)."""
     aux_loss_coef: float = 0.001
-    """Weight of the loss that keeps the load of the experts even."""
+    """Coefficient of the auxiliary load-balancing loss; 0 disables it."""
     rope_scaling: Llama3RopeScaling | None = None
-    """Llama 3.1's stretch of RoPE to longer contexts."""
+    """Llama 3.1 scaling of RoPE for longer contexts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,16 +76,18 @@ class Llama4Config(DecoderConfig):
         check_experts(self)
 
     def is_full(self, layer: int) -> bool:
+        """Whether layer number `layer`, counted from 0, attends to the full document."""
         return (layer + 1) % self.no_rope_layer_interval == 0
 
     def has_experts(self, layer: int) -> bool:
+        """Whether layer number `layer`, counted from 0, has experts."""
         return (layer + 1) % self.moe_layer_interval == 0
 
 
 class Positions(NamedTuple):
-    """What the layers need to know of the positions.
+    """Position encoding of both kinds of layers.
 
-    rotation     turns queries and keys of the chunked layers
+    rotation     RoPE for queries and keys of the chunked layers
     temperature  float32 [B, S, 1, 1], multiplies the queries of the full layers
     """
 
@@ -94,7 +96,7 @@ class Positions(NamedTuple):
 
 
 class ChunkedAttention(GroupedQueryAttention):
-    """Rotates queries and keys, then norms them where `qk_norm_eps` is given: without a weight, unlike its base."""
+    """Attention with RoPE and, with `qk_norm`, an RMSNorm of queries and keys after RoPE that has no weight."""
 
     def __init__(self, config: Llama4Config) -> None:
         super().__init__(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim)
@@ -106,7 +108,7 @@ class ChunkedAttention(GroupedQueryAttention):
 
 
 class FullAttention(GroupedQueryAttention):
-    """Knows positions only by the temperature of its queries (arXiv 2501.19399)."""
+    """Attention without RoPE; positions enter only as the temperature of the queries (arXiv 2501.19399)."""
 
     def __init__(self, config: Llama4Config) -> None:
         super().__init__(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim)
@@ -119,7 +121,7 @@ class FullAttention(GroupedQueryAttention):
 
 
 def build_moe(config: Llama4Config) -> MoE:
-    """A token's weight for an expert is a sigmoid by itself, and multiplies what the expert gets."""
+    """Build an MoE whose scores are sigmoids without normalization and multiply the input of the experts."""
     router = Router(
         config.hidden_size,
         config.num_experts,
@@ -142,14 +144,14 @@ class Llama4(Decoder):
         return Block(attention, mlp, self.build_norm, mask_name="full" if full else "chunked")
 
     def get_attention_masks(self, batch: Batch, tokenizer: object = None) -> dict[str, AttentionMask]:
-        """In its own document a token sees what comes before it, and itself: in its chunk, or all of it."""
+        """Return `chunked` and `full`: causal attention within each document, and for `chunked` within each chunk."""
         rows, length = batch.shape
         full = causal(rows, length, device=batch.tokens.device) & document(batch.document_ids)
         return {"chunked": full & chunked(batch.positions, self.config.attention_chunk_size), "full": full}
 
     def encode_positions(self, positions: Tensor) -> Positions:
-        grown = ((positions.float() + 1) / self.config.temperature_floor).floor().log1p()
-        temperature = 1 + self.config.temperature_scale * grown[:, :, None, None]
+        log_steps = ((positions.float() + 1) / self.config.temperature_floor).floor().log1p()
+        temperature = 1 + self.config.temperature_scale * log_steps[:, :, None, None]
         return Positions(super().encode_positions(positions), temperature)
 
 

@@ -1,5 +1,4 @@
-"""Qwen 3 (arXiv 2505.09388): Llama's layer with normed queries and keys and heads of a size of their own; dense or
-with experts."""
+"""Qwen 3 (arXiv 2505.09388): Llama layers with QK norm and an independent head dim; dense or mixture of experts."""
 
 from __future__ import annotations
 
@@ -17,28 +16,28 @@ from sightline.models.hf.qwen3 import QWEN3_HF
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen3Config(DecoderConfig):
-    """The sizes of a Qwen 3."""
+    """Config of a Qwen 3 model."""
 
     num_heads: int = 8
-    """Query heads (H)."""
+    """Number of query heads (H)."""
     num_kv_heads: int = 4
-    """Key/value heads (G); each serves heads / kv-heads query heads."""
+    """Number of key/value heads (G); must divide num-heads."""
     head_dim: int = 64
-    """Channels of a head (D), an even number; heads * head-size need not be the width."""
+    """Channels of an attention head (D); must be even. num-heads * head-dim may differ from hidden-size."""
     intermediate_size: int = 688
-    """Inner width of the feed-forward layer, or of each expert."""
+    """Intermediate size of the feed-forward layers, or of each expert."""
     num_experts: int = 0
-    """Experts of a layer (E); 0 is one feed-forward layer for every token."""
+    """Number of experts per layer (E); 0 builds dense feed-forward layers."""
     experts_per_token: int = 8
-    """Experts that a token is sent to (K), where there are experts."""
+    """Number of experts that the router selects for each token (K)."""
     aux_loss_coef: float = 0.001
-    """Weight of the loss that keeps the load of the experts even."""
+    """Coefficient of the auxiliary load-balancing loss; 0 disables it."""
     rope_theta: float = 1_000_000.0
-    """Base of the rotary frequencies: the slowest channel turns about once in 2 pi theta tokens."""
+    """Base of the RoPE frequencies; the longest wavelength is about 2 pi rope-theta tokens."""
     rope_scaling: YarnScaling | None = None
-    """YaRN's stretch of RoPE to longer contexts."""
+    """YaRN scaling of RoPE for longer contexts."""
     norm_eps: float = 1e-6
-    """Added to the mean square in the norms."""
+    """Epsilon added to the mean square in RMSNorm."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,7 @@
-"""Qwen3-Next (Qwen, 2025): three layers of four have a memory, the gated delta rule (arXiv 2412.06464), the fourth has
-gated attention, and a mixture of experts follows each.
+"""Qwen3-Next (Qwen, 2025): three of four layers are recurrent (gated delta rule, arXiv 2412.06464), the fourth has
+gated attention; each is followed by a mixture of experts.
 
-One mask serves both kinds of layers: attention obeys it, and the memory is empty where it shows that a document begins.
+Both kinds of layers use the same mask: a recurrent layer resets its state where a document starts.
 """
 
 from __future__ import annotations
@@ -35,44 +35,44 @@ from sightline.models.hf.qwen3_next import QWEN3_NEXT_HF
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen3NextConfig(DecoderConfig):
-    """The sizes of a Qwen3-Next."""
+    """Config of a Qwen3-Next model."""
 
     num_layers: int = 4
-    """Blocks of memory or attention, and feed-forward."""
+    """Number of decoder layers."""
     full_attention_interval: int = 4
-    """Every so many-th layer has attention, the others a memory."""
+    """Every n-th layer has attention; the others are recurrent (gated delta rule)."""
     num_heads: int = 4
-    """Query heads of attention (H)."""
+    """Number of query heads in attention layers (H)."""
     num_kv_heads: int = 2
-    """Key/value heads of attention (G); each serves heads / kv-heads query heads."""
+    """Number of key/value heads in attention layers (G); must divide num-heads."""
     head_dim: int = 64
-    """Channels of an attention head (D)."""
+    """Channels of a head in attention layers (D)."""
     partial_rotary_factor: float = 0.25
-    """Share of a head's channels that RoPE turns: the first ones, an even number."""
+    """Fraction of head-dim that RoPE rotates, the first channels of each head; their number must be even."""
     linear_num_key_heads: int = 4
-    """Query and key heads of a memory."""
+    """Number of query and key heads in recurrent layers."""
     linear_num_value_heads: int = 8
-    """Value heads of a memory; key head i serves value-heads / key-heads of them."""
+    """Number of value heads in recurrent layers; must be a multiple of linear-num-key-heads."""
     linear_key_head_dim: int = 32
-    """Channels of a memory's query and key head."""
+    """Channels of a query or key head in recurrent layers."""
     linear_value_head_dim: int = 32
-    """Channels of a memory's value head."""
+    """Channels of a value head in recurrent layers."""
     linear_conv_kernel_dim: int = 4
-    """Tokens that the convolution before a memory takes in, the token itself included."""
+    """Kernel size, in tokens, of the causal convolution in recurrent layers."""
     num_experts: int = 8
-    """Feed-forward layers the router chooses from; 0 is one dense layer for all tokens."""
+    """Number of routed experts per layer (E); 0 builds dense feed-forward layers."""
     experts_per_token: int = 2
-    """Experts a token is sent to."""
+    """Number of routed experts that the router selects for each token (K)."""
     moe_intermediate_size: int = 256
-    """Inner width of an expert."""
+    """Intermediate size of each expert."""
     shared_expert_intermediate_size: int = 256
-    """Inner width of the expert that all tokens share."""
+    """Intermediate size of the shared expert."""
     intermediate_size: int = 688
-    """Inner width of the dense feed-forward layer, where there are no experts."""
+    """Intermediate size of the dense feed-forward layers, if num-experts is 0."""
     aux_loss_coef: float = 0.001
-    """Coefficient of the loss that balances the load of the experts; 0 is none."""
+    """Coefficient of the auxiliary load-balancing loss; 0 disables it."""
     norm_eps: float = 1e-6
-    """Added to the mean square in the norms."""
+    """Epsilon added to the mean square in RMSNorm."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,8 +87,8 @@ class Qwen3NextConfig(DecoderConfig):
         )
         if not 2 <= self.rotary_dim <= self.head_dim:
             raise ValueError(
-                f"model.partial-rotary-factor {self.partial_rotary_factor} of model.head-dim {self.head_dim} are {self.rotary_dim} "
-                "channels; RoPE turns at least 2 and at most all: raise the share, or the head, up to a share of 1"
+                f"model.partial-rotary-factor {self.partial_rotary_factor} of model.head-dim {self.head_dim} is "
+                f"{self.rotary_dim} channels; expected 2 to {self.head_dim}: use a factor up to 1, or a larger head dim"
             )
         check_heads(self, self.rotary_dim)
         check_divisible(self, "linear_num_value_heads", "linear_num_key_heads", "key heads")
@@ -102,18 +102,18 @@ class Qwen3NextConfig(DecoderConfig):
 
     @property
     def rotary_dim(self) -> int:
-        """Channels of an attention head that RoPE turns."""
+        """Number of channels of each attention head that RoPE rotates."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     def has_attention(self, layer: int) -> bool:
-        """Whether layer number `layer`, counted from 0, has attention and not a memory."""
+        """Whether layer number `layer`, counted from 0, has attention; otherwise it is recurrent."""
         return (layer + 1) % self.full_attention_interval == 0
 
 
 class GatedAttention(GroupedQueryAttention):
-    """Grouped-query attention whose output is gated by the token it is for (arXiv 2505.06708).
+    """Grouped-query attention with an output gate computed from the query token (arXiv 2505.06708).
 
-    Queries and keys are normed over their head, and RoPE turns only the first of their channels.
+    Queries and keys are normalized per head, and RoPE rotates only their first channels.
     """
 
     SHARD_DIMS: ClassVar = {**GroupedQueryAttention.SHARD_DIMS, "gate": 0}
@@ -129,19 +129,19 @@ class GatedAttention(GroupedQueryAttention):
         nn.init.normal_(self.gate.weight, std=std)
 
     def encode_keys(self, k_BSGD: Tensor, encoding: Rotation) -> Tensor:
-        turned = encoding.cos.shape[-1]
-        return torch.cat([rotate(k_BSGD[..., :turned], encoding), k_BSGD[..., turned:]], dim=-1)
+        rotary_dim = encoding.cos.shape[-1]
+        return torch.cat([rotate(k_BSGD[..., :rotary_dim], encoding), k_BSGD[..., rotary_dim:]], dim=-1)
 
-    def mix(self, x: Tensor, mask: Lowered, encoding: Rotation, cache: KeyValueCache | None = None) -> Tensor:
-        return super().mix(x, mask, encoding, cache) * self.gate(x).sigmoid()
+    def attend_heads(self, x: Tensor, mask: Lowered, encoding: Rotation, cache: KeyValueCache | None = None) -> Tensor:
+        return super().attend_heads(x, mask, encoding, cache) * self.gate(x).sigmoid()
 
 
 class SharedExpert(SwiGLU):
-    """The expert of all tokens; each token says how much it wants of it."""
+    """Shared expert whose output is scaled by a sigmoid gate of each token."""
 
-    def __init__(self, width: int, ffn: int) -> None:
-        super().__init__(width, ffn)
-        self.share = nn.Linear(width, 1, bias=False)
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__(hidden_size, intermediate_size)
+        self.share = nn.Linear(hidden_size, 1, bias=False)
 
     def init_weights(self, std: float, output_std: float) -> None:
         super().init_weights(std, output_std)
@@ -151,7 +151,7 @@ class SharedExpert(SwiGLU):
         return super().forward(x) * self.share(x).sigmoid()
 
 
-def build_memory(config: Qwen3NextConfig) -> GatedDeltaNet:
+def build_delta_net(config: Qwen3NextConfig) -> GatedDeltaNet:
     return GatedDeltaNet(
         config.hidden_size,
         config.linear_num_key_heads,
@@ -178,7 +178,7 @@ def build_moe(config: Qwen3NextConfig) -> MoE:
 class Qwen3Next(Decoder):
     def build_block(self, index: int) -> Block:
         config = self.config
-        mixer = GatedAttention(config) if config.has_attention(index) else build_memory(config)
+        mixer = GatedAttention(config) if config.has_attention(index) else build_delta_net(config)
         mlp = build_moe(config) if config.num_experts else SwiGLU(config.hidden_size, config.intermediate_size)
         return Block(mixer, mlp, self.build_norm, names=("mixer", "mlp"))
 

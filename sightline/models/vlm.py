@@ -1,14 +1,14 @@
-"""A Llama 3 that sees images: SigLIP 2's encoder (arXiv 2502.14786), a projector, and the decoder of llama3.py.
+"""Vision-language model: SigLIP 2 encoder (arXiv 2502.14786), a projector, and the Llama 3 decoder of llama3.py.
 
-A row is text with images in it. An image stands in the text as a run of image tokens, one for every `merge` x `merge`
-of its patches; the patches themselves lie in a row of their own:
+A row is text with images. In `tokens`, an image is a run of image tokens, one for each square of patches with side
+`spatial_merge_size`; the patches of a row are a separate tensor:
 
     tokens               the  cat  [i]  [i]  [i]  [i]  and   the  dog  [i]  [i]
     extra["patches"]     16 patches of the first image, 8 of the second, padding
     extra["patch_grid"]  [[4, 4], [2, 4], [0, 0]]
 
-Two masks: in `encoder` a patch sees its own image, in `decoder` a token sees its own document up to itself, and an
-image token all of its image. Where an image begins and ends is what `patch_grid` says.
+There are two masks: in `encoder`, a patch attends to all patches of its image; in `decoder`, a token attends causally
+within its document, and an image token also to its full image. `patch_grid` gives the height and width of each image.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from sightline.models.llama3 import LLAMA3, Llama3, Llama3Config
 
 @dataclass(frozen=True, kw_only=True)
 class VLMConfig(Llama3Config):
-    """The sizes of a Llama 3 that sees images."""
+    """Config of a vision-language model with a Llama 3 decoder."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
-    """The encoder of the images."""
+    """Config of the vision encoder."""
     spatial_merge_size: int = 2
-    """An image token holds merge x merge patches."""
+    """Side of the square of patches that is merged into one image token."""
     projector_hidden_size: int = 512
-    """Inner width of the projector between encoder and decoder."""
+    """Hidden size of the projector between encoder and decoder."""
     image_token_id: int = 8191
-    """The token an image stands as in the text; no text is ever encoded as it."""
+    """Id of the image token, a placeholder that text is never encoded to."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,15 +57,15 @@ class VLMConfig(Llama3Config):
 
 
 def add_vision(text: Llama3Config, **fields: Any) -> VLMConfig:
-    """A Llama 3 of these sizes that sees; the last token of its vocabulary is the image token, unless `fields` say."""
+    """Return the VLMConfig of a Llama 3 config; `image_token_id` defaults to the last id of the vocabulary."""
     return VLMConfig(**{**vars(text), "image_token_id": text.vocab_size - 1, **fields})
 
 
 class VLM(Llama3):
-    """The whole model. A pipeline stage without `embedding` also does without `vision` and `projector`.
+    """Vision encoder, projector and decoder. A pipeline stage without `embedding` needs no `vision` or `projector`.
 
-    `flops_per_token` counts the decoder: how many patches there are is not a matter of the tokens. So the matrix
-    products of the encoder and the projector are missing in a run's MFU; the encoder's attention is in it.
+    `flops_per_token` counts only the decoder, because the number of patches does not follow from the number of tokens.
+    A run's MFU therefore lacks the matrix products of encoder and projector; it includes the encoder's attention.
     """
 
     config: VLMConfig
@@ -76,10 +76,10 @@ class VLM(Llama3):
         self.image_sizes = ImageSizes(config.vision.patch_size, config.spatial_merge_size, config.image_token_id)
         self.vision: VisionEncoder | None = VisionEncoder(config.vision)
         self.projector: Projector | None = Projector(
-            channels=config.vision.hidden_size,
-            hidden=config.projector_hidden_size,
-            width=config.hidden_size,
-            merge=config.spatial_merge_size,
+            vision_hidden_size=config.vision.hidden_size,
+            projector_hidden_size=config.projector_hidden_size,
+            hidden_size=config.hidden_size,
+            merge_size=config.spatial_merge_size,
         )
 
     def build_block(self, index: int) -> Block:
@@ -95,16 +95,19 @@ class VLM(Llama3):
             self.projector.init_weights()
 
     def get_attention_masks(self, batch: Batch, tokenizer: object = None) -> dict[str, AttentionMask]:  # type: ignore[override]
-        """`decoder`: text is causal, the tokens of one image see each other both ways, all inside the document.
-        `encoder`, for a batch with images: the patches of one image see each other.
+        """Return `decoder`, and for a batch with images also `encoder`.
 
-        Errors: ValueError where the image tokens of a row are not those that its `patch_grid` states.
+        decoder  causal attention within each document; the tokens of an image attend to each other in both directions
+        encoder  the patches of an image attend to each other
+
+        Raises:
+            ValueError: if the image tokens of a row do not match its `patch_grid`, or the tokenizer has another id.
         """
         image_token = getattr(tokenizer, "image_id", self.config.image_token_id)
         if image_token != self.config.image_token_id:
             raise ValueError(
-                f"the tokenizer's image token is {image_token}, the model's {self.config.image_token_id}; expected the "
-                f"same: use --model.image-token-id {image_token}"
+                f"the tokenizer's image token is {image_token}, but the model's is {self.config.image_token_id}; "
+                f"expected equal ids: use --model.image-token-id {image_token}"
             )
         rows, length = batch.shape
         text = causal(rows, length, device=batch.tokens.device)
@@ -119,51 +122,58 @@ class VLM(Llama3):
         }
 
     def check_patches(self, patches: Tensor, patch_grid: Tensor) -> None:
-        """Refuse patches and grids that do not fit each other or this model."""
-        merge, numbers = self.config.spatial_merge_size, self.config.vision.patch_channels
-        if patches.dim() != 3 or patches.shape[2] != numbers or patches.shape[1] % merge**2:
+        """Check shapes and values of patches and grid.
+
+        Raises:
+            ValueError: if they do not match each other or the model.
+        """
+        merge, channels = self.config.spatial_merge_size, self.config.vision.patch_channels
+        if patches.dim() != 3 or patches.shape[2] != channels or patches.shape[1] % merge**2:
             raise ValueError(
-                f"patches must be [B, P, {numbers}] with P a multiple of {merge**2} (merge x merge patches make a "
-                f"token), got {tuple(patches.shape)}; pad the patches of a row behind its last image"
+                f"patches must be [B, P, {channels}] with P a multiple of {merge**2} ({merge} x {merge} patches are "
+                f"one token), got {tuple(patches.shape)}; pad the patches of a row after its last image"
             )
         if patch_grid.dim() != 3 or patch_grid.shape[::2] != (len(patches), 2) or patch_grid.is_floating_point():
             raise ValueError(
                 f"patch_grid must be integers [B, N, 2], the height and width of each image in patches, with "
-                f"B={len(patches)}, got {patch_grid.dtype} {tuple(patch_grid.shape)}"
+                f"B = {len(patches)}, got {patch_grid.dtype} {tuple(patch_grid.shape)}"
             )
         if bool((patch_grid % merge).any()) or bool((patch_grid < 0).any()):
             raise ValueError(
-                f"an image's height and width in patches must be multiples of merge = {merge}, got "
+                f"the height and width of an image in patches must be multiples of {merge} (spatial-merge-size), got "
                 f"{patch_grid[((patch_grid % merge != 0) | (patch_grid < 0)).any(dim=2)][0].tolist()}; resize the image"
             )
-        stated = int(patch_grid.prod(dim=2).sum(dim=1).max()) if patch_grid.numel() else 0
-        if stated > patches.shape[1]:
-            raise ValueError(f"patch_grid states {stated} patches in a row, but patches has only {patches.shape[1]}")
+        needed = int(patch_grid.prod(dim=2).sum(dim=1).max()) if patch_grid.numel() else 0
+        if needed > patches.shape[1]:
+            raise ValueError(f"patch_grid has {needed} patches in a row, but patches has only {patches.shape[1]}")
 
     def image_spans(self, batch: Batch, patch_grid: Tensor) -> Tensor:
-        """Number of the image that each image token of its row belongs to, -1 for text: int64 [B, S]."""
+        """Return the index, within its row, of the image that each token belongs to, -1 for text: int64 [B, S].
+
+        Raises:
+            ValueError: if the image tokens of a row do not match its `patch_grid`, or an image is not contiguous.
+        """
+        merge = self.config.spatial_merge_size
         is_image = batch.tokens == self.config.image_token_id
-        ends = (
-            (patch_grid.prod(dim=2) // self.config.spatial_merge_size**2).cumsum(dim=1).long()
-        )  # in image tokens of the row
-        number = is_image.cumsum(dim=1) - 1
-        stated = ends[:, -1] if ends.shape[1] else ends.new_zeros(len(ends))
-        for row, (came, expected) in enumerate(zip(is_image.sum(dim=1).tolist(), stated.tolist(), strict=True)):
-            if came != expected:
+        ends = (patch_grid.prod(dim=2) // merge**2).cumsum(dim=1).long()  # of each image, in image tokens of the row
+        index = is_image.cumsum(dim=1) - 1
+        totals = ends[:, -1] if ends.shape[1] else ends.new_zeros(len(ends))
+        for row, (actual, expected) in enumerate(zip(is_image.sum(dim=1).tolist(), totals.tolist(), strict=True)):
+            if actual != expected:
                 raise ValueError(
-                    f"row {row} has {came} image tokens ({self.config.image_token_id}), but its patch_grid states "
-                    f"{expected}: one for every {self.config.spatial_merge_size} x {self.config.spatial_merge_size} patches of its images"
+                    f"row {row} has {actual} image tokens ({self.config.image_token_id}); expected {expected} from its "
+                    f"patch_grid, one for every {merge} x {merge} patches"
                 )
-        span_ids = torch.searchsorted(ends, number.contiguous(), right=True).masked_fill(~is_image, -1)
-        # A new run begins where the image or the document changes; every image must be exactly one.
-        begins = is_image.clone()
+        span_ids = torch.searchsorted(ends, index.contiguous(), right=True).masked_fill(~is_image, -1)
+        # A new run of tokens starts where the image or the document changes; every image must be exactly one run.
+        starts = is_image.clone()
         same = (span_ids[:, 1:] == span_ids[:, :-1]) & (batch.document_ids[:, 1:] == batch.document_ids[:, :-1])
-        begins[:, 1:] &= ~same
-        torn = (begins.sum(dim=1) != (patch_grid.prod(dim=2) > 0).sum(dim=1)).nonzero().flatten().tolist()
-        if torn:
+        starts[:, 1:] &= ~same
+        split = (starts.sum(dim=1) != (patch_grid.prod(dim=2) > 0).sum(dim=1)).nonzero().flatten().tolist()
+        if split:
             raise ValueError(
-                f"row {torn[0]} has an image whose tokens do not stand together in one document; put text before or "
-                "after an image, and cut no document inside one"
+                f"row {split[0]} has an image whose tokens are not contiguous in one document; put text only before or "
+                "after an image, and do not split a document inside one"
             )
         return span_ids
 
@@ -183,31 +193,32 @@ class VLM(Llama3):
         patch_grid: Tensor | None = None,
         image_index: Tensor | None = None,
     ) -> Tensor:
-        """As every decoder's, and with images:
+        """Run `Decoder.forward`, with these additional arguments for images:
 
-        patches      float [B, P, patch_size^2 * channels], the patches of a row's images one image after the other
-        patch_grid   int [B, N, 2], height and width of each image in patches, 0 where a row has fewer than N
-        image_index  int64 [B, S], from `index_image_tokens`; without it, `tokens` are whole rows
-        With a cache they belong to the call that brings their image tokens, and to no later one.
+        patches      float [B, P, patch_size^2 * num_channels], the patches of a row's images, image by image
+        patch_grid   int [B, N, 2], height and width of each image in patches, 0 if a row has fewer than N images
+        image_index  int64 [B, S], from `index_image_tokens`; needed only if `tokens` are not full rows
+
+        With a cache, pass them only in the call that contains their image tokens.
         """
         masks = named_masks(attention_masks)
         h = tokens if self.embedding is None else self.embedding(tokens)
         if self.embedding is not None and patches is not None and patch_grid is not None:
-            seen = self.encode_images(patches, patch_grid, masks["encoder"])
+            features = self.encode_images(patches, patch_grid, masks["encoder"])
             if image_index is None:
                 image_index = index_image_tokens(tokens == self.config.image_token_id)
-            h = insert_image_features(h, seen, image_index)
+            h = insert_image_features(h, features, image_index)
         masks = {"decoder": masks["decoder"]}
         return self.forward_embedded(
             h, attention_masks=masks, positions=positions, labels=labels, cache=cache, loss_inputs=loss_inputs
         )
 
     def encode_images(self, patches: Tensor, patch_grid: Tensor, mask: AttentionMask) -> Tensor:
-        """Patches [B, P, ...] -> what stands for the image tokens of each row, in order: [B, P / merge^2, W]."""
-        assert self.vision is not None and self.projector is not None, "a stage with the embedding sees images"
-        places = locate_patches(patch_grid, patches.shape[1])
+        """Map patches [B, P, C] to the embeddings of each row's image tokens: [B, P / spatial_merge_size^2, W]."""
+        assert self.vision is not None and self.projector is not None, "the stage with the embedding has the encoder"
+        patch_positions = locate_patches(patch_grid, patches.shape[1])
         lowered = self.lower_masks({"encoder": mask}, self.vision.positions)["encoder"]
-        return self.projector(self.vision(patches, places, lowered), places)
+        return self.projector(self.vision(patches, patch_positions, lowered), patch_positions)
 
     def attention_layers_with_mask(self, mask_name: str) -> list[AttentionLayer]:
         encoder = [] if self.vision is None else attention_layers(self.vision)
@@ -215,16 +226,20 @@ class VLM(Llama3):
 
 
 def index_image_tokens(is_image: Tensor) -> Tensor:
-    """Number of each image token in its row, from 0, and -1 for text: bool [B, S] -> int64 [B, S]."""
+    """Return the index of each image token among those of its row, -1 for text: bool [B, S] -> int64 [B, S]."""
     return (is_image.cumsum(dim=1) - 1).masked_fill(~is_image, -1)
 
 
-def insert_image_features(h: Tensor, seen: Tensor, image_index: Tensor) -> Tensor:
-    """h [B, S, W] with every image token, by image_index int64 [B, S], replaced by the one of that number of seen
-    [B, M, W]."""
-    number = image_index.clamp(min=0, max=seen.shape[1] - 1)
-    there = seen.gather(1, number[..., None].expand(-1, -1, seen.shape[2]))
-    return torch.where(image_index[..., None] >= 0, there.to(h.dtype), h)
+def insert_image_features(h: Tensor, features: Tensor, image_index: Tensor) -> Tensor:
+    """Replace the embeddings of image tokens by image features.
+
+    h            [B, S, W] embedded tokens
+    features     [B, M, W] image features of each row
+    image_index  int64 [B, S], index of a token's feature, -1 for text
+    """
+    index = image_index.clamp(min=0, max=features.shape[1] - 1)
+    inserted = features.gather(1, index[..., None].expand(-1, -1, features.shape[2]))
+    return torch.where(image_index[..., None] >= 0, inserted.to(h.dtype), h)
 
 
 VLM_FAMILY = Family(

@@ -1,1 +1,1 @@
-"""Every picture: masks as text, PNG and HTML, the loss of a run, context-parallel plans. Import the module you need."""
+"""Plots: masks as text, PNG and HTML, the loss of a run, context-parallel plans. Import the module that you need."""

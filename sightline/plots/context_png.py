@@ -1,4 +1,4 @@
-"""A picture of a context-parallel plan: who owns which tokens, who sends keys to whom, and who works how much."""
+"""Plot of a context-parallel plan: the owner of each token, the keys sent between ranks, and the work of each rank."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from matplotlib.ticker import MaxNLocator
 from sightline.plots.palette import BLUE, PALE_BLUE, TEXT, THOUSANDS, finish
 
 KEYS = LinearSegmentedColormap.from_list("keys", [PALE_BLUE, BLUE, TEXT])
-COLUMNS = 1600  # of the drawing of a row, more than it has pixels
-MOST_NUMBERS = 8  # ranks up to which the number of keys stands in each cell
+COLUMNS = 1600  # samples per row, more than it has pixels
+MAX_LABELED_RANKS = 8  # up to this many ranks, each cell is labeled with its number of keys
 
 
 Plan = Any
-"""A `sightline.parallel.context.plan.ContextPlan`, whose package lies above this one."""
+"""A `sightline.parallel.context.plan.ContextPlan`; not imported, since `plots` is a lower layer than `parallel`."""
 
 
 def plot_context_plan(plan: Plan, path: Path) -> None:
-    """Rows above, colored by the rank that owns each token; below, keys from rank to rank, and the work of each."""
+    """Plot the rows, colored by the rank that owns each token; below, the keys sent between ranks and their work."""
     rows, degree = plan.shape[0], plan.degree
     colors = colormaps["tab10" if degree <= 10 else "turbo"].resampled(10 if degree <= 10 else degree)
     height = 0.9 + 0.3 * rows
@@ -37,27 +37,27 @@ def plot_context_plan(plan: Plan, path: Path) -> None:
 
 
 def _plot_owners(axes: Axes, plan: Plan, colors: Colormap) -> None:
-    """A row of longer than `COLUMNS` is sampled: pieces that are narrower than a pixel may not be seen."""
+    """Plot the owner of each token. Rows longer than `COLUMNS` are sampled, so very short pieces may be missing."""
     rows, length = plan.shape
     pieces = plan.pieces
     owner = np.repeat(pieces.rank, pieces.last - pieces.first).reshape(rows, length)
     columns = min(length, COLUMNS)
-    seen = owner[:, (np.arange(columns) * 2 + 1) * length // (2 * columns)]
+    sampled = owner[:, (np.arange(columns) * 2 + 1) * length // (2 * columns)]
     extent = (0.0, float(length), rows - 0.5, -0.5)
     axes.imshow(
-        seen, cmap=colors, vmin=-0.5, vmax=colors.N - 0.5, extent=extent, aspect="auto", interpolation="nearest"
+        sampled, cmap=colors, vmin=-0.5, vmax=colors.N - 0.5, extent=extent, aspect="auto", interpolation="nearest"
     )
     axes.set(xlabel="token", ylabel="row", yticks=range(rows))
     axes.xaxis.set_major_formatter(THOUSANDS)
-    finish(axes, f"Owners: {plan.degree} ranks, {len(pieces.rank) / (rows * plan.degree):.1f} pieces of a row each")
+    finish(axes, f"Owners: {plan.degree} ranks, {len(pieces.rank) / (rows * plan.degree):.1f} pieces per row and rank")
 
 
 def _plot_sent(axes: Axes, plan: Plan) -> None:
     sent = plan.sent_keys().numpy()
     rows, length = plan.shape
-    everything = (plan.degree - 1) * length * rows * len(plan.masks)
+    all_gather = (plan.degree - 1) * length * rows * len(plan.masks)
     image = axes.imshow(np.ma.masked_equal(sent, 0), cmap=KEYS, vmin=0)
-    if plan.degree <= MOST_NUMBERS:
+    if plan.degree <= MAX_LABELED_RANKS:
         for source, rank in zip(*sent.nonzero(), strict=True):
             dark = sent[source, rank] > 0.4 * sent.max()
             axes.text(
@@ -69,8 +69,8 @@ def _plot_sent(axes: Axes, plan: Plan) -> None:
     axes.set(xlabel="to rank", ylabel="from rank")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
-    share = f", {sent.sum() / everything:.1%} of all-gather" if everything else ""
-    finish(axes, f"Keys sent in a layer of each mask{share}")
+    share = f", {sent.sum() / all_gather:.1%} of all-gather" if all_gather else ""
+    finish(axes, f"Keys sent, one layer per mask{share}")
 
 
 def _plot_work(axes: Axes, plan: Plan, colors: Colormap) -> None:
@@ -81,4 +81,4 @@ def _plot_work(axes: Axes, plan: Plan, colors: Colormap) -> None:
     axes.set(xlabel="rank", ylabel="visible pairs")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(THOUSANDS)
-    finish(axes, f"Work: most / mean {work.max() / mean:.3f}" if mean else "Work: none, all is padding")
+    finish(axes, f"Work: max / mean {work.max() / mean:.3f}" if mean else "Work: none, padding only")

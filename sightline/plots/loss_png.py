@@ -1,4 +1,4 @@
-"""loss.png: training loss, validation loss, and the learning rate below."""
+"""loss.png: training and validation loss, with the learning rate below."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sightline.plots.palette import GRID, RATE, TRAIN, VALIDATION
 
 
 def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
-    """Draw the rows of a metrics.jsonl (`step`, `loss`, `learning_rate`, here and there `validation_loss`)."""
+    """Plot the rows of a metrics.jsonl (`step`, `loss`, `learning_rate`, in some rows `validation_loss`)."""
     steps = [row["step"] for row in rows]
     losses = [row["loss"] for row in rows]
     figure = Figure(figsize=(9, 5.4), dpi=150, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[5, 1])
     above.plot(steps, losses, color=TRAIN, linewidth=0.7, alpha=0.35)
-    above.plot(steps, smooth(losses), color=TRAIN, linewidth=1.8, label="training (smoothed; thin: each step)")
+    above.plot(steps, smooth(losses), color=TRAIN, linewidth=1.8, label="training (smoothed; thin line: every step)")
     validated = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
     if validated:
         above.plot(*zip(*validated, strict=True), color=VALIDATION, marker="o", markersize=4.5, label="validation")
@@ -43,10 +43,10 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") ->
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:
-    """Centred mean with triangular weights over about a twentieth of the values, fewer at the ends.
+    """Centered moving average with triangular weights over about a twentieth of the values, fewer at the ends.
 
     smooth([0, 4, 8]) is [1.33, 4, 6.67]: weights 1 2 1, and 2 1 at the ends.
     """
-    reach = min(250, max(1, len(values) // 40), (len(values) - 1) // 2)
-    weights = np.bartlett(2 * reach + 3)[1:-1]
+    half_width = min(250, max(1, len(values) // 40), (len(values) - 1) // 2)
+    weights = np.bartlett(2 * half_width + 3)[1:-1]
     return np.convolve(values, weights, "same") / np.convolve(np.ones(len(values)), weights, "same")

@@ -1,4 +1,4 @@
-"""Colors of every picture, and the style of axes. It loads no matplotlib, so that the HTML page does not either."""
+"""Colors and axis style of all plots. It does not import matplotlib, since the HTML page does not need it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TEXT = "#1b2130"
-EDGE = "#8a94a6"  # of axes, and frames around documents
+EDGE = "#8a94a6"  # axes, and frames around segments
 GRID = "#e2e6ee"
-PALE_BLUE, BLUE = "#d3dcf5", "#2f5bd3"  # least to most of a quantity; none of it is white, so a little stands out
+PALE_BLUE, BLUE = "#d3dcf5", "#2f5bd3"  # low to high values; the lowest differs from white
 TRAIN, VALIDATION, RATE = "#2b6cb0", "#c05621", "#718096"
 
 THOUSANDS = "{x:,.0f}"
-"""Format of ticks that are whole numbers."""
+"""Tick format of integers."""
 
 
 def tick_step(least: float) -> int:
-    """Distance of ticks: the smallest power of two that is at least `least` tokens."""
+    """Return the distance between ticks: the smallest power of two >= `least` tokens."""
     step = 1
     while step < least:
         step *= 2
@@ -26,7 +26,7 @@ def tick_step(least: float) -> int:
 
 
 def finish(axes: Axes, title: str, fontsize: float = 10, pad: float | None = None) -> None:
-    """Set a bold title at the left and style labels, ticks and edges; pad: points between axes and title."""
+    """Set a bold left-aligned title, and style labels, ticks and spines; pad: points between axes and title."""
     axes.set_title(title, loc="left", pad=pad, fontsize=fontsize, fontweight="bold", color=TEXT)
     axes.xaxis.label.set(size=9, color=TEXT)
     axes.yaxis.label.set(size=9, color=TEXT)

@@ -1,4 +1,4 @@
-"""Recipes: a whole `Run` for each model, ready to train. Every field of it is an option of `sightline train`."""
+"""Recipes: a complete `Run` for each model, ready to train. Every field is an option of `sightline train`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ RECIPES: dict[str, Run] = {
 
 
 def get_recipe(name: str) -> Run:
-    """The recipe of a name: `llama3-tiny`, `llama3-8b`, ..., or `package.module:NAME`, a Run of somebody's own.
+    """Return a recipe by name: `llama3-tiny`, `llama3-8b`, ..., or `package.module:NAME` for a Run of your own.
 
     Raises:
-        ValueError: for a name that is no recipe, and a module that cannot be imported or does not define it.
+        ValueError: if there is no recipe of that name, or the module cannot be imported or does not define it.
     """
     if ":" in name:
         return import_value(name, Run)
@@ -36,23 +36,27 @@ def get_recipe(name: str) -> Run:
 
 
 def get_family(reference: str) -> Family:
-    """The family that `package.module:NAME` is, or that the model of such a Run is of. Raises as `get_recipe`."""
+    """Return the Family at `package.module:NAME`, or the family of the model if NAME is a Run.
+
+    Raises:
+        ValueError: if the module cannot be imported or does not define it.
+    """
     value = import_value(reference, Family, Run)
     return family_of(value.model) if isinstance(value, Run) else value
 
 
 def import_value(reference: str, *kinds: type) -> Any:
-    """The value NAME of a module, by `package.module:NAME`; modules are looked for in the current directory first.
+    """Import a module and return its value NAME, by `package.module:NAME`. The current directory is searched first.
 
     Raises:
-        ValueError: where there is no such module, or nothing of these kinds by that name in it.
+        ValueError: if there is no such module, or the module has no NAME of one of these classes.
     """
     expected = " or ".join(kind.__name__ for kind in kinds)
     module_name, _, name = reference.partition(":")
     if not re.fullmatch(r"\w+(\.\w+)*:\w+", reference):
         raise ValueError(
-            f"{reference!r} is not of the form package.module:NAME; expected the name of a module as `import` takes "
-            f"it, and the name of a {expected} in it"
+            f"{reference!r} is not of the form package.module:NAME; expected the name of an importable module, and the "
+            f"name of a {expected} in it"
         )
     here = os.getcwd()
     if sys.path[:1] != [here]:
@@ -61,14 +65,13 @@ def import_value(reference: str, *kinds: type) -> Any:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(
-            f"cannot import {module_name} of {reference!r}: {error}; expected a module in {here} or among what is "
-            "installed"
+            f"cannot import {module_name} of {reference!r}: {error}; expected a module in {here} or an installed one"
         ) from error
     value = getattr(module, name, None)
     if not isinstance(value, kinds):
         found = [known for known, candidate in vars(module).items() if isinstance(candidate, kinds)]
+        actual = f"has type {type(value).__name__}" if hasattr(module, name) else "does not exist"
         raise ValueError(
-            f"{reference!r} is {f'a {type(value).__name__}' if hasattr(module, name) else 'not there'}, expected a "
-            f"{expected}; in {module_name} there is {', '.join(found) or f'no {expected}'}"
+            f"{reference!r} {actual}; expected a {expected}; {module_name} defines {', '.join(found) or 'none'}"
         )
     return value

@@ -1,4 +1,4 @@
-"""Every backend against `reference`, in outputs and gradients, and `reference` against a softmax written per query."""
+"""Outputs and gradients of each backend against `reference`, and `reference` against a softmax per query."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ from tests.support.random_masks import expressions
 def inputs(
     mask: AttentionMask, heads: int, kv_heads: int, size: int = 8, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Leaf tensors q, k, v in the layout a model makes: [B, S, heads, D] seen as [B, heads, S, D]."""
+    """Leaf tensors q, k, v in the layout of a model: [B, S, heads, D] viewed as [B, heads, S, D]."""
     generator = torch.Generator().manual_seed(seed)
     rows, queries, keys = mask.shape
     shapes = [(rows, queries, heads, size), (rows, keys, kv_heads, size), (rows, keys, kv_heads, size)]
@@ -37,25 +37,25 @@ def inputs(
 
 
 def results(backend: str, mask: AttentionMask, leaves: tuple[Tensor, ...], sinks: Tensor | None) -> list[Tensor]:
-    """Output and gradients of every leaf under a fixed random cotangent."""
+    """Output, and gradients of all leaves for a fixed random cotangent."""
     out = attend(*leaves, mask, backend=backend, sinks=sinks)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
-    wanted = leaves if sinks is None else (*leaves, sinks)
-    return [out, *torch.autograd.grad(out, wanted, cotangent)]
+    leaves_and_sinks = leaves if sinks is None else (*leaves, sinks)
+    return [out, *torch.autograd.grad(out, leaves_and_sinks, cotangent)]
 
 
 def assert_close(
     mask: AttentionMask, heads: int, kv_heads: int, sinks: Tensor | None, tolerance: float = 1e-10
 ) -> None:
     leaves = inputs(mask, heads, kv_heads)
-    truth = results("reference", mask, leaves, sinks)
-    for one, other in zip(results("tiled", mask, leaves, sinks), truth, strict=True):
+    expected = results("reference", mask, leaves, sinks)
+    for one, other in zip(results("tiled", mask, leaves, sinks), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 @settings(max_examples=80, deadline=None)
 @given(expressions(max_length=50), st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]), st.booleans())
-def test_tiled_is_exact_under_any_mask(pair, heads, with_sinks) -> None:
+def test_tiled_equals_reference_under_any_mask(pair, heads, with_sinks) -> None:
     mask, _ = pair
     sinks = torch.linspace(-2, 2, heads[0], dtype=torch.float64).requires_grad_() if with_sinks else None
     assert_close(mask, *heads, sinks)
@@ -63,7 +63,7 @@ def test_tiled_is_exact_under_any_mask(pair, heads, with_sinks) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 2), st.integers(1, 9), st.integers(1, 20), st.integers(0, 2**31))
-def test_tiled_is_exact_for_other_lengths_of_queries_and_keys(rows, queries, keys, seed) -> None:
+def test_tiled_equals_reference_for_different_query_and_key_lengths(rows, queries, keys, seed) -> None:
     dense = torch.rand(rows, queries, keys, generator=torch.Generator().manual_seed(seed)) < 0.4
     assert_close(AttentionMask.from_dense(dense), 2, 1, None)
 
@@ -73,33 +73,33 @@ def long_masks() -> dict[str, AttentionMask]:
     ids = torch.repeat_interleave(torch.arange(6), torch.tensor([1, 300, 1, 500, 20, 278]))[None]
     ids[:, -30:] = -1
     positions = torch.cat([torch.arange(n) for n in (1, 300, 1, 500, 20, 278)])[None]
-    order = causal(1, length)
+    causal_mask = causal(1, length)
     starts = torch.zeros(1, length, dtype=torch.bool)
     starts[:, [0, 1, 500, 700]] = True
     five = torch.zeros(1, 60, length, dtype=torch.bool)
     for k in range(5):
         five[:, :, 200 * k : 200 * k + 3] = True
     return {
-        "documents": order & document(ids),
+        "documents": causal_mask & document(ids),
         "both directions": document(ids),
         "window": sliding_window(1, length, 70) & document(ids),
         "wide window": sliding_window(1, length, 900),
-        "prefix": (prefix_lm(positions, torch.full_like(positions, 100)) | order) & document(ids),
-        "shared": shared_prefix(ids, torch.where(ids < 0, -1, 1)) & order,
-        "K = 4": (global_tokens(starts) | sliding_window(1, length, 40)) & order,
+        "prefix": (prefix_lm(positions, torch.full_like(positions, 100)) | causal_mask) & document(ids),
+        "shared": shared_prefix(ids, torch.where(ids < 0, -1, 1)) & causal_mask,
+        "K = 4": (global_tokens(starts) | sliding_window(1, length, 40)) & causal_mask,
         "K = 5": AttentionMask.from_dense(five),
-        "shard": order.take_queries(torch.arange(1, length, 3)),
+        "shard": causal_mask.take_queries(torch.arange(1, length, 3)),
     }
 
 
 @pytest.mark.parametrize("name", long_masks())
-def test_tiled_is_exact_where_tiles_are_joined(name: str) -> None:
+def test_tiled_equals_reference_on_long_masks(name: str) -> None:
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).requires_grad_()
     assert_close(long_masks()[name], 4, 2, None)
     assert_close(long_masks()[name], 4, 2, sinks)
 
 
-def test_float32_and_bfloat16_stay_near_the_truth() -> None:
+def test_float32_and_bfloat16_are_close_to_the_reference() -> None:
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 5e-2)):
         for mask in long_masks().values():
             leaves = inputs(mask, 4, 2, dtype=dtype)
@@ -135,10 +135,10 @@ def test_gradients_by_finite_differences(with_sinks: bool) -> None:
     mask = (global_tokens(starts) | sliding_window(1, 8, 2)) & causal(1, 8) & document(ids.clamp(min=-1))
     leaves = inputs(mask, 2, 1, size=4)
     sinks = torch.tensor([0.5, -0.5], dtype=torch.float64, requires_grad=True) if with_sinks else None
-    wanted = leaves if sinks is None else (*leaves, sinks)
+    leaves_and_sinks = leaves if sinks is None else (*leaves, sinks)
     for backend in ("reference", "tiled"):
         assert torch.autograd.gradcheck(
-            lambda *x, b=backend: attend(*x[:3], mask, backend=b, sinks=x[3] if with_sinks else None), wanted
+            lambda *x, b=backend: attend(*x[:3], mask, backend=b, sinks=x[3] if with_sinks else None), leaves_and_sinks
         )
 
 
@@ -157,8 +157,8 @@ def test_padding_gives_exact_zeros_and_zero_gradients(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
-def test_needle(backend: str) -> None:
-    """Change one token of a document: not one bit of another document's output or gradient changes."""
+def test_no_leakage_between_documents(backend: str) -> None:
+    """Perturb one token: outputs and gradients of the other documents stay bitwise equal."""
     ids = torch.repeat_interleave(torch.arange(9), torch.tensor([3, 1, 200, 5, 1, 40, 2, 17, 31]))[None]
     length = ids.shape[1]
     for mask in (
@@ -168,18 +168,18 @@ def test_needle(backend: str) -> None:
     ):
         leaves = inputs(mask, 4, 2, dtype=torch.float32)
         before = results(backend, mask, leaves, None)
-        for place in (0, 3, 100, 206, 230, length - 1):
+        for token in (0, 3, 100, 206, 230, length - 1):
             changed = [x.detach().clone() for x in leaves]
             for x in changed:
-                x[:, :, place] += 3.0
+                x[:, :, token] += 3.0
             after = results(backend, mask, tuple(x.requires_grad_() for x in changed), None)
-            others = (ids != ids[0, place])[0]
+            others = (ids != ids[0, token])[0]
             for one, other in zip(before, after, strict=True):
                 assert torch.equal(one[:, :, others], other[:, :, others])
             assert not torch.equal(before[0][:, :, ~others], after[0][:, :, ~others])
 
 
-def test_a_lowered_mask_serves_many_layers() -> None:
+def test_a_lowered_mask_equals_the_mask() -> None:
     mask = causal(2, 16)
     leaves = inputs(mask, 2, 2)
     lowered = lower(mask, device="cpu", dtype=torch.float64, training=True)
@@ -187,7 +187,7 @@ def test_a_lowered_mask_serves_many_layers() -> None:
     assert torch.equal(attend(*leaves, lowered), attend(*leaves, mask))
 
 
-def test_scale_is_honoured() -> None:
+def test_scale() -> None:
     mask = causal(1, 12)
     leaves = inputs(mask, 2, 2)
     one, other = (attend(*leaves, mask, backend=b, scale=0.7) for b in ("tiled", "reference"))
@@ -195,18 +195,18 @@ def test_scale_is_honoured() -> None:
     assert not torch.allclose(one, attend(*leaves, mask))
 
 
-def test_sdpa_as_one_call_is_what_other_devices_run() -> None:
-    """The path of GPUs, run here on the CPU's unfused kernel."""
+def test_sdpa_with_a_dense_mask_equals_tiled() -> None:
+    """The code path of other devices, run here with the unfused CPU kernel."""
     masks = {**long_masks(), "plain causal": causal(2, 20), "one token": causal(1, 1)}
-    some = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).requires_grad_()
-    needs = KernelRequirements(device=torch.device("cpu"), dtype=torch.float64, training=True)
+    sink_logits = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).requires_grad_()
+    requirements = KernelRequirements(device=torch.device("cpu"), dtype=torch.float64, training=True)
     for mask in masks.values():
         dense = replace(
             lower(mask, device="cpu", dtype=torch.float64, training=True),
             backend=Sdpa(),
-            inputs=Sdpa().lower(mask, needs),
+            inputs=Sdpa().lower(mask, requirements),
         )
-        for sinks in (None, some):
+        for sinks in (None, sink_logits):
             leaves = inputs(mask, 4, 2)
             for one, other in zip(
                 results("auto", dense, leaves, sinks), results("tiled", mask, leaves, sinks), strict=True
@@ -214,51 +214,59 @@ def test_sdpa_as_one_call_is_what_other_devices_run() -> None:
                 torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-def test_sdpa_on_a_cpu_means_the_tiled_kernel() -> None:
+def test_sdpa_selects_tiled_on_a_cpu() -> None:
     assert lower(causal(1, 4), device="cpu", dtype=torch.float32, training=True, backend="sdpa").backend.name == "tiled"
 
 
-def test_choices_are_the_backends() -> None:
+def test_choices_are_auto_and_all_backends() -> None:
     assert ("auto", *(backend.name for backend in BACKENDS)) == CHOICES
     assert set(CHOICES) == {"auto", "flex", "sdpa", "varlen", "tiled", "reference"}
 
 
 @pytest.mark.parametrize(
-    ("backend", "needs", "text"),
+    ("backend", "requirements", "text"),
     [
-        ("flex", {"training": True}, "flex cannot train on a CPU.*backends that can: sdpa, tiled, reference"),
-        ("flex", {"sinks": True}, "flex cannot honor sinks on a CPU"),
-        ("varlen", {}, "varlen runs on CUDA only, and this is cpu"),
-        ("tiled", {"device": torch.device("cuda")}, "tiled runs on a CPU, and this is cuda.*backends that can: flex"),
+        ("flex", {"training": True}, "flex does not train on a CPU.*supported backends: sdpa, tiled, reference"),
+        ("flex", {"sinks": True}, "flex does not support sinks on a CPU"),
+        ("varlen", {}, "varlen runs on CUDA only, got device cpu"),
+        (
+            "tiled",
+            {"device": torch.device("cuda")},
+            "tiled runs on a CPU only, got device cuda.*supported backends: flex",
+        ),
         ("varlen", {"device": torch.device("cuda")}, "bfloat16 or float16, got torch.float32"),
         (
             "varlen",
             {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 512},
-            "heads of at most 256 channels, got 512",
+            "head_dim of at most 256, got 512",
         ),
         ("magic", {}, "unknown attention backend 'magic'"),
     ],
 )
-def test_what_layers_need_is_refused_before_there_is_a_mask(backend: str, needs: dict, text: str) -> None:
+def test_unsupported_requirements_are_rejected_before_a_mask_is_known(
+    backend: str, requirements: dict, text: str
+) -> None:
     with pytest.raises(ValueError, match=text):
-        check_backend(backend, KernelRequirements(**{"device": torch.device("cpu"), "dtype": torch.float32, **needs}))
+        check_backend(
+            backend, KernelRequirements(**{"device": torch.device("cpu"), "dtype": torch.float32, **requirements})
+        )
     check_backend(
         "auto", KernelRequirements(device=torch.device("cuda"), dtype=torch.float32, sinks=True, head_dim=512)
     )
 
 
-def test_a_kernel_is_asked_with_all_that_the_layers_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the model is built and when a mask is lowered: heads that varlen does not take must not reach it."""
-    asked: list[KernelRequirements] = []
-    monkeypatch.setattr(Tiled, "supports", lambda self, needs: asked.append(needs))
+def test_backends_are_checked_with_all_requirements_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sinks and head_dim are passed when a model is built and when a mask is lowered."""
+    received: list[KernelRequirements] = []
+    monkeypatch.setattr(Tiled, "supports", lambda self, requirements: received.append(requirements))
     model = build_model(replace(config_of("gpt_oss-debug"), head_dim=24))
     model.check_backend(torch.device("cpu"), torch.float32, training=True)
     batch = Batch.from_documents([[1, 2, 3], [4, 5]], length=8)
     model(batch.tokens, attention_masks=model.get_attention_masks(batch), positions=batch.positions)
-    assert asked and {(needs.sinks, needs.head_dim) for needs in asked} == {(True, 24)}
-    asked.clear()
+    assert received and {(requirements.sinks, requirements.head_dim) for requirements in received} == {(True, 24)}
+    received.clear()
     attend(*(torch.randn(1, 2, 8, 4) for _ in range(3)), causal(1, 8))
-    assert [needs.head_dim for needs in asked] == [4]
+    assert [requirements.head_dim for requirements in received] == [4]
 
 
 @pytest.mark.parametrize(
@@ -266,15 +274,15 @@ def test_a_kernel_is_asked_with_all_that_the_layers_need(monkeypatch: pytest.Mon
     [
         ({"k": (1, 2, 9, 4)}, "expected q"),
         ({"q": (1, 3, 8, 4)}, "multiple of key/value heads, got 3 and 2"),
-        ({"q": (2, 4, 8, 4)}, "agree in B and D"),
+        ({"q": (2, 4, 8, 4)}, "have the same B and D"),
         ({"q": (1, 4, 7, 4)}, r"the mask is for \(B, Q, T\) = \(1, 8, 8\)"),
         ({"sinks": (3,)}, r"sinks must be \[H\] = \[4\]"),
         ({"backend": "magic"}, "unknown attention backend 'magic'; expected one of: auto, flex, sdpa, varlen"),
-        ({"backend": "flex"}, r"flex cannot train on a CPU.*backends that can: sdpa, tiled, reference"),
-        ({"backend": "varlen"}, r"varlen runs on CUDA only.*backends that can: sdpa, tiled, reference"),
+        ({"backend": "flex"}, r"flex does not train on a CPU.*supported backends: sdpa, tiled, reference"),
+        ({"backend": "varlen"}, r"varlen runs on CUDA only.*supported backends: sdpa, tiled, reference"),
     ],
 )
-def test_refusals(change: dict, text: str) -> None:
+def test_invalid_arguments(change: dict, text: str) -> None:
     shapes = {"q": (1, 4, 8, 4), "k": (1, 2, 8, 4), "v": (1, 2, 8, 4)} | {
         n: s for n, s in change.items() if n in ("q", "k", "v")
     }

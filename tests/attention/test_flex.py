@@ -1,4 +1,4 @@
-"""flex on a CPU: a forward, exact, compiled once for all layouts. (On CUDA: tests marked gpu.)"""
+"""The flex backend: forward on a CPU, compiled once for all layouts; training on CUDA in the tests marked gpu."""
 
 import shutil
 
@@ -15,7 +15,7 @@ CUDA = torch.cuda.is_available()
 
 
 def random_documents(seed: int, length: int) -> torch.Tensor:
-    """Document ids int32 [2, length] with padding in the second row."""
+    """Random document ids int32 [2, length] with padding in the second row."""
     generator = torch.Generator().manual_seed(seed)
     cuts = torch.rand(2, length, generator=generator) < 0.02
     ids = cuts.cumsum(dim=1).to(torch.int32)
@@ -33,8 +33,8 @@ def masks(seed: int, length: int) -> list[AttentionMask]:
 
 
 @needs_compiler
-def test_forward_is_exact_and_no_layout_compiles_again() -> None:
-    """A thousand layouts of three rules, one compiled kernel. (Another length or K adds one each.)"""
+def test_forward_equals_reference_and_new_layouts_do_not_recompile() -> None:
+    """A thousand layouts of three rules use one compiled kernel. (A new length or K adds one.)"""
     length = 200
     q, k, v = (x.detach().float() for x in inputs(masks(0, length)[0], 4, 2, size=16))
     with torch.no_grad():
@@ -50,7 +50,7 @@ def test_forward_is_exact_and_no_layout_compiles_again() -> None:
 
 
 @needs_compiler
-def test_several_intervals_and_no_sinks() -> None:
+def test_several_intervals_and_unsupported_sinks() -> None:
     length = 200
     starts = torch.zeros(2, length, dtype=torch.bool)
     starts[:, [0, 60, 120]] = True
@@ -59,13 +59,13 @@ def test_several_intervals_and_no_sinks() -> None:
     with torch.no_grad():
         out = attend(q, k, v, mask, backend="flex")
     torch.testing.assert_close(out, attend(q, k, v, mask, backend="reference"), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="cannot honor sinks"), torch.no_grad():
+    with pytest.raises(ValueError, match="does not support sinks"), torch.no_grad():
         attend(q, k, v, mask, backend="flex", sinks=torch.zeros(4))
 
 
-def test_training_on_a_cpu_is_refused_before_the_kernel_is_touched() -> None:
-    """One such call would leave every later flex call of the process uncompiled, so it must never happen."""
-    with pytest.raises(ValueError, match=r"flex cannot train on a CPU.* sdpa, tiled, reference"):
+def test_training_on_a_cpu_is_rejected_before_the_kernel_is_called() -> None:
+    """One such call would leave all later flex calls of the process uncompiled."""
+    with pytest.raises(ValueError, match=r"flex does not train on a CPU.* sdpa, tiled, reference"):
         lower(causal(1, 8), backend="flex", device="cpu", dtype=torch.float32, training=True)
 
 
@@ -73,18 +73,18 @@ def test_training_on_a_cpu_is_refused_before_the_kernel_is_touched() -> None:
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
 @pytest.mark.parametrize("backend", ["flex", "varlen", "sdpa"])
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_cuda_backends_train_like_the_reference(backend: str, with_sinks: bool) -> None:
+def test_cuda_gradients_are_close_to_the_reference(backend: str, with_sinks: bool) -> None:
     length = 700
     for mask in masks(1, length):
         leaves = inputs(mask, 4, 2, size=64)
         sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).requires_grad_() if with_sinks else None
-        truth = results("reference", mask, leaves, sinks)
-        low = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in leaves]
-        low_sinks = sinks.detach().to("cuda", torch.float32).requires_grad_() if sinks is not None else None
-        out = attend(*low, mask.to("cuda"), backend=backend, sinks=low_sinks)
+        expected = results("reference", mask, leaves, sinks)
+        low_precision = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in leaves]
+        low_precision_sinks = sinks.detach().to("cuda", torch.float32).requires_grad_() if sinks is not None else None
+        out = attend(*low_precision, mask.to("cuda"), backend=backend, sinks=low_precision_sinks)
         cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-        wanted = low if low_sinks is None else [*low, low_sinks]
-        ours = [out, *torch.autograd.grad(out, wanted, cotangent.to("cuda", torch.bfloat16))]
-        for one, other in zip(ours, truth, strict=True):
+        wanted = low_precision if low_precision_sinks is None else [*low_precision, low_precision_sinks]
+        actual = [out, *torch.autograd.grad(out, wanted, cotangent.to("cuda", torch.bfloat16))]
+        for one, other in zip(actual, expected, strict=True):
             error = (one.double().cpu() - other).norm() / other.norm()
             assert error < 2e-2, f"relative error {error:.3g}"

@@ -11,7 +11,7 @@ def tiles_of(mask: AttentionMask) -> list[Tile]:
 
 
 def dense_of(tiles: list[Tile], shape: tuple[int, int, int]) -> torch.Tensor:
-    """What the tiles compute, counted: int [B, Q, T], 1 where a pair is attended once."""
+    """Count how often the tiles compute each pair: int [B, Q, T]."""
     counts = torch.zeros(shape, dtype=torch.int32)
     for row, first, last, segments in tiles:
         for segment in segments:
@@ -27,29 +27,29 @@ def dense_of(tiles: list[Tile], shape: tuple[int, int, int]) -> torch.Tensor:
 
 @settings(max_examples=150, deadline=None)
 @given(expressions(max_length=60))
-def test_tiles_attend_each_visible_pair_once_and_no_other(pair) -> None:
+def test_tiles_compute_each_visible_pair_once_and_no_other(pair) -> None:
     mask, dense = pair
     tiles = tiles_of(mask)
     assert torch.equal(dense_of(tiles, mask.shape), dense.int())
     for tile in tiles:
-        assert dense[tile.row, tile.first : tile.last].any(dim=1).all(), "a query that sees nothing lies in a tile"
+        assert dense[tile.row, tile.first : tile.last].any(dim=1).all(), "a tile contains a fully masked query"
 
 
-def test_long_rows_too() -> None:
-    """Long enough for causal squares that are cut, windows in step, slices with a call of their own."""
+def test_tiles_of_long_rows() -> None:
+    """Long enough for causal squares, repeated window tiles, and slices without a pattern."""
     length = 2500
     ids = torch.repeat_interleave(torch.arange(6), torch.tensor([1, 300, 1, 700, 20, 1478]))[None]
     starts = torch.zeros(1, length, dtype=torch.bool)
     starts[:, :3] = True
-    order = causal(1, length)
+    causal_mask = causal(1, length)
     for mask in (
-        order & document(ids),
+        causal_mask & document(ids),
         sliding_window(1, length, 100) & document(ids),
         sliding_window(1, length, 900),
-        (global_tokens(starts) | sliding_window(1, length, 64)) & order,
-        shared_prefix(ids, torch.ones_like(ids)) & order,
+        (global_tokens(starts) | sliding_window(1, length, 64)) & causal_mask,
+        shared_prefix(ids, torch.ones_like(ids)) & causal_mask,
         document(ids),
-        order.take_queries(torch.arange(0, length, 3)),
+        causal_mask.take_queries(torch.arange(0, length, 3)),
         AttentionMask.from_dense(torch.rand(1, 300, length) < 0.002, max_intervals=100),
     ):
         assert torch.equal(dense_of(tiles_of(mask), mask.shape), mask.to_dense().int())
@@ -60,7 +60,7 @@ def test_a_causal_document_is_one_call() -> None:
     assert tiles == [(0, 0, 1000, [(0, 1000, True, None)]), (0, 1000, 2000, [(1000, 2000, True, None)])]
 
 
-def test_nothing_between_far_intervals_is_computed() -> None:
+def test_keys_between_distant_intervals_are_not_computed() -> None:
     length = 4096
     first = torch.zeros(1, length, dtype=torch.bool)
     first[:, :4] = True
@@ -74,12 +74,12 @@ def test_nothing_between_far_intervals_is_computed() -> None:
 
 
 def test_tiles_of_a_window_share_their_pattern() -> None:
-    """So that memory stays O(S) however many tiles there are."""
+    """Memory is O(S), independent of the number of tiles."""
     patterns = [s.pattern for tile in tiles_of(sliding_window(1, 16384, 256)) for s in tile.segments]
     assert len(patterns) > 100
     assert len({id(p) for p in patterns if p is not None}) < 6
 
 
-def test_many_tiny_documents_share_tiles() -> None:
+def test_short_documents_share_tiles() -> None:
     ids = torch.arange(4096)[None] // 5
     assert len(tiles_of(causal(1, 4096) & document(ids))) < 50

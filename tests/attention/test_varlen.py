@@ -1,4 +1,4 @@
-"""varlen runs on CUDA only. What Sightline adds around its two kernels is tested here with both kernels written out."""
+"""The varlen backend. Its two kernels run on CUDA only; here plain implementations replace them."""
 
 import sys
 
@@ -13,7 +13,7 @@ from tests.attention.test_attend import inputs, results
 
 
 def scores_of(q: Tensor, k: Tensor, offsets: Tensor, scale: float, window: list[int]) -> Tensor:
-    """Masked scores [H, N, N] of sequences laid end to end, as varlen kernels see them. q [N, H, D], k [N, G, D]."""
+    """Masked scores [H, N, N] of concatenated sequences, from q [N, H, D] and k [N, G, D]."""
     number = torch.bucketize(torch.arange(len(q)), offsets[1:].long(), right=True)
     index = torch.arange(len(q))
     visible = number[:, None] == number
@@ -33,7 +33,7 @@ def forward_kernel(q, k, v, offsets, _, longest, __, causal_, scale, window, gqa
 
 
 def backward_kernel(d_out, q, k, v, out, lse, offsets, _, longest, __, causal_, rng, scale, window):
-    """The backward of FlashAttention: weights rebuilt from the log-sum-exp it is given, delta from the output."""
+    """Backward of FlashAttention: weights recomputed from the given log-sum-exp, delta from the output."""
     group = q.shape[1] // k.shape[1]
     weights = (scores_of(q, k, offsets, scale, window) - lse[..., None]).exp()
     keys, values = (x.repeat_interleave(group, dim=1) for x in (k, v))
@@ -52,7 +52,7 @@ class Kernels:
 @pytest.fixture
 def kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "torch_attn", Kernels)
-    monkeypatch.setattr(varlen.Varlen, "supports", lambda self, needs: None)
+    monkeypatch.setattr(varlen.Varlen, "supports", lambda self, requirements: None)
 
     def varlen_attn(q, k, v, offsets, _, longest, __, *, scale, window_size, enable_gqa):
         return forward_kernel(q, k, v, offsets, _, longest, __, False, scale, list(window_size), enable_gqa)[0]
@@ -61,38 +61,38 @@ def kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_rows_padding_and_sinks_around_the_kernels(kernels_on_a_cpu: None, with_sinks: bool) -> None:
+def test_varlen_equals_reference_with_padding_and_sinks(kernels_on_a_cpu: None, with_sinks: bool) -> None:
     ids = torch.tensor([[0] * 7 + [1] + [2] * 12, [0] * 5 + [1] * 9 + [-1] * 6])
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).requires_grad_() if with_sinks else None
     for mask in (causal(2, 20) & document(ids), sliding_window(2, 20, 4) & document(ids), document(ids)):
         leaves = inputs(mask, 4, 2)
-        ours, truth = (results(backend, mask, leaves, sinks) for backend in ("varlen", "reference"))
-        for one, other in zip(ours, truth, strict=True):
+        actual, expected = (results(backend, mask, leaves, sinks) for backend in ("varlen", "reference"))
+        for one, other in zip(actual, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-def test_auto_on_cuda_takes_varlen_where_it_can_and_says_why_not(
+def test_auto_on_cuda_prefers_varlen_and_reports_why_not(
     kernels_on_a_cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = sys.modules["sightline.attention.attend"]
-    monkeypatch.setitem(module.AUTO, "cpu", module.AUTO["cuda"])  # no CUDA here: the CPU stands in for it
+    monkeypatch.setitem(module.AUTO, "cpu", module.AUTO["cuda"])  # the CPU replaces CUDA
     positions = torch.arange(8)[None]
     packed = causal(1, 8) & document(torch.zeros(1, 8, dtype=torch.int32))
     prefix = prefix_lm(positions, torch.full_like(positions, 3)) | causal(1, 8)
-    taken = [lower(mask, device="cpu", dtype=torch.bfloat16, training=False) for mask in (packed, prefix)]
-    assert [one.backend.name for one in taken] == ["varlen", "flex"]
-    assert "at most one window" in taken[0].reason and "none of these" in taken[1].reason
+    lowered = [lower(mask, device="cpu", dtype=torch.bfloat16, training=False) for mask in (packed, prefix)]
+    assert [one.backend.name for one in lowered] == ["varlen", "flex"]
+    assert "at most one window" in lowered[0].reason and "none of these" in lowered[1].reason
 
 
-def test_the_layout_is_made_once_a_lowering(kernels_on_a_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+def test_the_layout_is_built_once_per_lowering(kernels_on_a_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
     original = AttentionMask.to_varlen
-    monkeypatch.setattr(AttentionMask, "to_varlen", lambda mask: made.append(mask) or original(mask))
+    monkeypatch.setattr(AttentionMask, "to_varlen", lambda mask: calls.append(mask) or original(mask))
     lower(causal(1, 8), device="cpu", dtype=torch.bfloat16, training=True, backend="varlen")
-    assert len(made) == 1
+    assert len(calls) == 1
 
 
-def test_half_precision_on_cuda_is_what_it_serves() -> None:
+def test_varlen_supports_half_precision_on_cuda() -> None:
     cuda = torch.device("cuda")
     assert varlen.Varlen().supports(KernelRequirements(device=cuda, dtype=torch.bfloat16, training=True)) is None
     assert "float32" in str(varlen.Varlen().supports(KernelRequirements(device=cuda, dtype=torch.float32)))

@@ -160,7 +160,7 @@ def test_an_encoder_and_a_decoder_become_one_model(trained, tmp_path) -> None:
     ("arguments", "told"),
     [
         (["nowhere", "out"], "nowhere does not exist; expected the directory of a run or one of its checkpoints"),
-        (["hf", "hf"], "hf holds the weights of a model already; choose another directory"),
+        (["hf", "hf"], "hf already contains model weights; choose another directory"),
     ],
 )
 def test_refusals(trained, tmp_path, capsys, monkeypatch, arguments: list[str], told: str) -> None:
@@ -177,6 +177,6 @@ def test_a_start_that_does_not_fit_is_refused(trained, tmp_path, capsys) -> None
     assert run([*command, f"--output-dir={tmp_path / 'run'}", "--model.intermediate-size=64"]) == 2
     told = capsys.readouterr().err
     assert "model.layers.0.mlp.gate_proj.weight in" in told
-    assert "has the shape (48, 32); expected (64, 32)" in told
+    assert "has shape (48, 32); expected (64, 32)" in told
     assert run(["train", "llama3-debug", "--model-from=nowhere"]) == 2
     assert "nowhere/config.json does not exist; expected a Hugging Face directory" in capsys.readouterr().err

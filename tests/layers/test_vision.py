@@ -163,7 +163,7 @@ def test_merge_order_literal() -> None:
 
 def test_projected_token_depends_only_on_its_patches() -> None:
     torch.manual_seed(0)
-    projector = Projector(channels=6, hidden=10, width=8, merge=2)
+    projector = Projector(vision_hidden_size=6, projector_hidden_size=10, hidden_size=8, merge_size=2)
     projector.init_weights()
     positions = locate_patches(torch.tensor([[[2, 4], [2, 2]]]), 16)
     features = torch.randn(1, 16, 6, requires_grad=True)

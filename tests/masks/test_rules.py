@@ -26,13 +26,13 @@ def ids(*rows: list[int]) -> torch.Tensor:
 
 @settings(max_examples=150, deadline=None)
 @given(packed_rows(), st.integers(1, 12), st.integers(1, 12))
-def test_every_rule_is_its_comparison(rows, window, chunk) -> None:
+def test_rules_equal_their_dense_definitions(rows, window, chunk) -> None:
     for name, (mask, dense) in dense_rules(rows, window, chunk).items():
         assert torch.equal(mask.to_dense(), dense), name
         assert_canonical(mask)
 
 
-def test_the_design_page_literally() -> None:
+def test_intervals_of_causal_and_window_over_documents() -> None:
     packed = causal(1, 7) & document(ids([0, 0, 0, 1, 1, 1, 1]))
     assert packed.start[0, :, 0].tolist() == [0, 0, 0, 3, 3, 3, 3]
     assert packed.stop[0, :, 0].tolist() == [1, 2, 3, 4, 5, 6, 7]
@@ -41,26 +41,26 @@ def test_the_design_page_literally() -> None:
     assert window.stop[0, :, 0].tolist() == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_window_counts_the_query_itself() -> None:
+def test_window_includes_the_query() -> None:
     assert sliding_window(1, 9, 4).visible_pairs().tolist() == [1 + 2 + 3 + 4 * 6]
 
 
-def test_chunks_are_counted_inside_the_document() -> None:
+def test_chunks_start_at_each_document() -> None:
     positions = ids([0, 1, 2, 0, 1, 2, 3, 4])
     mask = chunked(positions, 2)
     assert mask.start[0, :, 0].tolist() == [0, 0, 2, 3, 3, 5, 5, 7]
     assert mask.stop[0, :, 0].tolist() == [2, 2, 3, 5, 5, 7, 7, 8]
 
 
-def test_a_carried_over_document_keeps_its_chunks_and_prefix() -> None:
-    positions = ids([3, 4, 5, 6, 0, 1])  # the first document began three tokens before the row
+def test_a_continued_document_keeps_its_chunks_and_prefix() -> None:
+    positions = ids([3, 4, 5, 6, 0, 1])  # the first document started three tokens before the row
     mask = chunked(positions, 4)
     assert mask.start[0, :, 0].tolist() == [0, 1, 1, 1, 4, 4]
     prefix = prefix_lm(positions, ids([5, 5, 5, 5, 1, 1]))
     assert prefix.stop[0, :, 0].tolist() == [2, 2, 2, 2, 5, 5]
 
 
-def test_document_numbers_may_stand_in_several_places() -> None:
+def test_a_document_may_have_several_runs() -> None:
     values = ids([7, 7, 5, 5, 7])
     assert torch.equal(document(values).to_dense(), values[:, :, None] == values[:, None, :])
     assert document(values).intervals == 2
@@ -68,7 +68,7 @@ def test_document_numbers_may_stand_in_several_places() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(-1, 4), min_size=1, max_size=30))
-def test_document_of_any_numbers(numbers) -> None:
+def test_document_of_random_ids(numbers) -> None:
     values = ids(numbers)
     expected = (values[:, :, None] == values[:, None, :]) & (values >= 0)[:, :, None]
     mask = document(values)
@@ -93,7 +93,7 @@ def test_global_and_window_need_two_intervals() -> None:
     assert mask.stop[0, 20].tolist() == [2, 21]
 
 
-def test_shared_prefix_has_two_intervals_and_responses_do_not_meet() -> None:
+def test_shared_prefix_has_two_intervals_and_isolates_responses() -> None:
     documents = ids([0, 0, 0, 1, 1, 2, 2, -1])
     mask = shared_prefix(documents, ids([0, 0, 0, 0, 0, 0, 0, -1])) & causal(1, 8)
     assert mask.start[0].tolist() == [[0, 0], [0, 0], [0, 0], [0, 0], [0, 0], [0, 5], [0, 5], [0, 0]]
@@ -114,26 +114,26 @@ def test_prefix_tree(data) -> None:
     parents += [-1, -1]
     parent_of = dict(zip(documents, parents, strict=True))
 
-    def sees(query: int, key: int) -> bool:
-        at = documents[query]
-        while at >= 0:
-            if documents[key] == at:
+    def visible(query: int, key: int) -> bool:
+        ancestor = documents[query]
+        while ancestor >= 0:
+            if documents[key] == ancestor:
                 return True
-            if parent_of[at] == at:
+            if parent_of[ancestor] == ancestor:
                 return False
-            at = parent_of[at]
+            ancestor = parent_of[ancestor]
         return False
 
-    expected = torch.tensor([[sees(q, kv) for kv in range(len(documents))] for q in range(len(documents))])
+    expected = torch.tensor([[visible(q, kv) for kv in range(len(documents))] for q in range(len(documents))])
     mask = prefix_tree(ids(documents), ids(parents))
     assert torch.equal(mask.to_dense()[0], expected)
     assert_canonical(mask)
 
 
-def test_prefix_tree_refuses_circles_and_strangers() -> None:
-    with pytest.raises(ValueError, match="circle"):
+def test_prefix_tree_rejects_cycles_and_unknown_parents() -> None:
+    with pytest.raises(ValueError, match="cycle"):
         prefix_tree(ids([0, 0, 1, 1]), ids([1, 1, 0, 0]))
-    with pytest.raises(ValueError, match="not in the row"):
+    with pytest.raises(ValueError, match="not in document_ids of the row"):
         prefix_tree(ids([0, 0, 1, 1]), ids([0, 0, 7, 7]))
 
 
@@ -154,7 +154,7 @@ def test_block_diffusion(block: int) -> None:
     assert_canonical(mask)
 
 
-def test_joining_many() -> None:
+def test_and_masks_and_or_masks() -> None:
     documents = ids([0, 0, 1, 1])
     one, two, three = causal(1, 4), document(documents), sliding_window(1, 4, 1)
     assert and_masks(one, two, three).equal(one & two & three)
@@ -176,6 +176,6 @@ def test_joining_many() -> None:
         (lambda: AttentionMask(torch.zeros(2, 3), torch.zeros(2, 3), 4), "int32"),
     ],
 )
-def test_refusals_name_what_came(call, text: str) -> None:
+def test_invalid_arguments(call, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         call()

@@ -9,7 +9,7 @@ from tests.support.random_masks import expressions, packed_rows
 
 
 def dense_of(layout: VarlenLayout, rows: int, length: int) -> torch.Tensor:
-    """What the layout shows, read as varlen kernels read it: bool [B, S, S]."""
+    """Dense mask of a layout, as varlen kernels interpret it: bool [B, S, S]."""
     total = rows * length
     flat = torch.zeros(total, total, dtype=torch.bool)
     left, right = layout.window
@@ -31,7 +31,7 @@ def dense_of(layout: VarlenLayout, rows: int, length: int) -> torch.Tensor:
 
 @settings(max_examples=100, deadline=None)
 @given(packed_rows(), st.integers(1, 12))
-def test_what_varlen_can_say_is_exact(rows, size) -> None:
+def test_supported_masks_equal_their_dense_mask(rows, size) -> None:
     batch, length = rows.shape
     documents = document(rows.document_ids)
     for mask in (
@@ -49,17 +49,17 @@ def test_what_varlen_can_say_is_exact(rows, size) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(expressions())
-def test_exact_or_refused(pair) -> None:
+def test_layouts_are_exact_or_rejected(pair) -> None:
     mask, dense = pair
     try:
         layout = mask.to_varlen()
     except ValueError as error:
-        assert "row " in str(error) and "sees" in str(error)
+        assert "row " in str(error) and "attends to" in str(error)
     else:
         assert torch.equal(dense_of(layout, mask.shape[0], mask.shape[1]), dense)
 
 
-def test_packed_documents_literally() -> None:
+def test_layout_of_packed_documents() -> None:
     ids = torch.tensor([[0, 0, 0, 1, 1], [0, 0, -1, -1, -1]])
     layout = (causal(2, 5) & document(ids)).to_varlen()
     assert layout.cu_seqlens.tolist() == [0, 3, 5, 7, 8, 9, 10]
@@ -68,12 +68,12 @@ def test_packed_documents_literally() -> None:
     assert (sliding_window(2, 5, 2) & document(ids)).to_varlen().window == (1, 0)
 
 
-def test_refusals_say_why() -> None:
+def test_errors_state_the_reason() -> None:
     positions = torch.arange(8)[None]
     with pytest.raises(ValueError, match="none of these"):
         (prefix_lm(positions, torch.full_like(positions, 3)) | causal(1, 8)).to_varlen()
     is_global = positions == 0
-    with pytest.raises(ValueError, match=r"query \d+ sees 2"):
+    with pytest.raises(ValueError, match=r"query \d+ attends to 2"):
         ((global_tokens(is_global) | sliding_window(1, 8, 2)) & causal(1, 8)).to_varlen()
     with pytest.raises(ValueError, match="Q=4 and T=8"):
         causal(1, 8).take_queries(torch.arange(4)).to_varlen()

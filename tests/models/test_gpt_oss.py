@@ -70,25 +70,25 @@ def ours(theirs: Any, directory: Path) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_gradients_are_those_of_transformers(theirs: Any, ours: Any, case: str) -> None:
+def test_logits_and_gradients_equal_transformers(theirs: Any, ours: Any, case: str) -> None:
     lengths, length = CASES[case]
     assert_same_model(ours, theirs, random_documents(lengths, V), length)
 
 
-def test_transformers_reads_what_we_write(theirs: Any, ours: Any, tmp_path: Path) -> None:
+def test_transformers_loads_saved_model(theirs: Any, ours: Any, tmp_path: Path) -> None:
     assert_way_back(ours, theirs, GptOssForCausalLM, torch.tensor(random_documents([40], V)), tmp_path)
 
 
-def test_the_cache_honours_the_window(ours: Any) -> None:
+def test_cached_logits_respect_the_window(ours: Any) -> None:
     assert_cached_logits(ours, random_documents([30], V)[0], cuts=[5, 6, 15, 16, 29])
 
 
-def test_generated_text_is_the_uncached_text(ours: Any) -> None:
+def test_generated_text_equals_uncached_text(ours: Any) -> None:
     assert_greedy_text(ours, random_documents([6], V)[0], count=14)
 
 
 @pytest.mark.parametrize(("row", "changed"), [(0, 0), (0, 1), (0, 20), (1, 3)])
-def test_needle_no_other_document_changes(ours: Any, row: int, changed: int) -> None:
+def test_no_leakage_between_documents(ours: Any, row: int, changed: int) -> None:
     assert_needle(ours, Batch.from_documents(random_documents([1, 30, 2, 7, 17, 22], V), length=40), row, changed)
 
 
@@ -114,7 +114,7 @@ PUBLISHED = {"20b": {"num_hidden_layers": 24, "num_local_experts": 32}, "120b": 
 
 
 @pytest.mark.parametrize(("size", "count"), [("20b", 20_914_757_184), ("120b", 116_829_156_672)])
-def test_published_sizes_are_theirs(size: str, count: int) -> None:
+def test_published_config_and_parameter_count_equal_transformers(size: str, count: int) -> None:
     their_config = TheirConfig(**PUBLISHED[size])
     hf = {**their_config.to_dict(), "architectures": ["GptOssForCausalLM"]}
     assert GPT_OSS.config_from_hf(hf) == config_of(f"gpt_oss-{size}")
@@ -124,8 +124,8 @@ def test_published_sizes_are_theirs(size: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("size", ["debug", "tiny", "20b"])
-def test_their_config_of_ours_is_ours(size: str) -> None:
-    """With RoPE that is not scaled too, where their default is the scaling of the published sizes."""
+def test_config_round_trip_through_transformers(size: str) -> None:
+    """Also without RoPE scaling, although their default is the scaling of the published models."""
     config = config_of(f"gpt_oss-{size}")
     fields = GPT_OSS.hf.config_to_hf(config)
     again = TheirConfig(**{n: value for n, value in fields.items() if n not in ("architectures", "model_type")})
@@ -135,12 +135,12 @@ def test_their_config_of_ours_is_ours(size: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"swiglu_limit": 10.0}, "swiglu_limit = 10.0, which GptOssForCausalLM does not support here; expected 7.0"),
+        ({"swiglu_limit": 10.0}, "swiglu_limit = 10.0, which is not supported for GptOssForCausalLM; expected 7.0"),
         ({"attention_bias": False}, "attention_bias = False.*expected True"),
         ({"layer_types": ["full_attention"] * 36}, "layer_types = .*expected"),
     ],
 )
-def test_configs_of_other_models_are_refused(fields: dict[str, Any], text: str) -> None:
+def test_unsupported_hf_config_raises(fields: dict[str, Any], text: str) -> None:
     hf = {**TheirConfig().to_dict(), "architectures": ["GptOssForCausalLM"], **fields}
     with pytest.raises(ValueError, match=text):
         GPT_OSS.config_from_hf(hf)
@@ -155,7 +155,7 @@ def test_configs_of_other_models_are_refused(fields: dict[str, Any], text: str) 
         ({"num_heads": 6}, r"heads 6 is not divisible by model.num-kv-heads 4; .*\[1, 2, 3, 6\]"),
     ],
 )
-def test_config_refuses(fields: dict[str, Any], text: str) -> None:
+def test_invalid_config_raises(fields: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         GptOssConfig(**fields)
 
@@ -167,7 +167,7 @@ def test_flops_of_tiny_by_hand() -> None:
     assert model.flops_per_pair("window") == model.flops_per_pair("full") == 12 * 256 * 3
 
 
-def test_a_small_run_learns(tmp_path: Path) -> None:
+def test_loss_falls_in_a_small_run(tmp_path: Path) -> None:
     model = dataclasses.replace(config_of("gpt_oss-debug"), vocab_size=320)
     run = small_run(tmp_path / "run", write_corpus(tmp_path / "source"), model=model, training__steps=30)
     train_quietly(run)

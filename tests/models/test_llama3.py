@@ -49,8 +49,8 @@ def run(model: Llama3, batch: Batch, *, labels: bool = False) -> Tensor:
 
 
 def naive(state: dict[str, Tensor], tokens: Tensor, positions: Tensor) -> Tensor:
-    """Llama 3.1 for one document, written from the paper: logits [n, V] in float64."""
-    config, size = CONFIG, CONFIG.width // CONFIG.heads
+    """Return the logits [n, V] of Llama 3.1 for one document, in float64: a reference written from the paper."""
+    config, size = CONFIG, CONFIG.hidden_size // CONFIG.num_heads
     state = {name: weight.double() for name, weight in state.items()}
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -60,12 +60,12 @@ def naive(state: dict[str, Tensor], tokens: Tensor, positions: Tensor) -> Tensor
     for pair in range(size // 2):
         frequency = config.rope_theta ** (-2 * pair / size)
         turns = 16 * frequency / (2 * math.pi)  # over the original context
-        kept = min(1.0, max(0.0, (turns - 1.0) / (4.0 - 1.0)))
-        frequencies.append(kept * frequency + (1 - kept) * frequency / 8.0)
-    turn = torch.exp(1j * positions.double()[:, None] * torch.tensor(frequencies, dtype=torch.float64))
+        unscaled = min(1.0, max(0.0, (turns - 1.0) / (4.0 - 1.0)))
+        frequencies.append(unscaled * frequency + (1 - unscaled) * frequency / 8.0)
+    rotation = torch.exp(1j * positions.double()[:, None] * torch.tensor(frequencies, dtype=torch.float64))
 
     def rope(x: Tensor) -> Tensor:
-        z = torch.complex(x[:, : size // 2], x[:, size // 2 :]) * turn
+        z = torch.complex(x[:, : size // 2], x[:, size // 2 :]) * rotation
         return torch.cat([z.real, z.imag], dim=1)
 
     h = state["embedding.weight"][tokens]
@@ -76,9 +76,9 @@ def naive(state: dict[str, Tensor], tokens: Tensor, positions: Tensor) -> Tensor
         q, k, v = ((x @ state[f"{p}attention.{name}.weight"].t()).split(size, 1) for name in ("query", "key", "value"))
         outs = []
         for head in range(config.num_heads):
-            shared = head // (config.num_heads // config.num_kv_heads)
-            scores = rope(q[head]) @ rope(k[shared]).t() / size**0.5
-            outs.append(scores.masked_fill(~causal, -torch.inf).softmax(-1) @ v[shared])
+            kv_head = head // (config.num_heads // config.num_kv_heads)
+            scores = rope(q[head]) @ rope(k[kv_head]).t() / size**0.5
+            outs.append(scores.masked_fill(~causal, -torch.inf).softmax(-1) @ v[kv_head])
         h = h + torch.cat(outs, 1) @ state[p + "attention.output.weight"].t()
         x = norm(h, p + "mlp_norm.weight")
         gate, up = (x @ state[f"{p}mlp.{name}.weight"].t() for name in ("gate", "up"))
@@ -87,7 +87,7 @@ def naive(state: dict[str, Tensor], tokens: Tensor, positions: Tensor) -> Tensor
 
 
 def pieces(batch: Batch) -> list[tuple[int, Tensor]]:
-    """(row, token indices) of every document of the batch, as its ids state it."""
+    """Return (row, token indices) of every document of the batch, by its document ids."""
     return [
         (row, (batch.document_ids[row] == number).nonzero()[:, 0])
         for row in range(batch.shape[0])
@@ -96,7 +96,7 @@ def pieces(batch: Batch) -> list[tuple[int, Tensor]]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_packed_rows_equal_a_naive_model_document_by_document(backend: str) -> None:
+def test_packed_equals_naive_model_on_each_document(backend: str) -> None:
     model, batch = make_model(backend=backend), make_batch()
     logits = run(model, batch)
     assert logits.shape == (2, 24, 61) and len(pieces(batch)) == 6
@@ -106,7 +106,7 @@ def test_packed_rows_equal_a_naive_model_document_by_document(backend: str) -> N
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_packed_rows_equal_their_documents_run_one_by_one(backend: str) -> None:
+def test_packed_equals_separate(backend: str) -> None:
     model, batch = make_model(backend=backend), make_batch()
     logits, loss = run(model, batch), run(model, batch, labels=True)
     grads = torch.autograd.grad(loss, list(model.parameters()))
@@ -127,32 +127,33 @@ def test_packed_rows_equal_their_documents_run_one_by_one(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("changed", [0, 5, 11, 15, 20])  # places in row 0: first, middle, one-token, later, cut off
-def test_needle_no_other_document_changes_by_one_bit(backend: str, changed: int) -> None:
+@pytest.mark.parametrize("changed", [0, 5, 11, 15, 20])  # row 0: first, middle, one-token, later, split document
+def test_no_leakage_between_documents(backend: str, changed: int) -> None:
     model, batch = make_model(backend=backend), make_batch()
     tokens = batch.tokens.clone()
     tokens[0, changed] = 60  # in no document
-    needle = replace(batch, tokens=tokens)
-    own = batch.document_ids == batch.document_ids[0, changed]
-    own[1] = False
+    perturbed = replace(batch, tokens=tokens)
+    same_document = batch.document_ids == batch.document_ids[0, changed]
+    same_document[1] = False
 
     def logits_and_embedding_grad(batch: Batch) -> tuple[Tensor, Tensor]:
         model.zero_grad()
         run(model, batch, labels=True).backward()
         return run(model, batch), model.embedding.weight.grad
 
-    (before, grad_before), (after, grad_after) = logits_and_embedding_grad(batch), logits_and_embedding_grad(needle)
-    others = batch.tokens[~own & (batch.document_ids >= 0)].unique()
-    assert torch.equal(before[~own], after[~own])
+    (before, grad_before), (after, grad_after) = logits_and_embedding_grad(batch), logits_and_embedding_grad(perturbed)
+    others = batch.tokens[~same_document & (batch.document_ids >= 0)].unique()
+    assert torch.equal(before[~same_document], after[~same_document])
     assert torch.equal(grad_before[others], grad_after[others]) and grad_before[others].abs().sum() > 0
-    seeing = own.clone()
-    seeing[:, :changed] = False
-    assert (before[seeing] != after[seeing]).any(dim=-1).all(), "its own document must change from there on"
-    assert torch.equal(before[own & ~seeing], after[own & ~seeing]), "and not before"
+    later = same_document.clone()
+    later[:, :changed] = False
+    assert (before[later] != after[later]).any(dim=-1).all(), "later tokens of the same document must change"
+    earlier = same_document & ~later
+    assert torch.equal(before[earlier], after[earlier]), "earlier tokens must not change"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_of_padding_are_finite_and_give_no_gradient(backend: str) -> None:
+def test_padding_rows_are_finite_and_have_no_gradient(backend: str) -> None:
     model, batch = make_model(backend=backend), make_batch()
     empty = Batch(
         tokens=torch.zeros_like(batch.tokens),
@@ -166,14 +167,14 @@ def test_rows_of_padding_are_finite_and_give_no_gradient(backend: str) -> None:
     assert loss.item() == 0.0
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
 
-    # Token 0 stands only in the padding: the rows around it get nothing from it and give it nothing.
+    # Token 0 occurs only as padding: no gradient reaches its embedding.
     model.zero_grad()
     run(model, batch, labels=True).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     assert torch.equal(model.embedding.weight.grad[0], torch.zeros(32)) and run(model, batch).isfinite().all()
 
 
-def test_the_loss_is_the_sum_of_token_losses() -> None:
+def test_loss_is_the_sum_of_token_losses() -> None:
     model, batch = make_model(), make_batch()
     expected = F.cross_entropy(run(model, batch).flatten(0, 1), batch.labels.flatten(), reduction="sum")
     loss = run(model, batch, labels=True)
@@ -181,7 +182,7 @@ def test_the_loss_is_the_sum_of_token_losses() -> None:
     torch.testing.assert_close(loss, expected)
 
 
-def test_under_bfloat16_autocast_the_loss_stays_close() -> None:
+def test_loss_under_bfloat16_autocast_is_close() -> None:
     model, batch = make_model(), make_batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = run(model, batch, labels=True)
@@ -190,11 +191,11 @@ def test_under_bfloat16_autocast_the_loss_stays_close() -> None:
     torch.testing.assert_close(loss, run(model, batch, labels=True), atol=0, rtol=2e-2)
 
 
-def test_the_mask_is_lowered_once_and_for_what_the_forward_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+def test_mask_is_lowered_once_per_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
 
     def spy(*args, **kwargs):
-        seen.append({name: kwargs[name] for name in expected})
+        calls.append({name: kwargs[name] for name in expected})
         return lower(*args, **kwargs)
 
     lower = decoder.lower
@@ -202,31 +203,31 @@ def test_the_mask_is_lowered_once_and_for_what_the_forward_needs(monkeypatch: py
     model, batch = make_model(backend="sdpa"), make_batch()
     expected = {"backend": "sdpa", "device": torch.device("cpu"), "dtype": torch.float32, "training": True}
     run(model, batch)
-    assert seen == [expected]
+    assert calls == [expected]
     with torch.no_grad():
         run(model, batch)
     model.requires_grad_(False)
     run(model, batch)
-    assert seen[1:] == [{**expected, "training": False}] * 2
+    assert calls[1:] == [{**expected, "training": False}] * 2
 
 
-def test_an_unknown_backend_is_refused() -> None:
+def test_unknown_backend_raises() -> None:
     with pytest.raises(ValueError, match=r"unknown attention backend 'magic'.*reference"):
         run(make_model(backend="magic"), make_batch())
 
 
-def test_a_pipeline_stage_is_the_model_with_parts_removed() -> None:
+def test_pipeline_stage_is_the_model_with_modules_removed() -> None:
     model, first, last = make_model(), make_model(), make_model()
     del first.layers["1"]
     first.norm = first.output = None
     del last.layers["0"]
     last.embedding = None
     batch = make_batch()
-    facts = {"attention_masks": model.get_attention_masks(batch), "positions": batch.positions}
-    h = first(batch.tokens, **facts)
+    inputs = {"attention_masks": model.get_attention_masks(batch), "positions": batch.positions}
+    h = first(batch.tokens, **inputs)
     assert h.shape == (2, 24, 32)
-    assert torch.equal(last(h, **facts), run(model, batch))
-    assert torch.equal(last(h, **facts, labels=batch.labels), run(model, batch, labels=True))
+    assert torch.equal(last(h, **inputs), run(model, batch))
+    assert torch.equal(last(h, **inputs, labels=batch.labels), run(model, batch, labels=True))
 
 
 def test_tied_embeddings_are_one_parameter_with_both_gradients() -> None:
@@ -241,11 +242,11 @@ def test_tied_embeddings_are_one_parameter_with_both_gradients() -> None:
     torch.testing.assert_close(tied.embedding.weight.grad, both)
 
 
-def test_fresh_weights_have_the_stated_spread() -> None:
+def test_initial_weights_have_the_documented_std() -> None:
     torch.manual_seed(0)
     tiny = Llama3Config(hidden_size=256, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=512)
     state = build_model(tiny).state_dict()
-    inner, residual = 1 / 16, 1 / 16 / 2  # width^-0.5, and that / sqrt(2 layers)
+    inner, residual = 1 / 16, 1 / 16 / 2  # hidden_size^-0.5, and that / sqrt(2 * num_layers)
     expected = {
         "embedding": 1.0,
         "output": inner,
@@ -260,8 +261,8 @@ def test_fresh_weights_have_the_stated_spread() -> None:
     assert tied.embedding.weight.std().item() == pytest.approx(inner, rel=0.02)
 
 
-def test_names_of_the_weights() -> None:
-    """Checkpoints are kept under these names: a change here loses them."""
+def test_parameter_names() -> None:
+    """Checkpoints use these names: a change here makes them unreadable."""
     layer = [
         "attention_norm.weight",
         "attention.query.weight",
@@ -277,8 +278,8 @@ def test_names_of_the_weights() -> None:
     assert list(build_model("llama3-debug").state_dict()) == [*expected, "output.weight"]
 
 
-def test_flops_against_the_matrix_products_that_run() -> None:
-    """A forward computes 2 FLOPs a matmul parameter and token, and its backward twice that."""
+def test_flops_count_all_linear_layers() -> None:
+    """Per token and parameter of a linear layer: 2 FLOPs forward, 4 backward."""
     from_linears = 0
     model = make_model()
     for module in model.modules():
@@ -308,6 +309,6 @@ def test_flops_against_the_matrix_products_that_run() -> None:
         ({"rope_theta": 0.0}, "model.rope-theta must be greater than 0, got 0.0"),
     ],
 )
-def test_config_refuses(fields: dict, text: str) -> None:
+def test_invalid_config_raises(fields: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Llama3Config(**fields)

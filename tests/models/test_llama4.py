@@ -29,7 +29,7 @@ LLAMA3_ROPE = {
     "rope_theta": 500.0,
     "factor": 16.0,
     "low_freq_factor": 1.0,
-    "high_freq_factor": 1.0,  # as in Scout: a step and not a line
+    "high_freq_factor": 1.0,  # equal, as in Scout: no interpolation between them
     "original_max_position_embeddings": 32,
 }
 PUBLISHED = {
@@ -73,30 +73,30 @@ def ours(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_gradients_are_those_of_transformers(theirs: Any, ours: Any, case: str) -> None:
+def test_logits_and_gradients_equal_transformers(theirs: Any, ours: Any, case: str) -> None:
     lengths, length = CASES[case]
     assert_same_model(ours, theirs, random_documents(lengths, V), length)
 
 
-def test_transformers_reads_what_we_write(theirs: Any, ours: Any, tmp_path: Path) -> None:
+def test_transformers_loads_saved_model(theirs: Any, ours: Any, tmp_path: Path) -> None:
     assert_way_back(ours, theirs, Llama4ForCausalLM, torch.tensor(random_documents([40], V)), tmp_path)
 
 
-def test_the_cache_honours_the_chunks(ours: Any) -> None:
+def test_cached_logits_respect_the_chunks(ours: Any) -> None:
     assert_cached_logits(ours, random_documents([30], V)[0], cuts=[5, 7, 8, 16, 29])
 
 
-def test_generated_text_is_the_uncached_text(ours: Any) -> None:
+def test_generated_text_equals_uncached_text(ours: Any) -> None:
     assert_greedy_text(ours, random_documents([6], V)[0], count=14)
 
 
 @pytest.mark.parametrize(("row", "changed"), [(0, 0), (0, 1), (0, 20), (1, 3)])
-def test_needle_no_other_document_changes(ours: Any, row: int, changed: int) -> None:
+def test_no_leakage_between_documents(ours: Any, row: int, changed: int) -> None:
     assert_needle(ours, Batch.from_documents(random_documents([1, 30, 2, 7, 17, 22], V), length=40), row, changed)
 
 
 def test_masks_chunked_and_full(ours: Any) -> None:
-    """Chunks are counted inside the document, and go on where it is carried over."""
+    """Chunks are counted inside the document, and continue if it continues in the next row."""
     batch = Batch.from_documents([[1] * 13, [2] * 9], length=18)  # the second: 5 tokens here, 4 in the next row
     masks = ours.get_attention_masks(batch)
     assert list(masks) == ["chunked", "full"]
@@ -110,8 +110,8 @@ def test_masks_chunked_and_full(ours: Any) -> None:
     assert [layer.mask_name for layer in ours.layers.values()] == ["chunked"] * 3 + ["full"]
 
 
-def test_a_carried_over_document_keeps_its_positions() -> None:
-    """Its rest, in the next row, has the temperature and the chunks of the tokens it is made of."""
+def test_document_continued_in_next_row_keeps_its_positions() -> None:
+    """Temperature and chunks in the next row follow from positions in the document."""
     torch.manual_seed(0)
     config = dataclasses.replace(
         config_of("llama4-debug"), temperature_floor=4, temperature_scale=0.5, attention_chunk_size=8
@@ -119,19 +119,19 @@ def test_a_carried_over_document_keeps_its_positions() -> None:
     model = build_model(config)
     document = random_documents([30], config.vocab_size)[0]
     batch = Batch.from_documents([document], length=20)
-    rest = dataclasses.replace(batch[1:2], positions=torch.arange(20, 40, dtype=torch.int32)[None])
-    anew = dataclasses.replace(batch[1:2], positions=torch.arange(20, dtype=torch.int32)[None])
+    continued = dataclasses.replace(batch[1:2], positions=torch.arange(20, 40, dtype=torch.int32)[None])
+    restarted = dataclasses.replace(batch[1:2], positions=torch.arange(20, dtype=torch.int32)[None])
     with torch.no_grad():
         logits = run(model, batch)[1, :10]
-        torch.testing.assert_close(run(model, rest)[0, :10], logits, atol=1e-5, rtol=1e-5)
-        assert (run(model, anew)[0, :10] - logits).abs().max() > 1e-2
+        torch.testing.assert_close(run(model, continued)[0, :10], logits, atol=1e-5, rtol=1e-5)
+        assert (run(model, restarted)[0, :10] - logits).abs().max() > 1e-2
     assert model.encode_positions(batch.positions).temperature[1, 2:4].flatten().tolist() == pytest.approx(
         [1 + 0.5 * torch.tensor(1.0 + n).log().item() for n in (5, 6)]
     )  # positions 22 and 23
 
 
 @pytest.mark.parametrize(("size", "count"), [("scout", 107_769_861_120), ("maverick", 400_711_848_960)])
-def test_published_sizes_are_theirs(size: str, count: int) -> None:
+def test_published_config_and_parameter_count_equal_transformers(size: str, count: int) -> None:
     their_config = Llama4TextConfig(**PUBLISHED[size])
     hf = {**their_config.to_dict(), "architectures": ["Llama4ForCausalLM"]}
     assert LLAMA4.config_from_hf(hf) == config_of(f"llama4-{size}")
@@ -142,14 +142,14 @@ def test_published_sizes_are_theirs(size: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("size", ["debug", "tiny", "scout", "maverick"])
-def test_their_config_of_ours_is_ours(size: str) -> None:
+def test_config_round_trip_through_transformers(size: str) -> None:
     config = config_of(f"llama4-{size}")
     fields = LLAMA4.hf.config_to_hf(config)
     again = Llama4TextConfig(**{n: value for n, value in fields.items() if n not in ("architectures", "model_type")})
     assert LLAMA4.config_from_hf({**again.to_dict(), "architectures": fields["architectures"]}) == config
 
 
-def test_without_temperature_tuning_queries_stay() -> None:
+def test_temperature_scale_is_0_without_temperature_tuning() -> None:
     hf = {**Llama4TextConfig(attn_temperature_tuning=False).to_dict(), "architectures": ["Llama4ForCausalLM"]}
     config = LLAMA4.config_from_hf(hf)
     assert config.temperature_scale == 0 and LLAMA4.hf.config_to_hf(config)["attn_temperature_tuning"] is False
@@ -158,12 +158,15 @@ def test_without_temperature_tuning_queries_stay() -> None:
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"attention_bias": True}, "attention_bias = True, which Llama4ForCausalLM does not support.*expected False"),
+        (
+            {"attention_bias": True},
+            "attention_bias = True, which is not supported for Llama4ForCausalLM.*expected False",
+        ),
         ({"no_rope_layers": [1] * 48}, "no_rope_layers = .*expected"),
         ({"moe_layers": [3]}, r"moe_layers = \[3\].*expected"),
     ],
 )
-def test_configs_of_other_models_are_refused(fields: dict[str, Any], text: str) -> None:
+def test_unsupported_hf_config_raises(fields: dict[str, Any], text: str) -> None:
     hf = {**Llama4TextConfig().to_dict(), "architectures": ["Llama4ForCausalLM"], **fields}
     with pytest.raises(ValueError, match=text):
         LLAMA4.config_from_hf(hf)
@@ -177,7 +180,7 @@ def test_configs_of_other_models_are_refused(fields: dict[str, Any], text: str) 
         ({"no_rope_layer_interval": -1}, "model.no-rope-layer-interval must be greater than 0, got -1"),
     ],
 )
-def test_config_refuses(fields: dict[str, Any], text: str) -> None:
+def test_invalid_config_raises(fields: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Llama4Config(**fields)
 
@@ -190,7 +193,7 @@ def test_flops_of_tiny_by_hand() -> None:
     assert (model.flops_per_pair("chunked"), model.flops_per_pair("full")) == (12 * 256 * 6, 12 * 256 * 2)
 
 
-def test_a_small_run_learns(tmp_path: Path) -> None:
+def test_loss_falls_in_a_small_run(tmp_path: Path) -> None:
     model = dataclasses.replace(config_of("llama4-debug"), vocab_size=320)
     run = small_run(tmp_path / "run", write_corpus(tmp_path / "source"), model=model, training__steps=30)
     train_quietly(run)

@@ -5,7 +5,7 @@ from sightline.models import MODELS, Llama3Config, build_model, build_skeleton, 
 
 
 def test_names_and_published_parameter_counts_of_llama3() -> None:
-    """Each other family tests its own."""
+    """The other families have this test in their own files."""
     counts = {}
     for name in [name for name in MODELS if name.startswith("llama3-")]:
         with torch.device("meta"):
@@ -21,14 +21,14 @@ def test_names_and_published_parameter_counts_of_llama3() -> None:
     }
 
 
-def test_an_unknown_name_lists_the_models() -> None:
+def test_unknown_model_name_raises() -> None:
     with pytest.raises(ValueError, match="unknown model 'llama3-9b'; the models are: llama3-debug, llama3-tiny, "):
         config_of("llama3-9b")
     with pytest.raises(ValueError, match="unknown model 'gpt'"):
         build_model("gpt")
 
 
-def test_build_takes_a_config() -> None:
+def test_build_model_takes_a_config() -> None:
     config = Llama3Config(
         vocab_size=32, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=24
     )
@@ -36,7 +36,7 @@ def test_build_takes_a_config() -> None:
     assert build_model(config).config is config
 
 
-def test_a_skeleton_is_drawn_as_the_model_is_built() -> None:
+def test_initialized_skeleton_equals_built_model() -> None:
     torch.manual_seed(3)
     direct = build_model("llama3-debug")
     model = build_skeleton("llama3-debug")
@@ -52,17 +52,17 @@ def test_a_skeleton_is_drawn_as_the_model_is_built() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.endswith("-debug")])
-def test_a_weight_depends_on_its_name_and_not_on_what_is_drawn_before_it(name: str) -> None:
+def test_initial_weight_depends_only_on_its_name(name: str) -> None:
     torch.manual_seed(3)
-    whole = build_model(name)
+    full = build_model(name)
     stage = build_skeleton(name)
     stage.embedding = None
     del stage.layers["0"]
     stage.to_empty(device="cpu")
     torch.manual_seed(3)
     init_model_weights(stage)
-    expected = whole.state_dict()
+    expected = full.state_dict()
     for key, value in stage.state_dict().items():
         assert torch.equal(value, expected[key]), key
-    drawn = {key: value for key, value in expected.items() if value.unique().numel() > 1 and value.numel() > 2}
-    assert len({float(value.sum()) for value in drawn.values()}) == len(drawn)  # no two weights are alike
+    random = {key: value for key, value in expected.items() if value.unique().numel() > 1 and value.numel() > 2}
+    assert len({float(value.sum()) for value in random.values()}) == len(random)  # no two weights are equal

@@ -1,6 +1,6 @@
-"""Nothing inside a model's forward and loss reads from the device.
+"""Forward and loss of a model never read device data on the host.
 
-Meta tensors hold no data, so any read of one raises. Masks and labels lie on the CPU, as a training step gives them.
+Meta tensors have no data, so reading one raises. Masks and labels are on the CPU, as in a training step.
 """
 
 from collections.abc import Callable
@@ -20,40 +20,40 @@ from tests.parallel.context.rows import LENGTHS, pack, pack_images
 FAMILIES = ("llama3", "llama4", "qwen3", "qwen3_next", "deepseek_v3", "gpt_oss", "vlm")
 
 
-def even(x: Tensor, counts: Tensor, *layers: Any, run: Callable[..., Any]) -> Any:
-    """The grouped products with counts that nobody has to read."""
-    share = torch.full(counts.shape, len(x) // len(counts), dtype=torch.int64)
-    return run(x, share, *layers)
+def run_with_equal_counts(x: Tensor, counts: Tensor, *layers: Any, run: Callable[..., Any]) -> Any:
+    """Run the grouped matrix products with equal counts, which need not be read from the device."""
+    equal_counts = torch.full(counts.shape, len(x) // len(counts), dtype=torch.int64)
+    return run(x, equal_counts, *layers)
 
 
 ALLOWED = {
-    "token counts of experts, where no grouped kernel serves": (grouped, "_by_group", even),
+    "token counts of experts, without a grouped kernel": (grouped, "_by_group", run_with_equal_counts),
 }
-"""The reads that stay on one process, each replaced here by one that does not read. Under expert parallelism one more
-stays: how many rows each process sends (`sightline.parallel.expert.dispatch`)."""
+"""Known device reads without expert parallelism, each with a replacement that does not read. Expert parallelism has one
+more: the number of tokens that each rank sends (`sightline.parallel.expert.dispatch`)."""
 
 
 def batch_of(config: Any) -> Batch:
-    return pack_images(config) if hasattr(config, "image_token") else pack(LENGTHS, config.vocab_size)
+    return pack_images(config) if hasattr(config, "image_token_id") else pack(LENGTHS, config.vocab_size)
 
 
 @pytest.mark.parametrize("labels_on", ["cpu", "meta"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_forward_and_loss_read_nothing(family: str, labels_on: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_and_loss_do_not_read_the_device(family: str, labels_on: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_skeleton(config_of(f"{family}-debug"), attention_backend="sdpa").train()
     inputs = prepare_batch(model, batch_of(model.config), None, "meta")
     assert all(mask.device.type == "cpu" for mask in inputs["attention_masks"].values())
     inputs["labels"] = inputs["labels"].to(labels_on)
-    for module, name, instead in ALLOWED.values():
+    for module, name, replacement in ALLOWED.values():
         run = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, run=run, instead=instead: instead(*args, run=run))
+        monkeypatch.setattr(module, name, lambda *args, run=run, new=replacement: new(*args, run=run))
     loss = model(**inputs)
     assert loss.device.type == "meta" and loss.shape == ()
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_a_read_would_raise() -> None:
+def test_reading_a_meta_tensor_raises() -> None:
     with ExitStack() as stack, pytest.raises((RuntimeError, NotImplementedError)):
         stack.enter_context(torch.device("meta"))
         torch.ones(3).sum().item()

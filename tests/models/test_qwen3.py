@@ -64,25 +64,25 @@ def ours(theirs: Any, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_gradients_are_those_of_transformers(theirs: Any, ours: Any, case: str) -> None:
+def test_logits_and_gradients_equal_transformers(theirs: Any, ours: Any, case: str) -> None:
     lengths, length = CASES[case]
     assert_same_model(ours, theirs, random_documents(lengths, V), length)
 
 
-def test_transformers_reads_what_we_write(theirs: Any, ours: Any, tmp_path: Path) -> None:
+def test_transformers_loads_saved_model(theirs: Any, ours: Any, tmp_path: Path) -> None:
     assert_way_back(ours, theirs, type(theirs), torch.tensor(random_documents([40], V)), tmp_path / "back")
 
 
-def test_a_cache_gives_the_logits_of_the_whole(ours: Any) -> None:
+def test_cached_logits_equal_full_forward(ours: Any) -> None:
     assert_cached_logits(ours, random_documents([30], V)[0], cuts=[5, 6, 15, 29])
 
 
 @pytest.mark.parametrize(("row", "changed"), [(0, 0), (0, 20), (0, 32), (1, 3)])
-def test_needle_no_other_document_changes_by_one_bit(ours: Any, row: int, changed: int) -> None:
+def test_no_leakage_between_documents(ours: Any, row: int, changed: int) -> None:
     assert_needle(ours, Batch.from_documents(random_documents([30, 7, 17, 23], V), length=40), row, changed)
 
 
-def test_padding_is_not_routed_and_not_counted() -> None:
+def test_expert_counts_exclude_padding() -> None:
     torch.manual_seed(0)
     model = build_model("qwen3-debug-moe")
     batch = Batch.from_documents(random_documents([30, 20], 512), length=64)
@@ -92,11 +92,11 @@ def test_padding_is_not_routed_and_not_counted() -> None:
 
 
 @pytest.mark.parametrize("size", ["debug", "debug-moe"])
-def test_thirty_steps_lower_the_loss(size: str) -> None:
+def test_loss_falls_in_30_steps(size: str) -> None:
     torch.manual_seed(0)
     model = build_model(f"qwen3-{size}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    # Two documents to learn by heart, in one row.
+    # Two documents in one row, to be memorized.
     batch = Batch.from_documents(random_documents([60, 60], 512), length=120)
     losses = []
     for _ in range(30):
@@ -109,7 +109,7 @@ def test_thirty_steps_lower_the_loss(size: str) -> None:
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_parameter_counts_are_the_published_ones() -> None:
+def test_parameter_counts_equal_the_published_ones() -> None:
     counts = {}
     for size in QWEN3.presets:
         with torch.device("meta"):
@@ -130,8 +130,8 @@ def test_parameter_counts_are_the_published_ones() -> None:
     }
 
 
-def test_flops_count_the_experts_a_token_is_sent_to() -> None:
-    """30B with 3.3B active: embeddings 0.31B looked up, not multiplied."""
+def test_flops_count_active_experts() -> None:
+    """30B parameters, 3.3B active; of these, the embedding lookup of 0.31B has no FLOPs."""
     with torch.device("meta"):
         model = build_model("qwen3-30b-a3b")
         dense = build_model("qwen3-debug")
@@ -139,8 +139,8 @@ def test_flops_count_the_experts_a_token_is_sent_to() -> None:
     assert isinstance(mlp, MoE)
     expert = sum(p[0].numel() for p in mlp.experts.parameters())
     norms = sum(p.numel() for n, p in model.named_parameters() if "norm" in n)
-    everything = sum(p.numel() for p in model.parameters())
-    active = everything - model.embedding.weight.numel() - norms - 48 * (128 - 8) * expert
+    total = sum(p.numel() for p in model.parameters())
+    active = total - model.embedding.weight.numel() - norms - 48 * (128 - 8) * expert
     assert model.flops_per_token() == 6 * active
     assert round(active / 1e9, 1) == 3.0
     matrices = sum(p.numel() for n, p in dense.named_parameters() if p.dim() == 2 and n != "embedding.weight")
@@ -148,26 +148,27 @@ def test_flops_count_the_experts_a_token_is_sent_to() -> None:
     assert dense.flops_per_pair("attention") == 12 * 2 * 4 * 32
 
 
-def test_the_config_goes_there_and_back() -> None:
+def test_config_round_trip() -> None:
     for size in QWEN3.presets:
         config = config_of(f"qwen3-{size}")
         assert QWEN3.config_from_hf(QWEN3.hf.config_to_hf(config)) == config
 
 
-def test_a_config_of_what_we_do_not_do_is_refused() -> None:
+def test_unsupported_hf_config_raises() -> None:
     hf = QWEN3.hf.config_to_hf(QWEN3.presets["debug-moe"])
-    for field, value, told in (
-        ("use_sliding_window", True, "use_sliding_window = True, which Qwen3MoeForCausalLM does not support"),
+    for field, value, message in (
+        ("use_sliding_window", True, "use_sliding_window = True, which is not supported for Qwen3MoeForCausalLM"),
         ("norm_topk_prob", False, "norm_topk_prob = False"),
         ("mlp_only_layers", [0], r"mlp_only_layers = \[0\]"),
         ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "RoPE type 'dynamic'.*expected default or yarn"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             QWEN3.config_from_hf({**hf, field: value})
 
 
-def test_sizes_that_cannot_be_are_refused() -> None:
+def test_invalid_config_raises() -> None:
     config = Qwen3Config()
-    for field, value in (("head_size", 33), ("kv_heads", 3), ("width", 0), ("experts", -1), ("experts", 4)):
+    invalid = (("head_dim", 33), ("num_kv_heads", 3), ("hidden_size", 0), ("num_experts", -1), ("num_experts", 4))
+    for field, value in invalid:
         with pytest.raises(ValueError, match=field.replace("_", "-")):
             replace(config, **{field: value})

@@ -44,13 +44,13 @@ MODELS = {
     "moe": TheirConfig(num_experts=4, **EXPERTS, **SIZES),
     "dense": TheirConfig(num_experts=0, intermediate_size=96, tie_word_embeddings=True, **SIZES),
 }
-# Chunks of the scan have 64 tokens: a document beyond three of them, and documents that begin anywhere in one.
+# Chunks of the scan have 64 tokens: one document longer than three chunks, and documents that start inside chunks.
 CASES = {"one document": ([200], 200), "packed": ([1, 70, 2, 3, 62, 100, 38, 20], 138)}
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def theirs(request: pytest.FixtureRequest) -> Any:
-    # With the usual spread of 0.15, float32 is 2e-4 from float64 in their logits and ours alike.
+    # With the default spread of 0.15, float32 logits differ from float64 by 2e-4, in their model and in ours.
     return random_theirs(Qwen3NextForCausalLM, MODELS[request.param], spread=0.08)
 
 
@@ -60,21 +60,21 @@ def ours(theirs: Any, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_gradients_are_those_of_transformers(theirs: Any, ours: Any, case: str) -> None:
+def test_logits_and_gradients_equal_transformers(theirs: Any, ours: Any, case: str) -> None:
     lengths, length = CASES[case]
     assert_same_model(ours, theirs, random_documents(lengths, V), length)
 
 
-def test_transformers_reads_what_we_write(theirs: Any, ours: Any, tmp_path: Path) -> None:
+def test_transformers_loads_saved_model(theirs: Any, ours: Any, tmp_path: Path) -> None:
     assert_way_back(ours, theirs, type(theirs), torch.tensor(random_documents([40], V)), tmp_path / "back")
 
 
-def test_a_cache_gives_the_logits_of_the_whole(ours: Any) -> None:
+def test_cached_logits_equal_full_forward(ours: Any) -> None:
     assert_cached_logits(ours, random_documents([90], V)[0], cuts=[2, 3, 5, 70, 71, 72, 89])
 
 
 @pytest.mark.parametrize(("row", "changed"), [(0, 0), (0, 29), (0, 36), (1, 3)])
-def test_needle_in_float64(ours: Any, row: int, changed: int) -> None:
+def test_no_leakage_between_documents_with_experts(ours: Any, row: int, changed: int) -> None:
     assert_needle(ours, Batch.from_documents(random_documents([30, 7, 43, 23], V), length=80), row, changed)
 
 
@@ -85,36 +85,37 @@ def make_batch() -> Batch:
     return batch
 
 
-@pytest.mark.parametrize("changed", [0, 68, 69, 70, 72, 74, 135])  # around the ends of documents: row 0
-def test_needle_no_other_document_changes_by_one_bit(changed: int) -> None:
-    """In float32, through convolution, memory and attention, with one dense layer in place of the experts."""
+@pytest.mark.parametrize("changed", [0, 68, 69, 70, 72, 74, 135])  # in row 0, around document boundaries
+def test_no_leakage_between_documents(changed: int) -> None:
+    """In float32 through convolution, recurrent state and attention, with dense layers instead of experts."""
     torch.manual_seed(0)
     model, batch = build_model(replace(QWEN3_NEXT.presets["debug"], num_experts=0, intermediate_size=96)), make_batch()
     tokens = batch.tokens.clone()
     tokens[0, changed] = 511 if tokens[0, changed] != 511 else 510
-    needle = replace(batch, tokens=tokens)
-    own = batch.document_ids == batch.document_ids[0, changed]
-    own[1] = False
+    perturbed = replace(batch, tokens=tokens)
+    same_document = batch.document_ids == batch.document_ids[0, changed]
+    same_document[1] = False
+    other = ~same_document
 
     def logits_and_grads(batch: Batch) -> tuple[Tensor, Tensor]:
-        """And the gradients of all tokens as they are embedded, by the losses of all tokens."""
+        """Return the logits, and the gradients of the embedded tokens by the summed loss."""
         h = model.embedding(batch.tokens)
         masks = model.get_attention_masks(batch)
-        facts = {"attention_masks": masks, "positions": batch.positions, "cache": None}
-        (grads,) = torch.autograd.grad(model.decode(h, labels=batch.labels, **facts), h)
+        inputs = {"attention_masks": masks, "positions": batch.positions, "cache": None}
+        (grads,) = torch.autograd.grad(model.forward_embedded(h, labels=batch.labels, **inputs), h)
         return run(model, batch), grads
 
-    (before, grads_before), (after, grads_after) = logits_and_grads(batch), logits_and_grads(needle)
-    assert torch.equal(before[~own], after[~own]) and torch.equal(grads_before[~own], grads_after[~own])
-    assert grads_before[~own].abs().sum() > 0
+    (before, grads_before), (after, grads_after) = logits_and_grads(batch), logits_and_grads(perturbed)
+    assert torch.equal(before[other], after[other]) and torch.equal(grads_before[other], grads_after[other])
+    assert grads_before[other].abs().sum() > 0
     assert torch.equal(before[0, :changed], after[0, :changed]) and (before[0, changed] != after[0, changed]).any()
     padding = batch.document_ids == -1
     assert before.isfinite().all() and not grads_before[padding].any()
 
 
-def test_packed_rows_equal_their_documents_run_one_by_one() -> None:
+def test_packed_equals_separate() -> None:
     torch.manual_seed(0)
-    # Without the loss that balances the experts, which is of whole rows and not of documents.
+    # Without the auxiliary load-balancing loss, which is computed over full rows, not per document.
     model, batch = build_model(replace(QWEN3_NEXT.presets["debug"], aux_loss_coef=0.0)).double(), make_batch()
     logits, loss = run(model, batch), run(model, batch, labels=True)
     grads = torch.autograd.grad(loss, list(model.parameters()))
@@ -132,14 +133,16 @@ def test_packed_rows_equal_their_documents_run_one_by_one() -> None:
         torch.testing.assert_close(grad, expected, atol=1e-8, rtol=1e-8)
 
 
-def test_layers_and_what_they_remember() -> None:
-    """Three with a memory, whose size does not depend on the text, and one with attention."""
+def test_layer_types_and_their_caches() -> None:
+    """Three recurrent layers, whose cache has a fixed size, and one attention layer."""
     model = build_model("qwen3_next-debug")
     assert [isinstance(layer.mixer, GatedDeltaNet) for layer in model.layers.values()] == [True, True, True, False]
     assert [isinstance(cache, RecurrentCache) for cache in model.new_cache().values()] == [True, True, True, False]
 
 
 class Letters:
+    """A tokenizer with one token per letter."""
+
     eos_id = -1
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -149,7 +152,7 @@ class Letters:
         return "".join(chr(i) for i in ids)
 
 
-def test_generation_continues_as_the_whole_text_would() -> None:
+def test_generated_text_equals_uncached_text() -> None:
     torch.manual_seed(0)
     model = build_model("qwen3_next-debug")
     text = [ord(letter) for letter in "documents"]
@@ -160,11 +163,11 @@ def test_generation_continues_as_the_whole_text_would() -> None:
     assert [ord(letter) for letter in generated] == text[9:]
 
 
-def test_thirty_steps_lower_the_loss() -> None:
+def test_loss_falls_in_30_steps() -> None:
     torch.manual_seed(0)
     model = build_model("qwen3_next-debug")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    batch = Batch.from_documents(random_documents([60, 60], 512), length=120)  # to learn by heart, in one row
+    batch = Batch.from_documents(random_documents([60, 60], 512), length=120)  # in one row, to be memorized
     losses = []
     for _ in range(30):
         optimizer.zero_grad()
@@ -177,7 +180,7 @@ def test_thirty_steps_lower_the_loss() -> None:
 
 
 def test_parameter_counts() -> None:
-    """The published size as transformers builds it; its multi-token prediction is not among them."""
+    """The published model as in transformers, without its MTP module."""
     counts = {}
     for size in QWEN3_NEXT.presets:
         with torch.device("meta"):
@@ -185,8 +188,8 @@ def test_parameter_counts() -> None:
     assert counts == {"debug": 258_984, "tiny": 12_350_992, "80b-a3b": 79_674_391_296}
 
 
-def test_flops_count_what_a_token_meets() -> None:
-    """3.9B active of 80B, of which 0.3B are looked up and not multiplied."""
+def test_flops_count_active_matrices() -> None:
+    """80B parameters, 3.9B active; of these, the embedding lookup of 0.3B has no FLOPs."""
     with torch.device("meta"):
         model = build_model("qwen3_next-80b-a3b")
     parameters = dict(model.named_parameters())
@@ -195,20 +198,20 @@ def test_flops_count_what_a_token_meets() -> None:
     mlp = model.layers["0"].mlp
     assert isinstance(mlp, MoE)
     unused = 48 * (512 - 10) * sum(p[0].numel() for p in mlp.experts.parameters())
-    memory = 36 * 32 * 128 * 128
-    assert model.flops_per_token() == 6 * (matrices - unused) + 18 * memory
+    state = 36 * 32 * 128 * 128
+    assert model.flops_per_token() == 6 * (matrices - unused) + 18 * state
     assert round((matrices - unused) / 1e9, 1) == 3.6
     assert model.flops_per_pair("attention") == 12 * 12 * 16 * 256
 
 
 @pytest.mark.parametrize("name", QWEN3_NEXT.presets)
-def test_config_survives_the_way_to_hugging_face_and_back(name: str) -> None:
+def test_config_round_trip(name: str) -> None:
     config = config_of(f"qwen3_next-{name}")
     assert QWEN3_NEXT.config_from_hf(QWEN3_NEXT.hf.config_to_hf(config)) == config
 
 
-def test_the_published_config_is_the_published_size() -> None:
-    """As in Qwen/Qwen3-Next-80B-A3B-Instruct, which states an interval and not every layer's kind."""
+def test_published_config_equals_preset() -> None:
+    """The config.json of Qwen/Qwen3-Next-80B-A3B-Instruct, which gives an interval instead of layer types."""
     published = {
         "architectures": ["Qwen3NextForCausalLM"],
         "attention_bias": False,
@@ -252,7 +255,7 @@ def test_the_published_config_is_the_published_size() -> None:
         ({"rope_scaling": {"rope_type": "yarn"}}, "RoPE type 'yarn'"),
     ],
 )
-def test_what_is_not_built_is_refused(fields: dict[str, Any], text: str) -> None:
+def test_unsupported_hf_config_raises(fields: dict[str, Any], text: str) -> None:
     hf = {
         **QWEN3_NEXT.hf.config_to_hf(config_of("qwen3_next-debug")),
         "num_hidden_layers": 5,
@@ -268,11 +271,11 @@ def test_what_is_not_built_is_refused(fields: dict[str, Any], text: str) -> None
     [
         (
             {"linear_num_value_heads": 6},
-            r"value-heads 6 is not divisible by model.linear-num-key-heads 4; .*\[1, 2, 3, 6\]",
+            r"num-value-heads 6 is not divisible by model.linear-num-key-heads 4; .*\[1, 2, 3, 6\]",
         ),
         ({"num_kv_heads": 3}, r"heads 4 is not divisible by model.num-kv-heads 3"),
-        ({"partial_rotary_factor": 0.0}, "rotary-share 0.0 of model.head-dim 64 are 0 channels"),
-        ({"partial_rotary_factor": 1.5}, "rotary-share 1.5 of model.head-dim 64 are 96 channels"),
+        ({"partial_rotary_factor": 0.0}, "partial-rotary-factor 0.0 of model.head-dim 64 is 0 channels"),
+        ({"partial_rotary_factor": 1.5}, "partial-rotary-factor 1.5 of model.head-dim 64 is 96 channels"),
         ({"partial_rotary_factor": 0.05}, "must be even.*got 3"),
         ({"experts_per_token": 9}, "experts-per-token is 9, but there are only 8 experts"),
         ({"num_experts": -1}, "model.num-experts must be greater than 0, got -1"),
@@ -280,6 +283,6 @@ def test_what_is_not_built_is_refused(fields: dict[str, Any], text: str) -> None
         ({"linear_conv_kernel_dim": 0}, "model.linear-conv-kernel-dim must be greater than 0, got 0"),
     ],
 )
-def test_config_refuses(fields: dict[str, Any], text: str) -> None:
+def test_invalid_config_raises(fields: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Qwen3NextConfig(**fields)

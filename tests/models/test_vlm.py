@@ -1,5 +1,5 @@
-"""The vision-language model against transformers' LFM2-VL with a Llama in it, each document alone and each image in a
-row of its own; and needles through patches, spans and the cache."""
+"""The vision-language model against LFM2-VL of transformers with a Llama decoder: each document and each image alone.
+Also leakage tests through patches, spans and the cache."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,11 +23,11 @@ from tests.support.against_transformers import as_ours, count_parameters, random
 from tests.support.small_runs import train_quietly
 
 IMAGE = 95  # the image token
-NUMBERS = 12  # of a patch: 2 x 2 pixels of 3 colours
-SAME = ("tokens", "labels", "document_ids", "positions")
+PATCH_CHANNELS = 12  # 2 x 2 pixels of 3 colors
+FIELDS = ("tokens", "labels", "document_ids", "positions")
 
 Image = tuple[int, int]  # height and width in patches
-Document = list[int | Image]  # token ids, and images where they stand
+Document = list[int | Image]  # token ids and images, in order
 DOCUMENTS: list[Document] = [
     [1, 2, (2, 4), 3, 4, 5, (4, 4), 6],
     [7, (2, 2), (6, 2), 8, 9, 10],  # two images side by side
@@ -39,7 +39,7 @@ LENGTH = 40
 
 
 def ids_of(document: Document, merge: int) -> list[int]:
-    """Token ids, an image as its image tokens."""
+    """Return the token ids, with the image tokens of each image."""
     ids: list[int] = []
     for part in document:
         ids += [part] if isinstance(part, int) else [IMAGE] * (part[0] * part[1] // merge**2)
@@ -51,25 +51,27 @@ def images_of(documents: Sequence[Document]) -> list[Image]:
 
 
 def pixels(size: Image) -> Tensor:
-    """The patches of the one image there is of each size."""
-    return torch.randn(size[0] * size[1], NUMBERS, generator=torch.Generator().manual_seed(10 * size[0] + size[1]))
+    """Return the patches of an image; images of equal size are equal."""
+    return torch.randn(
+        size[0] * size[1], PATCH_CHANNELS, generator=torch.Generator().manual_seed(10 * size[0] + size[1])
+    )
 
 
 def make_batch(rows: Sequence[Sequence[Document]], merge: int = 2) -> Batch:
-    """A row for each list of documents. Padding patches are 9: what they are must not matter."""
+    """Make one row per list of documents. Padding patches are 9; their value must not matter."""
     texts = [Batch.from_documents([ids_of(document, merge) for document in row], LENGTH) for row in rows]
     assert all(text.shape == (1, LENGTH) for text in texts), "the documents of a row must fit"
     images = [images_of(row) for row in rows]
     grid = torch.zeros(len(rows), 1 + max(len(sizes) for sizes in images), 2, dtype=torch.int64)
-    patches = torch.full((len(rows), 80, NUMBERS), 9.0)
+    patches = torch.full((len(rows), 80, PATCH_CHANNELS), 9.0)
     for row, sizes in enumerate(images):
         if sizes:
-            whole = torch.cat([pixels(size) for size in sizes])
-            patches[row, : len(whole)] = whole
+            row_patches = torch.cat([pixels(size) for size in sizes])
+            patches[row, : len(row_patches)] = row_patches
             grid[row, : len(sizes)] = torch.tensor(sizes)
-    facts = {name: torch.cat([getattr(text, name) for text in texts]) for name in SAME}
-    facts["labels"] = facts["labels"].masked_fill(facts["labels"] == IMAGE, -100)
-    return Batch(**facts, extra={"patches": patches, "patch_grid": grid})
+    fields = {name: torch.cat([getattr(text, name) for text in texts]) for name in FIELDS}
+    fields["labels"] = fields["labels"].masked_fill(fields["labels"] == IMAGE, -100)
+    return Batch(**fields, extra={"patches": patches, "patch_grid": grid})
 
 
 def run(model: VLM, batch: Batch, *, labels: bool = False) -> Tensor:
@@ -116,7 +118,7 @@ def make_theirs(*, tied: bool = False, merge: int = 2) -> nn.Module:
 
 
 def run_theirs(theirs: nn.Module, document: Document, merge: int = 2) -> Tensor:
-    """Logits [n, V] of one document alone, under a mask written out pair by pair."""
+    """Return the logits [n, V] of one document alone, with a dense mask built pair by pair."""
     ids, images = ids_of(document, merge), images_of([document])
     spans: list[int] = []
     for number, part in enumerate(document):
@@ -134,7 +136,7 @@ def run_theirs(theirs: nn.Module, document: Document, merge: int = 2) -> Tensor:
 
 
 def assert_same_model(ours: VLM, theirs: nn.Module, rows: Sequence[Sequence[Document]], merge: int = 2) -> None:
-    """Logits of every token and gradients of every parameter."""
+    """Compare the logits of all tokens and the gradients of all parameters."""
     batch = make_batch(rows, merge)
     logits, loss = run(ours, batch), run(ours, batch, labels=True)
     their_loss = torch.zeros(())
@@ -142,9 +144,9 @@ def assert_same_model(ours: VLM, theirs: nn.Module, rows: Sequence[Sequence[Docu
         first = 0
         for document in documents:
             expected = run_theirs(theirs, document, merge)
-            own = slice(first, first + len(expected))
-            torch.testing.assert_close(logits[row, own], expected, atol=1e-4, rtol=0)
-            their_loss += F.cross_entropy(expected, batch.labels[row, own], reduction="sum")
+            span = slice(first, first + len(expected))
+            torch.testing.assert_close(logits[row, span], expected, atol=1e-4, rtol=0)
+            their_loss += F.cross_entropy(expected, batch.labels[row, span], reduction="sum")
             first += len(expected)
         assert (batch.document_ids[row] >= 0).sum() == first
     torch.testing.assert_close(loss, their_loss, rtol=1e-5, atol=0)
@@ -157,34 +159,36 @@ def assert_same_model(ours: VLM, theirs: nn.Module, rows: Sequence[Sequence[Docu
     assert {weight.ours for weight in weights} == {name for name, _ in ours.named_parameters()}
     for weight in weights:
         mine, other = ours.get_parameter(weight.ours).grad, grads[weight.theirs]
-        if weight.ours.endswith("key.bias"):  # it moves all scores of a query alike, so its gradient is 0, and rounding
+        if weight.ours.endswith(
+            "key.bias"
+        ):  # shifts all scores of a query equally: its gradient is only rounding error
             assert mine.abs().max() < 1e-4 and other.abs().max() < 1e-4
             continue
         largest = other.abs().max().item()
-        assert largest > 1e-3, f"{weight.theirs} learns nothing, so the comparison is none"
+        assert largest > 1e-3, f"{weight.theirs} has no gradient, so the comparison proves nothing"
         torch.testing.assert_close(mine, other, atol=1e-3 * largest, rtol=0, msg=lambda m, w=weight: f"{w}: {m}")
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_packed_rows_equal_transformers_document_by_document(tmp_path: Path, tied: bool) -> None:
+def test_packed_equals_transformers_on_each_document(tmp_path: Path, tied: bool) -> None:
     theirs = make_theirs(tied=tied)
     ours = as_ours(theirs, tmp_path)
     assert type(ours) is VLM and (ours.output is None) == tied
     assert_same_model(ours, theirs, [DOCUMENTS, TEXTS])
 
 
-def test_one_document_alone(tmp_path: Path) -> None:
+def test_single_document_equals_transformers(tmp_path: Path) -> None:
     theirs = make_theirs()
     assert_same_model(as_ours(theirs, tmp_path), theirs, [DOCUMENTS[1:2]])
 
 
-def test_images_of_one_patch_and_of_odd_sizes_where_no_patches_are_merged(tmp_path: Path) -> None:
+def test_merge_size_1_allows_one_patch_and_odd_sizes(tmp_path: Path) -> None:
     theirs = make_theirs(merge=1)
     documents: list[Document] = [[1, (1, 1), 2, 3], [4, (3, 5), (1, 1), 5], [(2, 3), 6, 7]]
     assert_same_model(as_ours(theirs, tmp_path), theirs, [documents, [[8, (1, 1), 9]]], merge=1)
 
 
-def test_the_way_back(tmp_path: Path) -> None:
+def test_transformers_loads_saved_model(tmp_path: Path) -> None:
     theirs = make_theirs()
     ours = as_ours(theirs, tmp_path / "theirs")
     save_pretrained(ours, tmp_path / "ours")
@@ -213,7 +217,7 @@ def ours() -> VLM:
 
 
 def span(batch: Batch, number: int) -> Tensor:
-    """bool [B, S]: the tokens of one image of row 0, counted from the `patch_grid`."""
+    """Return the mask, bool [B, S], of the tokens of one image of row 0."""
     counts = (batch.extra["patch_grid"][0].prod(dim=1) // 4).tolist()
     tokens = (batch.tokens[0] == IMAGE).nonzero()[:, 0].split([n for n in counts if n])[number]
     mask = torch.zeros_like(batch.tokens, dtype=torch.bool)
@@ -222,32 +226,32 @@ def span(batch: Batch, number: int) -> Tensor:
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_needle_a_patch_is_seen_by_its_image_and_what_follows_in_its_document(ours: VLM, number: int) -> None:
+def test_changed_patch_affects_only_its_image_and_later_tokens(ours: VLM, number: int) -> None:
     batch = make_batch([DOCUMENTS, TEXTS])
     patches = batch.extra["patches"].clone()
     sizes = batch.extra["patch_grid"][0].prod(dim=1)
     patches[0, int(sizes[: number + 1].sum()) - 1] += 1.0  # the image's last patch
     changed = (run(ours, batch) != run(ours, replace(batch, extra={**batch.extra, "patches": patches}))).any(dim=2)
-    own = span(batch, number)
-    document = batch.document_ids == batch.document_ids[own][0]
+    image = span(batch, number)
+    document = batch.document_ids == batch.document_ids[image][0]
     document[1] = False
-    seeing = document & (own.cumsum(dim=1) > 0)
-    assert torch.equal(changed, seeing), "all tokens of the image and all text behind it, and not one bit of the rest"
+    expected = document & (image.cumsum(dim=1) > 0)
+    assert torch.equal(changed, expected), "only tokens of the image and later tokens of its document may change"
 
 
-def test_needle_gradients_stay_in_the_document(ours: VLM) -> None:
+def test_gradients_stay_in_the_document(ours: VLM) -> None:
     batch = make_batch([DOCUMENTS, TEXTS])
     patches = batch.extra["patches"].clone().requires_grad_()
     logits = run(ours, replace(batch, extra={**batch.extra, "patches": patches}))
     (grads,) = torch.autograd.grad(logits[0, batch.document_ids[0] == 1].square().sum(), patches)
-    reached = grads.abs().sum(dim=2) > 0
+    nonzero = grads.abs().sum(dim=2) > 0
     first = 8 + 16  # patches of the first document's images
-    expected = torch.zeros_like(reached)
+    expected = torch.zeros_like(nonzero)
     expected[0, first : first + 4 + 12] = True
-    assert torch.equal(reached, expected)
+    assert torch.equal(nonzero, expected)
 
 
-def test_needle_a_token_of_the_text(ours: VLM) -> None:
+def test_changed_text_token_affects_only_its_document(ours: VLM) -> None:
     batch = make_batch([DOCUMENTS, TEXTS])
     tokens = batch.tokens.clone()
     tokens[0, 0] = 50
@@ -266,7 +270,7 @@ def test_rows_are_independent_and_padding_patches_do_not_matter(ours: VLM) -> No
     assert torch.equal(run(ours, replace(batch, extra={**batch.extra, "patches": clean})), logits)
 
 
-def test_a_batch_without_images_is_text(ours: VLM) -> None:
+def test_batch_without_images_equals_text(ours: VLM) -> None:
     batch = make_batch([TEXTS])
     bare = replace(batch, extra={})
     assert list(ours.get_attention_masks(bare)) == ["decoder"]
@@ -276,7 +280,7 @@ def test_a_batch_without_images_is_text(ours: VLM) -> None:
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in ours.vision.parameters())
 
 
-def test_the_masks_pair_by_pair(ours: VLM) -> None:
+def test_masks_pair_by_pair(ours: VLM) -> None:
     batch = make_batch([[[1, (2, 4), (2, 2), 2], [(2, 2), 3]]])
     masks = ours.get_attention_masks(batch)
     decoder = """
@@ -295,15 +299,15 @@ def test_the_masks_pair_by_pair(ours: VLM) -> None:
     assert torch.equal(masks["encoder"].to_dense()[0], images)
 
 
-def test_under_bfloat16_autocast_the_loss_stays_close(ours: VLM) -> None:
+def test_loss_under_bfloat16_autocast_is_close(ours: VLM) -> None:
     batch = make_batch([DOCUMENTS, TEXTS])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = run(ours, batch, labels=True)
     torch.testing.assert_close(loss, run(ours, batch, labels=True), atol=0, rtol=2e-2)
 
 
-def test_the_masks_split_with_their_rows(ours: VLM) -> None:
-    """As a pipeline splits them: every tensor along B."""
+def test_masks_split_by_rows(ours: VLM) -> None:
+    """Pipeline parallelism splits every tensor of a mask along B."""
     batch = make_batch([DOCUMENTS, TEXTS, [[1, (2, 2), 2]]])
     masks = ours.get_attention_masks(batch)
     for row in range(3):
@@ -311,9 +315,9 @@ def test_the_masks_split_with_their_rows(ours: VLM) -> None:
             assert mask.equal(masks[name][row])
 
 
-def test_a_pipeline_stage_without_the_embedding_needs_no_encoder(ours: VLM) -> None:
+def test_pipeline_stage_without_embedding_needs_no_encoder(ours: VLM) -> None:
     batch = make_batch([DOCUMENTS, TEXTS])
-    facts = {
+    inputs = {
         "attention_masks": ours.get_attention_masks(batch),
         "positions": batch.positions,
         **batch.extra,
@@ -325,11 +329,11 @@ def test_a_pipeline_stage_without_the_embedding_needs_no_encoder(ours: VLM) -> N
     first.norm = first.output = None
     del last.layers["0"]
     last.embedding = last.vision = last.projector = None
-    assert torch.equal(last(first(batch.tokens, **facts), **facts), run(ours, batch))
+    assert torch.equal(last(first(batch.tokens, **inputs), **inputs), run(ours, batch))
 
 
 class Letters:
-    """A tokenizer whose tokens are letters."""
+    """A tokenizer with one token per letter."""
 
     eos_id = 94
 
@@ -340,7 +344,7 @@ class Letters:
         return "".join(chr(token + 32) for token in ids)
 
 
-def test_generation_sees_the_images_of_the_prompt_and_says_none(ours: VLM) -> None:
+def test_generation_uses_prompt_images_and_never_generates_image_tokens(ours: VLM) -> None:
     document: Document = [1, (2, 4), 3, (4, 2)]
     batch, ids = make_batch([[document]]), ids_of(document, 2)
     greedy = SamplingConfig(max_new_tokens=8, temperature=0.0)
@@ -348,8 +352,8 @@ def test_generation_sees_the_images_of_the_prompt_and_says_none(ours: VLM) -> No
     expected = list(ids)
     with torch.no_grad():
         for _ in range(8):
-            facts = Batch.from_documents([expected], len(expected))
-            logits = run(ours, replace(facts, extra=batch.extra))[0, -1]
+            text_batch = Batch.from_documents([expected], len(expected))
+            logits = run(ours, replace(text_batch, extra=batch.extra))[0, -1]
             logits[IMAGE] = -torch.inf
             if int(logits.argmax()) == Letters.eos_id:
                 break
@@ -357,67 +361,67 @@ def test_generation_sees_the_images_of_the_prompt_and_says_none(ours: VLM) -> No
     assert text == expected[len(ids) :] and len(text) > 2
 
     with torch.no_grad():
-        ours.output.weight[IMAGE] *= 100.0  # the likeliest token, wherever its logit is above 0
-    drawn = Letters().encode_prompt(
+        ours.output.weight[IMAGE] *= 100.0  # the likeliest token if its logit is positive
+    sampled = Letters().encode_prompt(
         generate(ours, Letters(), ids, SamplingConfig(max_new_tokens=20), extra=batch.extra)
     )
     with torch.no_grad():
         ours.output.weight[IMAGE] /= 100.0
-    assert drawn and IMAGE not in drawn
+    assert sampled and IMAGE not in sampled
 
 
 def with_extra(batch: Batch, **changed: Tensor) -> Batch:
     return replace(batch, extra={**batch.extra, **changed})
 
 
-def test_what_does_not_fit_is_refused(ours: VLM) -> None:
+def test_invalid_patches_raise(ours: VLM) -> None:
     batch = make_batch([[[1, (2, 4), (2, 2), 2], [(2, 2), 3]]])
     grid, patches = batch.extra["patch_grid"], batch.extra["patches"]
-    refused = [
-        (with_extra(batch, patch_grid=grid[:, :2]), r"row 0 has 4 image tokens \(95\), but its patch_grid states 3"),
-        (with_extra(batch, patch_grid=grid + 1), r"multiples of merge = 2, got \[3, 5\]; resize"),
-        (with_extra(batch, patch_grid=grid * 8), "states 1024 patches in a row, but patches has only 80"),
+    cases = [
+        (with_extra(batch, patch_grid=grid[:, :2]), r"row 0 has 4 image tokens \(95\); expected 3 from its patch_grid"),
+        (with_extra(batch, patch_grid=grid + 1), r"multiples of 2 \(spatial-merge-size\), got \[3, 5\]; resize"),
+        (with_extra(batch, patch_grid=grid * 8), "patch_grid has 1024 patches in a row, but patches has only 80"),
         (with_extra(batch, patch_grid=grid.float()), r"must be integers \[B, N, 2\].*torch.float32"),
         (with_extra(batch, patches=patches[..., :9]), r"must be \[B, P, 12\].*got \(1, 80, 9\)"),
         (with_extra(batch, patches=patches[:, :79]), r"multiple of 4.*got \(1, 79, 12\)"),
-        # the image of 2 x 6 would begin in the first document and end in the second
+        # the image of 2 x 6 would start in the first document and end in the second
         (
             with_extra(batch, patch_grid=torch.tensor([[[2, 2], [2, 6]]])),
-            "row 0 has an image whose tokens do not stand",
+            "row 0 has an image whose tokens are not contiguous",
         ),
     ]
-    for wrong, text in refused:
-        with pytest.raises(ValueError, match=text):
-            ours.get_attention_masks(wrong)
+    for invalid, message in cases:
+        with pytest.raises(ValueError, match=message):
+            ours.get_attention_masks(invalid)
 
     class Other:
         image_id = 7
 
-    with pytest.raises(ValueError, match="tokenizer's image token is 7, the model's 95"):
+    with pytest.raises(ValueError, match="tokenizer's image token is 7, but the model's is 95"):
         ours.get_attention_masks(batch, Other())
 
 
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"image_token_id": 8192}, "image-token 8192 is not in the vocabulary of 8192 tokens; use .* 8191"),
+        ({"image_token_id": 8192}, "image-token-id 8192 is not in the vocabulary of 8192 tokens; use .* 8191"),
         ({"spatial_merge_size": 0}, "model.spatial-merge-size must be greater than 0, got 0"),
         ({"num_kv_heads": 3}, "not divisible by model.num-kv-heads 3"),
     ],
 )
-def test_config_refuses(fields: dict, text: str) -> None:
+def test_invalid_config_raises(fields: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         VLMConfig(**fields)
 
 
-def test_vision_config_refuses() -> None:
+def test_invalid_vision_config_raises() -> None:
     with pytest.raises(ValueError, match=r"model.vision.hidden-size 130 is not divisible by model.vision.num-heads 4"):
         VisionConfig(hidden_size=130)
     with pytest.raises(ValueError, match=r"model.vision.patch-size must be greater than 0, got 0"):
         VisionConfig(patch_size=0)
 
 
-def test_a_config_of_another_model_is_refused() -> None:
+def test_unsupported_hf_config_raises() -> None:
     hf = VLM_FAMILY.hf.config_to_hf(VLM_FAMILY.presets["debug"])
     assert VLM_FAMILY.config_from_hf(hf) == replace(VLM_FAMILY.presets["debug"], head_dim=16)
     for changed, text in [
@@ -430,7 +434,7 @@ def test_a_config_of_another_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize("size", list(VLM_FAMILY.presets))
-def test_as_many_parameters_as_their_model(size: str) -> None:
+def test_parameter_count_equals_transformers(size: str) -> None:
     with torch.device("meta"):
         ours = build_model(f"vlm-{size}")
         hf = VLM_FAMILY.hf.config_to_hf(VLM_FAMILY.presets[size])
@@ -445,8 +449,8 @@ def test_flops(ours: VLM) -> None:
     assert ours.flops_per_token() == text.flops_per_token()
 
 
-def test_the_tiny_recipe_learns(tmp_path: Path) -> None:
-    """30 steps of shorter rows through the trainer."""
+def test_loss_falls_with_the_tiny_recipe(tmp_path: Path) -> None:
+    """30 training steps with shorter rows."""
     recipe = RECIPES["vlm-tiny"]
     run = replace(
         recipe,
@@ -460,7 +464,7 @@ def test_the_tiny_recipe_learns(tmp_path: Path) -> None:
     assert len(losses) == 30 and sum(losses[-5:]) / 5 < 0.3 * losses[0]
 
 
-def test_a_model_without_eyes_refuses_images(tmp_path: Path) -> None:
+def test_text_model_raises_for_image_data(tmp_path: Path) -> None:
     run = replace(RECIPES["llama3-debug"], output_dir=tmp_path, data=RECIPES["vlm-tiny"].data)
     with pytest.raises(ValueError, match=r"'synthetic-images' holds images, and this model reads text .* family vlm"):
         train_quietly(run)

@@ -1,4 +1,4 @@
-"""The picture of a context-parallel plan."""
+"""Plot of a context-parallel plan."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tests.support.random_masks import documents
 
 
 @pytest.mark.parametrize("degree", [1, 16])
-def test_picture(degree: int, tmp_path: Path) -> None:
+def test_plot_context_plan(degree: int, tmp_path: Path) -> None:
     ids = torch.cat([documents(40, 100, 20), torch.full((1, 160), -1, dtype=torch.int32)])
     masks = {"full": causal(2, 160) & document(ids), "window": sliding_window(2, 160, 9) & document(ids)}
     plot_context_plan(plan_context(masks, degree), tmp_path / "plan.png")

@@ -1,4 +1,4 @@
-"""loss.png, and the numbers behind its smooth line."""
+"""loss.png, and the smoothing of its training loss."""
 
 import matplotlib.image
 import pytest
@@ -15,7 +15,7 @@ def test_smooth() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 60])
-def test_a_picture_for_any_number_of_steps(steps, tmp_path) -> None:
+def test_plot_for_any_number_of_steps(steps, tmp_path) -> None:
     rows = [{"step": step, "loss": 9 / step, "learning_rate": 1e-3} for step in range(1, steps + 1)]
     rows[-1]["validation_loss"] = 3.0
     plot_loss(rows, tmp_path / "loss.png", "a run")

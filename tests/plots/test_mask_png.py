@@ -1,4 +1,4 @@
-"""masks.png: that the picture shows the mask it is of."""
+"""masks.png: the plotted area of a mask."""
 
 from pathlib import Path
 
@@ -15,25 +15,25 @@ INK = np.array([0x2F, 0x5B, 0xD3]) / 255
 
 
 def ink_share(path: Path) -> float:
-    """Share of the picture's area that has the colour of a visible pair."""
+    """Fraction of the pixels that have the color of a visible pair."""
     pixels = imread(path)[..., :3]
     return float((np.abs(pixels - INK).max(axis=2) < 0.02).mean())
 
 
-def test_a_panel_for_each_mask(tmp_path: Path) -> None:
+def test_one_panel_per_mask(tmp_path: Path) -> None:
     one, four = tmp_path / "one.png", tmp_path / "four.png"
     plot_masks({"attention": causal(1, 64)}, one)
     plot_masks({name: causal(1, 64) for name in "abcd"}, four)
     (height, width, _), (tall, wide, _) = imread(one).shape, imread(four).shape
-    assert wide > 2.5 * width and tall > 1.8 * height  # three beside each other, the fourth below
+    assert wide > 2.5 * width and tall > 1.8 * height  # three panels in the first row, one in the second
 
 
 @pytest.mark.parametrize("length", [600, 65_536])
-def test_the_area_of_ink_is_the_share_of_visible_pairs(tmp_path: Path, length: int) -> None:
-    """The whole square against a causal mask (a half) and one of two equal documents (a quarter)."""
+def test_plotted_area_is_the_share_of_visible_pairs(tmp_path: Path, length: int) -> None:
+    """Compare a full mask with a causal one (a half) and with two causal documents (a quarter)."""
     shares = []
-    everything = document(torch.zeros(1, length, dtype=torch.int32))
-    for mask in (everything, causal(1, length), packed(length // 2, length // 2)):
+    full = document(torch.zeros(1, length, dtype=torch.int32))
+    for mask in (full, causal(1, length), packed(length // 2, length // 2)):
         plot_masks({"attention": mask}, tmp_path / "masks.png")
         shares.append(ink_share(tmp_path / "masks.png"))
     assert shares[0] > 0.6
@@ -41,7 +41,7 @@ def test_the_area_of_ink_is_the_share_of_visible_pairs(tmp_path: Path, length: i
     assert shares[2] / shares[0] == pytest.approx(0.25, abs=0.02)
 
 
-def test_any_shape_can_be_drawn(tmp_path: Path) -> None:
+def test_masks_of_any_shape(tmp_path: Path) -> None:
     ids = torch.tensor([[0, 1]], dtype=torch.int32)
     masks = {
         "one token": causal(1, 1),
@@ -53,8 +53,8 @@ def test_any_shape_can_be_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "masks.png").stat().st_size > 10_000
 
 
-def test_the_row_that_was_asked_for(tmp_path: Path) -> None:
-    ids = torch.tensor([[0] * 8, [-1] * 8])  # row 1 is padding: nothing to see
+def test_requested_row(tmp_path: Path) -> None:
+    ids = torch.tensor([[0] * 8, [-1] * 8])  # row 1 is padding
     for row in (0, 1):
         plot_masks({"attention": document(ids)}, tmp_path / f"{row}.png", row=row)
     assert ink_share(tmp_path / "0.png") > 0.5 > 0.01 > ink_share(tmp_path / "1.png")

@@ -1,4 +1,4 @@
-"""Every recipe of a laptop's size trains."""
+"""Recipe lookup, and training with every recipe that fits a laptop."""
 
 import asyncio
 import shutil
@@ -22,12 +22,12 @@ STEPS = 30
 
 
 def losses_of(recipe: Run, directory: Path, **training: int) -> list[float]:
-    """Thirty steps of a recipe, on a few files of Python's library in place of all, and without what surrounds them."""
-    few = str(Path(asyncio.__file__).parent)
+    """Train 30 steps of a recipe on a few files of Python's library, without validation and checkpoints."""
+    source = str(Path(asyncio.__file__).parent)
     run = replace(
         recipe,
         output_dir=directory,
-        data=recipe.data if recipe.data.source == SYNTHETIC_IMAGES else replace(recipe.data, source=few),
+        data=recipe.data if recipe.data.source == SYNTHETIC_IMAGES else replace(recipe.data, source=source),
         training=replace(recipe.training, steps=STEPS, device="cpu", **training),
         validation=ValidationConfig(every=0),
         checkpoint=CheckpointConfig(every=0),
@@ -35,7 +35,7 @@ def losses_of(recipe: Run, directory: Path, **training: int) -> list[float]:
     )
     train_quietly(run)
     losses = [row["loss"] for row in read_metrics(directory / "metrics.jsonl")]
-    shutil.rmtree(directory)  # the checkpoint at the end is 200 MB
+    shutil.rmtree(directory)  # the final checkpoint has 200 MB
     assert len(losses) == STEPS
     return losses
 
@@ -48,7 +48,7 @@ def test_every_model_has_a_recipe_and_every_family_a_tiny_one() -> None:
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module of somebody's own in the current directory."""
+    """User modules in the current directory."""
     package = tmp_path / "mine_of_recipes"
     package.mkdir()
     (package / "runs.py").write_text(
@@ -60,37 +60,37 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.path", list(sys.path))
 
 
-def test_a_recipe_of_somebodys_own(mine: None) -> None:
+def test_user_recipe(mine: None) -> None:
     assert get_recipe("mine_of_recipes.runs:SHORT") is RECIPES["llama3-debug"]
     assert get_family("mine_of_recipes.runs:SHORT") is get_family("mine_of_recipes.runs:LLAMA3") is LLAMA3
 
 
 @pytest.mark.parametrize(
-    ("get", "name", "told"),
+    ("get", "name", "message"),
     [
         (get_recipe, "llama3-9b", "unknown recipe 'llama3-9b'; the recipes are: llama3-debug, .* package.module:NAME"),
-        (get_recipe, "mine_of_recipes.runs:NONE", "is not there, expected a Run; in .* there is SHORT, LONG"),
-        (get_recipe, "mine_of_recipes.runs:other", "is a int, expected a Run; in .* there is SHORT, LONG"),
-        (get_family, "mine_of_recipes.runs:other", "expected a Family or Run; .* there is LLAMA3, SHORT, LONG"),
+        (get_recipe, "mine_of_recipes.runs:NONE", "does not exist; expected a Run; .* defines SHORT, LONG"),
+        (get_recipe, "mine_of_recipes.runs:other", "has type int; expected a Run; .* defines SHORT, LONG"),
+        (get_family, "mine_of_recipes.runs:other", "expected a Family or Run; .* defines LLAMA3, SHORT, LONG"),
         (get_recipe, "mine_of_recipes.nothing:RUN", "cannot import mine_of_recipes.nothing .*No module named"),
         (get_recipe, "mine_of_recipes.broken:RUN", "cannot import mine_of_recipes.broken .*no_such_library"),
         (get_recipe, "mine_of_recipes/runs.py:SHORT", "is not of the form package.module:NAME"),
         (get_recipe, "mine_of_recipes.runs:", "is not of the form package.module:NAME"),
     ],
 )
-def test_what_is_no_recipe_is_refused(mine: None, get: Callable, name: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_unknown_recipe_raises(mine: None, get: Callable, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         get(name)
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_thirty_steps_of_short_rows_lower_the_loss(name: str, tmp_path: Path) -> None:
+def test_loss_falls_in_30_steps_of_short_rows(name: str, tmp_path: Path) -> None:
     losses = losses_of(RECIPES[name], tmp_path / "run", sequence_length=128, global_batch_size=1, micro_batch_size=1)
     assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
-def test_thirty_steps_lower_the_loss(name: str, tmp_path: Path) -> None:
+def test_loss_falls_in_30_steps(name: str, tmp_path: Path) -> None:
     losses = losses_of(RECIPES[name], tmp_path / "run")
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])

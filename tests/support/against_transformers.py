@@ -1,4 +1,4 @@
-"""The truth for every family: the transformers library's own model, run on one document at a time, never packed."""
+"""Comparison of each family with its reference, the transformers model, run on one unpacked document at a time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sightline.models import family_of, load_pretrained, save_pretrained
 from sightline.training.step import named_masks
 
 LOGITS = 1e-4
-GRADIENTS = 1e-3  # of the largest element of each gradient
+GRADIENTS = 1e-3  # relative to the largest element of each gradient
 
 
 def random_theirs(model: type, config: Any, spread: float = 0.15) -> nn.Module:
-    """Their model with weights in which nothing is 0 or 1: what is missing or misplaced must show."""
+    """Build a transformers model with random weights, none 0 or 1, so that missing or swapped weights are detected."""
     torch.manual_seed(0)
     config._attn_implementation = "eager"
     theirs = model(config).eval()
@@ -32,7 +32,7 @@ def random_theirs(model: type, config: Any, spread: float = 0.15) -> nn.Module:
 
 
 def as_ours(theirs: Any, directory: Path) -> Any:
-    """Their model, written by them and read by us."""
+    """Save a transformers model with transformers and load it with Sightline."""
     theirs.save_pretrained(directory)
     return load_pretrained(directory)
 
@@ -56,17 +56,17 @@ def run(model: Any, batch: Batch, *, labels: bool = False) -> Tensor:
 
 
 def pieces(batch: Batch) -> Iterator[tuple[int, Tensor]]:
-    """(row, token indices) of every document of the batch, as its ids state it."""
+    """Yield (row, token indices) of every document of the batch."""
     for row in range(batch.shape[0]):
         for number in range(int(batch.document_ids[row].max()) + 1):
             yield row, (batch.document_ids[row] == number).nonzero()[:, 0]
 
 
 def assert_same_model(ours: Any, theirs: Any, documents: list[list[int]], length: int) -> None:
-    """Logits of every token and gradients of every parameter: ours from packed rows, theirs from each document."""
+    """Compare the logits of all tokens and all gradients: ours from packed rows, theirs from single documents."""
     batch = Batch.from_documents(documents, length=length)
     packed = [(row, index) for row, index in pieces(batch)]
-    assert [batch.tokens[row, index].tolist() for row, index in packed] == documents, "no document may be cut"
+    assert [batch.tokens[row, index].tolist() for row, index in packed] == documents, "a document was split"
     ours.zero_grad()
     theirs.zero_grad()
 
@@ -85,25 +85,27 @@ def assert_same_model(ours: Any, theirs: Any, documents: list[list[int]], length
 
 
 def assert_same_gradients(ours: Any, theirs: Any) -> None:
-    """Of all parameters, each by the views through which its weights travel."""
+    """Compare the gradients of all parameters, converted to the same layout by the weight mapping of the family."""
     our_grads = {name: parameter.grad for name, parameter in ours.named_parameters()}
-    known = list(family_of(ours.config).hf.weights(ours.config))
-    their_grads = dict(_their_grads(theirs, {weight.theirs for weight in known}))
-    weights = [weight for weight in known if weight.ours in our_grads]
+    mapping = list(family_of(ours.config).hf.weights(ours.config))
+    their_grads = dict(_their_grads(theirs, {weight.theirs for weight in mapping}))
+    weights = [weight for weight in mapping if weight.ours in our_grads]
     assert {weight.ours for weight in weights} == set(our_grads)
     assert {weight.theirs for weight in weights} == set(their_grads)
     for weight in weights:
-        mine, other = our_grads[weight.ours], their_grads[weight.theirs]
-        assert mine is not None and other is not None, weight
-        mine, other = weight.of_ours(mine), weight.of_theirs(other)
-        largest = other.abs().max().item()
-        idle = ".experts." in weight.theirs and largest == 0.0  # an expert that no token was sent to
-        assert idle or largest > 1e-6, f"{weight.theirs} learns nothing, so the comparison is none"
-        torch.testing.assert_close(mine, other, atol=GRADIENTS * largest, rtol=0, msg=lambda m, w=weight: f"{w}: {m}")
+        actual, expected = our_grads[weight.ours], their_grads[weight.theirs]
+        assert actual is not None and expected is not None, weight
+        actual, expected = weight.of_ours(actual), weight.of_theirs(expected)
+        largest = expected.abs().max().item()
+        unused_expert = ".experts." in weight.theirs and largest == 0.0  # an expert that received no token
+        assert unused_expert or largest > 1e-6, f"{weight.theirs} has a zero gradient, so nothing is compared"
+        torch.testing.assert_close(
+            actual, expected, atol=GRADIENTS * largest, rtol=0, msg=lambda m, w=weight: f"{w}: {m}"
+        )
 
 
 def _their_grads(theirs: Any, names: set[str]) -> Iterator[tuple[str, Tensor | None]]:
-    """By the names in their files: there, some models have a tensor an expert, and in memory all experts in one."""
+    """Yield gradients by their names in checkpoints, where some models have one tensor per expert, not a fused one."""
     for name, parameter in theirs.named_parameters():
         experts, _, kind = name.rpartition(".")
         if name in names or not experts.endswith(".experts"):
@@ -119,21 +121,21 @@ def _their_grads(theirs: Any, names: set[str]) -> Iterator[tuple[str, Tensor | N
 
 
 def assert_way_back(ours: Any, theirs: Any, model: type, tokens: Tensor, directory: Path) -> None:
-    """What we write, they read: the same logits, and bit for bit the same weights."""
+    """Save with Sightline, load with transformers: equal logits, and bitwise equal weights."""
     save_pretrained(ours, directory)
     config = model.config_class.from_pretrained(directory)
     config._attn_implementation = "eager"
-    back = model.from_pretrained(directory, config=config).eval()
-    state, before = back.state_dict(), theirs.state_dict()
+    reloaded = model.from_pretrained(directory, config=config).eval()
+    state, before = reloaded.state_dict(), theirs.state_dict()
     assert list(state) == list(before) and all(torch.equal(state[name], before[name]) for name in state)
     with torch.no_grad():
-        assert torch.equal(back(input_ids=tokens).logits, theirs(input_ids=tokens).logits)
+        assert torch.equal(reloaded(input_ids=tokens).logits, theirs(input_ids=tokens).logits)
 
 
 def assert_cached_logits(ours: Any, tokens: list[int], cuts: Sequence[int]) -> None:
-    """A document taken piece by piece through a cache gives the logits of the whole."""
+    """Compare the logits of a document computed in pieces with a cache to those of the full document."""
     with torch.no_grad():
-        whole = run(ours, Batch.from_documents([tokens], length=len(tokens)))[0]
+        full_logits = run(ours, Batch.from_documents([tokens], length=len(tokens)))[0]
         cache, first = ours.new_cache(), 0
         for last in (*cuts, len(tokens)):
             batch, new = Batch.from_documents([tokens[:last]], length=last), torch.arange(first, last)
@@ -141,12 +143,12 @@ def assert_cached_logits(ours: Any, tokens: list[int], cuts: Sequence[int]) -> N
             masks = {name: mask.take_queries(new) for name, mask in masks.items()}
             positions = batch.positions[:, new]
             logits = ours(batch.tokens[:, new], attention_masks=masks, positions=positions, cache=cache)
-            torch.testing.assert_close(logits[0], whole[first:last], atol=LOGITS, rtol=0)
+            torch.testing.assert_close(logits[0], full_logits[first:last], atol=LOGITS, rtol=0)
             first = last
 
 
 class Numbers:
-    """A tokenizer whose text is the token ids, each with a space behind it."""
+    """Tokenizer whose text is the token ids, each followed by a space."""
 
     eos_id = -1
 
@@ -158,35 +160,35 @@ class Numbers:
 
 
 def assert_greedy_text(ours: Any, tokens: list[int], count: int) -> None:
-    """Generated text is what the likeliest token after the whole text, computed anew each time, makes of it."""
+    """Compare generated text with greedy decoding that recomputes the full text for every token."""
     text = list(tokens)
     with torch.no_grad():
         for _ in range(count):
             text.append(int(run(ours, Batch.from_documents([text], length=len(text)))[0, -1].argmax()))
-    told = generate(ours, Numbers(), Numbers().decode(tokens), SamplingConfig(max_new_tokens=count, temperature=0))
-    assert told == Numbers().decode(text[len(tokens) :])
+    generated = generate(ours, Numbers(), Numbers().decode(tokens), SamplingConfig(max_new_tokens=count, temperature=0))
+    assert generated == Numbers().decode(text[len(tokens) :])
 
 
 def assert_needle(ours: Any, batch: Batch, row: int, changed: int) -> None:
-    """Another token in one document changes its logits from there on, and those of no other document.
+    """Perturb one token: only the logits of its document from this token on change.
 
-    In float64: experts multiply the rows of all documents at once, and the number of rows may change how a sum rounds
-    in the last bit. What must be 0 to the bit are the gradients of the other documents' logits by this document.
+    In float64 with a tolerance, since experts multiply the tokens of all documents at once, and their number may change
+    rounding. The gradients of the other documents' logits with respect to this document must be exactly 0.
     """
     ours = ours.double()
     tokens = batch.tokens.clone()
     tokens[row, changed] = (tokens[row, changed] + 1) % ours.config.vocab_size
-    own = batch.document_ids == batch.document_ids[row, changed]
-    own[torch.arange(len(own)) != row] = False
+    same = batch.document_ids == batch.document_ids[row, changed]
+    same[torch.arange(len(same)) != row] = False
 
-    seeing = own.clone()
-    seeing[:, :changed] = False
+    affected = same.clone()
+    affected[:, :changed] = False
 
     before, after = run(ours, batch), run(ours, replace(batch, tokens=tokens))
-    assert torch.equal((before - after).abs().amax(dim=-1) > 1e-12, seeing)
+    assert torch.equal((before - after).abs().amax(dim=-1) > 1e-12, affected)
 
     h = ours.embedding(batch.tokens)
     masks = ours.get_attention_masks(batch)
-    logits = ours.decode(h, attention_masks=masks, positions=batch.positions, labels=None, cache=None)
-    (grads,) = torch.autograd.grad(logits[~own].square().sum(), h)
-    assert torch.equal(grads[own], torch.zeros_like(grads[own])) and grads[~own].abs().sum() > 0
+    logits = ours.forward_embedded(h, attention_masks=masks, positions=batch.positions, labels=None, cache=None)
+    (grads,) = torch.autograd.grad(logits[~same].square().sum(), h)
+    assert torch.equal(grads[same], torch.zeros_like(grads[same])) and grads[~same].abs().sum() > 0

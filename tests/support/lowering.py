@@ -1,4 +1,4 @@
-"""Masks as layers take them, for tests that call a layer without a model."""
+"""Lowered masks for tests that call a layer without a model."""
 
 from typing import Any
 

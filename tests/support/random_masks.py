@@ -1,6 +1,6 @@
-"""Random packed rows and random expressions of rules for hypothesis, each with the dense truth written independently.
+"""Hypothesis strategies for packed rows and mask expressions, with an independent dense mask as reference.
 
-The truth of a rule is a comparison of plain facts over all pairs, never an interval.
+The dense mask of a rule compares token attributes over all pairs; it does not use intervals.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sightline.masks import (
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed rows: document_ids, positions, prefix_lengths, span_ids, prefix_ids [B, S] and is_global bool [B, S]."""
+    """Token attributes of packed rows, [B, S] each: integers, and `is_global` bool."""
 
     document_ids: Tensor
     positions: Tensor
@@ -42,9 +42,9 @@ class Rows:
 
 @st.composite
 def packed_rows(draw: st.DrawFn, max_rows: int = 3, max_length: int = 40) -> Rows:
-    """Rows of documents of 1 token and more, with padding at the end of some and with rows that are all padding."""
+    """Rows of documents of at least 1 token; some rows end with padding, some are all padding."""
     length = draw(st.integers(1, max_length))
-    facts: list[list[list[int]]] = []
+    attributes: list[list[list[int]]] = []
     for _ in range(draw(st.integers(1, max_rows))):
         lengths = draw(st.lists(st.integers(1, max(1, length // 2)), max_size=length))
         row: list[list[int]] = [[], [], [], [], [], []]
@@ -59,18 +59,18 @@ def packed_rows(draw: st.DrawFn, max_rows: int = 3, max_length: int = 40) -> Row
                     column.append(value)
         for column, value in zip(row, (-1, 0, 0, -1, -1, 0), strict=True):
             column += [value] * (length - len(column))
-        facts.append(row)
-    columns = [torch.tensor(column, dtype=torch.int32) for column in zip(*facts, strict=True)]
+        attributes.append(row)
+    columns = [torch.tensor(column, dtype=torch.int32) for column in zip(*attributes, strict=True)]
     return Rows(*columns[:5], is_global=columns[5].bool())
 
 
-def pairs(fact: Tensor) -> tuple[Tensor, Tensor]:
-    """A fact of the query [B, S, 1] and of the key [B, 1, S]."""
-    return fact[:, :, None], fact[:, None, :]
+def pairs(attribute: Tensor) -> tuple[Tensor, Tensor]:
+    """Broadcast a token attribute to pairs: of the query [B, S, 1] and of the key [B, 1, S]."""
+    return attribute[:, :, None], attribute[:, None, :]
 
 
 def dense_rules(rows: Rows, window: int, chunk: int) -> dict[str, tuple[AttentionMask, Tensor]]:
-    """Every rule over these rows: (mask, bool [B, S, S])."""
+    """All rules applied to these rows: (mask, reference bool [B, S, S]) by name."""
     batch, length = rows.shape
     index = torch.arange(length).expand(batch, length)
     q, kv = pairs(index)
@@ -104,7 +104,7 @@ def dense_rules(rows: Rows, window: int, chunk: int) -> dict[str, tuple[Attentio
 
 @st.composite
 def expressions(draw: st.DrawFn, max_rows: int = 3, max_length: int = 40) -> tuple[AttentionMask, Tensor]:
-    """A random expression of rules joined by & and |, and its dense truth."""
+    """A random expression of rules combined with & and |, and its dense mask."""
     rows = draw(packed_rows(max_rows, max_length))
     rules = dense_rules(rows, draw(st.integers(1, 12)), draw(st.integers(1, 12)))
     mask, dense = rules[draw(st.sampled_from(sorted(rules)))]
@@ -118,27 +118,27 @@ def expressions(draw: st.DrawFn, max_rows: int = 3, max_length: int = 40) -> tup
 
 
 def assert_canonical(mask: AttentionMask) -> None:
-    """Sorted, apart from each other, empty ones as [0, 0) at the end, and K as small as the mask allows."""
+    """Intervals are sorted and neither overlap nor are adjacent, unused ones are [0, 0) at the end, K is minimal."""
     start, stop = mask.start.long(), mask.stop.long()
-    seen = stop > start
-    assert torch.equal(start[~seen], torch.zeros_like(start[~seen]))
-    assert torch.equal(stop[~seen], torch.zeros_like(stop[~seen]))
-    assert not (seen[..., 1:] & ~seen[..., :-1]).any(), "an empty interval before a full one"
-    assert (start[..., 1:] > stop[..., :-1])[seen[..., 1:]].all(), "intervals touch or are out of order"
+    nonempty = stop > start
+    assert torch.equal(start[~nonempty], torch.zeros_like(start[~nonempty]))
+    assert torch.equal(stop[~nonempty], torch.zeros_like(stop[~nonempty]))
+    assert not (nonempty[..., 1:] & ~nonempty[..., :-1]).any(), "an empty interval precedes a nonempty one"
+    assert (start[..., 1:] > stop[..., :-1])[nonempty[..., 1:]].all(), "intervals are adjacent or out of order"
     assert (start >= 0).all() and (stop <= mask.key_length).all()
-    assert mask.intervals == 1 or seen[..., -1].any(), "K is larger than any query needs"
+    assert mask.intervals == 1 or nonempty[..., -1].any(), "K is larger than any query needs"
 
 
 @st.composite
 def scattered_masks(draw: st.DrawFn, longest: int = 40, square: bool = False) -> AttentionMask:
-    """Any mask of up to 3 intervals a query, with empty queries, rows of different content, Q and T apart."""
+    """Random masks of up to 3 intervals per query, with fully masked queries; Q and T differ unless `square`."""
     rows, queries, width = (draw(st.integers(1, most)) for most in (2, longest, 3))
     keys = queries if square else draw(st.integers(1, longest))
     numbers = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     start = torch.randint(0, keys + 1, (rows, queries, width), generator=numbers)
     length = torch.randint(0, draw(st.integers(1, keys)) + 1, start.shape, generator=numbers)
-    seen = torch.rand(start.shape, generator=numbers) < draw(st.sampled_from([0.3, 0.9]))
-    return AttentionMask.from_intervals(start, start + length * seen, keys)
+    nonempty = torch.rand(start.shape, generator=numbers) < draw(st.sampled_from([0.3, 0.9]))
+    return AttentionMask.from_intervals(start, start + length * nonempty, keys)
 
 
 def documents(*lengths: int, padding: int = 0) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A run that takes a second, and ways to end it at a chosen moment."""
+"""Training runs that take a second, and helpers to kill them at a given call."""
 
 import dataclasses
 import importlib
@@ -32,11 +32,13 @@ from sightline.training.trainer import Trainer, train
 
 MODEL = Llama3Config(vocab_size=320, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=64)
 STEPS = 8
+WORDS = "A run that takes a second, and ways to end it at a chosen moment."
+"""Vocabulary of the corpus; recorded losses depend on it."""
 
 
 def write_corpus(directory: Path) -> Path:
-    """Twenty documents of 3 to 120 words."""
-    words = list(dict.fromkeys((__doc__ or "").split()))
+    """Write twenty documents of 3 to 120 random words."""
+    words = list(dict.fromkeys(WORDS.split()))
     draw = random.Random(0)
     directory.mkdir()
     for number in range(20):
@@ -46,7 +48,7 @@ def write_corpus(directory: Path) -> Path:
 
 
 def small_run(output_dir: Path, source: Path, **changes: Any) -> Run:
-    """`changes` are fields by dotted name with `__` for the dot: training__steps=4."""
+    """Build a run of the small model; `changes` are config fields, with `__` for the dot: training__steps=4."""
     run = Run(
         model=MODEL,
         output_dir=output_dir,
@@ -65,14 +67,14 @@ def small_run(output_dir: Path, source: Path, **changes: Any) -> Run:
 
 
 def train_quietly(run: Run, batches: Batches | None = None) -> str:
-    """Train in this process; returns what was said."""
-    said = io.StringIO()
-    train(run, Terminal(Console(file=said, width=200)), batches=batches)
-    return said.getvalue()
+    """Train in this process and return the terminal output."""
+    output = io.StringIO()
+    train(run, Terminal(Console(file=output, width=200)), batches=batches)
+    return output.getvalue()
 
 
 def rows_of(run_directory: Path) -> list[dict[str, Any]]:
-    """The metrics without the numbers that are times."""
+    """Read the metrics of a run, without those that are times."""
     rows = read_metrics(run_directory / "metrics.jsonl")
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
 
@@ -82,7 +84,7 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
 
 
 def die_at(name: str, call: int, *, halfway: bool = False) -> None:
-    """Make the function called `name` kill this process at its n-th call, `halfway` after it wrote some bytes."""
+    """Make `name` ("module:function") kill this process at its n-th call, if `halfway` after writing a partial row."""
     module, _, attribute = name.partition(":")
     owner: Any = importlib.import_module(module)
     *classes, function = attribute.split(".")
@@ -106,7 +108,7 @@ def die_at(name: str, call: int, *, halfway: bool = False) -> None:
 
 
 def train_and_die(run: Run, name: str, call: int, halfway: bool) -> None:
-    """For a process of its own."""
+    """Train in a subprocess that is killed by `die_at`."""
     torch.set_num_threads(1)
     die_at(name, call, halfway=halfway)
     train_quietly(run)

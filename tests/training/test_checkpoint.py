@@ -1,4 +1,4 @@
-"""Checkpoints: what goes in comes out, and what is not whole is refused."""
+"""Checkpoints: loading restores what was saved, and incomplete checkpoints raise errors."""
 
 import dataclasses
 import errno
@@ -54,7 +54,7 @@ def save(directory: Path, model, optimizer, step: int = 2, keep: int = 2) -> Pat
 
 
 @pytest.mark.parametrize("config", [MODEL, dataclasses.replace(MODEL, tied_embeddings=True)], ids=["untied", "tied"])
-def test_what_goes_in_comes_out(config, tmp_path) -> None:
+def test_loading_restores_what_was_saved(config, tmp_path) -> None:
     model, optimizer = trained(config=config)
     saved = save(tmp_path / "checkpoints", model, optimizer)
     expected = torch.rand(3)
@@ -71,7 +71,7 @@ def test_what_goes_in_comes_out(config, tmp_path) -> None:
             assert torch.equal(theirs[name][key], value), (name, key)
 
 
-def test_options_of_the_optimizer_are_the_config_s(tmp_path) -> None:
+def test_optimizer_options_come_from_the_config(tmp_path) -> None:
     saved = save(tmp_path / "checkpoints", *trained())
     model, _ = build(1)
     optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.7))
@@ -79,7 +79,7 @@ def test_options_of_the_optimizer_are_the_config_s(tmp_path) -> None:
     assert optimizer.param_groups[0]["weight_decay"] == 0.7
 
 
-def test_the_newest_are_kept_and_counted_as_numbers(tmp_path) -> None:
+def test_newest_checkpoints_are_kept_in_numeric_order(tmp_path) -> None:
     directory = tmp_path / "checkpoints"
     model, optimizer = trained()
     for step in (8, 9, 10, 11):
@@ -90,7 +90,7 @@ def test_the_newest_are_kept_and_counted_as_numbers(tmp_path) -> None:
     assert find_latest(tmp_path / "nothing") is None
 
 
-def test_leftovers_are_no_checkpoints_and_are_removed(tmp_path) -> None:
+def test_partial_directories_are_no_checkpoints_and_are_removed(tmp_path) -> None:
     directory = tmp_path / "checkpoints"
     saved = save(directory, *trained())
     (directory / ".step-5.partial").mkdir()
@@ -102,7 +102,7 @@ def test_leftovers_are_no_checkpoints_and_are_removed(tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json", "config.json"])
 @pytest.mark.parametrize("how", ["missing", "short"])
-def test_cut_short_is_refused(name, how, tmp_path) -> None:
+def test_truncated_checkpoint_is_refused(name, how, tmp_path) -> None:
     saved = save(tmp_path / "checkpoints", *trained())
     file = saved / name
     size = file.stat().st_size
@@ -120,7 +120,7 @@ def test_cut_short_is_refused(name, how, tmp_path) -> None:
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
-def test_the_remedy_names_the_checkpoint_before(tmp_path) -> None:
+def test_the_remedy_names_the_previous_checkpoint(tmp_path) -> None:
     directory = tmp_path / "checkpoints"
     model, optimizer = trained()
     save(directory, model, optimizer, 2)

@@ -1,4 +1,4 @@
-"""Peaks by name, and one that is measured."""
+"""Peak FLOPs: by GPU name, and measured on the CPU."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and started again is, to the bit, the run that was never killed."""
+"""A run that is killed at any moment and resumed is bitwise identical to one that was not killed."""
 
 import multiprocessing
 import os
@@ -24,7 +24,7 @@ from tests.support.small_runs import (
 )
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["sightline.training.trainer"])  # pays for the imports once
+FORKSERVER.set_forkserver_preload(["sightline.training.trainer"])  # imports are done once
 
 
 @pytest.fixture(autouse=True)
@@ -81,14 +81,14 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize(("name", "call"), MOMENTS.values(), ids=MOMENTS)
-def test_killed_and_resumed_is_never_killed(name, call, source, undisturbed, tmp_path) -> None:
+def test_killed_and_resumed_run_equals_uninterrupted_run(name, call, source, undisturbed, tmp_path) -> None:
     run = small_run(tmp_path / "run", source)
     kill(run, name, call)
     train_quietly(run)
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-def test_killed_while_a_checkpoint_is_written_beside_the_steps(source, undisturbed, tmp_path) -> None:
+def test_killed_while_a_checkpoint_is_written_asynchronously(source, undisturbed, tmp_path) -> None:
     run = small_run(tmp_path / "run", source, checkpoint__asynchronous=True)
     kill(run, "sightline.training.checkpoint:shutil.copyfile", 5)
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-3"]
@@ -96,7 +96,7 @@ def test_killed_while_a_checkpoint_is_written_beside_the_steps(source, undisturb
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-def test_a_line_cut_in_half_is_dropped(source, undisturbed, tmp_path) -> None:
+def test_incomplete_line_is_dropped_on_resume(source, undisturbed, tmp_path) -> None:
     run = small_run(tmp_path / "run", source)
     kill(run, "sightline.training.metrics:MetricsFile.append", 5, halfway=True)
     assert not (tmp_path / "run" / "metrics.jsonl").read_bytes().endswith(b"\n")
@@ -114,7 +114,7 @@ def test_killed_again_and_again(source, undisturbed, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_saves_and_leaves(signum, source, undisturbed, tmp_path, monkeypatch) -> None:
+def test_a_signal_finishes_the_step_saves_and_exits(signum, source, undisturbed, tmp_path, monkeypatch) -> None:
     run = small_run(tmp_path / "run", source)
     original, calls = trainer.train_step, []
 
@@ -137,7 +137,7 @@ def test_a_signal_finishes_the_step_saves_and_leaves(signum, source, undisturbed
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-def test_a_second_interrupt_leaves_at_once(source, tmp_path, monkeypatch) -> None:
+def test_a_second_interrupt_exits_immediately(source, tmp_path, monkeypatch) -> None:
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -149,7 +149,7 @@ def test_a_second_interrupt_leaves_at_once(source, tmp_path, monkeypatch) -> Non
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
-def test_a_finished_run_says_so_and_changes_nothing(source, tmp_path) -> None:
+def test_a_finished_run_is_logged_and_unchanged(source, tmp_path) -> None:
     run = small_run(tmp_path / "run", source, training__steps=3)
     train_quietly(run)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -167,18 +167,18 @@ def test_more_steps_continue_and_warn(source, tmp_path) -> None:
 
 def test_a_path_continues_in_another_directory(source, undisturbed, tmp_path) -> None:
     train_quietly(
-        small_run(tmp_path / "first", source, training__steps=6, optimizer__schedule="wsd", optimizer__decay_share=0.0)
+        small_run(tmp_path / "first", source, training__steps=6, optimizer__schedule="wsd", optimizer__decay_ratio=0.0)
     )
     checkpoint = tmp_path / "first" / "checkpoints" / "step-3"
     run = small_run(
         tmp_path / "second", source, checkpoint__resume=str(checkpoint), training__steps=6,
-        optimizer__schedule="wsd", optimizer__decay_share=0.0,
+        optimizer__schedule="wsd", optimizer__decay_ratio=0.0,
     )  # fmt: skip
     train_quietly(run)
     assert rows_of(tmp_path / "second") == rows_of(tmp_path / "first")[3:]
 
 
-def test_the_random_numbers_go_on_where_they_were(source, tmp_path) -> None:
+def test_random_number_state_is_restored(source, tmp_path) -> None:
     train_quietly(small_run(tmp_path / "run", source, training__steps=3))
     expected = torch.rand(4)
     torch.manual_seed(99)

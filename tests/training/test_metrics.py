@@ -1,4 +1,4 @@
-"""metrics.jsonl: cut to the resumed step, robust to a kill and to a full disk; TensorBoard and W&B beside it."""
+"""metrics.jsonl: truncated to the resumed step, robust to a kill and to a full disk; also TensorBoard and W&B."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ def steps_of(path: Path) -> list[int]:
     return [row["step"] for row in read_metrics(path)]
 
 
-def test_one_object_a_line(tmp_path) -> None:
+def test_one_object_per_line(tmp_path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl", resumed_step=0)
     file.append({"step": 1, "loss": 2.5})
     file.append({"step": 2, "loss": 0.1})
@@ -34,7 +34,7 @@ def test_lines_after_the_resumed_step_are_dropped(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("tail", [b'{"step": 3, "lo', b'{"step": 3}', b"\0\0\0\n", b'{"step": 3, "loss": {"a": 1}'])
-def test_half_a_line_is_dropped(tail, tmp_path) -> None:
+def test_incomplete_line_is_dropped(tail, tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + tail)
     assert steps_of(path) == [1, 2]
@@ -42,7 +42,7 @@ def test_half_a_line_is_dropped(tail, tmp_path) -> None:
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 1.0}\n'
 
 
-def test_lines_wait_for_a_full_disk(tmp_path, monkeypatch, caplog) -> None:
+def test_lines_are_kept_while_the_disk_is_full(tmp_path, monkeypatch, caplog) -> None:
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path, resumed_step=0)
     file.append({"step": 1})

@@ -1,7 +1,7 @@
-"""Checkpoints of 0.2.0: their weights and optimizer state load, and the next step is the one 0.2.0 would take.
+"""Checkpoints of 0.2.0: weights and optimizer state load, and the next step equals that of 0.2.0.
 
-Each archive holds one small model's `step-2` and, in expected.json, what 0.2.0 computed on the batch below: the loss,
-the gradient norm, and the sum of all weights' magnitudes after one more step.
+Each archive holds `step-2` of a small model and expected.json: the loss and gradient norm that 0.2.0 computed on the batch
+below, and the sum of the absolute values of all weights after one more step.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Decay, the state of each optimizer, and Muon against torch's."""
+"""Weight decay, optimizer state, and Muon compared with torch.optim.Muon."""
 
 import dataclasses
 from typing import Any, get_args, get_type_hints
@@ -46,7 +46,7 @@ def test_a_tied_weight_is_in_one_group_once() -> None:
     )
 
 
-def test_moments_that_exist_from_the_start_are_those_torch_would_make() -> None:
+def test_initial_optimizer_state_equals_that_of_torch() -> None:
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Linear(3, 2) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
@@ -67,18 +67,18 @@ def test_moments_that_exist_from_the_start_are_those_torch_would_make() -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_without_gradients_a_step_moves_what_decays_and_nothing_else(name: str, optimizer: Any) -> None:
-    """See tests/layers/test_base.py for the names of what does not."""
+def test_without_gradients_a_step_changes_only_parameters_with_decay(name: str, optimizer: Any) -> None:
+    """tests/layers/test_base.py lists the parameters without decay."""
     model = build_model(name)
     for p in model.parameters():
-        nn.init.ones_(p)  # decay shows on anything that is not 0
+        nn.init.ones_(p)  # weight decay changes only values other than 0
         p.grad = torch.zeros_like(p)
     build_optimizer(model, OptimizerConfig(name=optimizer, weight_decay=0.5, learning_rate=0.1)).step()
     for key, p, role in parameter_info(model):
         assert torch.equal(p, torch.full_like(p, 0.95 if role.decays else 1.0)), key
 
 
-def test_the_config_knows_every_optimizer_and_what_it_keeps() -> None:
+def test_config_lists_every_optimizer_and_its_state() -> None:
     assert get_args(get_type_hints(OptimizerConfig)["name"]) == tuple(OPTIMIZERS) == tuple(OPTIMIZER_STATE)
     model = build_model("gpt_oss-debug")
     for name, (of_matrix, of_other) in OPTIMIZER_STATE.items():
@@ -89,7 +89,7 @@ def test_the_config_knows_every_optimizer_and_what_it_keeps() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_with_what_is_not_finite_changes_nothing(name: Any) -> None:
+def test_a_step_with_non_finite_gradients_changes_nothing(name: Any) -> None:
     torch.manual_seed(0)
     model = build_model(MODEL)
     optimizer = build_optimizer(model, OptimizerConfig(name=name, learning_rate=0.1))
@@ -115,7 +115,7 @@ def test_a_step_with_what_is_not_finite_changes_nothing(name: Any) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_reads_nothing_from_the_device(name: Any) -> None:
-    """With fake tensors, where reading a number raises."""
+    """Uses fake tensors, which raise an error if a value is read."""
     with FakeTensorMode():
         model = nn.ModuleList([Experts(4, 8, 16, bias=True), nn.Linear(16, 8), nn.Embedding(9, 8)])
         optimizer = build_optimizer(model, OptimizerConfig(name=name))
@@ -127,8 +127,8 @@ def test_a_step_reads_nothing_from_the_device(name: Any) -> None:
         optimizer.step()
 
 
-def test_orthogonalize_is_torch_s_iteration() -> None:
-    """A step of torch.optim.Muon from weights of 0 is its iteration, in bfloat16. Matrices of a stack do not mix."""
+def test_orthogonalize_equals_the_iteration_of_torch() -> None:
+    """From weights of 0, a step of torch.optim.Muon is its iteration in bfloat16. Stacked matrices are independent."""
     torch.manual_seed(0)
     for shape in ((64, 32), (32, 64), (48, 48), (1, 16)):
         weight, gradient = nn.Parameter(torch.zeros(shape)), torch.randn(shape)
@@ -141,11 +141,11 @@ def test_orthogonalize_is_torch_s_iteration() -> None:
         stacked = orthogonalize(torch.stack([gradient, 100 * gradient, torch.zeros(shape)]))
         assert torch.allclose(stacked[0], orthogonalize(gradient), atol=1e-6)
         assert torch.allclose(stacked[1], stacked[0], atol=1e-5) and not stacked[2].any()
-    assert orthogonalize(torch.zeros(0, 3, 2)).shape == (0, 3, 2)  # a process without experts
+    assert orthogonalize(torch.zeros(0, 3, 2)).shape == (0, 3, 2)  # a rank without experts
 
 
 def by_singular_values(x: torch.Tensor) -> torch.Tensor:
-    """Jordan's polynomial, five times, of each singular value, in float64."""
+    """Apply Jordan's polynomial five times to each singular value, in float64."""
     u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
     s = s / s.square().sum().sqrt()
     for _ in range(5):
@@ -153,8 +153,8 @@ def by_singular_values(x: torch.Tensor) -> torch.Tensor:
     return (u * s @ v).to(x.dtype)
 
 
-def test_muon_is_torch_s_muon_and_adamw() -> None:
-    """Steps on a model whose matrices go to torch.optim.Muon and whose other parameters go to torch.optim.AdamW."""
+def test_muon_equals_torch_muon_and_adamw() -> None:
+    """Reference: torch.optim.Muon for the matrices, torch.optim.AdamW for the other parameters."""
     torch.manual_seed(0)
     ours = build_model(MODEL)
     theirs = build_model(MODEL)
@@ -184,7 +184,7 @@ def test_muon_is_torch_s_muon_and_adamw() -> None:
             assert torch.equal(a, b), key
 
 
-def test_each_expert_is_a_matrix_by_itself() -> None:
+def test_each_expert_is_a_separate_matrix() -> None:
     torch.manual_seed(0)
     model = build_model("gpt_oss-debug")
     gate = model.layers["0"].moe.experts.gate
@@ -206,6 +206,6 @@ def refused_on(rank: int) -> str:
     return ""
 
 
-def test_muon_refuses_weights_that_lie_elsewhere_than_they_are_computed() -> None:
+def test_muon_refuses_cpu_offload() -> None:
     for said in on_processes(2, refused_on):
         assert "layers.0.mlp.up.weight lies in the memory of meta; use --parallel.no-offload, or" in said

@@ -1,4 +1,4 @@
-"""What a run refuses, and that nothing is lost by it."""
+"""Invalid runs raise errors, and the run directory keeps everything."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(source, tmp_path_factory) -> Path:
-    """A run of 4 steps with checkpoints of step 3 and 4. The tests only look at it."""
+    """A finished run of 4 steps with checkpoints of step 3 and 4, which the tests do not modify."""
     directory = tmp_path_factory.mktemp("finished") / "run"
     train_quietly(small_run(directory, source, training__steps=4))
     return directory
@@ -37,8 +37,8 @@ def everything_in(directory: Path) -> dict[str, bytes]:
 
 
 CHANGES = {
-    "model.num-layers": ({"model": dataclasses.replace(MODEL, num_layers=3)}, "3, expected 2", "--model.num-layers 2"),
-    "model.intermediate-size": (
+    "model.num_layers": ({"model": dataclasses.replace(MODEL, num_layers=3)}, "3, expected 2", "--model.num-layers 2"),
+    "model.intermediate_size": (
         {"model": dataclasses.replace(MODEL, intermediate_size=96)},
         "96, expected 64",
         "--model.intermediate-size 64",
@@ -52,7 +52,7 @@ CHANGES = {
     "seed": ({"seed": 5}, "5, expected 0", "--seed 0"),
     "data.packing": ({"data__packing": "best_fit"}, "'best_fit', expected 'stream'", "--data.packing stream"),
     "data.validation_fraction": (
-        {"data__validation_share": 0.2},
+        {"data__validation_fraction": 0.2},
         "0.2, expected 0.1",
         "--data.validation-fraction 0.1",
     ),
@@ -79,7 +79,7 @@ def test_another_run_is_not_continued(field, source, finished) -> None:
     assert everything_in(finished) == before
 
 
-def test_what_may_change_is_said(source, finished) -> None:
+def test_allowed_changes_are_logged(source, finished) -> None:
     run = small_run(
         finished, source, training__micro_batch_size=2, optimizer__learning_rate=1e-4, checkpoint__every=7,
         logging__sample_prompt="x", validation__rows=1, training__deterministic=True, training__steps=9,
@@ -110,7 +110,7 @@ def test_a_path_that_is_no_checkpoint_is_refused(source, finished, tmp_path) -> 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_path_behind_the_run_is_refused(source, finished) -> None:
+def test_a_checkpoint_older_than_the_run_is_refused(source, finished) -> None:
     before = everything_in(finished)
     older = finished / "checkpoints" / "step-3"
     with pytest.raises(ValueError, match=r"step-3 is of step 3, but .* already goes to step 4\..*branch off"):
@@ -147,14 +147,14 @@ def test_a_tokenizer_too_large_for_the_model_is_refused(source, tmp_path) -> Non
         train_quietly(run)
 
 
-def test_cuda_that_is_not_there_is_refused(source, tmp_path, monkeypatch) -> None:
+def test_cuda_without_a_device_is_refused(source, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"training\.device is 'cuda'.*--training.device cpu"):
         train_quietly(small_run(tmp_path / "run", source, training__device="cuda"))
 
 
-def test_a_loss_that_is_no_number_ends_the_run(source, tmp_path) -> None:
-    """A learning rate that throws the weights to infinity in the fourth step, the first after its warm-up."""
+def test_a_non_finite_loss_ends_the_run(source, tmp_path) -> None:
+    """The learning rate makes the weights infinite in step 4, the first step after the warm-up."""
     run = small_run(tmp_path / "run", source)
     train_quietly(dataclasses.replace(run, training=dataclasses.replace(run.training, steps=3)))
     weights = load(tmp_path / "run", device="cpu").model.state_dict()
@@ -175,7 +175,7 @@ def test_a_loss_that_is_no_number_ends_the_run(source, tmp_path) -> None:
 
 @pytest.fixture
 def small_files_only():
-    """Files may not grow past 100 kB, as on a full disk: a checkpoint does not fit, the metrics do."""
+    """A file size limit of 100 kB acts like a full disk: a checkpoint does not fit, the metrics do."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(on: bool) -> None:
@@ -189,7 +189,7 @@ BESIDE = pytest.mark.parametrize("asynchronous", [False, True], ids=["waiting", 
 
 
 @BESIDE
-def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(
+def test_a_temporarily_full_disk_costs_one_checkpoint(
     asynchronous, source, tmp_path, monkeypatch, small_files_only
 ) -> None:
     save, saved = saver.save_checkpoint, []
@@ -210,7 +210,7 @@ def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(
 
 
 @BESIDE
-def test_a_disk_that_stays_full_ends_with_the_old_checkpoint(
+def test_a_full_disk_at_the_end_keeps_the_old_checkpoint(
     asynchronous, source, tmp_path, monkeypatch, small_files_only
 ) -> None:
     save = saver.save_checkpoint

@@ -1,4 +1,4 @@
-"""config.json holds everything and reads back; a directory has one trainer."""
+"""config.json stores the full config and loads again; only one process trains in a directory."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ def through_json(run: Run, path: Path) -> Run:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_goes_through_json(name, tmp_path) -> None:
+def test_every_recipe_round_trips_through_json(name, tmp_path) -> None:
     run = dataclasses.replace(
         RECIPES[name],
         data=DataConfig(tokenizer=Path("a/tokenizer.json")),
@@ -36,7 +36,7 @@ def test_every_recipe_goes_through_json(name, tmp_path) -> None:
 def test_json_is_readable(tmp_path) -> None:
     written = settings(small_run(tmp_path, tmp_path))
     assert written["family"] == "llama3"
-    assert written["model"]["width"] == 32
+    assert written["model"]["hidden_size"] == 32
     assert written["training"]["sequence_length"] == 48
     assert written["optimizer"]["betas"] == [0.9, 0.95]
 
@@ -68,7 +68,7 @@ def test_an_unknown_family_is_named(tmp_path) -> None:
 
 
 def test_a_family_that_is_not_imported_is_refused_unless_it_is_given(tmp_path) -> None:
-    """What becomes of files that name a family from outside: tests/test_adding_a_model.py."""
+    """For families outside the package, see tests/test_adding_a_model.py."""
     path = tmp_path / "config.json"
     written = {**settings(small_run(tmp_path, tmp_path)), "family": "no.such:FAMILY"}
     path.write_text(json.dumps(written))
@@ -77,7 +77,7 @@ def test_a_family_that_is_not_imported_is_refused_unless_it_is_given(tmp_path) -
     assert load_config(path, LLAMA3) == small_run(tmp_path, tmp_path)
 
 
-def test_a_directory_without_checkpoints_is_said(tmp_path) -> None:
+def test_a_directory_without_checkpoints_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         find_checkpoint(tmp_path / "nothing")
     (tmp_path / "checkpoints").mkdir()
@@ -86,7 +86,7 @@ def test_a_directory_without_checkpoints_is_said(tmp_path) -> None:
 
 
 def test_only_one_process_trains_in_a_directory(tmp_path) -> None:
-    """The lock is of the open file, so one process can tell as well as two."""
+    """The lock belongs to the open file, so one process is enough to test it."""
     directory = RunDirectory(tmp_path / "run")
     with directory.lock(), pytest.raises(ValueError, match=r"another process is training in .*--output-dir"):
         directory.lock()

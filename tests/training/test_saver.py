@@ -1,4 +1,4 @@
-"""Checkpoints written beside the next steps: of the step they were begun after, one at a time, failures told later."""
+"""Asynchronous checkpoints: they hold the state at the start of the save, one at a time; failures are reported later."""
 
 import threading
 
@@ -27,7 +27,7 @@ def warned() -> list[str]:
 
 @pytest.fixture
 def opened(tmp_path, warned):
-    """Opens savers, and closes them."""
+    """Creates savers and closes them after the test."""
     savers_opened = []
 
     def open_saver(asynchronous: bool) -> Saver:
@@ -44,7 +44,7 @@ def opened(tmp_path, warned):
 
 @pytest.fixture
 def held(monkeypatch):
-    """Writing begins and goes no further until this is set."""
+    """Writing blocks until this event is set."""
     go_on, write = threading.Event(), savers.save_checkpoint
 
     def waiting(*args, **kwargs):
@@ -56,7 +56,7 @@ def held(monkeypatch):
     go_on.set()
 
 
-def test_what_is_written_is_the_step_it_was_begun_after(opened, held, model_and_optimizer, tmp_path) -> None:
+def test_a_checkpoint_holds_the_state_at_the_start_of_the_save(opened, held, model_and_optimizer, tmp_path) -> None:
     model, optimizer = model_and_optimizer
     expected = {name: weight.clone() for name, weight in model.state_dict().items()}
     moments = {name: state["exp_avg"].clone() for name, state in tensors(model, optimizer, CPU)["optimizer"].items()}
@@ -77,7 +77,7 @@ def test_what_is_written_is_the_step_it_was_begun_after(opened, held, model_and_
     assert all(torch.equal(came[name]["exp_avg"], moment) and moment.any() for name, moment in moments.items())
 
 
-def test_a_second_one_waits_for_the_first(opened, held, model_and_optimizer, tmp_path) -> None:
+def test_a_second_save_waits_for_the_first(opened, held, model_and_optimizer, tmp_path) -> None:
     saver, state = opened(asynchronous=True), tensors(*model_and_optimizer, CPU)
     saver.save(state, Progress(2, LOADER))
     threading.Timer(0.3, held.set).start()
@@ -87,7 +87,7 @@ def test_a_second_one_waits_for_the_first(opened, held, model_and_optimizer, tmp
     assert find_latest(tmp_path / "checkpoints").name == "step-4"
 
 
-def test_closing_lets_it_become_whole(opened, held, model_and_optimizer, tmp_path) -> None:
+def test_close_waits_for_the_checkpoint(opened, held, model_and_optimizer, tmp_path) -> None:
     saver = opened(asynchronous=True)
     saver.save(tensors(*model_and_optimizer, CPU), Progress(2, LOADER))
     threading.Timer(0.2, held.set).start()
@@ -96,7 +96,7 @@ def test_closing_lets_it_become_whole(opened, held, model_and_optimizer, tmp_pat
 
 
 @BOTH
-def test_a_failure_is_told_once_and_the_next_one_is_written(
+def test_a_failure_is_reported_once_and_the_next_save_succeeds(
     asynchronous, opened, warned, model_and_optimizer, tmp_path, monkeypatch
 ) -> None:
     saver, state = opened(asynchronous), tensors(*model_and_optimizer, CPU)
@@ -141,7 +141,7 @@ def test_what_must_come_first_comes_first(asynchronous, opened, model_and_optimi
     assert find_latest(tmp_path / "checkpoints") is None
 
 
-def test_a_saver_knows_what_is_there(opened, model_and_optimizer) -> None:
+def test_a_saver_finds_existing_checkpoints(opened, model_and_optimizer) -> None:
     saver = opened(asynchronous=False)
     saver.save(tensors(*model_and_optimizer, CPU), Progress(3, LOADER))
     again = opened(asynchronous=False)
@@ -152,7 +152,7 @@ def test_a_saver_knows_what_is_there(opened, model_and_optimizer) -> None:
     assert again.latest().stat().st_mtime_ns == written
 
 
-def test_a_checkpoint_is_due_every_so_many_steps(tmp_path) -> None:
+def test_a_checkpoint_is_due_every_n_steps(tmp_path) -> None:
     due = {every: Saver(tmp_path, [], CheckpointConfig(every=every), print) for every in (0, 3)}
     assert [step for step in range(1, 8) if due[3].is_due(step)] == [3, 6]
     assert not any(due[0].is_due(step) for step in range(1, 8))

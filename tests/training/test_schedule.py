@@ -1,4 +1,4 @@
-"""The schedules, with literals."""
+"""Learning rate schedules, compared with literal values."""
 
 import pytest
 
@@ -32,6 +32,6 @@ def test_a_run_shorter_than_its_warmup_never_leaves_it(schedule) -> None:
     assert rates(schedule, 4) == [0.25, 0.5, 0.75, 1.0]
 
 
-def test_no_warmup_begins_beside_the_peak() -> None:
+def test_without_warmup_the_first_step_is_near_the_peak() -> None:
     options = OptimizerConfig(learning_rate=2.0, warmup_steps=0, schedule="linear", min_lr_ratio=0.0)
     assert [learning_rate(step, options, 4) for step in (1, 2, 3, 4)] == [1.5, 1.0, 0.5, 0.0]

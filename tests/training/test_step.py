@@ -1,4 +1,4 @@
-"""prepare_batch and the train step, against plain PyTorch."""
+"""prepare_batch and train_step, compared with plain PyTorch."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from tests.support.small_runs import MODEL
 
 CPU = torch.device("cpu")
 ROWS = [[[7, 3, 9, 200, 4, 31, 8, 2]], [[5, 6], [11, 12, 13, 14]], [[1], [2, 3, 4, 5, 6]], [[9, 9]]]
-"""Documents of each row of 8 tokens."""
+"""Document lengths of each row of 8 tokens."""
 
 
 def build(seed: int = 0):
@@ -28,7 +28,7 @@ def build(seed: int = 0):
 
 
 def uneven_batch() -> Batch:
-    """4 rows with 7, 4, 4 and 1 labels: the rows of a batch must not count alike."""
+    """4 rows with 7, 4, 4 and 1 labels, so that rows must not have equal weight."""
     rows = [Batch.from_documents(documents, length=8) for documents in ROWS]
     assert [row.valid_tokens() for row in rows] == [7, 4, 4, 1]
     names = ("tokens", "labels", "document_ids", "positions")
@@ -37,7 +37,7 @@ def uneven_batch() -> Batch:
 
 @torch.no_grad()
 def mean_loss_of_documents(model) -> float:
-    """Each document alone, by F.cross_entropy over full logits; the mean over all predicted tokens."""
+    """Reference: F.cross_entropy over full logits of each document alone, averaged over all predicted tokens."""
     total, count = 0.0, 0
     for document in (document for row in ROWS for document in row):
         if len(document) > 1:
@@ -57,7 +57,7 @@ def step(model, batch, micro_batch_size, max_grad_norm=1e9, dtype="float32"):
     )
 
 
-def test_prepare_batch_states_everything_the_forward_takes() -> None:
+def test_prepare_batch_returns_all_arguments_of_forward() -> None:
     model = build()
     batch = uneven_batch()
     batch.extra["reward"] = torch.arange(4)
@@ -84,7 +84,7 @@ def test_validation_is_the_mean_over_valid_tokens_too() -> None:
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_accumulated_gradients_are_those_of_one_batch(micro_batch_size) -> None:
+def test_accumulated_gradients_equal_those_of_one_batch(micro_batch_size) -> None:
     whole, parts = build(), build()
     _, expected = step(whole, uneven_batch(), micro_batch_size=4)
     _, result = step(parts, uneven_batch(), micro_batch_size=micro_batch_size)
@@ -95,8 +95,8 @@ def test_accumulated_gradients_are_those_of_one_batch(micro_batch_size) -> None:
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_a_mean_of_means_would_be_noticed() -> None:
-    """The rows of the batch differ enough for the wrong weighting to show."""
+def test_a_mean_of_means_would_differ() -> None:
+    """The rows of the batch differ enough for a wrong weighting to change the loss."""
     model = build()
     batch = uneven_batch()
     means = [step(build(), batch[row : row + 1], 1)[1].loss.item() for row in range(4)]
@@ -112,7 +112,7 @@ def test_clipping_scales_to_the_norm() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_step_that_is_not_finite_touches_nothing(bad) -> None:
+def test_a_non_finite_step_changes_nothing(bad) -> None:
     model = build()
     batch = uneven_batch()
     optimizer, _ = step(model, batch, 4)
@@ -147,7 +147,7 @@ def test_work_is_counted_from_the_mask() -> None:
 
 @pytest.mark.parametrize(
     ("family", "option", "off", "on"),
-    [("qwen3-debug-moe", "aux_loss", 0.0, 0.1), ("deepseek_v3-debug", "mtp_loss_weight", None, 0.3)],
+    [("qwen3-debug-moe", "aux_loss_coef", 0.0, 0.1), ("deepseek_v3-debug", "mtp_loss_weight", None, 0.3)],
 )
 def test_auxiliary_losses_are_means_over_tokens_whatever_the_loss_divides_by(family, option, off, on) -> None:
     def gradients(loss: str, value: float | None) -> dict[str, torch.Tensor]:
@@ -186,7 +186,7 @@ def test_an_extra_that_the_loss_takes_does_not_reach_the_model() -> None:
     assert step(model, batch, micro_batch_size=2)[1].loss.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_batch_without_any_label_is_no_division_by_zero() -> None:
+def test_a_batch_without_labels_does_not_divide_by_zero() -> None:
     _, result = step(build(), Batch.from_documents([[1], [2], [3]], length=2), 2)
     assert result.loss.item() == 0.0
 

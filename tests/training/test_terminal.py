@@ -1,4 +1,4 @@
-"""What a run says on a terminal and off it."""
+"""Output of a run on a terminal and without one."""
 
 import io
 
@@ -57,5 +57,5 @@ def test_the_progress_line_goes_when_the_run_fails() -> None:
     terminal = Terminal(Console(file=io.StringIO(), force_terminal=True))
     with pytest.raises(RuntimeError), terminal.progress(0, 10):
         raise RuntimeError
-    with terminal.progress(0, 10):  # two at a time would be an error of rich
+    with terminal.progress(0, 10):  # rich raises an error if two are active
         pass

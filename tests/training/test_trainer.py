@@ -1,4 +1,4 @@
-"""A run from its config to its report."""
+"""A training run from its config to the final summary."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(source, tmp_path_factory):
-    """A whole run with everything a run writes."""
+    """A finished run with all files that a run writes."""
     run = small_run(tmp_path_factory.mktemp("run") / "run", source, validation__every=3)
     return dataclasses.replace(run, logging=LoggingConfig(tensorboard=True, sample_tokens=8, sample_prompt="def "))
 
@@ -36,7 +36,7 @@ def said(run) -> str:
     return train_quietly(run)
 
 
-def test_the_directory_is_full(run, said) -> None:
+def test_the_run_directory_has_all_files(run, said) -> None:
     names = {path.name for path in run.output_dir.iterdir() if not path.name.startswith(".")}
     assert names == {
         "config.json", "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "checkpoints", "tensorboard",
@@ -62,7 +62,7 @@ def test_each_step_has_its_row(run, said) -> None:
     assert all(set(json.loads(line)) >= {"loss", "grad_norm", "mfu"} for line in text.splitlines())
 
 
-def test_the_log_says_what_is_trained_and_where_it_lies(run, said) -> None:
+def test_the_log_shows_the_model_and_the_output_files(run, said) -> None:
     for words in (
         "Llama3, 39.1 K parameters",
         "20 documents",
@@ -80,7 +80,7 @@ def test_the_log_says_what_is_trained_and_where_it_lies(run, said) -> None:
     assert "warning" not in said
 
 
-def test_the_same_seed_is_the_same_run_and_another_is_not(run, said, source, tmp_path) -> None:
+def test_equal_seeds_give_equal_runs_and_others_do_not(run, said, source, tmp_path) -> None:
     again = dataclasses.replace(run, output_dir=tmp_path / "again")
     other = dataclasses.replace(run, output_dir=tmp_path / "other", seed=1)
     for one in (again, other):
@@ -111,8 +111,8 @@ def test_training_and_validation_prepare_their_batches_alike(run, source, tmp_pa
     assert seen == [True, True, True, True, False, False], "2 steps of 2 forwards, 2 validation rows without gradients"
 
 
-def test_numbers_read_late_are_the_same_numbers(source, tmp_path) -> None:
-    """As on a GPU: the row of a step is written while the device works on the next one."""
+def test_metrics_that_are_read_late_are_equal(source, tmp_path) -> None:
+    """As on a GPU: the metrics of a step are written while the device computes the next step."""
     now, late = (small_run(tmp_path / name, source) for name in ("now", "late"))
     train_quietly(now)
     seen: list[int] = []
@@ -122,7 +122,7 @@ def test_numbers_read_late_are_the_same_numbers(source, tmp_path) -> None:
         one.take_step, take_step = lambda: (seen.append(len(rows_of(tmp_path / "late"))), take_step())[1], one.take_step
         one.train()
     assert rows_of(tmp_path / "late") == rows_of(tmp_path / "now")
-    # Rows on file when steps 1 to 8 begin: a step late, but for those of step 3, 4 and 6, saved or validated after.
+    # Rows in the file when steps 1 to 8 start: one step late, except after steps 3, 4 and 6, which save or validate.
     assert seen == [0, 0, 1, 3, 4, 4, 6, 6]
     assert all(row["seconds"] > 0 for row in read_metrics(tmp_path / "late" / "metrics.jsonl"))
 
@@ -143,19 +143,19 @@ def test_deterministic_algorithms_are_asked_for(source, tmp_path, monkeypatch) -
     assert rows_of(tmp_path / "one") == rows_of(tmp_path / "two")
 
 
-def test_bfloat16_on_a_cpu_is_warned_of(source, tmp_path) -> None:
+def test_bfloat16_on_a_cpu_logs_a_warning(source, tmp_path) -> None:
     said = train_quietly(small_run(tmp_path / "run", source, training__steps=1, training__dtype="bfloat16"))
     assert "warning: bfloat16 on a CPU" in said and "--training.dtype float32" in said
 
 
 def test_without_held_out_documents_nothing_is_validated(source, tmp_path) -> None:
-    train_quietly(small_run(tmp_path / "run", source, training__steps=4, data__validation_share=0.0))
+    train_quietly(small_run(tmp_path / "run", source, training__steps=4, data__validation_fraction=0.0))
     assert not any("validation_loss" in row for row in rows_of(tmp_path / "run"))
 
 
 def test_best_fit_pads_and_counts_only_tokens(tmp_path) -> None:
     (tmp_path / "texts").mkdir()
-    for number in range(10):  # equal documents: the tokenizer makes one token of the word, begin and end are two
+    for number in range(10):  # equal documents of three tokens: begin, the word, end
         (tmp_path / "texts" / f"{number}.txt").write_text("abcdefghijklmnopqrs")
     run = small_run(
         tmp_path / "run",
@@ -179,7 +179,7 @@ def test_a_trained_model_loads_with_its_tokenizer(run, said) -> None:
         assert trained.tokenizer.decode(trained.tokenizer.encode("def f")) == "def f"
 
 
-def test_a_picture_that_cannot_be_written_ends_nothing(source, tmp_path, monkeypatch) -> None:
+def test_a_plot_that_cannot_be_written_does_not_end_the_run(source, tmp_path, monkeypatch) -> None:
     def full(*_):
         raise OSError(28, "No space left on device")
 

@@ -1,5 +1,5 @@
-"""Hugging Face directories: a file for each family's format, and what all of them share.
+"""Conversion from and to Hugging Face directories: one file per family, and the code they share.
 
-A format knows its family's config by the names of its fields, and neither the config's class nor the model's: the
-family's file imports its format, and not the other way round.
+A format uses the fields of its family's config by name and does not import the config class or the model class; the
+family's file imports its format.
 """

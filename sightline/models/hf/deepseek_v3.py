@@ -1,4 +1,4 @@
-"""DeepSeek V3 in Hugging Face's form."""
+"""Hugging Face format of DeepSeek V3."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ FIELDS = {
 
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    """From the fields of a config.json.
+    """Convert the fields of config.json.
 
-    The layer that looks further is only read where our own `mtp_loss_weight` says that it is in the files:
-    transformers, which does without it, still writes num_nextn_predict_layers = 1.
+    The MTP module is loaded only if config.json has our field `mtp_loss_weight`. The field num_nextn_predict_layers
+    does not tell: transformers drops the module and still writes 1.
     """
     expect(hf, hidden_act="silu", attention_bias=False, norm_topk_prob=True, rope_interleave=True)
     expect(hf, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
@@ -54,15 +54,15 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_to_hf(config: Any) -> dict[str, Any]:
-    prediction: dict[str, Any] = {"num_nextn_predict_layers": 0}
+    mtp: dict[str, Any] = {"num_nextn_predict_layers": 0}
     if config.mtp_loss_weight is not None:
-        prediction = {"num_nextn_predict_layers": 1, "mtp_loss_weight": config.mtp_loss_weight}
+        mtp = {"num_nextn_predict_layers": 1, "mtp_loss_weight": config.mtp_loss_weight}
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
         **write_fields(config, FIELDS),
         "num_key_value_heads": config.num_heads,
-        **prediction,
+        **mtp,
         **write_rope(config.rope_theta, config.rope_scaling),
     }
 
@@ -71,10 +71,10 @@ def weights(config: Any) -> Iterator[Weight]:
     yield from decoder_weights(config, _layer_weights)
     if config.mtp_loss_weight is not None:
         theirs = f"model.layers.{config.num_layers}"
-        # The layer that looks further has experts where the model's last layer has.
+        # The MTP module has experts if the model's last layer has.
         yield from _layer_weights(config, config.num_layers - 1, theirs, "prediction.block")
-        further = {"enorm": "embedding_norm", "hnorm": "hidden_norm", "eh_proj": "join", "shared_head.norm": "norm"}
-        yield from rename(theirs, "prediction", further)
+        mtp = {"enorm": "embedding_norm", "hnorm": "hidden_norm", "eh_proj": "join", "shared_head.norm": "norm"}
+        yield from rename(theirs, "prediction", mtp)
 
 
 def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[Weight]:
@@ -101,11 +101,10 @@ def _attention_weights(config: Any, theirs: str, ours: str) -> Iterator[Weight]:
         config.q_lora_rank or config.hidden_size,
     )
     names = f"{theirs}.{query}.weight", f"{ours}.query.weight"
-    yield from rename_rope_weight(*names, config.num_heads, shape, plain=config.qk_nope_head_dim)
+    yield from rename_rope_weight(*names, config.num_heads, shape, nope_dim=config.qk_nope_head_dim)
+    shape = config.kv_lora_rank + config.qk_rope_head_dim, config.hidden_size
     names = f"{theirs}.kv_a_proj_with_mqa.weight", f"{ours}.kv_down.weight"
-    yield from rename_rope_weight(
-        *names, 1, (config.kv_lora_rank + config.qk_rope_head_dim, config.hidden_size), plain=config.kv_lora_rank
-    )
+    yield from rename_rope_weight(*names, 1, shape, nope_dim=config.kv_lora_rank)
 
 
 DEEPSEEK_V3_HF = HuggingFace(
@@ -113,7 +112,7 @@ DEEPSEEK_V3_HF = HuggingFace(
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
     weights=weights,
-    # In the published files layer 61 is the one that looks further; embedding and head are there once more.
+    # In the published files layer 61 is the MTP module, with copies of the embedding and the output head.
     ignored=r"lm_head\.weight|.*\.rotary_emb\.inv_freq|model\.layers\.61\..*|.*\.shared_head\.head\.weight"
     r"|model\.layers\.\d+\.embed_tokens\.weight",
 )

@@ -1,4 +1,4 @@
-"""Models in Hugging Face directories: config.json and safetensors, in and out."""
+"""Load and save models as Hugging Face directories: config.json and safetensors files."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from sightline.torch_private import is_dtensor
 
 CONFIG = "config.json"
 MAX_SHARD_BYTES = 5_000_000_000
-"""Size of a file of weights."""
-KEPT_FIELDS = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-"""Fields of config.json of no meaning to our models, which those who read the directory want."""
-KEPT_FILES = (
+"""Default maximum size of a safetensors file."""
+COPIED_FIELDS = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Fields of config.json that the models do not use, copied because readers of the directory need them."""
+COPIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -38,7 +38,7 @@ KEPT_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-"""Files that travel along from one directory to the next."""
+"""Files that are copied from the source directory to the saved one."""
 
 
 def load_pretrained(
@@ -48,13 +48,15 @@ def load_pretrained(
     attention_backend: str = "auto",
     family: Family | None = None,
 ) -> Any:
-    """The model of a Hugging Face directory, on the default device.
+    """Load a model from a Hugging Face directory, on the default device.
 
-    dtype   of its parameters; without it, the one that config.json names, else float32
-    family  that the model is of; without it, the one of FAMILIES that knows its architecture
+    dtype   dtype of the parameters; default: the dtype in config.json, else float32
+    family  model family; default: the one of FAMILIES that supports the architecture in config.json
 
-    Memory stays near one file of weights above the model.
-    Errors: ValueError for what is no such directory, a model that no family here can be, and weights that do not fit.
+    Peak memory is the model plus about one safetensors file.
+
+    Raises:
+        ValueError: if this is not a Hugging Face directory, no family supports the model, or the weights do not match.
     """
     directory = Path(directory)
     hf = read_config(directory)
@@ -62,7 +64,7 @@ def load_pretrained(
     device = torch.get_default_device()
     with torch.device("meta"):
         model = family_of(config).model(config, attention_backend=attention_backend)
-    for parameter in model.parameters():  # and no buffers: those are few, and some lose their meaning when rounded
+    for parameter in model.parameters():  # buffers keep their dtype: they are small, and some need the precision
         parameter.data = parameter.data.to(dtype or _dtype_of(hf))
     model.check_backend(device, dtype or _dtype_of(hf), training=False)
     model.to_empty(device=device)
@@ -71,15 +73,16 @@ def load_pretrained(
 
 
 def read_pretrained(model: Any, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """Fill a model that is there already with the weights of a Hugging Face directory.
+    """Load the weights of a Hugging Face directory into an existing model.
 
-    state  the tensors to fill, by their names in the model: see `read_weights`
+    state  {name in the model: tensor to fill}; see `read_weights`
 
-    Errors: as `load_pretrained`.
+    Raises:
+        ValueError: as `load_pretrained`.
     """
-    known = find_family(read_config(directory), directory, (family_of(model.config),)).hf
-    assert known is not None, "a family that knows an architecture has a format"
-    read_weights(model, directory, known.weights(model.config), ignored=known.ignored, state=state)
+    hf_format = find_family(read_config(directory), directory, (family_of(model.config),)).hf
+    assert hf_format is not None, "find_family returns only families with a Hugging Face format"
+    read_weights(model, directory, hf_format.weights(model.config), ignored=hf_format.ignored, state=state)
 
 
 def save_pretrained(
@@ -91,24 +94,26 @@ def save_pretrained(
     config_fields: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a model as a Hugging Face directory that transformers loads.
+    """Save a model as a Hugging Face directory that transformers can load.
 
-    dtype            what its parameters are written in; without it, their own
-    source           a directory whose tokenizer and generation config travel along
-    config_fields    more of config.json, where the source does not say: what readers of the directory want to know
-                     and the model does not, such as eos_token_id
-    max_shard_bytes  size of a file of weights; a larger tensor has a file to itself
+    dtype            dtype of the saved parameters; default: their dtype in the model
+    source           directory to copy the tokenizer and generation config from
+    config_fields    additional fields of config.json that the model does not have, such as eos_token_id; fields of the
+                     source take precedence
+    max_shard_bytes  maximum size of a safetensors file; a larger tensor gets a file of its own
 
-    Everything is written aside first: a full disk or a kill leaves no half model. Errors: ValueError where the
-    directory has weights already, or the model is of no family or shared among processes; OSError where the disk does
-    not take it.
+    All files are written to a temporary directory first, so a full disk or a kill leaves no partial model.
+
+    Raises:
+        ValueError: if the directory already has weights, the model has no family, or its parameters are sharded.
+        OSError: if writing fails.
     """
     state = model.state_dict()
-    shared = next((name for name, tensor in state.items() if is_dtensor(tensor)), None)
-    if shared:
+    sharded = next((name for name, tensor in state.items() if is_dtensor(tensor)), None)
+    if sharded:
         raise ValueError(
-            f"{shared} is a DTensor: this process holds a part of the model; expected all of it. Save a checkpoint: "
-            "sightline convert and --checkpoint.export write it from there, without gathering it anywhere"
+            f"{sharded} is a DTensor, so this process has only a shard of the model; expected full tensors. Save a "
+            "checkpoint instead: sightline convert and --checkpoint.export write it without gathering the model"
         )
     writer = PretrainedWriter(model, Path(directory), dtype=dtype, max_shard_bytes=max_shard_bytes)
     try:
@@ -121,9 +126,10 @@ def save_pretrained(
 
 
 class PretrainedWriter:
-    """A Hugging Face directory while it is written: aside, by one process or by several that share its files.
+    """Writes a Hugging Face directory from one or several processes, each of which writes some of the files.
 
-    The first process begins, then all write, then the first one finishes; or it abandons what was written.
+    Rank 0 calls `begin`, then every rank calls `write`, then rank 0 calls `finish`, or `abandon` to delete the files.
+    They are written to a temporary subdirectory until `finish`.
     """
 
     def __init__(self, model: Any, directory: Path, *, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
@@ -131,29 +137,37 @@ class PretrainedWriter:
         if max_shard_bytes < 1:
             raise ValueError(f"max-shard-bytes must be at least 1, got {max_shard_bytes}")
         if holds_weights(directory):
-            raise ValueError(f"{directory} holds the weights of a model already; choose another directory, or empty it")
+            raise ValueError(f"{directory} already contains model weights; choose another directory, or empty it")
         self.model, self.directory, self.partial = model, directory, directory / ".partial"
         self.dtype, self.max_shard_bytes = dtype, max_shard_bytes
 
     def begin(self, source: Path | None, config_fields: Mapping[str, Any]) -> None:
-        """All but the weights. Errors: OSError."""
-        written = self.dtype or next(self.model.parameters()).dtype
-        hf = {**self.format.config_to_hf(self.model.config), "dtype": str(written).removeprefix("torch.")}
+        """Write config.json and copy the files of `source`.
+
+        Raises:
+            OSError: if writing fails.
+        """
+        saved_dtype = self.dtype or next(self.model.parameters()).dtype
+        hf = {**self.format.config_to_hf(self.model.config), "dtype": str(saved_dtype).removeprefix("torch.")}
         hf |= config_fields
         if source is not None and (source / CONFIG).is_file():
             theirs = json.loads((source / CONFIG).read_text())
-            hf |= {name: theirs[name] for name in KEPT_FIELDS if name in theirs}
-        with self._telling():
+            hf |= {name: theirs[name] for name in COPIED_FIELDS if name in theirs}
+        with self._reporting_errors():
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
-            for name in KEPT_FILES:
+            for name in COPIED_FILES:
                 if source is not None and (source / name).is_file():
                     shutil.copyfile(source / name, self.partial / name)
             (self.partial / CONFIG).write_text(json.dumps(hf, indent=2) + "\n")
 
     def write(self, read: Callable[[list[str]], Mapping[str, Tensor]], rank: int = 0, world: int = 1) -> None:
-        """This process's share of the files of weights; `read` gives tensors of the model by name. Errors: OSError."""
-        with self._telling():
+        """Write this rank's share of the safetensors files; `read` returns model tensors by name.
+
+        Raises:
+            OSError: if writing fails.
+        """
+        with self._reporting_errors():
             write_weights(
                 self.model,
                 self.partial,
@@ -166,31 +180,37 @@ class PretrainedWriter:
             )
 
     def finish(self) -> None:
-        """Everything to its place. Errors: OSError."""
-        with self._telling():
-            for file in sorted(self.partial.iterdir(), key=lambda file: file.name == CONFIG):  # no model without it
+        """Move all files to the target directory, config.json last: without it, the directory is not a model.
+
+        Raises:
+            OSError: if moving fails.
+        """
+        with self._reporting_errors():
+            for file in sorted(self.partial.iterdir(), key=lambda file: file.name == CONFIG):
                 file.rename(self.directory / file.name)
             self.partial.rmdir()
 
     def abandon(self) -> None:
+        """Delete all files written so far."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
+    def _reporting_errors(self) -> Iterator[None]:
         try:
             yield
         except (OSError, SafetensorError) as error:
             number = error.errno if isinstance(error, OSError) else None
             raise OSError(
                 number or errno.EIO,
-                f"the model could not be written to {self.directory}: {error}; nothing of it was left there",
+                f"could not write the model to {self.directory}: {error}; all its files were removed",
             ) from error
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The fields of a directory's config.json.
+    """Return the fields of a directory's config.json.
 
-    Errors: ValueError where there is none or it is no Hugging Face model's.
+    Raises:
+        ValueError: if there is no config.json, or it is not the config of a Hugging Face model.
     """
     path = directory / CONFIG
     try:
@@ -209,9 +229,10 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def find_family(hf: Mapping[str, Any], directory: Path, families: Iterable[Family]) -> Family:
-    """The family, among some, that reads such a config.
+    """Return the one of `families` that supports the architecture of a config.json.
 
-    Errors: ValueError naming the architectures that they know.
+    Raises:
+        ValueError: if none does, or the weights are quantized.
     """
     known: list[str] = []
     for family in families:
@@ -221,20 +242,21 @@ def find_family(hf: Mapping[str, Any], directory: Path, families: Iterable[Famil
                 method = hf["quantization_config"].get("quant_method")
                 raise ValueError(
                     f"the weights in {directory} are quantized ({method}); expected float32, bfloat16 or float16: "
-                    "get them unquantized, or dequantize and save them with transformers"
+                    "use an unquantized model, or dequantize this one with transformers and save it"
                 )
             return family
         known.extend(architectures)
     raise ValueError(
-        f"{directory} holds a {hf['architectures'][0]}, which is not known here; the architectures are: "
-        f"{', '.join(dict.fromkeys(known)) or 'none'}; name a family of your own by --family package.module:NAME"
+        f"{directory} contains a {hf['architectures'][0]}, which is not supported; the supported architectures are: "
+        f"{', '.join(dict.fromkeys(known)) or 'none'}; for a family of your own, use --family package.module:NAME"
     )
 
 
 def read_model_config(directory: Path, families: Iterable[Family] = FAMILIES) -> Any:
-    """The config of the model in a Hugging Face directory.
+    """Return the model config for a Hugging Face directory.
 
-    Errors: ValueError where a field is missing or asks for what our models do not do, or none of the families knows it.
+    Raises:
+        ValueError: if no family supports the model, or config.json lacks a field or asks for an unsupported feature.
     """
     hf = read_config(directory)
     try:
@@ -246,12 +268,12 @@ def read_model_config(directory: Path, families: Iterable[Family] = FAMILIES) ->
 def _format_of(model: Any) -> HuggingFace:
     if not hasattr(model, "config"):
         known = ", ".join(family.model.__name__ for family in FAMILIES)
-        raise ValueError(f"cannot save a {type(model).__name__} in Hugging Face's form; expected one of {known}")
+        raise ValueError(f"cannot save a {type(model).__name__} as a Hugging Face directory; expected one of {known}")
     family = family_of(model.config)
     if family.hf is None:
         raise ValueError(
             f"the family {family.name} has no Hugging Face format, so a {type(model).__name__} cannot be saved in it; "
-            "give its Family value a hf=HuggingFace(...)"
+            "pass hf=HuggingFace(...) to its Family"
         )
     return family.hf
 

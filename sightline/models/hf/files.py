@@ -1,4 +1,4 @@
-"""Safetensors files of a Hugging Face directory, in and out, tensor by tensor."""
+"""Read and write the safetensors files of a Hugging Face directory, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sightline.models.hf.format import Group, Weight, group_weights, whole
+from sightline.models.hf.format import Group, Weight, group_weights, identity
 from sightline.models.weight_init import local_shard
 from sightline.torch_private import is_dtensor
 
@@ -29,33 +29,33 @@ def read_weights(
     ignored: str,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Fill the model from the safetensors files of a directory, tensor by tensor; nothing is changed before all fit.
+    """Load the safetensors files of a directory into a model. All names and shapes are checked before any copy.
 
-    ignored  tensors that the files may hold beside the weights (a regular expression for the whole name)
-    state  the tensors to fill, by their names in the model: what one of many processes holds of it, whole or as
-           DTensors; without it, the model's own. The files are mapped, so of a tensor that is only renamed a process
-           reads no more than its part.
+    ignored  regular expression for the full names of tensors that the files may contain in addition
+    state    {name in the model: tensor to fill}: the full or sharded (DTensor) tensors of this rank; default: the
+             model's state dict. The files are memory-mapped, so a rank reads only its shard of a tensor that is
+             renamed without any other change.
 
-    Errors: ValueError naming the first tensor that is missing, unexpected or of another shape, or the file that cannot
-    be read.
+    Raises:
+        ValueError: if a tensor is missing, unexpected or has another shape, or a file cannot be read; it is named.
     """
     weights = list(weights)
     groups = group_weights(model, weights)
     files = _find_files(directory)
     _check_names(groups, files, ignored, directory)
     _check_shapes(groups, files)
-    of: dict[str, list[Weight]] = {}
+    weights_by_name: dict[str, list[Weight]] = {}
     for weight in weights:
-        of.setdefault(weight.ours, []).append(weight)
+        weights_by_name.setdefault(weight.ours, []).append(weight)
     with torch.no_grad():
         for name, tensor in (model.state_dict() if state is None else state).items():
-            _fill(tensor, of[name], files)
+            _fill(tensor, weights_by_name[name], files)
 
 
 def _fill(ours: Tensor, weights: list[Weight], files: dict[str, Path]) -> None:
-    """One of our tensors from all of theirs that hold it."""
+    """Fill one of our tensors from all tensors of theirs that contain a part of it."""
     if is_dtensor(ours):
-        if [weight.of_ours for weight in weights] == [whole]:
+        if [weight.of_ours for weight in weights] == [identity]:
             source = _view(weights[0], files)
         else:
             source = torch.empty(ours.shape, dtype=ours.dtype, device="cpu")
@@ -68,31 +68,33 @@ def _fill(ours: Tensor, weights: list[Weight], files: dict[str, Path]) -> None:
 
 def _view(weight: Weight, files: dict[str, Path]) -> Tensor:
     file = files[weight.theirs]
-    with _open(file) as opened:  # anew for each: a file that stays open keeps in memory all that was read of it
+    with _open(file) as opened:  # reopened for each tensor: an open file keeps in memory all that was read from it
         return weight.of_theirs(opened.get_tensor(weight.theirs))
 
 
 def holds_weights(directory: Path) -> bool:
-    """Whether a directory has weights in Hugging Face's form."""
+    """Whether a directory contains safetensors weights under their Hugging Face names."""
     return any((directory / name).is_file() for name in (SINGLE, INDEX))
 
 
 def _find_files(directory: Path) -> dict[str, Path]:
-    """Where each tensor lies."""
+    """Return {tensor name: file}."""
     index, single = directory / INDEX, directory / SINGLE
     if index.is_file():
         try:
             named = {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is damaged ({type(error).__name__}: {error}); fetch it again") from error
+            raise ValueError(f"{index} is damaged ({type(error).__name__}: {error}); download it again") from error
         absent = sorted({file for file in named.values() if not file.is_file()})
         if absent:
-            raise ValueError(f"{directory} is not whole: {INDEX} names {absent[0].name}, which is not there")
+            raise ValueError(
+                f"{directory} is incomplete: {INDEX} lists {absent[0].name}, which does not exist; download it"
+            )
         return named
     if not single.is_file():
         raise ValueError(
-            f"{directory} holds no weights: expected {SINGLE}, or {INDEX} and the files it names. Weights in the older "
-            "pytorch_model.bin are not read, because such a file may run any code: save them anew as safetensors"
+            f"{directory} contains no weights; expected {SINGLE}, or {INDEX} and the files it lists. The older "
+            "pytorch_model.bin is not read, because loading it can run arbitrary code: convert it to safetensors"
         )
     with _open(single) as opened:
         return dict.fromkeys(opened.keys(), single)
@@ -102,21 +104,20 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read ({error}); it is cut short or no safetensors file") from error
+        raise ValueError(f"{file} cannot be read ({error}); it is truncated or not a safetensors file") from error
 
 
 def _check_names(groups: dict[str, Group], files: dict[str, Path], ignored: str, directory: Path) -> None:
     missing = [name for name in groups if name not in files]
     unexpected = [name for name in files if name not in groups and not re.fullmatch(ignored, name)]
     if missing or unexpected:
-        told = [
-            f"{what} {names[0]}" + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
-            for what, names in (("without", missing), ("with the unexpected", unexpected))
+        problems = [
+            f"{problem} {names[0]}" + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+            for problem, names in (("lack", missing), ("have the unexpected", unexpected))
             if names
         ]
         raise ValueError(
-            f"the weights in {directory} come {' and '.join(told)}; expected those of the model that its config.json "
-            "describes"
+            f"the weights in {directory} {' and '.join(problems)}; expected the tensors of the model in its config.json"
         )
 
 
@@ -129,12 +130,12 @@ def _check_shapes(groups: dict[str, Group], files: dict[str, Path]) -> None:
         with _open(file) as opened:
             absent = sorted(set(names) - set(opened.keys()))
             if absent:
-                raise ValueError(f"{file} has no tensor {absent[0]}, though {INDEX} says so; fetch both again")
+                raise ValueError(f"{file} has no tensor {absent[0]}, but {INDEX} lists it; download both again")
             shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in names}
     for name, group in groups.items():
         if shapes[name] != group.shape:
             raise ValueError(
-                f"{name} in {files[name]} has the shape {shapes[name]}; expected {group.shape} from the config's sizes"
+                f"{name} in {files[name]} has shape {shapes[name]}; expected {group.shape} according to config.json"
             )
 
 
@@ -149,10 +150,10 @@ def write_weights(
     rank: int,
     world: int,
 ) -> None:
-    """Write the model's tensors into `directory`, one file after another, every `world`-th of them; rank 0 the index.
+    """Write this rank's files, every `world`-th of all safetensors files, to a directory. Rank 0 also writes the index.
 
-    model  says which tensors there are; it needs no memory for them
-    read   gives tensors of the model, whole, by their names
+    model  defines names, shapes and dtypes; it may be on the meta device
+    read   returns full tensors of the model by name
     """
     groups = group_weights(model, weights, dtype)
     shards = list(_shards(groups, max_shard_bytes))
@@ -167,11 +168,12 @@ def write_weights(
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     for name, shard in list(zip(names, shards, strict=True))[rank::world]:
         state = read(sorted({weight.ours for tensor in shard for weight in groups[tensor].weights}))
-        tensors = {tensor: _give(state, groups[tensor]) for tensor in shard}
+        tensors = {tensor: _convert(state, groups[tensor]) for tensor in shard}
         save_file(tensors, directory / name, metadata={"format": "pt"})
 
 
-def _give(state: Mapping[str, Tensor], group: Group) -> Tensor:
+def _convert(state: Mapping[str, Tensor], group: Group) -> Tensor:
+    """Return one tensor of theirs, assembled from tensors of ours."""
     tensor = torch.empty(group.shape, dtype=group.dtype, device="cpu")
     for weight in group.weights:
         weight.of_theirs(tensor).copy_(weight.of_ours(state[weight.ours]))
@@ -179,7 +181,7 @@ def _give(state: Mapping[str, Tensor], group: Group) -> Tensor:
 
 
 def _shards(groups: dict[str, Group], max_bytes: int) -> Iterator[list[str]]:
-    """Names of the tensors of each file: as many as fit, at least one."""
+    """Yield the tensor names of each file: at most `max_bytes` per file, but at least one tensor."""
     shard: list[str] = []
     size = 0
     for name, group in groups.items():

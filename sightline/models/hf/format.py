@@ -1,24 +1,25 @@
-"""How a family says what Hugging Face calls its parts: fields of config.json, and names of tensors.
+"""Building blocks of a family's Hugging Face format: names of config.json fields and of tensors.
 
-A format is one `HuggingFace(...)`: the names of its architectures, its config to theirs and back, and which tensor of
-theirs is which of ours. `LLAMA3_HF` in `llama3.py` is the example to follow.
+A format is one `HuggingFace(...)`: architecture names, config conversion in both directions, and the correspondence
+between tensors. "Theirs" are the fields and tensors of transformers, "ours" those of this package. `LLAMA3_HF` in
+`llama3.py` is the example to follow.
 
-Most fields and most tensors are renamed and nothing else, by tables: `read_fields`, `write_fields`, `rename`.
+Most fields and tensors are only renamed, by tables: `read_fields`, `write_fields`, `rename`.
 
     Weight("model.norm.weight", "norm.weight")
 
-Where tensors are cut or arranged differently, the two sides are views that hold the same numbers. A view must share its
-memory (index, transpose, unflatten; never reshape or cat), because loading copies theirs into ours through it, and
-saving ours into theirs:
+If tensors are split or laid out differently, each side is a view, and both views hold the same numbers. A view must
+share memory with its tensor (index, transpose, unflatten; never reshape or cat), because loading copies theirs into
+ours through the views, and saving ours into theirs:
 
-    # one tensor an expert [F, W]; ours holds all of them in one [E, F, W]
+    # theirs: one tensor per expert [F, W]; ours: one tensor of all experts [E, F, W]
     Weight(f"{theirs}.experts.{e}.gate_proj.weight", f"{ours}.experts.gate", of_ours=operator.itemgetter(e))
 
-    # theirs holds gate and up in one [E, W, 2F], channel by channel; two of ours [E, W, F]
+    # theirs: gate and up interleaved by channel in one tensor [E, W, 2F]; ours: two tensors [E, W, F]
     Weight(f"{theirs}.gate_up_proj", f"{ours}.gate", of_theirs=lambda t: t[..., ::2], shape=(E, W, 2 * F))
     Weight(f"{theirs}.gate_up_proj", f"{ours}.up", of_theirs=lambda t: t[..., 1::2], shape=(E, W, 2 * F))
 
-    # theirs turns channel 2i with 2i + 1, ours i with i + D/2
+    # RoPE pairs channel 2i with 2i + 1 in theirs, i with i + D/2 in ours
     Weight(
         f"{theirs}.q_proj.weight",
         f"{ours}.query.weight",
@@ -41,47 +42,47 @@ from torch import Tensor, nn
 View = Callable[[Tensor], Tensor]
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The view that shows all of a tensor, as it is."""
+def identity(tensor: Tensor) -> Tensor:
+    """Return the tensor unchanged: the default view."""
     return tensor
 
 
 @dataclass(frozen=True)
 class Weight:
-    """`of_theirs(theirs)` and `of_ours(ours)` hold the same numbers in the same shape.
+    """Correspondence of two tensors: the views `of_theirs(theirs)` and `of_ours(ours)` have equal shapes and values.
 
-    Several weights may name the same tensor of theirs, or of ours; together they cover it.
+    Several weights may refer to the same tensor of theirs, or of ours; together they must cover it.
     """
 
     theirs: str
-    """Its name in the safetensors files."""
+    """Name of the tensor in the safetensors files."""
     ours: str
-    """Its name in the model's state_dict (a parameter or a persistent buffer)."""
-    of_theirs: View = whole
-    of_ours: View = whole
+    """Name of the parameter or persistent buffer in the model's state dict."""
+    of_theirs: View = identity
+    of_ours: View = identity
     shape: tuple[int, ...] | None = None
-    """Shape of all of theirs; needed where `of_theirs` is given, else it is that of `of_ours(ours)`."""
+    """Shape of the full tensor of theirs; required with `of_theirs`, otherwise the shape of `of_ours(ours)`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFace:
-    """How the models of one family are written in a Hugging Face directory.
+    """Hugging Face format of a model family.
 
-    What a model's state_dict does not hold, it must not need: it is built without memory, and then given memory that
-    only the weights fill.
+    A model must not depend on tensors outside its state dict, such as non-persistent buffers: loading builds it on the
+    meta device and fills only the state dict.
     """
 
     architectures: tuple[str, ...]
-    """The names that config.json gives such models in "architectures"."""
+    """Names of the family's models in "architectures" of config.json."""
     config_from_hf: Callable[[dict[str, Any]], dict[str, Any]]
-    """The fields of our config, from those of config.json. ValueError for what our model does not do: see `expect`."""
+    """Converts config.json to fields of our config; ValueError for unsupported features, see `expect`."""
     config_to_hf: Callable[[Any], dict[str, Any]]
-    """The fields of config.json, with "architectures" and "model_type"; of those without meaning to our model only what
-    their class could not do without (their defaults stand for the rest)."""
+    """Converts our config to fields of config.json, with "architectures" and "model_type". Fields that our model does
+    not use may be omitted if the defaults of transformers are right."""
     weights: Callable[[Any], Iterable[Weight]]
-    """All tensors of the model with our config. A model with tied embeddings has no lm_head.weight."""
+    """Returns the weights of a model with our config, without lm_head.weight if its embeddings are tied."""
     ignored: str = r"lm_head\.weight|.*\.rotary_emb\.inv_freq"
-    """Tensors that a file may hold though `weights` does not name them (a regular expression for the whole name)."""
+    """Regular expression for the full names of tensors that the files may contain and that are not loaded."""
 
 
 DECODER = {
@@ -91,16 +92,16 @@ DECODER = {
     "norm_eps": "rms_norm_eps",
     "tied_embeddings": "tie_word_embeddings",
 }
-"""Fields of our config, and what config.json calls them: those of every decoder."""
+"""{field of our config: field of config.json} of every decoder."""
 HEADS = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
-"""Those of grouped-query attention."""
+"""{field of our config: field of config.json} of grouped-query attention."""
 
 
 def read_fields(hf: Mapping[str, Any], names: Mapping[str, str], **missing: Any) -> dict[str, Any]:
-    """Fields of our config, by {ours: theirs}; those that config.json may lack have the values of `missing` then.
+    """Return fields of our config, by a table {ours: theirs}. `missing` has the values of fields that are optional.
 
     Raises:
-        KeyError: for a field that it must have.
+        KeyError: if config.json lacks a required field.
     """
     return {
         ours: hf[theirs] if theirs in hf or ours not in missing else missing[ours] for ours, theirs in names.items()
@@ -108,47 +109,51 @@ def read_fields(hf: Mapping[str, Any], names: Mapping[str, str], **missing: Any)
 
 
 def write_fields(config: Any, names: Mapping[str, str]) -> dict[str, Any]:
-    """Fields of config.json, by {ours: theirs}."""
+    """Return fields of config.json, by a table {ours: theirs}."""
     return {theirs: getattr(config, ours) for ours, theirs in names.items()}
 
 
 def expect(hf: Mapping[str, Any], **values: Any) -> None:
-    """Refuse a config.json that asks for what our model does not do. A field that is missing is as expected.
+    """Check that fields of config.json have the only values that our model supports. A field may be missing.
 
-    Errors: ValueError naming the field, its value and the only one our model knows.
+    Raises:
+        ValueError: if a field has another value; the message gives both values.
     """
     for name, value in values.items():
         if hf.get(name, value) != value:
             raise ValueError(
-                f"config.json has {name} = {hf[name]!r}, which {hf['architectures'][0]} does not support here; "
+                f"config.json has {name} = {hf[name]!r}, which is not supported for {hf['architectures'][0]}; "
                 f"expected {value!r}"
             )
 
 
 NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
-"""Modules of a layer, and what we call them: its norms."""
+"""{their module: ours} of a layer's norms."""
 ATTENTION = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
-"""Those of grouped-query attention."""
+"""{their module: ours} of grouped-query attention."""
 MLP = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
-"""Those of a feed-forward layer, or of an expert."""
+"""{their module: ours} of a feed-forward layer or an expert."""
 
 
 def rename(theirs: str, ours: str, names: Mapping[str, str], *kinds: str) -> Iterator[Weight]:
-    """The weights of the modules {theirs: ours} of two modules, or their tensors of several kinds."""
+    """Yield the weights of the submodules {their name: our name} of two modules; `kinds` are tensors such as "bias"."""
     for their_name, name in names.items():
         for kind in kinds or ("weight",):
             yield Weight(f"{theirs}.{their_name}.{kind}", f"{ours}.{name}.{kind}")
 
 
 def rename_experts(theirs: str, ours: str, experts: int) -> Iterator[Weight]:
-    """Theirs has one tensor an expert, ours all experts in one."""
+    """Yield the weights of experts that are one tensor per expert in theirs, and one tensor of all experts in ours."""
     for e in range(experts):
         for their_name, name in MLP.items():
             yield Weight(f"{theirs}.{e}.{their_name}.weight", f"{ours}.{name}", of_ours=itemgetter(e))
 
 
 def rename_fused_experts(config: Any, theirs: str, ours: str, halves: Mapping[str, View]) -> Iterator[Weight]:
-    """Theirs has all experts in one too, but input dims first, and gate and up in one, of which `halves` are views."""
+    """Yield the weights of experts that are stored with the input dim first, and gate and up in one tensor.
+
+    halves  {our name: view of their gate_up_proj}
+    """
     shape = (config.num_experts, config.hidden_size, 2 * config.intermediate_size)
     for name, half in halves.items():
         yield Weight(f"{theirs}.gate_up_proj", f"{ours}.{name}", half, lambda t: t.mT, shape)
@@ -156,32 +161,30 @@ def rename_fused_experts(config: Any, theirs: str, ours: str, halves: Mapping[st
 
 
 def rename_rope_weight(
-    theirs: str, ours: str, heads: int, shape: tuple[int, int], *, plain: int = 0
+    theirs: str, ours: str, heads: int, shape: tuple[int, int], *, nope_dim: int = 0
 ) -> Iterator[Weight]:
-    """A weight [heads * D, W] for RoPE: theirs turns channel 2i of a head with 2i + 1, ours i with i + half of them.
+    """Yield a weight [heads * D, W] whose output RoPE rotates: theirs pairs channel 2i of a head with 2i + 1, ours i
+    with i + D/2. The first `nope_dim` channels of each head are not rotated, and keep their order."""
 
-    The first `plain` channels of each head are not turned, and stay where they are.
-    """
+    def nope(t: Tensor) -> Tensor:
+        return t.unflatten(0, (heads, -1))[:, :nope_dim]
 
-    def still(t: Tensor) -> Tensor:
-        return t.unflatten(0, (heads, -1))[:, :plain]
+    def rotated(t: Tensor) -> Tensor:
+        return t.unflatten(0, (heads, -1))[:, nope_dim:]
 
-    def turned(t: Tensor) -> Tensor:
-        return t.unflatten(0, (heads, -1))[:, plain:]
-
-    if plain:
-        yield Weight(theirs, ours, still, still, shape)
+    if nope_dim:
+        yield Weight(theirs, ours, nope, nope, shape)
     yield Weight(
         theirs,
         ours,
-        lambda t: turned(t).unflatten(1, (-1, 2)).transpose(1, 2),
-        lambda t: turned(t).unflatten(1, (2, -1)),
+        lambda t: rotated(t).unflatten(1, (-1, 2)).transpose(1, 2),
+        lambda t: rotated(t).unflatten(1, (2, -1)),
         shape,
     )
 
 
 def decoder_weights(config: Any, layer: Callable[[Any, int, str, str], Iterable[Weight]]) -> Iterator[Weight]:
-    """Embedding, layers, norm and head. `layer(config, index, theirs, ours)` gives the weights of one layer."""
+    """Yield the weights of a decoder. `layer(config, index, theirs, ours)` returns those of one layer."""
     yield Weight("model.embed_tokens.weight", "embedding.weight")
     for index in range(config.num_layers):
         yield from layer(config, index, f"model.layers.{index}", f"layers.{index}")
@@ -191,7 +194,7 @@ def decoder_weights(config: Any, layer: Callable[[Any, int, str, str], Iterable[
 
 
 class Group(NamedTuple):
-    """One tensor of theirs."""
+    """One tensor of theirs, and the weights that cover it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -203,20 +206,21 @@ class Group(NamedTuple):
 
 
 def group_weights(model: nn.Module, weights: Iterable[Weight], dtype: torch.dtype | None = None) -> dict[str, Group]:
-    """The tensors of theirs that hold the model, in its order.
+    """Return {name: Group} of all tensors of theirs, in the order of `weights`.
 
-    dtype  what parameters are written in, without it their own; buffers always keep theirs
+    dtype  dtype of parameters in theirs; default: as in the model. Buffers always keep their dtype
     """
     state, parameters = model.state_dict(), dict(model.named_parameters())
     groups: dict[str, Group] = {}
-    left = {name: tensor.numel() for name, tensor in state.items()}
+    uncovered = {name: tensor.numel() for name, tensor in state.items()}
     for weight in weights:
         tensor = state[weight.ours]
-        part = weight.of_ours(tensor)
-        left[weight.ours] -= part.numel()
+        view = weight.of_ours(tensor)
+        uncovered[weight.ours] -= view.numel()
         if weight.theirs not in groups:
-            written = dtype if dtype is not None and weight.ours in parameters else tensor.dtype
-            groups[weight.theirs] = Group(weight.shape or tuple(part.shape), written, [])
+            saved_dtype = dtype if dtype is not None and weight.ours in parameters else tensor.dtype
+            groups[weight.theirs] = Group(weight.shape or tuple(view.shape), saved_dtype, [])
         groups[weight.theirs].weights.append(weight)
-    assert not any(left.values()), f"the family's weights do not cover {[name for name, n in left.items() if n]}"
+    missing = [name for name, count in uncovered.items() if count]
+    assert not missing, f"the family's weights do not cover {missing}"
     return groups

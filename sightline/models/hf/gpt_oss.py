@@ -1,4 +1,4 @@
-"""gpt-oss in Hugging Face's form."""
+"""Hugging Face format of gpt-oss."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FIELDS = {
     "aux_loss_coef": "router_aux_loss_coef",
 }
 HALVES: dict[str, View] = {"gate": lambda t: t[..., 0::2], "up": lambda t: t[..., 1::2]}
-"""Theirs has gate and up in one, channel by channel."""
+"""Views of gate and up in their tensor, which interleaves them by channel."""
 
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
@@ -42,13 +42,13 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_to_hf(config: Any) -> dict[str, Any]:
-    """The fields of a config.json. Without a word about RoPE theirs would have the scaling of the published models."""
-    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+    """Convert to config.json. RoPE is always given: transformers' default is the scaling of the published models."""
+    unscaled = {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
     return {
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",
         **write_fields(config, FIELDS),
-        **(plain if config.rope_scaling is None else write_rope(config.rope_theta, config.rope_scaling)),
+        **(unscaled if config.rope_scaling is None else write_rope(config.rope_theta, config.rope_scaling)),
     }
 
 

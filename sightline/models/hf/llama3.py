@@ -1,4 +1,4 @@
-"""Llama 3 in Hugging Face's form."""
+"""Hugging Face format of Llama 3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Llama 4's text model in Hugging Face's form."""
+"""Hugging Face format of the Llama 4 text model."""
 
 from __future__ import annotations
 
@@ -41,24 +41,20 @@ FIELDS = {
 
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    """From the fields of a config.json of the text model."""
+    """Convert the fields of the text model's config.json."""
     expect(hf, hidden_act="silu", attention_bias=False)
     missing = {"no_rope_layer_interval": 4, "temperature_scale": 0.1, "temperature_floor": 8192}
     fields = read_fields(hf, FIELDS, aux_loss_coef=0.001, tied_embeddings=False, **missing)
     fields |= rope_fields(hf, "llama3")
     if not hf.get("attn_temperature_tuning", True):
         fields["temperature_scale"] = 0.0
-    layers, full_every, experts_every = (
-        range(fields["num_layers"]),
-        fields["no_rope_layer_interval"],
-        fields["moe_layer_interval"],
-    )
-    full = layers[full_every - 1 :: full_every]
-    if hf.get("no_rope_layers"):  # [] in published files, for what the interval says
+    layers, no_rope, moe = range(fields["num_layers"]), fields["no_rope_layer_interval"], fields["moe_layer_interval"]
+    full = layers[no_rope - 1 :: no_rope]
+    if hf.get("no_rope_layers"):  # [] in published files, which give only the interval
         expect(hf, no_rope_layers=[int(i not in full) for i in layers])
     expect(
         hf,
-        moe_layers=list(layers[experts_every - 1 :: experts_every]),
+        moe_layers=list(layers[moe - 1 :: moe]),
         layer_types=["full_attention" if i in full else "chunked_attention" for i in layers],
     )
     return fields
@@ -76,7 +72,7 @@ def config_to_hf(config: Any) -> dict[str, Any]:
 
 def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[Weight]:
     yield from rename(theirs, ours, NORMS)
-    # Scores are sums over all channels of a query and a key: the full layers, where nothing turns, lie so too.
+    # Attention scores do not depend on the channel order, so the full layers, which have no RoPE, are reordered too.
     for their_name, name, heads in (("q_proj", "query", config.num_heads), ("k_proj", "key", config.num_kv_heads)):
         names = f"{theirs}.self_attn.{their_name}.weight", f"{ours}.attention.{name}.weight"
         yield from rename_rope_weight(*names, heads, (heads * config.head_dim, config.hidden_size))
@@ -84,7 +80,7 @@ def _layer_weights(config: Any, index: int, theirs: str, ours: str) -> Iterator[
     theirs, ours = f"{theirs}.feed_forward", f"{ours}.mlp"
     if config.has_experts(index):
         yield Weight(f"{theirs}.router.weight", f"{ours}.router.weight")
-        # Theirs has gate and up in one, first all channels of gate.
+        # Theirs has gate and up in one tensor, all channels of gate first.
         halves: dict[str, View] = {
             "gate": lambda t: t[..., : config.intermediate_size],
             "up": lambda t: t[..., config.intermediate_size :],

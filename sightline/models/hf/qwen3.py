@@ -1,4 +1,4 @@
-"""Qwen 3 in Hugging Face's form: one class of theirs without experts, one with."""
+"""Hugging Face format of Qwen 3: transformers has one class for dense models and one for models with experts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sightline.models.hf.format import (
 from sightline.models.hf.rope import rope_fields, write_rope
 
 DENSE = {**DECODER, **HEADS, "intermediate_size": "intermediate_size"}
-MIXTURE = {
+MOE = {
     **DECODER,
     **HEADS,
     "intermediate_size": "moe_intermediate_size",
@@ -39,7 +39,7 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     if hf["architectures"][0] == "Qwen3MoeForCausalLM":
         expect(hf, decoder_sparse_step=1, norm_topk_prob=True)
         expect({**hf, "mlp_only_layers": hf.get("mlp_only_layers") or []}, mlp_only_layers=[])
-        names = MIXTURE if "num_experts" in hf else {**MIXTURE, "num_experts": "num_local_experts"}
+        names = MOE if "num_experts" in hf else {**MOE, "num_experts": "num_local_experts"}
     fields = read_fields(hf, names, norm_eps=1e-6, tied_embeddings=False, aux_loss_coef=0.001)
     return {**fields, **rope_fields(hf, "yarn")}
 
@@ -51,7 +51,7 @@ def config_to_hf(config: Any) -> dict[str, Any]:
         kind = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
     return {
         **kind,
-        **write_fields(config, MIXTURE if config.num_experts else DENSE),
+        **write_fields(config, MOE if config.num_experts else DENSE),
         **write_rope(config.rope_theta, config.rope_scaling),
     }
 

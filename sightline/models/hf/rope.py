@@ -1,4 +1,4 @@
-"""RoPE in config.json: its base and its scaling, in the older and the newer form."""
+"""RoPE fields of config.json: base and scaling, in the older and the newer format."""
 
 from __future__ import annotations
 
@@ -11,26 +11,32 @@ from sightline.models.hf.format import read_fields, write_fields
 CONTEXT = {"original_context": "original_max_position_embeddings"}
 LLAMA3 = {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")} | CONTEXT
 YARN = {name: name for name in ("factor", "beta_fast", "beta_slow")} | CONTEXT | {"truncate": "truncate"}
-"""Fields of our scalings, and what config.json calls them."""
+"""{field of our RoPE scaling: field of config.json}."""
 
 
 def rope_fields(hf: Mapping[str, Any], *known: str) -> dict[str, Any]:
-    """The fields `rope_theta` and `rope_scaling` of our config. Raises as `read_rope`."""
+    """Return the fields `rope_theta` and `rope_scaling` of our config.
+
+    Raises:
+        ValueError: as `read_rope`.
+    """
     rope = read_rope(hf, *known)
     return {"rope_theta": rope["rope_theta"], "rope_scaling": read_scaling(rope)}
 
 
 def read_rope(hf: Mapping[str, Any], *known: str) -> dict[str, Any]:
-    """What config.json says of RoPE: "rope_theta", "rope_type" ("default" for none) and what that type has.
+    """Return the RoPE fields of config.json: rope_theta, rope_type ("default" without scaling) and those of the type.
 
-    Older files have rope_theta and rope_scaling, newer ones rope_parameters with both.
-    Errors: ValueError for a type that is neither "default" nor one of the known.
+    Older files have rope_theta and rope_scaling; newer files have both in rope_parameters.
+
+    Raises:
+        ValueError: if the type is neither "default" nor in `known`.
     """
     scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ("default", *known):
         raise ValueError(
-            f"config.json has the RoPE type {kind!r}, which {hf['architectures'][0]} does not support here; expected "
+            f"config.json has the RoPE type {kind!r}, which is not supported for {hf['architectures'][0]}; expected "
             f"{' or '.join(('default', *known))}"
         )
     context = {"original_max_position_embeddings": hf.get("max_position_embeddings")}
@@ -38,7 +44,7 @@ def read_rope(hf: Mapping[str, Any], *known: str) -> dict[str, Any]:
 
 
 def read_scaling(rope: dict[str, Any]) -> Any:
-    """The scaling in what `read_rope` gives: None, a Llama3RopeScaling or a YarnScaling."""
+    """Return the RoPE scaling for the fields from `read_rope`: None, a Llama3RopeScaling or a YarnScaling."""
     if rope["rope_type"] == "llama3":
         return Llama3RopeScaling(**read_fields(rope, LLAMA3))
     if rope["rope_type"] == "yarn":
@@ -48,26 +54,26 @@ def read_scaling(rope: dict[str, Any]) -> Any:
 
 def _read_yarn(rope: dict[str, Any]) -> YarnScaling:
     mscales: dict[str, Any] = {name: rope.get(name) for name in ("mscale", "mscale_all_dim")}
-    if not all(mscales.values()):  # transformers heeds them together or not at all
+    if not all(mscales.values()):  # transformers ignores them unless both are set
         mscales = {}
     betas = {"beta_fast": rope.get("beta_fast") or 32.0, "beta_slow": rope.get("beta_slow") or 1.0}
     scaling = YarnScaling(**read_fields({**rope, **betas}, YARN, truncate=True), **mscales)
-    stated = rope.get("attention_factor")
-    if stated is not None and abs(stated - scaling.rotation_factor) > 1e-6:
+    actual = rope.get("attention_factor")
+    if actual is not None and abs(actual - scaling.rotation_factor) > 1e-6:
         raise ValueError(
-            f"config.json has the YaRN attention_factor {stated}; expected {scaling.rotation_factor}, which its factor "
-            "and its mscales give"
+            f"config.json has the YaRN attention_factor {actual}; expected {scaling.rotation_factor}, which follows "
+            "from its factor, mscale and mscale_all_dim"
         )
     return scaling
 
 
 def write_rope(theta: float, scaling: Llama3RopeScaling | YarnScaling | None) -> dict[str, Any]:
-    """Both for a config.json, in the older form: every version of transformers reads it."""
-    written: dict[str, Any] | None = None
+    """Return rope_theta and rope_scaling for config.json, the older format that every version of transformers reads."""
+    fields: dict[str, Any] | None = None
     if isinstance(scaling, Llama3RopeScaling):
-        written = {"rope_type": "llama3", **write_fields(scaling, LLAMA3)}
+        fields = {"rope_type": "llama3", **write_fields(scaling, LLAMA3)}
     if isinstance(scaling, YarnScaling):
-        written = {"rope_type": "yarn", **write_fields(scaling, YARN)}
+        fields = {"rope_type": "yarn", **write_fields(scaling, YARN)}
         if scaling.mscale_all_dim:
-            written |= {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
-    return {"rope_theta": theta, "rope_scaling": written}
+            fields |= {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
+    return {"rope_theta": theta, "rope_scaling": fields}

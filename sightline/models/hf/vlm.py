@@ -1,4 +1,4 @@
-"""The vision-language model in Hugging Face's form: the class of LFM2-VL, whose text model may be any, here a Llama."""
+"""Hugging Face format of the vision-language model: LFM2-VL, whose text model may have any class, here Llama."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def vision_from_hf(hf: dict[str, Any]) -> VisionConfig:
-    """From the fields of a Siglip2VisionModel's config.json."""
+    """Convert the fields of a Siglip2VisionModel's config.json."""
     expect(hf, model_type="siglip2_vision_model", hidden_act="gelu_pytorch_tanh")
     missing = {
         "hidden_size": 768,
@@ -59,8 +59,8 @@ def vision_from_hf(hf: dict[str, Any]) -> VisionConfig:
         "num_channels": 3,
         "norm_eps": 1e-6,
     }
-    side = round(hf.get("num_patches", 256) ** 0.5)
-    return VisionConfig(position_grid_size=side, **read_fields(hf, VISION_FIELDS, **missing))
+    grid_size = round(hf.get("num_patches", 256) ** 0.5)
+    return VisionConfig(position_grid_size=grid_size, **read_fields(hf, VISION_FIELDS, **missing))
 
 
 def config_to_hf(config: Any) -> dict[str, Any]:
@@ -89,15 +89,15 @@ def weights(config: Any) -> Iterator[Weight]:
 
 
 def vision_weights(config: VisionConfig, prefix: str) -> Iterator[Weight]:
-    """The tensors of a Siglip2VisionModel whose names begin with `prefix`."""
+    """Yield the weights of a Siglip2VisionModel whose tensor names start with `prefix`."""
     yield Weight(f"{prefix}embeddings.position_embedding.weight", "vision.positions")
-    ends = {"embeddings.patch_embedding": "embedding", "post_layernorm": "norm"}
+    outer = {"embeddings.patch_embedding": "embedding", "post_layernorm": "norm"}
     layers = {
         f"encoder.layers.{i}.{theirs}": f"layers.{i}.{ours}"
         for i in range(config.num_layers)
         for theirs, ours in VISION_LAYER.items()
     }
-    for theirs, ours in {**ends, **layers}.items():
+    for theirs, ours in {**outer, **layers}.items():
         for kind in ("weight", "bias"):
             yield Weight(f"{prefix}{theirs}.{kind}", f"vision.{ours}.{kind}")
 

@@ -1,21 +1,21 @@
 "use strict";
-// What the page knows of a mask: pure functions of its data, without document or canvas.
+// Decoding and statistics of a mask: pure functions of its data, without document or canvas.
 
-// Runs [step, repeats, step, repeats, ...] back into integers.
+// Decode runs [step, repeats, step, repeats, ...] to integers.
 function decode(runs) {
   let length = 0;
   for (let i = 1; i < runs.length; i += 2) length += runs[i];
   const values = new Int32Array(length);
-  for (let i = 0, at = 0, value = 0; i < runs.length; i += 2)
-    for (let n = 0; n < runs[i + 1]; n++) values[at++] = value += runs[i];
+  for (let i = 0, index = 0, value = 0; i < runs.length; i += 2)
+    for (let n = 0; n < runs[i + 1]; n++) values[index++] = value += runs[i];
   return values;
 }
 
 function decodeMask(data) {
-  return { ...data, start: data.start.map(decode), stop: data.stop.map(decode), parts: decode(data.parts) };
+  return { ...data, start: data.start.map(decode), stop: data.stop.map(decode), boundaries: decode(data.boundaries) };
 }
 
-// The runs of keys [start, stop) that a query sees.
+// The intervals of keys [start, stop) visible to a query.
 function keysOf(mask, query) {
   const intervals = [];
   for (let k = 0; k < mask.start.length; k++)
@@ -31,18 +31,18 @@ function countPairs(mask) {
   return pairs;
 }
 
-// Visible pairs in each cell of `tall` queries x `wide` keys, of a grid whose first cell begins at (firstQuery, firstKey).
-// The keys from x on fill a part of the cell that x lies in and all of the cells right of it: two numbers in neighbouring
-// places of a prefix sum. Cells may be fractions of tokens; a query counts where it begins.
+// Visible pairs in each cell of `tall` queries x `wide` keys, for a grid that starts at (firstQuery, firstKey).
+// The keys >= x cover a part of the cell that contains x and all later cells: the prefix sum of two adjacent entries.
+// Cells may be fractions of tokens; a query belongs to the cell that contains its first edge.
 function pairsInCells(mask, firstQuery, firstKey, tall, wide, lines, columns) {
   const steps = new Float64Array(lines * (columns + 1)), queriesOfLine = new Int32Array(lines);
   const end = firstKey + columns * wide;
   const add = (line, x, sign) => {
     if (x >= end) return;
     const column = Math.min(columns - 1, Math.max(0, Math.floor((x - firstKey) / wide)));
-    const rest = Math.max(0, x - firstKey - column * wide);
-    steps[line * (columns + 1) + column] += sign * (wide - rest);
-    steps[line * (columns + 1) + column + 1] += sign * rest;
+    const remainder = Math.max(0, x - firstKey - column * wide);
+    steps[line * (columns + 1) + column] += sign * (wide - remainder);
+    steps[line * (columns + 1) + column + 1] += sign * remainder;
   };
   const first = Math.max(0, Math.ceil(firstQuery)), last = Math.min(mask.queries, Math.ceil(firstQuery + lines * tall));
   for (let query = first; query < last; query++) {
@@ -61,7 +61,7 @@ function pairsInCells(mask, firstQuery, firstKey, tall, wide, lines, columns) {
   return { pairs, queriesOfLine };
 }
 
-// 0 empty, 1 partial, 2 full. Like FlexAttention's, a block that hangs over the edge of the mask is never full.
+// States of the blocks: 0 empty, 1 partial, 2 full. As in FlexAttention, a block that extends past the mask is never full.
 function blockStates(mask, size) {
   const lines = Math.ceil(mask.queries / size), columns = Math.ceil(mask.keys / size);
   const { pairs } = pairsInCells(mask, 0, 0, size, size, lines, columns);
@@ -71,13 +71,13 @@ function blockStates(mask, size) {
   return { lines, columns, states, empty: counts[0], partial: counts[1], full: counts[2] };
 }
 
-// The first and last token of the part that a query lies in, or null where the mask says nothing of parts.
-function partOf(mask, query) {
+// The number, start and stop of the segment that contains a query, or null if queries and keys are different tokens.
+function segmentOf(mask, query) {
   if (mask.queries !== mask.keys) return null;
-  let low = 0, high = mask.parts.length;  // parts[low] is the first separation after the query
+  let low = 0, high = mask.boundaries.length;  // boundaries[low] is the first boundary after the query
   while (low < high) {
     const middle = (low + high) >> 1;
-    if (mask.parts[middle] <= query) low = middle + 1; else high = middle;
+    if (mask.boundaries[middle] <= query) low = middle + 1; else high = middle;
   }
-  return { number: low, start: low ? mask.parts[low - 1] : 0, stop: low < mask.parts.length ? mask.parts[low] : mask.keys };
+  return { number: low, start: low ? mask.boundaries[low - 1] : 0, stop: low < mask.boundaries.length ? mask.boundaries[low] : mask.keys };
 }

@@ -29,7 +29,7 @@ def model() -> Any:
 
 @pytest.fixture
 def directory(model: Any, tmp_path: Path) -> Path:
-    """In several files, so that any of them can be damaged."""
+    """A saved model in several files, so that a test can damage one of them."""
     save_pretrained(model, tmp_path / "hf", max_shard_bytes=200_000)
     return tmp_path / "hf"
 
@@ -39,7 +39,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", DEBUG)
-def test_every_family_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
+def test_save_and_load_round_trip(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = build_model(name)
     with torch.no_grad():
@@ -51,16 +51,16 @@ def test_every_family_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert type(back) is type(model)
     assert dataclasses.asdict(back.config) == {
         **dataclasses.asdict(model.config),
-        **({"head_dim": model.config.resolved_head_dim} if hasattr(model.config, "resolved_head_size") else {}),
+        **({"head_dim": model.config.resolved_head_dim} if hasattr(model.config, "resolved_head_dim") else {}),
     }
 
 
-def test_every_family_has_a_debug_size_and_a_format() -> None:
+def test_every_family_has_a_debug_preset_and_a_format() -> None:
     built = {type(build_model(name)) for name in DEBUG}
     assert built == {family.model for family in FAMILIES if family.hf} and len(built) == len(FAMILIES)
 
 
-def test_files_are_as_large_as_asked_and_the_index_knows_them(model: Any, directory: Path) -> None:
+def test_shard_sizes_and_index(model: Any, directory: Path) -> None:
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     files = sorted(directory.glob("*.safetensors"))
     assert [file.name for file in files] == [f"model-{i:05}-of-00003.safetensors" for i in range(1, 4)]
@@ -76,7 +76,7 @@ def test_files_are_as_large_as_asked_and_the_index_knows_them(model: Any, direct
     assert same(load_pretrained(directory).state_dict(), model.state_dict())
 
 
-def test_a_tensor_larger_than_a_file_has_one_to_itself(model: Any, tmp_path: Path) -> None:
+def test_tensor_larger_than_max_shard_bytes_gets_its_own_file(model: Any, tmp_path: Path) -> None:
     save_pretrained(model, tmp_path, max_shard_bytes=1)
     assert len(list(tmp_path.glob("*.safetensors"))) == len(model.state_dict())
 
@@ -91,11 +91,11 @@ def test_dtypes(model: Any, tmp_path: Path) -> None:
     assert torch.equal(wide.output.weight, model.output.weight.bfloat16().float())
 
 
-def test_the_backend_of_attention_is_passed_on(directory: Path) -> None:
+def test_load_passes_the_attention_backend(directory: Path) -> None:
     assert load_pretrained(directory, attention_backend="reference").attention_backend == "reference"
 
 
-def test_tied_embeddings_are_one_tensor_and_a_copy_of_it_is_no_surprise(tmp_path: Path) -> None:
+def test_tied_embeddings_are_saved_once_and_a_copy_is_ignored(tmp_path: Path) -> None:
     config = dataclasses.replace(MODELS["llama3-debug"], tied_embeddings=True)
     model = build_model(config)
     save_pretrained(model, tmp_path)
@@ -107,7 +107,7 @@ def test_tied_embeddings_are_one_tensor_and_a_copy_of_it_is_no_surprise(tmp_path
     assert same(load_pretrained(tmp_path).state_dict(), model.state_dict())
 
 
-def test_what_belongs_to_the_text_travels_along(model: Any, tmp_path: Path) -> None:
+def test_tokenizer_and_generation_config_are_copied(model: Any, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja", "README.md", "model.bin"):
@@ -124,7 +124,7 @@ def test_what_belongs_to_the_text_travels_along(model: Any, tmp_path: Path) -> N
 
 
 def change_tensors(directory: Path, change: Any) -> None:
-    """Rewrite all files as one after `change(tensors)`."""
+    """Apply `change(tensors)` and rewrite all files as one."""
     tensors: dict[str, torch.Tensor] = {}
     for file in directory.glob("*.safetensors"):
         tensors |= safetensors.torch.load_file(file)
@@ -134,30 +134,30 @@ def change_tensors(directory: Path, change: Any) -> None:
     safetensors.torch.save_file(tensors, directory / "model.safetensors")
 
 
-def test_the_first_tensor_that_does_not_fit_is_named(model: Any, directory: Path, tmp_path: Path) -> None:
+def test_first_invalid_tensor_is_named(model: Any, directory: Path, tmp_path: Path) -> None:
     name = "model.layers.1.self_attn.k_proj.weight"
-    for file, change, told in (
-        ("missing", lambda t: t.pop(name), rf"come without {name}; expected those"),
-        ("two", lambda t: [t.pop(name), t.pop("model.norm.weight")], rf"come without {name} \(and 1 more\)"),
-        ("more", lambda t: t.update(extra=torch.ones(1)), "come with the unexpected extra; expected"),
-        ("shape", lambda t: t.update({name: torch.ones(3, 4)}), rf"{name} in .* has the shape \(3, 4\); .*\(32, 64\)"),
+    for file, change, message in (
+        ("missing", lambda t: t.pop(name), rf"lack {name}; expected the tensors"),
+        ("two", lambda t: [t.pop(name), t.pop("model.norm.weight")], rf"lack {name} \(and 1 more\)"),
+        ("more", lambda t: t.update(extra=torch.ones(1)), "have the unexpected extra; expected"),
+        ("shape", lambda t: t.update({name: torch.ones(3, 4)}), rf"{name} in .* has shape \(3, 4\); .*\(32, 64\)"),
         ("older", lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}), None),
     ):
         copy = tmp_path / file
         save_pretrained(model, copy, max_shard_bytes=200_000)
         change_tensors(copy, change)
-        if told is None:
+        if message is None:
             assert same(load_pretrained(copy).state_dict(), model.state_dict())
             continue
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             load_pretrained(copy)
 
 
-def test_nothing_is_filled_before_all_fits(model: Any, directory: Path) -> None:
+def test_failed_load_changes_nothing(model: Any, directory: Path) -> None:
     other = build_model("llama3-debug")
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     change_tensors(directory, lambda t: t.update({"lm_head.weight": torch.ones(1, 1)}))
-    with pytest.raises(ValueError, match=r"lm_head.weight in .* has the shape \(1, 1\); expected \(512, 64\)"):
+    with pytest.raises(ValueError, match=r"lm_head.weight in .* has shape \(1, 1\); expected \(512, 64\)"):
         read_pretrained(other, directory)
     assert same(other.state_dict(), before)
 
@@ -169,70 +169,72 @@ def edit_config(directory: Path, **fields: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (lambda d: (d / "config.json").unlink(), "config.json does not exist; expected a Hugging Face directory"),
         (lambda d: (d / "config.json").write_text("{"), "is not the config of a Hugging Face model"),
         (lambda d: edit_config(d, architectures="absent"), "is not the config of a Hugging Face model"),
         (
             lambda d: edit_config(d, architectures=["Gpt2"]),
-            r"holds a Gpt2, which is not known here.*--family package\.module:NAME",
+            r"contains a Gpt2, which is not supported.*--family package\.module:NAME",
         ),
         (lambda d: edit_config(d, hidden_size="absent"), "has no field 'hidden_size', which LlamaForCausalLM needs"),
         (lambda d: edit_config(d, quantization_config={"quant_method": "fp8"}), r"are quantized \(fp8\); expected"),
         (lambda d: edit_config(d, dtype="int3"), "config.json has dtype 'int3'; expected float32"),
-        (lambda d: (d / "model-00002-of-00003.safetensors").unlink(), "is not whole: .* names model-00002-of-00003"),
+        (lambda d: (d / "model-00002-of-00003.safetensors").unlink(), "is incomplete: .* lists model-00002-of-00003"),
         (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "index.json is damaged"),
         (
             lambda d: [file.unlink() for file in d.glob("model*")],
-            "holds no weights: expected model.safetensors, .* pytorch_model.bin are not read",
+            "contains no weights; expected model.safetensors, .* pytorch_model.bin is not read",
         ),
         (
             lambda d: (d / "model-00003-of-00003.safetensors").write_bytes(b"short"),
-            "model-00003-of-00003.safetensors cannot be read .*cut short",
+            "model-00003-of-00003.safetensors cannot be read .*truncated",
         ),
     ],
 )
-def test_a_directory_that_cannot_be_read_is_refused(directory: Path, damage: Any, told: str) -> None:
+def test_damaged_directory_raises(directory: Path, damage: Any, message: str) -> None:
     damage(directory)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         load_pretrained(directory)
 
 
-def test_a_file_cut_short_is_refused(directory: Path) -> None:
+def test_truncated_file_raises(directory: Path) -> None:
     file = directory / "model-00001-of-00003.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"model-00001-of-.* cannot be read"):
         load_pretrained(directory)
 
 
-def test_unknown_architectures_list_the_known(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"the architectures are: LlamaForCausalLM, .*Qwen3ForCausalLM"):
+def test_unsupported_architecture_lists_the_supported_ones(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the supported architectures are: LlamaForCausalLM, .*Qwen3ForCausalLM"):
         find_family({"architectures": ["Other"]}, tmp_path, FAMILIES)
 
 
-def test_weights_are_not_written_over(model: Any, directory: Path) -> None:
+def test_existing_weights_are_not_overwritten(model: Any, directory: Path) -> None:
     before = {file.name: file.read_bytes() for file in directory.iterdir()}
-    with pytest.raises(ValueError, match="holds the weights of a model already; choose another directory"):
+    with pytest.raises(ValueError, match="already contains model weights; choose another directory"):
         save_pretrained(model, directory)
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
-    with pytest.raises(ValueError, match="cannot save a Linear in Hugging Face's form; expected one of Llama3, "):
+    with pytest.raises(ValueError, match="cannot save a Linear as a Hugging Face directory; expected one of Llama3, "):
         save_pretrained(torch.nn.Linear(1, 1), directory / "other")
     with pytest.raises(ValueError, match="max-shard-bytes must be at least 1, got 0"):
         save_pretrained(model, directory / "other", max_shard_bytes=0)
 
 
-def test_a_part_of_a_model_is_refused(tmp_path: Path) -> None:
+def test_saving_a_sharded_model_raises(tmp_path: Path) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(ValueError, match=r"embedding.weight is a DTensor: .* Save a checkpoint: sightline convert"):
+        with pytest.raises(
+            ValueError, match=r"embedding.weight is a DTensor, .* Save a checkpoint instead: sightline convert"
+        ):
             save_pretrained(fully_shard(build_model("llama3-debug")), tmp_path)
     finally:
         dist.destroy_process_group()
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_nothing(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_no_files(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
 
     def save_file(tensors: Any, path: Path, metadata: Any) -> None:
@@ -243,7 +245,9 @@ def test_a_full_disk_leaves_nothing(model: Any, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("sightline.models.hf.files.save_file", save_file)
     (tmp_path / "notes.txt").write_text("kept")
-    with pytest.raises(OSError, match=r"could not be written to .*No space left on device; nothing of it was left"):
+    with pytest.raises(
+        OSError, match=r"could not write the model to .*No space left on device; all its files were removed"
+    ):
         save_pretrained(model, tmp_path, max_shard_bytes=200_000)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
     monkeypatch.undo()
@@ -268,10 +272,10 @@ MEASURE = """
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read where Linux tells it")
-@pytest.mark.parametrize("way", ["load", "save"])
-def test_memory_stays_near_one_file_above_the_model(way: str, tmp_path: Path) -> None:
-    """A model of 120 MiB in files of 10 MB: with all files at once in memory it would be twice as much."""
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc/self/status")
+@pytest.mark.parametrize("action", ["load", "save"])
+def test_peak_memory_is_the_model_and_one_file(action: str, tmp_path: Path) -> None:
+    """A model of 120 MiB in files of 10 MB: all files in memory at once would double the peak."""
     small = build_model("llama3-debug")
     save_pretrained(small, tmp_path / "small")
     config = dataclasses.replace(
@@ -281,13 +285,13 @@ def test_memory_stays_near_one_file_above_the_model(way: str, tmp_path: Path) ->
     size = sum(p.nbytes for p in model.parameters()) / 1024
     assert size > 120_000
     save_pretrained(model, tmp_path / "large", max_shard_bytes=10_000_000)
-    arguments = [tmp_path / "small", way, tmp_path / "large", tmp_path / "again"]
+    arguments = [tmp_path / "small", action, tmp_path / "large", tmp_path / "again"]
     script = [sys.executable, "-c", textwrap.dedent(MEASURE), *map(str, arguments)]
     grown = int(subprocess.run(script, check=True, capture_output=True, text=True).stdout)
     assert size - 5_000 < grown < size + 40_000
 
 
-def test_what_is_not_covered_is_our_bug(model: Any) -> None:
+def test_weights_must_cover_the_model(model: Any) -> None:
     weights = [weight for weight in LLAMA3.hf.weights(model.config) if weight.ours != "norm.weight"]
     with pytest.raises(AssertionError, match=r"do not cover \['norm.weight'\]"):
         group_weights(model, weights)
@@ -305,10 +309,10 @@ class Toy(torch.nn.Module):
         self.gate = torch.nn.Parameter(torch.empty(2, 1, config.size))  # two experts of [1, 3]
         self.even = torch.nn.Parameter(torch.empty(2))
         self.odd = torch.nn.Parameter(torch.empty(2))
-        self.register_buffer("turned", torch.empty(4))
+        self.register_buffer("rotated", torch.empty(4))
 
     def check_backend(self, device: torch.device, dtype: torch.dtype, *, training: bool) -> None:
-        """It has no attention."""
+        """Accept every backend: the model has no attention."""
 
 
 TOY = Family(
@@ -325,7 +329,7 @@ TOY = Family(
             Weight("mixed", "odd", of_theirs=lambda t: t[1::2], shape=(4,)),
             Weight(
                 "pairs",
-                "turned",
+                "rotated",
                 of_theirs=lambda t: t.unflatten(0, (2, 2)).T,
                 of_ours=lambda t: t.unflatten(0, (2, 2)),
                 shape=(4,),
@@ -335,14 +339,14 @@ TOY = Family(
 )
 
 
-def test_views_join_and_part_tensors_both_ways(tmp_path: Path) -> None:
-    """The three examples of format.py's docstring, by literals, and a family from outside the package."""
+def test_views_convert_tensors_in_both_directions(tmp_path: Path) -> None:
+    """The three examples of format.py's docstring, by literals, with a family from outside the package."""
     toy = Toy(ToyConfig(3))
     with torch.no_grad():
         toy.gate.copy_(torch.arange(6.0).view(2, 1, 3))
         toy.even.copy_(torch.tensor([10.0, 12.0]))
         toy.odd.copy_(torch.tensor([11.0, 13.0]))
-        toy.turned.copy_(torch.tensor([0.0, 2.0, 1.0, 3.0]))
+        toy.rotated.copy_(torch.tensor([0.0, 2.0, 1.0, 3.0]))
     save_pretrained(toy, tmp_path, dtype=torch.bfloat16)
     theirs = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert {name: tensor.tolist() for name, tensor in theirs.items()} == {
@@ -351,14 +355,18 @@ def test_views_join_and_part_tensors_both_ways(tmp_path: Path) -> None:
         "mixed": [10, 11, 12, 13],
         "pairs": [0, 1, 2, 3],
     }
-    assert theirs["mixed"].dtype == torch.bfloat16 and theirs["pairs"].dtype == torch.float32  # a buffer keeps its own
+    assert theirs["mixed"].dtype == torch.bfloat16 and theirs["pairs"].dtype == torch.float32  # a buffer
     back = load_pretrained(tmp_path, dtype=torch.float32, family=TOY)
     assert same(toy.state_dict(), back.state_dict())
-    with pytest.raises(ValueError, match="holds a Toy, which is not known here; the architectures are: LlamaForCausal"):
+    with pytest.raises(
+        ValueError, match="contains a Toy, which is not supported; the supported architectures are: Llama"
+    ):
         load_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a Toy, which is not known here; the architectures are: LlamaForCausal"):
+    with pytest.raises(
+        ValueError, match="contains a Toy, which is not supported; the supported architectures are: Llama"
+    ):
         read_pretrained(build_model("llama3-debug"), tmp_path)
 
 
 def test_read_model_config_takes_a_path(directory: Path) -> None:
-    assert read_model_config(directory).width == 64
+    assert read_model_config(directory).hidden_size == 64

@@ -55,20 +55,20 @@ def ours(theirs: Any, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_gradients_are_those_of_transformers(theirs: Any, ours: Any, case: str) -> None:
+def test_logits_and_gradients_equal_transformers(theirs: Any, ours: Any, case: str) -> None:
     lengths, length = CASES[case]
     assert_same_model(ours, theirs, random_documents(lengths, V), length)
 
 
-def test_transformers_reads_what_we_write(theirs: Any, ours: Any, tmp_path: Path) -> None:
+def test_transformers_loads_saved_model(theirs: Any, ours: Any, tmp_path: Path) -> None:
     assert_way_back(ours, theirs, LlamaForCausalLM, torch.tensor(random_documents([40], V)), tmp_path / "back")
 
 
-def test_a_cache_gives_the_logits_of_the_whole(ours: Any) -> None:
+def test_cached_logits_equal_full_forward(ours: Any) -> None:
     assert_cached_logits(ours, random_documents([30], V)[0], cuts=[5, 6, 15, 29])
 
 
-def test_needle_no_other_document_changes_by_one_bit(ours: Any) -> None:
+def test_no_leakage_between_documents(ours: Any) -> None:
     assert_needle(ours, Batch.from_documents(random_documents([30, 7, 17], V), length=40), 0, 32)
 
 
@@ -102,20 +102,20 @@ PUBLISHED = {
     "torch_dtype": "bfloat16",
     "vocab_size": 128256,
 }
-"""The config.json of Llama 3.2 1B, as it was published for an older transformers."""
+"""The published config.json of Llama 3.2 1B, in the format of an older transformers."""
 
 
-def test_a_published_config_is_our_size() -> None:
+def test_published_config_equals_preset() -> None:
     config = LLAMA3.config_from_hf(PUBLISHED)
     assert config == LLAMA3.presets["1b"].__class__(**{**vars(LLAMA3.presets["1b"]), "head_dim": 64})
     assert all(PUBLISHED[name] == value for name, value in LLAMA3.hf.config_to_hf(config).items())
 
 
-def test_the_config_goes_there_and_back() -> None:
+def test_config_round_trip() -> None:
     for size in LLAMA3.presets:
         config = config_of(f"llama3-{size}")
         back = LLAMA3.config_from_hf(LLAMA3.hf.config_to_hf(config))
-        assert back.head_size == config.resolved_head_dim
+        assert back.head_dim == config.resolved_head_dim
         assert LLAMA3.hf.config_to_hf(back) == LLAMA3.hf.config_to_hf(config)
     assert LLAMA3.config_from_hf(LLAMA3.hf.config_to_hf(LLAMA3.presets["8b"])).rope_scaling == Llama3RopeScaling(
         factor=8
@@ -123,13 +123,13 @@ def test_the_config_goes_there_and_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "told"),
+    ("field", "value", "message"),
     [
-        ("attention_bias", True, "attention_bias = True, which LlamaForCausalLM does not support here; expected False"),
+        ("attention_bias", True, "attention_bias = True, which is not supported for LlamaForCausalLM; expected False"),
         ("hidden_act", "gelu", "hidden_act = 'gelu'.*expected 'silu'"),
         ("rope_scaling", {"type": "linear", "factor": 2.0}, "RoPE type 'linear'.*expected default or llama3"),
     ],
 )
-def test_a_config_of_what_we_do_not_do_is_refused(field: str, value: Any, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_unsupported_hf_config_raises(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         LLAMA3.config_from_hf({**PUBLISHED, field: value})

@@ -1,4 +1,4 @@
-"""A SigLIP 2 and a Llama 3, each from its own directory, become one model and one directory."""
+"""A SigLIP 2 and a Llama 3 from separate directories are combined to one model and saved as one directory."""
 
 from pathlib import Path
 
@@ -35,12 +35,12 @@ TEXT = LlamaConfig(
 TOKENS = [5, 90, 17, 3]
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_both_towers_say_what_they_said_apart(tmp_path: Path, whole: bool) -> None:
+@pytest.mark.parametrize("with_text_encoder", [False, True])
+def test_encoder_and_decoder_equal_the_separate_models(tmp_path: Path, with_text_encoder: bool) -> None:
     vision = random_theirs(Siglip2VisionModel, VISION)
     text = random_theirs(LlamaForCausalLM, TEXT)
     text.save_pretrained(tmp_path / "text")
-    if whole:
+    if with_text_encoder:
         small = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
         both = Siglip2Model(Siglip2Config(vision_config=VISION.to_dict(), text_config={**small, "vocab_size": 50}))
         both.vision_model.load_state_dict(vision.state_dict())
@@ -48,22 +48,19 @@ def test_both_towers_say_what_they_said_apart(tmp_path: Path, whole: bool) -> No
     else:
         vision.save_pretrained(tmp_path / "vision")
 
-    ours = load_vision_pair(tmp_path / "vision", tmp_path / "text", projector=40)
-    assert (ours.config.image_token_id, ours.config.spatial_merge_size, ours.config.projector_hidden_size) == (
-        95,
-        2,
-        40,
-    )
+    ours = load_vision_pair(tmp_path / "vision", tmp_path / "text", projector_hidden_size=40)
+    config = ours.config
+    assert (config.image_token_id, config.spatial_merge_size, config.projector_hidden_size) == (95, 2, 40)
     patches = torch.randn(1, 12, 12, generator=torch.Generator().manual_seed(0))
-    places = locate_patches(torch.tensor([[[3, 4]]]), 12)
-    mask = lowered(document(places.image), training=False)
+    positions = locate_patches(torch.tensor([[[3, 4]]]), 12)
+    mask = lowered(document(positions.image), training=False)
     with torch.no_grad():
         expected = vision(
             pixel_values=patches,
             pixel_attention_mask=torch.ones(1, 12, dtype=torch.int64),
             spatial_shapes=torch.tensor([[3, 4]]),
         ).last_hidden_state
-        torch.testing.assert_close(ours.vision(patches, places, mask), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours.vision(patches, positions, mask), expected, atol=1e-4, rtol=0)
         batch = Batch.from_documents([TOKENS], len(TOKENS))
         expected = text(input_ids=batch.tokens).logits
         torch.testing.assert_close(run(ours, batch), expected, atol=1e-4, rtol=0)
@@ -75,10 +72,12 @@ def test_both_towers_say_what_they_said_apart(tmp_path: Path, whole: bool) -> No
     assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
 
 
-def test_other_models_are_refused(tmp_path: Path) -> None:
+def test_other_models_raise(tmp_path: Path) -> None:
     Siglip2VisionModel(VISION).save_pretrained(tmp_path / "vision")
     LlamaForCausalLM(TEXT).save_pretrained(tmp_path / "text")
-    with pytest.raises(ValueError, match="holds a LlamaForCausalLM; expected one of Siglip2VisionModel, Siglip2Model"):
+    with pytest.raises(
+        ValueError, match="contains a LlamaForCausalLM; expected one of Siglip2VisionModel, Siglip2Model"
+    ):
         load_vision_pair(tmp_path / "text", tmp_path / "text")
-    with pytest.raises(ValueError, match="holds a Siglip2VisionModel, which is not known here"):
+    with pytest.raises(ValueError, match="contains a Siglip2VisionModel, which is not supported"):
         load_vision_pair(tmp_path / "vision", tmp_path / "vision")
