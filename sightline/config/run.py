@@ -235,7 +235,7 @@ class CheckpointConfig:
     keep: int = 2
     """Number of checkpoints to keep; older ones are deleted."""
     resume: str = "auto"
-    """What to resume from: `auto`, `never` or a path.
+    """Checkpoint to resume from: `auto`, `never` or a path.
     `auto` resumes from the newest checkpoint in the output directory, or starts a new run if there is none.
     `never` starts a new run and needs an empty output directory. A path is a checkpoint or a run directory."""
     asynchronous: bool = False

@@ -139,7 +139,7 @@ class Loader:
         return self._prepared
 
     def _next_batch(self, shards: dict[int, _Shard], before: State) -> tuple[Batch, State]:
-        """Return a batch and the state after it. Runs in the background thread, with the shards at the time of the call."""
+        """Return a batch and the state after it. Runs in the background thread, possibly after a new `_start`."""
         first = before["step"] * self._config.rows
         order = [(first + row) % self._num_shards for row in self._local_rows]
         batch = Batch.from_rows([shards[shard].next_row() for shard in order])
