@@ -1,4 +1,4 @@
-"""A batch of packed rows: tokens and the facts about them that the packer states once."""
+"""A batch of packed rows: tokens, and the labels, document ids and positions that the packer sets."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-IGNORE = -100  # the label that carries no loss, as in torch.nn.functional.cross_entropy
-PADDING = -1  # the document id of a padding token
+IGNORE = -100  # label of tokens without a loss, as in torch.nn.functional.cross_entropy
+PADDING = -1  # document id of padding tokens
 
 
 @dataclass(frozen=True)
 class ImageSizes:
-    """How images stand in the rows of a model that sees them: what a loader has to know of the model."""
+    """Properties of a vision-language model that a loader needs to place images into rows."""
 
     patch_size: int
-    """Pixels a side of a patch."""
+    """Side of a patch in pixels."""
     spatial_merge_size: int
-    """Patches a side of the square that one image token stands for."""
+    """Side of the square of patches that one image token represents, in patches."""
     image_token_id: int
-    """Id of the token that stands for images in the text."""
+    """Id of the placeholder token for images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """B rows of S tokens, and where each document lies in them.
+    """B packed rows of S tokens, with the documents in each row.
 
     tokens        int64 [B, S]
-    labels        int64 [B, S], already shifted: the next token of the same document, -100 where there is none
-    document_ids  int32 [B, S], number of the token's document in its row, counted from 0; -1 is padding
-    positions     int32 [B, S], position inside the document, from 0. A document carried over from the row before
-                  goes on counting, so chunks and prefixes keep meaning the same tokens; padding has 0.
-    extra         whatever else the model's forward takes by name, each tensor with B first
+    labels        int64 [B, S], already shifted: the next token of the same document, -100 if there is none
+    document_ids  int32 [B, S], index of the token's document in its row, from 0; -1 for padding
+    positions     int32 [B, S], position in the document, from 0. A document continued from an earlier row continues
+                  its positions, so that chunks and prefixes contain the same tokens as without the split; padding has 0
+    extra         further keyword arguments of the model's forward: tensors whose first dim is B
     """
 
     tokens: Tensor
@@ -48,36 +48,37 @@ class Batch:
             raise ValueError(f"tokens must be [B, S], got shape {tuple(shape)}")
         for name in ("labels", "document_ids", "positions"):
             if getattr(self, name).shape != shape:
-                came = tuple(getattr(self, name).shape)
-                raise ValueError(f"{name} must have the shape of tokens {tuple(shape)}, got {came}")
+                actual = tuple(getattr(self, name).shape)
+                raise ValueError(f"{name} must have the shape of tokens {tuple(shape)}, got {actual}")
 
     @classmethod
     def from_documents(cls, documents: Iterable[Sequence[int]], length: int, *, pad_token: int = 0) -> Batch:
-        """Pack lists of token ids into rows of `length`, in order and without a gap.
+        """Pack lists of token ids into rows of `length`, in order and without gaps.
 
-        A document that does not fit is carried over into the next row; the last row is padded. The label of a row's
-        last token is still its document's next token, so nothing is lost where a row ends.
+        A document that does not fit into a row continues in the next one; only the last row is padded. The label of a
+        row's last token is the next token of its document, so row boundaries lose no labels.
 
-        Errors: ValueError for a row shorter than 2, for an empty document and for no document at all.
+        Raises:
+            ValueError: if `length` is less than 2, a document is empty, or there are no documents.
         """
         if length < 2:
-            raise ValueError(f"a row must hold at least 2 tokens (one to see, one to predict), got length={length}")
+            raise ValueError(f"length must be at least 2 tokens (one input token, one label), got length={length}")
         rows = [RowBuilder(length)]
-        for number, document in enumerate(documents):
+        for index, document in enumerate(documents):
             if len(document) == 0:
-                raise ValueError(f"document {number} is empty: a document has at least one token; leave it out")
-            at = 0
-            while at < len(document):
-                if rows[-1].room == 0:
+                raise ValueError(f"document {index} is empty; expected at least one token; remove empty documents")
+            start = 0
+            while start < len(document):
+                if rows[-1].free == 0:
                     rows.append(RowBuilder(length))
-                at = rows[-1].add(document, at)
+                start = rows[-1].add(document, start)
         if not rows[0].tokens:
-            raise ValueError("no documents to pack: give at least one list of token ids")
+            raise ValueError("got no documents to pack; expected at least one list of token ids")
         return cls.from_rows([row.finish(pad_token) for row in rows])
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row]) -> Batch:
-        """Stack finished rows into a batch."""
+        """Stack rows into a batch."""
         tokens, labels, document_ids, positions = zip(*rows, strict=True)
         return cls(
             tokens=torch.tensor(tokens, dtype=torch.int64),
@@ -92,19 +93,18 @@ class Batch:
         return self.tokens.shape[0], self.tokens.shape[1]
 
     def valid_tokens(self) -> int:
-        """Number of tokens with a label: what a mean loss divides by."""
+        """Return the number of tokens with a label, by which a mean loss is divided."""
         return int((self.labels != IGNORE).sum())
 
     def fill(self) -> float:
-        """Share of the rows that is no padding, from 0 to 1."""
+        """Return the fraction of tokens that are not padding, from 0 to 1."""
         return float((self.document_ids != PADDING).float().mean())
 
     def document_offsets(self) -> Tensor:
-        """Where each document begins in the flattened batch: int32 [N + 1], from 0 to B * S.
+        """Return the start of each document in the flattened batch: int32 [N + 1], from 0 to B * S.
 
-        This is what a layer with a memory needs to forget at the right places: a convolution or a recurrence over
-        `tokens.flatten()` starts anew at every offset (`cu_seqlens` of causal-conv1d and of flash-linear-attention).
-        A row always starts a new segment; a run of padding is a segment of its own.
+        Recurrent layers reset their state at these offsets: they are the `cu_seqlens` of causal-conv1d and
+        flash-linear-attention for `tokens.flatten()`. Each row starts a new segment, and so does its padding.
         """
         ids = self.document_ids
         first = torch.ones_like(ids, dtype=torch.bool)
@@ -113,11 +113,11 @@ class Batch:
         return torch.cat([starts, starts.new_tensor([ids.numel()])]).to(torch.int32)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
+        """Return the batch on this device."""
         return self._map(lambda t: t.to(device, non_blocking=True))
 
     def __getitem__(self, rows: slice | Tensor) -> Batch:
-        """The batch of some rows, for microbatches."""
+        """Return the batch of some of the rows, for micro-batches."""
         return self._map(lambda t: t[rows])
 
     def _map(self, fn) -> Batch:
@@ -131,11 +131,11 @@ class Batch:
 
 
 Row = tuple[list[int], list[int], list[int], list[int]]
-"""tokens, labels, document_ids, positions of one row."""
+"""tokens, labels, document_ids and positions of one row."""
 
 
 class RowBuilder:
-    """One row while it is being filled; the packers of `sightline.data` and `Batch.from_documents` share it."""
+    """A row that is being filled, by the packers of `sightline.data` or `Batch.from_documents`."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -145,25 +145,25 @@ class RowBuilder:
         self.positions: list[int] = []
 
     @property
-    def room(self) -> int:
-        """Tokens that still fit."""
+    def free(self) -> int:
+        """Number of tokens that still fit."""
         return self.length - len(self.tokens)
 
-    def add(self, document: Sequence[int], at: int = 0) -> int:
-        """Add document[at:] as far as it fits, as a new document of this row. Returns where the rest begins."""
-        end = min(len(document), at + self.room)
-        number = self.document_ids[-1] + 1 if self.document_ids else 0
-        self.tokens += document[at:end]
-        self.labels += document[at + 1 : end + 1]
+    def add(self, document: Sequence[int], start: int = 0) -> int:
+        """Append the part of document[start:] that fits, as a new document of this row, and return the part's end."""
+        end = min(len(document), start + self.free)
+        document_id = self.document_ids[-1] + 1 if self.document_ids else 0
+        self.tokens += document[start:end]
+        self.labels += document[start + 1 : end + 1]
         if end == len(document):
             self.labels.append(IGNORE)
-        self.document_ids += [number] * (end - at)
-        self.positions += range(at, end)
+        self.document_ids += [document_id] * (end - start)
+        self.positions += range(start, end)
         return end
 
     def finish(self, pad_token: int) -> Row:
-        """The row at its full length, padded where it is not full."""
-        pad = self.room
+        """Return the row, padded to its full length."""
+        pad = self.free
         return (
             self.tokens + [pad_token] * pad,
             self.labels + [IGNORE] * pad,

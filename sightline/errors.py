@@ -1,6 +1,6 @@
-"""How a run can end before its last step, and the exit code of each end. Loads nothing but Python's own library.
+"""Errors that end a run before its last step, with their exit codes. Imports only the standard library.
 
-What the user asked and cannot be is a ValueError: nothing was begun, nothing is lost.
+Invalid options and inputs raise ValueError instead, before training starts.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from pathlib import Path
 
 
 class RunEnded(Exception):
-    """A run that left before its last step. `exit_code` is what the command line returns."""
+    """The run ended before its last step; the command line exits with `exit_code`."""
 
     exit_code = 1
 
 
 class Stopped(RunEnded):
-    """A signal asked the run to leave; it finished its step and saved."""
+    """The run stopped on a signal, after it finished the current step and saved a checkpoint."""
 
     def __init__(self, signum: int, step: int, checkpoint: Path | None) -> None:
         self.exit_code = 128 + signum
@@ -27,40 +27,40 @@ class Stopped(RunEnded):
 
 
 class RunFailed(RunEnded):
-    """The run cannot go on."""
+    """The run cannot continue."""
 
 
 class NonFiniteLoss(RunFailed):
-    """Loss or gradient norm is no number any more. The weights were not updated by that step."""
+    """Loss or gradient norm is NaN or infinite. That step did not update the weights."""
 
     def __init__(self, step: int, loss: float, grad_norm: float, checkpoint: Path | None) -> None:
         self.step, self.loss, self.grad_norm, self.checkpoint = step, loss, grad_norm, checkpoint
-        kept = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        saved = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
         super().__init__(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}; expected finite numbers. The step did not touch the "
-            f"weights, and {kept}. The same command would come to the same step: lower --optimizer.learning-rate or "
-            "--optimizer.max-grad-norm, or lengthen --optimizer.warmup-steps"
-            + (", then continue." if checkpoint else ", then start again.")
+            f"step {step}: loss {loss}, gradient norm {grad_norm}; expected finite numbers. The step did not "
+            f"update the weights, and {saved}. The same command would fail in the same step: reduce "
+            "--optimizer.learning-rate or --optimizer.max-grad-norm, or increase --optimizer.warmup-steps, then "
+            + ("continue." if checkpoint else "start again.")
         )
 
 
 class SaveFailed(RunFailed):
-    """The last checkpoint of a run could not be written."""
+    """The last checkpoint of the run could not be written."""
 
     def __init__(self, step: int, reason: str, checkpoint: Path | None) -> None:
-        kept = f"{checkpoint} is intact" if checkpoint else "there is no earlier checkpoint"
+        saved = f"{checkpoint} is intact" if checkpoint else "there is no earlier checkpoint"
         super().__init__(
-            f"the checkpoint of step {step} could not be written: {reason}; {kept}. "
-            "Make room on the disk and run the same command again: it continues from the newest checkpoint."
+            f"the checkpoint of step {step} could not be written: {reason}; {saved}. "
+            "Free disk space and run the same command again: it continues from the newest checkpoint."
         )
 
 
 class LostRank(RuntimeError):
-    """Other processes waited for one that did not come. The text names it."""
+    """Ranks timed out waiting for another rank, which the message names."""
 
 
 class AnotherRankEnded(Exception):
-    """Another process ended the job and says why; this one leaves with `exit_code` and says nothing."""
+    """Another rank ended the job and reports the error; this rank exits with `exit_code` and prints nothing."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__()
@@ -68,5 +68,5 @@ class AnotherRankEnded(Exception):
 
 
 def exit_code_of(error: BaseException) -> int:
-    """Of a command that ends with this error: what the error says of itself, 2 for what the user asked, else 1."""
+    """Return the exit code of a command that fails with this error: its `exit_code`, or 2 for ValueError, or 1."""
     return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)

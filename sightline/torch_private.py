@@ -1,4 +1,4 @@
-"""What needs a slow part of PyTorch without importing it before its first use. Tried with torch 2.11 to 2.13."""
+"""Functions that avoid importing slow parts of PyTorch before their first use. Tested with torch 2.11 to 2.13."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ disable_compiler = torch._disable_dynamo
 
 
 def is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor: while torch.distributed.tensor is not imported, none is."""
+    """Return whether a tensor is a DTensor: always False while torch.distributed.tensor is not imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)

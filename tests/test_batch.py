@@ -8,7 +8,7 @@ from sightline import Batch
 documents = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=30), min_size=1, max_size=12)
 
 
-def test_two_documents_literally() -> None:
+def test_two_documents() -> None:
     batch = Batch.from_documents([[1, 2, 3], [4, 5]], length=8)
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 0, 0, 0]]
     assert batch.labels.tolist() == [[2, 3, -100, 5, -100, -100, -100, -100]]
@@ -19,17 +19,17 @@ def test_two_documents_literally() -> None:
     assert batch.valid_tokens() == 3 and batch.fill() == 5 / 8
 
 
-def test_a_long_document_is_carried_over() -> None:
+def test_long_document_continues_in_the_next_row() -> None:
     batch = Batch.from_documents([[9], [1, 2, 3, 4, 5, 6, 7]], length=3)
     assert batch.tokens.tolist() == [[9, 1, 2], [3, 4, 5], [6, 7, 0]]
-    assert batch.labels.tolist() == [[-100, 2, 3], [4, 5, 6], [7, -100, -100]]  # a row's end loses no label
+    assert batch.labels.tolist() == [[-100, 2, 3], [4, 5, 6], [7, -100, -100]]  # row boundaries lose no labels
     assert batch.document_ids.tolist() == [[0, 1, 1], [0, 0, 0], [0, 0, -1]]
     assert batch.positions.tolist() == [[0, 0, 1], [2, 3, 4], [5, 6, 0]]
 
 
 @settings(max_examples=100, deadline=None)
 @given(documents, st.integers(2, 20))
-def test_nothing_is_lost_and_no_label_crosses(texts, length) -> None:
+def test_all_tokens_are_packed_and_labels_stay_in_their_document(texts, length) -> None:
     batch = Batch.from_documents(texts, length=length)
     real = batch.document_ids >= 0
     assert batch.tokens[real].tolist() == [token for text in texts for token in text]
@@ -41,20 +41,20 @@ def test_nothing_is_lost_and_no_label_crosses(texts, length) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(documents, st.integers(2, 20))
-def test_document_offsets_reset_a_memory_where_documents_begin(texts, length) -> None:
-    """A running sum that starts anew at every offset is the running sum of each document's part in its row."""
+def test_document_offsets_reset_state_at_document_starts(texts, length) -> None:
+    """A cumulative sum that restarts at every offset equals the cumulative sum of each document in its row."""
     batch = Batch.from_documents(texts, length=length)
     offsets = batch.document_offsets()
     assert offsets.dtype == torch.int32 and offsets[0] == 0 and offsets[-1] == batch.tokens.numel()
     flat = batch.tokens.flatten()
-    by_offsets = torch.cat([part.cumsum(0) for part in flat.split(offsets.diff().tolist())]).view(batch.shape)
+    by_offsets = torch.cat([segment.cumsum(0) for segment in flat.split(offsets.diff().tolist())]).view(batch.shape)
     for row in range(batch.shape[0]):
         for document in batch.document_ids[row].unique():
-            here = batch.document_ids[row] == document
-            assert torch.equal(by_offsets[row][here], batch.tokens[row][here].cumsum(0))
+            inside = batch.document_ids[row] == document
+            assert torch.equal(by_offsets[row][inside], batch.tokens[row][inside].cumsum(0))
 
 
-def test_rows_and_extra_travel_together() -> None:
+def test_selecting_rows_includes_extra() -> None:
     batch = Batch.from_documents([[1, 2, 3, 4, 5]], length=2)
     batch = Batch(
         tokens=batch.tokens, labels=batch.labels, document_ids=batch.document_ids, positions=batch.positions,
@@ -73,12 +73,12 @@ def test_rows_and_extra_travel_together() -> None:
         ([], 4, "no documents"),
     ],
 )
-def test_refusals(texts, length: int, text: str) -> None:
+def test_invalid_documents_raise(texts, length: int, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Batch.from_documents(texts, length=length)
 
 
-def test_facts_must_have_one_shape() -> None:
+def test_different_shapes_raise() -> None:
     batch = Batch.from_documents([[1, 2]], length=4)
     with pytest.raises(ValueError, match=r"labels must have the shape of tokens \(1, 4\), got \(1, 3\)"):
         Batch(

@@ -146,7 +146,7 @@ def test_user_batches_on_two_ranks_equal_one(run: Run, tmp_path: Path) -> None:
 def test_user_batches_without_a_state_do_not_resume(run: Run, tmp_path: Path) -> None:
     shorter = dataclasses.replace(run.training, steps=2)
     train_quietly(own(run, tmp_path / "run", training=shorter), batches=iter(Batches(run).loader))
-    with pytest.raises(ValueError, match="stopped after step 2, and a generator cannot go on from there"):
+    with pytest.raises(ValueError, match="stopped after step 2, and a generator cannot resume there"):
         train_quietly(own(run, tmp_path / "run"), batches=(batch for batch in Batches(run)))
 
 

@@ -1,4 +1,4 @@
-"""Divisors, and numbers as text."""
+"""Divisors, and numbers formatted as text."""
 
 import re
 
@@ -17,11 +17,11 @@ def test_nearest(wanted: int, text: str) -> None:
     assert nearest(wanted, reversed(divisors(12))) == text
 
 
-def test_nearest_of_nothing() -> None:
+def test_nearest_without_choices() -> None:
     assert nearest(3, []) == nearest(3, [3]) == ""
 
 
-def test_check_divisible_names_the_divisors() -> None:
+def test_check_divisible_lists_divisors() -> None:
     check_divisible("model.num-heads", 6, "model.num-kv-heads", 3, "key/value heads")
     message = "model.num-heads 6 is not divisible by model.num-kv-heads 4; key/value heads that divide it: [1, 2, 3, 6]"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

@@ -12,9 +12,11 @@ import pytest
 from rich.console import Console
 
 import sightline.config
+from sightline.batch import Batch
 from sightline.cli.train import parse
 from sightline.config import DataConfig, OptimizerConfig
 from sightline.config.renamed import RENAMED, RENAMED_IN_QWEN3_NEXT, old_names
+from sightline.data import IterableLoader
 from sightline.layers.vision import VisionConfig
 from sightline.models import FAMILIES, DeepseekV3Config, Llama3Config, Qwen3NextConfig
 from sightline.training.metrics import read_metrics
@@ -145,3 +147,20 @@ def test_a_run_of_0_2_0_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert row["mtp_loss"] == pytest.approx(old["prediction_loss"], rel=1e-6)
         assert row["grad_norm"] == pytest.approx(old["grad_norm"], rel=1e-5)
     assert json.loads((directory / "config.json").read_text())["model"]["hidden_size"] == 16
+
+
+def test_loader_state_of_user_batches_of_0_2_resumes() -> None:
+    """The state of the batches themselves does not change."""
+
+    class WithState(list):
+        state_dict = dict
+        loaded: dict[str, int]
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.loaded = state
+
+    batches = WithState([Batch.from_documents([[1, 2, 3]], length=4)])
+    loader = IterableLoader(batches, rows=1, sequence_length=4)
+    identity = loader.state_dict()["identity"]
+    loader.load_state_dict({"identity": identity, "step": 5, "lanes": {"0": {"place": 7}}})
+    assert batches.loaded == {"place": 7} and loader.state_dict()["step"] == 5

@@ -1,4 +1,4 @@
-"""Private APIs of PyTorch stand in one file of a package, `torch_private.py`, to look at when PyTorch changes."""
+"""Private APIs of PyTorch are used only in files named `torch_private.py`, to find them when PyTorch changes."""
 
 import ast
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "sightline"
-ELSEWHERE = {"masks/mask.py", "parallel/context/shard.py"}
-"""Pytrees, registered where they are defined: `plan_context` and masks are imported without the rest of PyTorch."""
+EXCEPTIONS = {"masks/mask.py", "parallel/context/shard.py"}
+"""Pytrees are registered where they are defined, so that importing masks and `plan_context` loads little of PyTorch."""
 FILES = sorted(
     path
     for path in ROOT.rglob("*.py")
-    if path.name != "torch_private.py" and str(path.relative_to(ROOT)) not in ELSEWHERE
+    if path.name != "torch_private.py" and str(path.relative_to(ROOT)) not in EXCEPTIONS
 )
 
 
@@ -20,9 +20,9 @@ def is_private(name: str) -> bool:
 
 
 def private_names(path: Path) -> list[str]:
-    """Imports from torch and attributes of it that begin with an underscore anywhere."""
+    """Return imports from torch and attributes of torch that have a part with a leading underscore."""
     tree = ast.parse(path.read_text())
-    imported = {"torch": "torch"}  # what a name at the top of the file stands for
+    imported = {"torch": "torch"}  # {local name: full name}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             imported |= {alias.asname or alias.name: alias.name for alias in node.names}
@@ -38,5 +38,5 @@ def private_names(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_private_torch_stands_in_one_file(path: Path) -> None:
+def test_no_private_torch_api_outside_torch_private(path: Path) -> None:
     assert not private_names(path)

@@ -1,6 +1,6 @@
-"""Recipe templates: how a model of some size is trained, whatever its family.
+"""Recipe templates: training settings for models of a given size, independent of the model family.
 
-debug("mine-debug", MyConfig(...))          a Run, kept in runs/mine-debug
+debug("mine-debug", MyConfig(...))          -> Run with output directory runs/mine-debug
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from sightline.config.run import (
 )
 
 RecipeTemplate = Callable[[str, Any], Run]
-"""Called with the name of a recipe and the config of its model."""
+"""Function (recipe name, model config) -> Run."""
 
 
 def template(**sections: Any) -> RecipeTemplate:
-    """The template of a Run with these sections, kept in runs/NAME."""
+    """Return the template of a `Run` with these sections and the output directory runs/NAME."""
 
     def build(name: str, model: Any) -> Run:
         return Run(model=model, output_dir=Path("runs") / name, **sections)
@@ -38,7 +38,7 @@ debug = template(
     validation=ValidationConfig(every=25, rows=4),
     checkpoint=CheckpointConfig(every=25),
 )
-"""Seconds on two CPU cores, on the source of Python's standard library: to see that everything works."""
+"""Smoke test: seconds on two CPU cores, on the source code of Python's standard library."""
 
 tiny = template(
     training=TrainingConfig(steps=100, sequence_length=512, global_batch_size=1, micro_batch_size=1),
@@ -46,21 +46,21 @@ tiny = template(
     validation=ValidationConfig(every=50, rows=8),
     checkpoint=CheckpointConfig(every=50),
 )
-"""About a minute on two CPU cores, in which the loss falls by a quarter: small batches take more steps from the same
-tokens."""
+"""About a minute on two CPU cores, in which the loss falls by a quarter. Batches are small, for more optimizer steps on
+the same number of tokens."""
 
 IMAGE_SECTIONS: dict[str, Any] = {
     "data": DataConfig(source="synthetic-images"),
     "logging": LoggingConfig(sample_prompt="a large", sample_tokens=20),
 }
-"""The sections of a recipe that trains on drawings and their captions."""
+"""Sections of a recipe that trains on synthetic images and their captions."""
 
 
 def on_gpus(learning_rate: float, **sections: Any) -> RecipeTemplate:
-    """The template of a published size, by its peak learning rate.
+    """Return the template for models of a published size, trained on GPUs with this peak learning rate.
 
-    The sequence length is that of the Llama 3 report (arXiv 2407.21783, table 3), the batch what one machine
-    accumulates; `--data.source` and `--data.tokenizer` are yours to give.
+    The sequence length is that of the Llama 3 report (arXiv 2407.21783, table 3). The batch is of a size that a single
+    machine can accumulate. Users set `--data.source` and `--data.tokenizer`.
     """
     training = TrainingConfig(
         steps=20_000, sequence_length=8192, global_batch_size=64, micro_batch_size=1, dtype="bfloat16"

@@ -1,7 +1,7 @@
-"""What a run is made of: frozen dataclasses whose fields are the command line and whose docstrings are its help.
+"""The config of a run: frozen dataclasses whose fields are command-line options and whose docstrings are their help.
 
-A value is checked once, in `__post_init__`; nothing edits a config later. The model's own config lives with the model
-(`sightline.models`); `Run` only carries it.
+`__post_init__` validates a config; nothing modifies it afterwards. Model configs are defined with the models
+(`sightline.models`).
 """
 
 from __future__ import annotations
@@ -24,65 +24,72 @@ def _positive(owner: str, **values: int | float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(RenamedFields):
-    """Where the text comes from and how it is packed into rows."""
+    """Source of the documents, and how they are packed into rows."""
 
     source: str = "python-stdlib"
-    """`python-stdlib` is the source of this Python's own standard library.
-    Else a file or folder of .txt, .md, .py or .jsonl, or `hf:NAME`, a Hugging Face dataset (needs the extra `hf`).
-    `synthetic-images` is drawings and their captions, for models that see."""
+    """Source of the documents: `python-stdlib`, `synthetic-images`, `hf:NAME` or a path.
+    `python-stdlib` is the source code of the standard library of the running Python.
+    `synthetic-images` is generated images with captions, for vision-language models.
+    `hf:NAME` is the train split of a Hugging Face dataset (needs the extra `hf`).
+    A path is a .txt, .md, .py or .jsonl file, or a folder of such files."""
     text_field: str = "text"
-    """The field that holds the text in .jsonl files and Hugging Face datasets."""
+    """Name of the text field in .jsonl files and Hugging Face datasets."""
     tokenizer: Path | None = None
-    """A `tokenizer.json` to use.
-    Without one, a byte-level BPE with the model's vocabulary is trained on the source and kept with the run."""
+    """Tokenizer to load: a `tokenizer.json`, or a folder that contains one.
+    By default, a byte-level BPE tokenizer is trained on the source, with the model's vocabulary size."""
     packing: Literal["stream", "best_fit"] = "stream"
-    """`stream` fills rows in order and carries a document over into the next row.
-    `best_fit` cuts documents only where they are longer than a row, and pads what stays free."""
+    """How documents are packed into rows.
+    `stream` concatenates documents and splits them at row boundaries, without padding.
+    `best_fit` splits only documents longer than a row, and pads rows."""
     validation_fraction: float = 0.05
-    """Share of the documents held out for validation."""
+    """Fraction of the documents held out for validation."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.validation_fraction < 1.0:
-            raise ValueError(f"data.validation-fraction must be at least 0 and under 1, got {self.validation_fraction}")
+            raise ValueError(
+                f"data.validation-fraction must be at least 0 and less than 1, got {self.validation_fraction}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How long, how wide, and in which precision."""
+    """Training length, batch size, precision, loss and activation checkpointing."""
 
     steps: int = 1000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     sequence_length: int = 2048
-    """Tokens of a row (S)."""
+    """Tokens per row (S)."""
     global_batch_size: int = 8
-    """Rows an optimizer step."""
+    """Rows per optimizer step, over all data-parallel ranks."""
     micro_batch_size: int = 8
-    """Rows a forward; global-batch-size / micro-batch-size forwards accumulate into one step."""
+    """Rows per forward pass on each rank; must divide the global batch size.
+    The other rows of a step are gradient accumulation steps, or the micro-batches of a pipeline schedule."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes CUDA where there is one."""
+    """Device type; `auto` selects CUDA if available."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of forward and backward; weights and optimizer stay in float32.
+    """Precision of forward and backward; weights and optimizer state are float32.
     bfloat16 (autocast) is for GPUs: most CPUs compute it several times slower than float32."""
     deterministic: bool = False
-    """Only deterministic algorithms: slower on a GPU, the same bits on every run."""
+    """Use only deterministic algorithms: runs are bitwise reproducible, but slower on a GPU."""
     compile: bool = False
-    """Compile every layer by torch.compile: faster on a GPU after a first step of minutes; no gain on a CPU."""
+    """Compile each layer with torch.compile: faster on GPUs, no gain on CPUs.
+    The first step takes minutes."""
     loss: Literal["token_mean", "document_mean"] = "token_mean"
-    """`token_mean` is cross-entropy, the mean over all tokens with a label.
-    `document_mean` is the mean over documents of the mean over their tokens: each counts the same, however long."""
+    """Reduction of the cross-entropy loss.
+    `token_mean` is the mean over all tokens with a label.
+    `document_mean` first takes the mean within each document, so that all documents have the same weight."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What the backward computes again instead of keeping it from the forward.
-    `selective` keeps the results of matrix products and attention alone, `full` only what comes into a layer."""
+    """Activation checkpointing: which activations the backward recomputes.
+    `selective` saves only the outputs of matrix products and attention, `full` only the input of each layer."""
     recompute_every: int = 1
-    """Every n-th layer recomputes; 1 is all of them."""
+    """Apply activation checkpointing to every n-th layer; 1 means all layers."""
 
     def __post_init__(self) -> None:
         _positive("training", steps=self.steps, global_batch_size=self.global_batch_size)
         _positive("training", micro_batch_size=self.micro_batch_size, recompute_every=self.recompute_every)
         if self.sequence_length < 2:
             raise ValueError(
-                "training.sequence-length must be at least 2 (one token to see, one to predict), "
-                f"got {self.sequence_length}"
+                f"training.sequence-length must be at least 2 (one input token, one label), got {self.sequence_length}"
             )
         batch, micro = self.global_batch_size, self.micro_batch_size
         check_divisible("training.global-batch-size", batch, "training.micro-batch-size", micro, "micro-batch sizes")
@@ -95,75 +102,81 @@ SCHEDULES = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How many processes share what. replicate x shard x context x tensor x pipeline is the number of processes.
+    """Parallelism degrees. replicate x shard x context x tensor x pipeline must equal the number of ranks.
 
-    Started by `torchrun --nproc-per-node N -m sightline train ...`; one process needs none of this.
+    Start several ranks with `torchrun --nproc-per-node N -m sightline train ...`; a single process needs no options.
     """
 
     replicate: int = 1
-    """Copies of the (sharded) model, each with other rows."""
+    """Data-parallel replicate degree: number of model replicas, as in DDP and HSDP."""
     shard: int = -1
-    """Processes that share weights, gradients and moments, each with other rows (FSDP).
-    -1 is all processes that the other degrees leave."""
+    """Data-parallel shard degree (FSDP): ranks that shard weights, gradients and optimizer state.
+    -1 uses all ranks that the other degrees leave."""
     context: int = 1
-    """Processes that share each row: its tokens, and the weights too, as with shard."""
+    """Context parallel degree: ranks that split the tokens of each row.
+    Weights, gradients and optimizer state are sharded across these ranks too."""
     tensor: int = 1
-    """Processes that share each layer's matrices, heads and vocabulary, and between these the tokens."""
+    """Tensor parallel degree: ranks that split weight matrices, heads and vocabulary.
+    Between these layers, the tokens are split instead (sequence parallelism)."""
     pipeline: int = 1
-    """Processes in a row, each with some of the layers."""
+    """Pipeline parallel degree: ranks across which the layers are split into stages."""
     expert: int = 1
-    """Processes that share the experts of a layer; they are taken out of shard x context and need no more processes."""
+    """Expert parallel degree: ranks that split the experts of each MoE layer.
+    It reuses the ranks of shard x context, so it does not change the number of ranks."""
     pipeline_schedule: SCHEDULES = "1F1B"
-    """The order in which pipeline stages work on microbatches.
-    Interleaved1F1B, LoopedBFS and InterleavedZeroBubble give each process several stages, ZBVZeroBubble and DualPipeV
-    two."""
+    """Pipeline schedule.
+    Interleaved1F1B, LoopedBFS and InterleavedZeroBubble place several stages on each rank.
+    ZBVZeroBubble and DualPipeV place two stages on each rank."""
     context_order: Literal["balanced", "contiguous", "headtail", "roundrobin"] = "balanced"
-    """Which tokens of a row each process of `context` has. `balanced` gives all the same work under the run's masks."""
+    """How context parallelism assigns the tokens of a row to ranks.
+    `balanced` equalizes the attention work of all ranks under the masks of the run."""
     offload: bool = False
-    """Keep sharded weights, gradients and moments in the CPU's memory: slower, for models that do not fit otherwise."""
+    """Offload sharded weights, gradients and optimizer state to CPU memory: slower, for models that do not fit."""
     timeout: int = 600
-    """Seconds after which a process that waits for another one gives up and names it."""
+    """Seconds that a rank waits for another rank before it aborts and names the missing rank."""
 
     def __post_init__(self) -> None:
         for name in ("replicate", "context", "tensor", "pipeline", "expert", "timeout"):
             _positive("parallel", **{name: getattr(self, name)})
         if self.shard < 1 and self.shard != -1:
             raise ValueError(
-                f"parallel.shard must be at least 1, or -1 for all processes the other degrees leave, got {self.shard}"
+                f"parallel.shard must be at least 1, or -1 for all ranks that the other degrees leave, got {self.shard}"
             )
 
 
 OPTIMIZER_STATE = {"adamw": (2, 2), "muon": (1, 2)}
-"""Numbers of state that an optimizer keeps for each number of a layer's matrix, and for each of any other parameter."""
+"""Optimizer state values per element of a weight matrix of a layer, and per element of any other parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(RenamedFields):
-    """The optimizer, its gradient clipping and its learning-rate schedule."""
+    """Optimizer, gradient clipping and learning-rate schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """`muon` orthogonalizes the updates of the layers' matrices and leaves embedding, output projection, norms and
-    biases to AdamW; its updates are as large as AdamW's, so learning rate and weight decay serve both."""
+    """Optimizer: `adamw`, or `muon` for the weight matrices of the layers.
+    `muon` uses AdamW for the embedding, the output projection, norms and biases.
+    Its updates are scaled to the size of AdamW's, so the same learning rate and weight decay apply."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of AdamW's first and second moment."""
+    """Decay rates of AdamW's running averages of the gradient and of its square."""
     eps: float = 1e-8
-    """Added to the root of AdamW's second moment."""
+    """Term added to the denominator of AdamW's update for numerical stability."""
     momentum: float = 0.95
-    """Decay of Muon's momentum."""
+    """Momentum of Muon."""
     weight_decay: float = 0.1
-    """Decoupled decay of matrices and embeddings; norms, biases and whatever else is no matrix are not decayed."""
+    """Decoupled weight decay, applied to matrices and embeddings only."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm."""
+    """Maximum global gradient norm; larger gradients are scaled down to it."""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
-    """After the warm-up: half a cosine, a straight line, or constant with a linear end (warm-up-stable-decay)."""
+    """Learning-rate schedule after warm-up.
+    `cosine` and `linear` decay over all remaining steps; `wsd` (warmup-stable-decay) first stays at the peak."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises from 0 to its peak."""
+    """Steps over which the learning rate rises linearly from 0 to its peak."""
     decay_ratio: float = 0.2
-    """Last share of the steps in which `wsd` decays."""
+    """Fraction of the steps, at the end of the run, in which `wsd` decays."""
     min_lr_ratio: float = 0.1
-    """Learning rate of the last step as a share of the peak."""
+    """Learning rate of the last step as a fraction of the peak."""
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZER_STATE:
@@ -173,27 +186,28 @@ class OptimizerConfig(RenamedFields):
             raise ValueError(f"optimizer.warmup-steps must be at least 0, got {self.warmup_steps}")
         for name, value in (("decay-ratio", self.decay_ratio), ("min-lr-ratio", self.min_lr_ratio)):
             if not 0.0 <= value <= 1.0:
-                raise ValueError(f"optimizer.{name} must lie between 0 and 1, got {value}")
+                raise ValueError(f"optimizer.{name} must be between 0 and 1, got {value}")
         for beta in self.betas:
             if not 0.0 <= beta < 1.0:
-                raise ValueError(f"optimizer.betas must lie in [0, 1), got {self.betas}")
+                raise ValueError(f"optimizer.betas must be in [0, 1), got {self.betas}")
         if not 0.0 <= self.momentum < 1.0:
-            raise ValueError(f"optimizer.momentum must lie in [0, 1), got {self.momentum}")
+            raise ValueError(f"optimizer.momentum must be in [0, 1), got {self.momentum}")
         if self.weight_decay < 0:
             raise ValueError(f"optimizer.weight-decay must be at least 0, got {self.weight_decay}")
 
 
 class BackendName(str):
-    """`auto`, or the name of a backend in `sightline.attention`; the command line knows its options by this type."""
+    """`auto`, or the name of a backend in `sightline.attention`. The command line finds its choices by this type."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """The kernel that honours the masks."""
+    """Attention kernel."""
 
     backend: str | BackendName = "auto"
-    """`auto` chooses by device, dtype and mask, and the log says what it chose and why. `tiled` trains on a CPU, `flex`
-    and `varlen` on CUDA, `sdpa` anywhere; `reference` is the slow truth."""
+    """Attention backend.
+    `auto` selects by device, dtype and mask, and logs its choice with the reason.
+    `flex` and `varlen` run on CUDA, `tiled` on CPUs, `sdpa` on both; `reference` is slow, for comparisons."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,9 +215,9 @@ class ValidationConfig:
     """Loss on held-out documents."""
 
     every: int = 100
-    """Steps between validations, and one after the last step; 0 is never."""
+    """Validate every n steps and after the last step; 0 disables validation."""
     rows: int = 16
-    """Rows of a validation, the same ones every time."""
+    """Rows per validation; every validation uses the same rows."""
 
     def __post_init__(self) -> None:
         _positive("validation", rows=self.rows)
@@ -213,21 +227,23 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What is kept so that a run can go on."""
+    """Checkpoints and export."""
 
     every: int = 500
-    """Steps between checkpoints; one is always written at the end and on SIGTERM or Ctrl-C, and with 0 only then."""
+    """Save a checkpoint every n steps; 0 saves only at the end of the run.
+    The end of a run, SIGTERM and Ctrl-C always save one."""
     keep: int = 2
-    """Newest checkpoints kept."""
+    """Number of checkpoints to keep; older ones are deleted."""
     resume: str = "auto"
-    """`auto` continues from the newest checkpoint of the output directory where there is one.
-    `never` starts anew in an empty directory; a path names the checkpoint, or the run, to continue from."""
+    """Checkpoint to resume from: `auto`, `never` or a path.
+    `auto` resumes from the newest checkpoint in the output directory, or starts a new run if there is none.
+    `never` starts a new run and needs an empty output directory. A path is a checkpoint or a run directory."""
     asynchronous: bool = False
-    """Write checkpoints while the next steps are taken, instead of making them wait for the disk.
-    Until one is written, the CPU's memory holds a copy of each process's weights and moments."""
+    """Write checkpoints in the background while training continues.
+    Each rank keeps a copy of its weights and optimizer state in CPU memory until the checkpoint is written."""
     export: bool = False
-    """At the end, also write the model as a Hugging Face directory that transformers loads: hf/step-N.
-    `sightline convert` does the same for any checkpoint later."""
+    """At the end of the run, export the model to hf/step-N, a Hugging Face directory for transformers.
+    `sightline convert` exports any checkpoint."""
 
     def __post_init__(self) -> None:
         _positive("checkpoint", keep=self.keep)
@@ -237,31 +253,31 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """What is written down beside metrics.jsonl."""
+    """Logging in addition to metrics.jsonl."""
 
     tensorboard: bool = True
-    """Write TensorBoard events."""
+    """Write TensorBoard event files."""
     wandb: str | None = None
     """Weights & Biases project to log to (needs the extra `wandb`)."""
     sample_prompt: str = "def "
-    """Prompt of the text generated at the end of the run."""
+    """Prompt of the sample text generated at the end of the run."""
     sample_tokens: int = 120
-    """Tokens of that text; 0 is none."""
+    """Maximum number of tokens of the sample text; 0 generates none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Generic[Model]):
-    """Everything that decides a run. A recipe is one of these."""
+    """Complete configuration of a run. A recipe is a `Run`."""
 
     model: Model
-    """The model's own config: its sizes."""
+    """Model architecture."""
     model_from: Path | None = None
-    """A Hugging Face directory (config.json, safetensors) whose weights the run begins with.
-    Its config decides the sizes of the model, and its tokenizer is the run's where data.tokenizer names no other."""
+    """Hugging Face directory (config.json, safetensors) with pretrained weights to start from.
+    Its config.json sets the model architecture. Its tokenizer is used unless --data.tokenizer is given."""
     output_dir: Path = Path("runs/default")
-    """Where the run is kept. The same command on the same directory continues where it stopped."""
+    """Directory of the run. The same command with the same directory resumes an interrupted run."""
     seed: int = 0
-    """Decides initial weights and the order of documents."""
+    """Random seed of the initial weights and of the order of documents."""
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

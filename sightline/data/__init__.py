@@ -1,4 +1,4 @@
-"""Text in, packed batches out: sources, tokenizer, packers and the loaders. Knows no models."""
+"""From text to packed batches: sources, tokenizer, packers and loaders. Independent of the models."""
 
 from sightline.data.data_loader import Batches, DataLoader, IterableLoader, open_loader, open_validation
 from sightline.data.documents import Documents, split_documents

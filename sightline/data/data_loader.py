@@ -1,4 +1,4 @@
-"""The batches of a run: what every loader can do, and which one a run has."""
+"""Batches of a run: the loader protocol, and selection of the loader from the config."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from typing import Any, Protocol
 from sightline import config
 from sightline.batch import Batch, ImageSizes
 from sightline.data.documents import Documents
-from sightline.data.loader import Loader, State, check_state, rows_of_rank, validation_batches
+from sightline.data.loader import Loader, State, check_state, rows_of_rank, use_new_names, validation_batches
 from sightline.data.synthetic_images import SYNTHETIC_IMAGES, ImageLoader, validation_images
 from sightline.data.tokenizer import Tokenizer
 
 Batches = Iterable[Batch] | Callable[[int, int], Iterable[Batch]]
-"""Batches of a caller's own, one a step: an iterable, or a function of (rank, world) that returns the one of a rank."""
+"""User-provided batches, one per step: an iterable, or a function (rank, world) -> iterable of that rank's batches."""
 
 
 class DataLoader(Protocol):
-    """An iterator of batches, one an optimizer step: of the step's rows, those of one data-parallel rank."""
+    """Iterator of batches, one per optimizer step, with the rows of one data-parallel rank."""
 
     def __next__(self) -> Batch: ...
 
     def state_dict(self) -> State:
-        """Where the next batch begins, as JSON values. `join_states` makes one of all ranks' states."""
+        """Return the position of the next batch, as JSON values. `join_states` merges the states of all ranks."""
         ...
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from the joined state of all ranks.
+        """Continue from the joined state of all ranks.
 
-        Raises: ValueError where it was saved by another loader.
+        Raises:
+            ValueError: if the state was saved by another loader.
         """
         ...
 
@@ -48,10 +49,10 @@ def open_loader(
     rank: int = 0,
     world: int = 1,
 ) -> DataLoader:
-    """The batches to train on: of all rows of an optimizer step, those of one of `world` data-parallel ranks.
+    """Return the loader of the training batches of one of `world` data-parallel ranks.
 
-    batches  the caller's own, in place of the documents
-    images   how images stand in the model's rows; None where it reads text alone
+    batches  user-provided batches, used instead of the documents
+    images   image properties of a vision-language model; None for text-only models
     """
     options: dict[str, Any] = {
         "rows": training.global_batch_size,
@@ -77,7 +78,7 @@ def open_validation(
     rank: int = 0,
     world: int = 1,
 ) -> list[Batch]:
-    """The batches to validate on, always the same; none where the run does not validate. Ranks share the rows."""
+    """Return the validation batches of this rank: the same at every validation, and none if validation is off."""
     if validation.every == 0 or len(documents) == 0:
         return []
     options: dict[str, Any] = {
@@ -93,19 +94,20 @@ def open_validation(
 
 
 class IterableLoader:
-    """A caller's own batches, checked to have the rows of this data-parallel rank.
+    """User-provided batches, whose shape is checked against the rows of this data-parallel rank.
 
-    Where the iterable has `state_dict()` (JSON values) and `load_state_dict(state)`, a run goes on exactly where it
-    was. `load_state_dict` is called before the first batch is asked for.
+    Runs can resume if the iterable has `state_dict()` (JSON values) and `load_state_dict(state)`, which is called
+    before the iteration starts.
 
-    Raises: ValueError for one iterable and several ranks: they would all train on the same rows.
+    Raises:
+        ValueError: if there is one iterable for several ranks, which would all train on the same rows.
     """
 
     def __init__(self, batches: Batches, *, rows: int, sequence_length: int, rank: int = 0, world: int = 1) -> None:
         if not callable(batches) and world > 1:
             raise ValueError(
-                f"batches is one {type(batches).__name__} for {world} data-parallel ranks, which would all train on "
-                "the same rows; expected a function of (rank, world) that returns the batches of one rank"
+                f"got one {type(batches).__name__} of batches for {world} data-parallel ranks, which would all "
+                "train on the same rows; expected a function of (rank, world) that returns the batches of one rank"
             )
         self._source: Any = batches(rank, world) if callable(batches) else batches
         self._identity = {"sequence_length": sequence_length, "rows": rows, "ranks": world}
@@ -118,44 +120,53 @@ class IterableLoader:
         batch = next(self._iterator, None)
         if batch is None:
             raise ValueError(
-                f"the batches ended after step {self._step}, before the run did; give as many as training.steps, or "
-                f"set training.steps {self._step}"
+                f"the batches ended after step {self._step}, before the run did; expected one batch for each step: "
+                f"provide more batches, or set training.steps {self._step}"
             )
         self._step += 1
         if batch.shape != self._shape:
             raise ValueError(
-                f"the batch of step {self._step} is of {batch.shape[0]} rows of {batch.shape[1]} tokens; expected "
-                f"{self._shape[0]} of {self._shape[1]} (training.global-batch-size of all data-parallel ranks, "
+                f"the batch of step {self._step} has {batch.shape[0]} rows of {batch.shape[1]} tokens; expected "
+                f"{self._shape[0]} rows of {self._shape[1]} tokens (training.global-batch-size / data-parallel ranks, "
                 "training.sequence-length)"
             )
         return batch
 
     def state_dict(self) -> State:
-        """The steps taken, and the iterable's own state where it has one; ValueError where that is no JSON."""
-        own = {self._rank: self._source.state_dict()} if self._has_state() else {}
+        """Return the number of steps and the state of the iterable, if it has one.
+
+        Raises:
+            ValueError: if the state of the iterable is not JSON-serializable.
+        """
+        state = {self._rank: self._source.state_dict()} if self._has_state() else {}
         try:
-            json.dumps(own)
+            json.dumps(state)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"state_dict() of a {type(self._source).__name__} holds what a checkpoint cannot keep: {error}; "
-                "expected numbers, strings, lists and dictionaries of them"
+                f"state_dict() of a {type(self._source).__name__} contains values that a checkpoint cannot store: "
+                f"{error}; expected numbers, strings, lists and dictionaries of them"
             ) from error
-        return {"identity": dict(self._identity), "step": self._step, "lanes": own}
+        return {"identity": dict(self._identity), "step": self._step, "shards": state}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from there. Raises as `check_state`, and for batches that have no state."""
+        """Continue from the joined state of all ranks.
+
+        Raises:
+            ValueError: if the state was saved by another loader (see `check_state`), or the batches have no state.
+        """
+        state = use_new_names(state)
         check_state(self._identity, state)
-        if not self._has_state() or self._rank not in state["lanes"]:
+        if not self._has_state() or self._rank not in state["shards"]:
             raise ValueError(
-                f"the run stopped after step {state['step']}, and a {type(self._source).__name__} cannot go on from "
-                "there: it needs state_dict and load_state_dict, now and when it was saved. Give batches that have "
-                "both, or start a new run in another output directory"
+                f"the run stopped after step {state['step']}, and a {type(self._source).__name__} cannot resume there: "
+                "batches need state_dict and load_state_dict, both now and when the run was saved; use batches that "
+                "have both, or start a new run in another output directory"
             )
-        self._source.load_state_dict(state["lanes"][self._rank])
+        self._source.load_state_dict(state["shards"][self._rank])
         self._iterator, self._step = None, state["step"]
 
     def close(self) -> None:
-        """Nothing to close: the batches are the caller's."""
+        """Do nothing: the caller owns the batches."""
 
     def _has_state(self) -> bool:
         return hasattr(self._source, "state_dict") and hasattr(self._source, "load_state_dict")

@@ -1,4 +1,4 @@
-"""The documents of a source: a sequence of texts, what was left out, and the share held out for validation."""
+"""The documents of a source, the texts that were skipped, and the split into training and validation."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-SPLIT_SEED = 0  # any constant: a run's seed must not move documents from training to validation
+SPLIT_SEED = 0  # constant, so that the seed of a run does not change which documents are held out
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Documents:
-    """N texts, none of them empty, always in the same order.
+    """Sequence of N non-empty texts in a fixed order.
 
-    texts    what the source holds; anything with [i], so a large one may stay on the disk
-    order    int64 [N], which of `texts` the documents are
-    lengths  int64 [N], characters of each document
-    source   where they come from, in the user's words
-    skipped  reason -> the names of everything left out for it
+    texts    all texts of the source, as any sequence; it may read them from disk
+    order    int64 [N], index of each document in `texts`
+    lengths  int64 [N], number of characters of each document
+    source   the source, as the user named it
+    skipped  {reason: names of the texts that were skipped}
     """
 
     texts: Sequence[str]
@@ -31,7 +31,7 @@ class Documents:
     def from_texts(
         cls, texts: Sequence[str], *, source: str = "memory", skipped: Mapping[str, Sequence[str]] | None = None
     ) -> Documents:
-        """Documents that lie in memory."""
+        """Create documents from texts in memory."""
         lengths = np.array([len(text) for text in texts], dtype=np.int64)
         return cls(texts=texts, order=np.arange(len(texts)), lengths=lengths, source=source, skipped=skipped or {})
 
@@ -46,21 +46,21 @@ class Documents:
 
     @property
     def characters(self) -> int:
-        """Characters of all documents."""
+        """Total number of characters."""
         return int(self.lengths.sum())
 
     def select(self, index: np.ndarray) -> Documents:
-        """The documents at `index` (int64 [M]), in that order."""
+        """Return the documents at `index` (int64 [M]), in that order."""
         return replace(self, order=self.order[index], lengths=self.lengths[index], skipped={})
 
     def describe(self) -> str:
-        """One line: how many documents and characters, and what was skipped and why."""
+        """Return a one-line summary: numbers of documents and characters, and the skipped texts by reason."""
         line = f"{len(self):,} documents, {self.characters:,} characters from {self.source}"
         return line + (f"; skipped {describe_skipped(self.skipped)}" if any(self.skipped.values()) else "")
 
 
 def describe_skipped(skipped: Mapping[str, Sequence[str]]) -> str:
-    """`2 not UTF-8 (a.txt, b/c.md), 31 empty (x.py, y.py, z.py, ...)`."""
+    """Return the skipped texts as text: `2 not UTF-8 (a.txt, b/c.md), 31 empty (x.py, y.py, z.py, ...)`."""
     parts = []
     for reason, names in skipped.items():
         if names:
@@ -70,20 +70,21 @@ def describe_skipped(skipped: Mapping[str, Sequence[str]]) -> str:
 
 
 def split_documents(documents: Documents, validation_fraction: float) -> tuple[Documents, Documents]:
-    """(training, validation): a share of the documents is held out, the same ones whatever the run's seed.
+    """Split into (training, validation) documents, independently of the seed of the run.
 
-    Each side gets at least one document where the share is above 0. The validation documents are in random order, so
-    that the first rows of them already are a fair sample.
+    If the fraction is greater than 0, both parts have at least one document. The validation documents are in random
+    order, so that their first rows are a representative sample.
 
-    Errors: ValueError where the share is above 0 and there are fewer than 2 documents.
+    Raises:
+        ValueError: if the fraction is greater than 0 and there are fewer than 2 documents.
     """
     if validation_fraction == 0:
         return documents, documents.select(np.arange(0))
     if len(documents) < 2:
         raise ValueError(
-            f"data.validation-fraction {validation_fraction} holds documents out, but {documents.source} holds only "
-            f"{len(documents)}, expected at least 2: split the text into more documents (files, or lines of a .jsonl) "
-            "or set --data.validation-fraction 0"
+            f"data.validation-fraction {validation_fraction} needs at least 2 documents, but {documents.source} "
+            f"contains {len(documents)}; split the text into more documents (files, or lines of a .jsonl file), or use "
+            "--data.validation-fraction 0"
         )
     held_out = min(max(1, round(len(documents) * validation_fraction)), len(documents) - 1)
     shuffled = np.random.default_rng(SPLIT_SEED).permutation(len(documents))

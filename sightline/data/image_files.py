@@ -1,4 +1,4 @@
-"""Images from files, at sizes that a model can see."""
+"""Read image files at sizes that a vision-language model accepts."""
 
 from __future__ import annotations
 
@@ -10,36 +10,38 @@ from PIL import Image, ImageOps  # matplotlib needs it anyway
 
 
 def read_image(path: Path, *, patch_size: int, merge: int, most_patches: int) -> np.ndarray:
-    """The image of a file: uint8 [height, width, 3], a whole number of image tokens high and wide.
+    """Read an image as uint8 [height, width, 3], resized so that both sides are a whole number of image tokens.
 
-    An image token is a square of `merge` x `merge` patches. The image is scaled to the nearest size that is a whole
-    number of them and holds at most `most_patches` patches; one that is such a size already keeps every pixel.
-    What is transparent lies on white.
+    An image token is a square of `merge` x `merge` patches. The size is the nearest one with at most `most_patches`
+    patches; images of such a size are not resampled. Transparent pixels are blended with white.
 
-    Errors: ValueError for a file that is not there or holds no image.
+    Raises:
+        ValueError: if the file does not exist or is not an image.
     """
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGBA")  # cameras note which side is up
+            image = ImageOps.exif_transpose(file).convert("RGBA")  # apply the rotation in the EXIF data
     except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read an image from {path}: {error}; expected a PNG, JPEG, WebP or the like") from None
-    ground = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(ground, image).convert("RGB")
+        raise ValueError(
+            f"cannot read an image from {path}: {error}; expected a PNG, JPEG, WebP or similar file"
+        ) from None
+    background = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(background, image).convert("RGB")
     step = patch_size * merge
     width, height = image.size
-    rows, columns = fit_grid(height / step, width / step, most=most_patches // merge**2)
+    rows, columns = fit_grid(height / step, width / step, max_cells=most_patches // merge**2)
     if (width, height) != (columns * step, rows * step):
         image = image.resize((columns * step, rows * step), Image.Resampling.BILINEAR)
     return np.asarray(image)
 
 
-def fit_grid(height: float, width: float, *, most: int) -> tuple[int, int]:
-    """Whole numbers near (height, width), each at least 1, whose product is at most `most`.
+def fit_grid(height: float, width: float, *, max_cells: int) -> tuple[int, int]:
+    """Round (height, width) to integers of at least 1, scaled down so that their product is at most `max_cells`.
 
-    (2.2, 3.9) -> (2, 4);  (20.0, 5.0) with most=16 -> (8, 2), the same shape and smaller
+    (2.2, 3.9) -> (2, 4);  (20.0, 5.0) with max_cells=16 -> (8, 2), which keeps the aspect ratio
     """
-    shrink = min(1.0, math.sqrt(most / (height * width)))
-    rows, columns = max(1, round(height * shrink)), max(1, round(width * shrink))
-    while rows * columns > most:  # rounding went over it: shorten the longer side
+    scale = min(1.0, math.sqrt(max_cells / (height * width)))
+    rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+    while rows * columns > max_cells:  # because of rounding: shorten the longer side
         rows, columns = (rows - 1, columns) if rows >= columns else (rows, columns - 1)
     return rows, columns

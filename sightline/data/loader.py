@@ -1,15 +1,15 @@
-"""Batches of packed rows without end, and the exact cursor in them to go on from.
+"""Infinite stream of packed batches with an exact, resumable position.
 
-The rows of a run are dealt out over shards. A shard is a stream of its own: in every epoch it reads its section of that
-epoch's random order of all documents, and packs it. Row after row comes from shard after shard:
+The documents of a run are divided over shards. In each epoch, a shard packs its section of that epoch's random order of
+all documents. The rows of the steps are taken from the shards in turn, and each shard continues at its cursor:
 
     3 rows a step, 9 shards       step 0   shards 0 1 2
-                                 step 1   shards 3 4 5
-                                 step 2   shards 6 7 8
-                                 step 3   shards 0 1 2    where they stopped in step 0
+                                  step 1   shards 3 4 5
+                                  step 2   shards 6 7 8
+                                  step 3   shards 0 1 2    from their cursors after step 0
 
-So a long document is spread over many steps, and no step sees little else. And a data-parallel rank packs the shards of
-its own rows and no other: on any number of ranks a run has the same rows, and it may go on with another number.
+This spreads a long document over many steps, so that no step consists mostly of one document. Each data-parallel rank
+packs only the shards of its rows: the rows of a run do not depend on the number of ranks, which may change on resume.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from sightline.data.packing import PACKERS, Piece, Stream
 from sightline.data.tokenizer import Tokenizer
 from sightline.numbers import divisors
 
-State = dict[str, Any]  # plain ints, strings, lists and dicts: json and torch write it and read it back
+State = dict[str, Any]  # ints, strings, lists and dicts, so that JSON can hold it
 
 MIN_SHARDS = 8
-"""The fewest shards of a run: also a run of one row a step mixes as many cursors of the text."""
+"""Minimum number of shards, so that consecutive steps of a run with few rows per step read different documents."""
 
-NAMES = {
+IDENTITY_LABELS = {
     "documents": "number of training documents",
     "lengths": "digest of the training documents' lengths",
     "tokenizer": "digest of the tokenizer",
@@ -45,12 +45,12 @@ NAMES = {
     "seed": "--seed",
     "ranks": "number of data-parallel ranks",
 }
-"""Fields of a loader's `identity`, in words: a state means the same cursor only where all that it has are equal."""
+"""Names of the `identity` fields in error messages. A state is valid only for a loader with the same identity."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """What decides the rows of a `Loader`: number of documents, digests of their lengths and of the tokenizer, ..."""
+    """Identity of a `Loader`: all values that determine its rows. `lengths` and `tokenizer` are digests."""
 
     documents: int
     lengths: str
@@ -62,25 +62,26 @@ class LoaderConfig:
 
 
 def check_state(identity: State, state: State) -> None:
-    """Refuse a state that was saved with another identity than the loader has that loads it.
+    """Check that a state was saved by a loader with this identity.
 
-    Raises: ValueError naming the first field that differs.
+    Raises:
+        ValueError: if a field of the identity differs; the message names the first one.
     """
-    for name, here in identity.items():
-        came = state["identity"].get(name)
-        if came != here:
+    for name, actual in identity.items():
+        saved = state["identity"].get(name)
+        if saved != actual:
             raise ValueError(
-                f"the loader's state was saved with another {NAMES[name]}: {came!r} there, {here!r} here; continue "
-                "with what it was saved with, or start a new run in another output directory"
+                f"the loader state was saved with another {IDENTITY_LABELS[name]}: got {actual!r}, expected {saved!r}; "
+                "use the saved value, or start a new run in another output directory"
             )
 
 
 class Loader:
-    """An endless iterator of batches: of the `rows` packed rows a step, those of this data-parallel rank.
+    """Infinite iterator of batches: the rows of this data-parallel rank, out of the `rows` packed rows of each step.
 
-    The next batch is tokenized and packed in a background thread while the caller computes on this one. A loader made
-    alike, but for the rank and the number of ranks, that loads the joined states of all ranks yields the same batches
-    from there to the bit.
+    A background thread tokenizes and packs the next batch while the caller uses the current one. To resume, create the
+    loaders with the same arguments, on any number of ranks, and load the joined state of all ranks: they continue with
+    exactly the same batches.
     """
 
     def __init__(
@@ -96,16 +97,14 @@ class Loader:
         world: int = 1,
     ) -> None:
         if sequence_length < 2:
-            raise ValueError(
-                f"sequence_length must be at least 2 (one token to see, one to predict), got {sequence_length}"
-            )
+            raise ValueError(f"sequence_length must be at least 2 (one input token, one label), got {sequence_length}")
         if packing not in PACKERS:
             raise ValueError(f"packing must be one of {', '.join(PACKERS)}, got {packing!r}")
         if seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")
         if not documents:
-            raise ValueError(f"{documents.source} holds no training documents; expected at least one")
-        self._mine = rows_of_rank(rows, rank, world)
+            raise ValueError(f"{documents.source} contains no training documents; expected at least one")
+        self._local_rows = rows_of_rank(rows, rank, world)
         self._documents, self._tokenizer = documents, tokenizer
         self._config = LoaderConfig(
             documents=len(documents),
@@ -116,21 +115,21 @@ class Loader:
             rows=rows,
             seed=seed,
         )
-        self._count = rows * -(-MIN_SHARDS // rows)
+        self._num_shards = rows * -(-MIN_SHARDS // rows)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sightline-loader")
         self._state: State
         self._shards: dict[int, _Shard]
         self._prepared: Future[tuple[Batch, State]] | None
-        beginning: State = {"epoch": 0, "next_document": 0, "waiting": []}
-        self._start({"step": 0, "shards": {str(shard): beginning for shard in self._local_shards()}})
+        start: State = {"epoch": 0, "next_document": 0, "waiting": []}
+        self._start({"step": 0, "shards": {str(shard): start for shard in self._local_shards()}})
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         prepared = self._prepared or self._prepare()
-        # Where this raises, the failed batch stays the prepared one: whoever asks again gets the error again, never a
-        # batch beyond it.
+        # If this raises, the failed batch stays in `_prepared`: further calls raise the same error instead of skipping
+        # the batch.
         batch, self._state = prepared.result()
         self._prepare()
         return batch
@@ -140,36 +139,40 @@ class Loader:
         return self._prepared
 
     def _next_batch(self, shards: dict[int, _Shard], before: State) -> tuple[Batch, State]:
-        """A batch, and the state after it. In the background thread: it may outlive the loader's own shards."""
+        """Return a batch and the state after it. Runs in the background thread, possibly after a new `_start`."""
         first = before["step"] * self._config.rows
-        turn = [(first + row) % self._count for row in self._mine]
-        batch = Batch.from_rows([shards[shard].next_row() for shard in turn])
-        cursors = before["shards"] | {str(shard): shards[shard].cursor() for shard in turn}
+        order = [(first + row) % self._num_shards for row in self._local_rows]
+        batch = Batch.from_rows([shards[shard].next_row() for shard in order])
+        cursors = before["shards"] | {str(shard): shards[shard].cursor() for shard in order}
         return batch, {"step": before["step"] + 1, "shards": cursors}
 
     def state_dict(self) -> State:
-        """Where the batch after the one handed out last begins; `join_states` joins those of all ranks."""
+        """Return the position after the last batch returned by `next`. `join_states` merges the states of all ranks."""
         return {"identity": asdict(self._config), **self._state}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from the joined state of all ranks, however many there were. Raises as `check_state`."""
-        state = _use_new_names(state)
+        """Continue from the joined state of all ranks; the number of ranks may have changed.
+
+        Raises:
+            ValueError: if the state was saved by another loader; see `check_state`.
+        """
+        state = use_new_names(state)
         check_state(asdict(self._config), state)
-        cursors = {str(shard): state["shards"][str(shard)] for shard in self._local_shards()}
+        cursors = {str(shard): _use_new_cursor_names(state["shards"][str(shard)]) for shard in self._local_shards()}
         self._start({"step": state["step"], "shards": cursors})
 
     def close(self) -> None:
-        """Stop the background thread. A loader that is never closed does not keep the process from ending."""
+        """Stop the background thread. A loader that is not closed does not block the exit of the process."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _local_shards(self) -> list[int]:
-        return [shard for shard in range(self._count) if shard % self._config.rows in self._mine]
+        return [shard for shard in range(self._num_shards) if shard % self._config.rows in self._local_rows]
 
     def _start(self, state: State) -> None:
         self._state = state
         self._shards = {
             shard: _Shard(
-                self._documents, self._tokenizer, self._config, shard, self._count, state["shards"][str(shard)]
+                self._documents, self._tokenizer, self._config, shard, self._num_shards, state["shards"][str(shard)]
             )
             for shard in self._local_shards()
         }
@@ -177,69 +180,76 @@ class Loader:
 
 
 def join_states(states: Sequence[State]) -> State:
-    """What the loaders of any number of ranks load, from the states of all ranks' loaders after the same step."""
+    """Merge the loader states of all ranks after a step into one state, which any number of ranks can load."""
     shards: State = {shard: cursor for state in states for shard, cursor in state["shards"].items()}
     return {**states[0], "shards": dict(sorted(shards.items(), key=lambda item: int(item[0])))}
 
 
-def _use_new_names(state: State) -> State:
-    """A state as this version writes it: before version 0.3 `shards` was called lanes and `next_document` place."""
-    if "lanes" not in state:
-        return state
-    shards = {
-        shard: {"next_document" if name == "place" else name: value for name, value in old.items()}
-        for shard, old in state["lanes"].items()
-    }
-    return {**{name: value for name, value in state.items() if name != "lanes"}, "shards": shards}
+def use_new_names(state: State) -> State:
+    """Return the state with the key `shards`, which version 0.2 called lanes."""
+    return {"shards" if name == "lanes" else name: value for name, value in state.items()}
+
+
+def _use_new_cursor_names(cursor: State) -> State:
+    """Return the cursor with the key `next_document`, which version 0.2 called place."""
+    return {"next_document" if name == "place" else name: value for name, value in cursor.items()}
 
 
 def rows_of_rank(rows: int, rank: int, world: int) -> range:
-    """Which of the `rows` rows of a step a data-parallel rank has: rank r those from r * rows / world on.
+    """Return the indices of the rows of a step on a data-parallel rank: rows / world consecutive rows.
 
-    Errors: ValueError where they cannot be shared equally.
+    Raises:
+        ValueError: if the rows cannot be divided equally among the ranks.
     """
     if rows < 1:
         raise ValueError(f"a batch must have at least 1 row, got rows={rows}")
     if not 0 <= rank < world:
-        raise ValueError(f"rank must be at least 0 and under world={world}, got {rank}")
+        raise ValueError(f"rank must be at least 0 and less than world={world}, got {rank}")
     if rows % world:
         raise ValueError(
-            f"{rows} rows a step (--training.global-batch-size) cannot be shared equally among {world} data-parallel "
-            f"ranks (replicate x shard); numbers of ranks that divide them: {divisors(rows)}"
+            f"{rows} rows per step (--training.global-batch-size) are not divisible by {world} data-parallel ranks "
+            f"(replicate x shard); numbers of ranks that divide them: {divisors(rows)}"
         )
-    share = rows // world
-    return range(rank * share, (rank + 1) * share)
+    local_rows = rows // world
+    return range(rank * local_rows, (rank + 1) * local_rows)
 
 
 class _Shard:
-    """The rows of one shard from some cursor on."""
+    """Infinite stream of the rows of one shard, from a cursor on."""
 
     def __init__(
-        self, documents: Documents, tokenizer: Tokenizer, config: LoaderConfig, shard: int, shards: int, cursor: State
+        self,
+        documents: Documents,
+        tokenizer: Tokenizer,
+        config: LoaderConfig,
+        shard: int,
+        num_shards: int,
+        cursor: State,
     ) -> None:
         self.documents, self.tokenizer, self.seed = documents, tokenizer, config.seed
-        # Of N documents a shard takes every `shards`-th. Where there are fewer than shards, shard, shard + N, ... would read
-        # the same ones: each then reads its part of them.
-        self.section = slice(shard % len(documents), None, shards)
-        self.part, self.parts = shard // len(documents), len(range(shard % len(documents), shards, len(documents)))
+        # A shard reads every `num_shards`-th document of an epoch's order. With N < num_shards documents, the shards
+        # i, i + N, i + 2N, ... read the same document: each of them takes one of `parts` parts of its tokens.
+        first = shard % len(documents)
+        self.section = slice(first, None, num_shards)
+        self.part, self.parts = shard // len(documents), len(range(first, num_shards, len(documents)))
         self.epoch, self.next_document = cursor["epoch"], cursor["next_document"]
-        whole = {document: self._piece(document) for document in {document for document, _ in cursor["waiting"]}}
-        waiting = [whole[document]._replace(at=at) for document, at in cursor["waiting"]]
+        pieces = {document: self._piece(document) for document in {document for document, _ in cursor["waiting"]}}
+        waiting = [pieces[document]._replace(start=start) for document, start in cursor["waiting"]]
         self.packer = PACKERS[config.packing](config.sequence_length, tokenizer.eos_id, waiting)
-        self.pieces = self._endless()
+        self.pieces = self._all_pieces()
 
     def next_row(self) -> Row:
         row = self.packer.next_row(self.pieces)
-        assert row is not None, "the documents never end"
+        assert row is not None, "the stream of documents is infinite"
         return row
 
     def cursor(self) -> State:
-        """What comes next, and what waits: enough to go on from."""
-        waiting = [[piece.document, piece.at] for piece in self.packer.waiting]
+        """Return the position of this shard: the next document to read, and the pieces that wait to be packed."""
+        waiting = [[piece.document, piece.start] for piece in self.packer.waiting]
         return {"epoch": self.epoch, "next_document": self.next_document, "waiting": waiting}
 
-    def _endless(self) -> Iterator[Piece]:
-        """The documents of this shard, epoch after epoch. `epoch` and `next_document` always say what comes next."""
+    def _all_pieces(self) -> Iterator[Piece]:
+        """Yield the documents of this shard, epoch after epoch, and keep `epoch` and `next_document` up to date."""
         while True:
             section = _shuffled(self.seed, self.epoch, len(self.documents))[self.section]
             while self.next_document < len(section):
@@ -249,14 +259,14 @@ class _Shard:
 
     def _piece(self, document: int) -> Piece:
         tokens = self.tokenizer.encode(self.documents[document])
-        at = len(tokens) * self.part // self.parts
-        end = max(at + 1, len(tokens) * (self.part + 1) // self.parts)  # a text may have fewer tokens than parts
-        return Piece(document, tokens[:end], at)
+        start = len(tokens) * self.part // self.parts
+        end = max(start + 1, len(tokens) * (self.part + 1) // self.parts)  # a text may have fewer tokens than parts
+        return Piece(document, tokens[:end], start)
 
 
 @lru_cache(maxsize=2)
 def _shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order of an epoch, int64 [count]. Kept for the shards that come to it later; they are never far apart."""
+    """Return the order of an epoch, int64 [count]. Cached because the shards read it one after the other."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
@@ -270,16 +280,16 @@ def validation_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Batch]:
-    """At most `rows` rows of the documents in order, the same ones every time, in batches of `rows_per_batch`.
+    """Yield the first `rows` rows of the documents, in order, in batches of `rows_per_batch`.
 
-    Fewer where the documents end before; then the last row is padded. The last batch may have fewer rows. Of many
-    ranks each has an equal share of the rows, and batches of the same sizes: rows of padding fill what is missing.
+    There are fewer rows if the documents end before; the last row is then padded. The last batch may be smaller. The
+    rows are divided equally among the ranks, with batches of the same sizes: rows of padding are added if necessary.
     """
     packer = Stream(sequence_length, tokenizer.eos_id)
     pieces = (Piece(index, tokenizer.encode(documents[index])) for index in range(len(documents)))
-    finished = list(islice(iter(lambda: packer.next_row(pieces), None), rows))
-    finished += [RowBuilder(sequence_length).finish(tokenizer.eos_id)] * (-len(finished) % world)
-    share = len(finished) // world
-    mine = finished[rank * share : (rank + 1) * share]
-    for first in range(0, share, rows_per_batch):
-        yield Batch.from_rows(mine[first : first + rows_per_batch])
+    packed = list(islice(iter(lambda: packer.next_row(pieces), None), rows))
+    packed += [RowBuilder(sequence_length).finish(tokenizer.eos_id)] * (-len(packed) % world)
+    per_rank = len(packed) // world
+    local = packed[rank * per_rank : (rank + 1) * per_rank]
+    for first in range(0, per_rank, rows_per_batch):
+        yield Batch.from_rows(local[first : first + rows_per_batch])

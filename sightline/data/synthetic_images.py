@@ -1,7 +1,7 @@
-"""Text with images in it: drawings that their captions describe, as packed rows of tokens and packed rows of patches.
+"""Synthetic images with captions, as packed rows of tokens and packed rows of patches.
 
-`--data.source synthetic-images` needs no download: a document is a few drawings, each followed by its caption. It is
-there to try models that see; real images become the same batches through `to_patches` and `pack_patches`.
+`--data.source synthetic-images` is test data for vision-language models that needs no download. A document is a few
+images, each followed by its caption. `to_patches` and `pack_patches` do the same with real images.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 0.5, "large": 0.9}
-"""Share of the image's shorter side."""
-MOST_IMAGES = 3
-"""Of a document."""
-MOST_STEPS = 4
-"""Height and width of a drawing, in image tokens."""
-VALIDATION_SEED = 0  # any constant: a run's seed must not change what it is validated on
+"""Size of a shape as a fraction of the image's shorter side."""
+MAX_IMAGES = 3
+"""Maximum number of images per document."""
+MAX_SIDE = 4
+"""Maximum height and width of an image, in image tokens."""
+VALIDATION_SEED = 0  # constant, so that the seed of a run does not change the validation images
 
 
 def caption_documents() -> Documents:
-    """Every caption there is: `a small red circle on white`."""
+    """Return all captions, of the form `a small red circle on white`."""
     captions = [
-        f"a {size} {colour} {shape} on {ground}"
+        f"a {size} {color} {shape} on {background}"
         for size in SIZES
-        for colour in COLORS
+        for color in COLORS
         for shape in SHAPES
-        for ground in COLORS
-        if ground != colour
+        for background in COLORS
+        if background != color
     ]
     return Documents.from_texts(captions, source=SYNTHETIC_IMAGES)
 
 
 def render(caption: str, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """What the caption says, somewhere in the image: uint8 [height, width, 3], in pixels."""
-    _, size, colour, shape, _, ground = caption.split()
+    """Render the caption as uint8 [height, width, 3], with the shape at a random position."""
+    _, size, color, shape, _, background = caption.split()
     half = SIZES[size] * min(height, width) / 2
     y = np.arange(height)[:, None] + 0.5 - rng.uniform(half, height - half)
     x = np.arange(width)[None, :] + 0.5 - rng.uniform(half, width - half)
@@ -62,15 +62,15 @@ def render(caption: str, height: int, width: int, rng: np.random.Generator) -> n
         "triangle": (abs(y) <= half) & (2 * abs(x) <= y + half),
         "cross": (np.minimum(abs(x), abs(y)) <= half / 4) & (np.maximum(abs(x), abs(y)) <= half),
     }[shape]
-    return np.where(inside[..., None], COLORS[colour], COLORS[ground]).astype(np.uint8)
+    return np.where(inside[..., None], COLORS[color], COLORS[background]).astype(np.uint8)
 
 
 class ImageLoader:
-    """An endless iterator of batches: rows packed with documents of one to three drawings and their captions.
+    """Infinite iterator of batches: rows packed with documents of one to three images and their captions.
 
-    A document is never cut; what stays free of a row is padding. An image stands as `image_token`, once for every
-    merge x merge patches, and no loss is asked for where it comes next. Every row follows from the seed and its
-    number, so the number of steps is all the state there is.
+    Documents are never split; rows are padded. An image is represented by placeholder tokens, one for every
+    `spatial_merge_size` x `spatial_merge_size` patches, which are not labels. Each row is generated from the seed and
+    the index of the row in the run, so the state is only the number of steps.
     """
 
     def __init__(
@@ -87,23 +87,23 @@ class ImageLoader:
     ) -> None:
         if images is None:
             raise ValueError(
-                f"data.source {SYNTHETIC_IMAGES!r} holds images, and this model reads text alone; take a recipe of the "
+                f"data.source {SYNTHETIC_IMAGES!r} contains images, but this model is text-only; use a recipe of the "
                 "family vlm, or another --data.source"
             )
         if tokenizer.vocab_size > images.image_token_id:
             raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, so token {images.image_token_id} may stand for text; "
-                "an image needs a token of its own: raise --model.vocab-size and set --model.image-token-id to its last "
-                "token"
+                f"the tokenizer has {tokenizer.vocab_size} tokens, so the image token {images.image_token_id} may also "
+                "be text; expected an id that the tokenizer does not use: increase --model.vocab-size and set "
+                "--model.image-token-id to the last id"
             )
         self._captions = [tokenizer.encode(caption) for caption in captions]
-        needed = MOST_STEPS**2 + max(len(ids) for ids in self._captions)
+        needed = MAX_SIDE**2 + max(len(ids) for ids in self._captions)
         if sequence_length < needed:
             raise ValueError(
-                f"a row of {sequence_length} tokens does not hold the largest image and its caption; use "
+                f"a row of {sequence_length} tokens is too short for the largest image and its caption; use "
                 f"--training.sequence-length {needed} or more"
             )
-        self._mine = rows_of_rank(rows, rank, world)
+        self._local_rows = rows_of_rank(rows, rank, world)
         self._texts, self._tokenizer, self._images = list(captions), tokenizer, images
         self._rows, self._length, self._seed = rows, sequence_length, seed
         self._identity: State = {
@@ -119,7 +119,7 @@ class ImageLoader:
 
     def __next__(self) -> Batch:
         first = self._step * self._rows
-        rows, images = zip(*(self._row(first + row) for row in self._mine), strict=True)
+        rows, images = zip(*(self._row(first + row) for row in self._local_rows), strict=True)
         self._step += 1
         batch = Batch.from_rows(rows)
         return replace(
@@ -129,37 +129,41 @@ class ImageLoader:
         )
 
     def state_dict(self) -> State:
-        return {"identity": dict(self._identity), "step": self._step, "lanes": {}}
+        return {"identity": dict(self._identity), "step": self._step, "shards": {}}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from there. Raises as `check_state`."""
+        """Continue from this state.
+
+        Raises:
+            ValueError: if the state was saved by another loader; see `check_state`.
+        """
         check_state(self._identity, state)
         self._step = state["step"]
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing; this loader has no resources."""
 
-    def _row(self, number: int) -> tuple[Row, list[np.ndarray]]:
-        """A row of the run by its number, and its images. The first document that does not fit ends it."""
-        rng = np.random.default_rng((self._seed, number))
+    def _row(self, index: int) -> tuple[Row, list[np.ndarray]]:
+        """Return row `index` of the run and its images. The first document that does not fit ends the row."""
+        rng = np.random.default_rng((self._seed, index))
         row, images = RowBuilder(self._length), []
         while True:
-            ids, drawn = self._document(rng)
-            if len(ids) <= row.room:
+            ids, document_images = self._document(rng)
+            if len(ids) <= row.free:
                 row.add(ids)
-                images += drawn
+                images += document_images
             elif row.tokens:
                 return row.finish(self._tokenizer.eos_id), images
 
     def _document(self, rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
-        """[begin] image caption image caption ... [end], and the images."""
+        """Return the token ids [begin] image caption image caption ... [end], and the images."""
         ids: list[int] = []
         images = []
-        for number in rng.integers(len(self._texts), size=rng.integers(1, MOST_IMAGES, endpoint=True)).tolist():
-            height, width = rng.integers(1, MOST_STEPS, size=2, endpoint=True).tolist()
+        for index in rng.integers(len(self._texts), size=rng.integers(1, MAX_IMAGES, endpoint=True)).tolist():
+            height, width = rng.integers(1, MAX_SIDE, size=2, endpoint=True).tolist()
             side = self._images.spatial_merge_size * self._images.patch_size
-            images.append(render(self._texts[number], height * side, width * side, rng))
-            caption = self._captions[number]
+            images.append(render(self._texts[index], height * side, width * side, rng))
+            caption = self._captions[index]
             begin = 0 if self._tokenizer.bos_id is None else 1
             image = [self._images.image_token_id] * (height * width)
             ids += [*(caption[:begin] if not ids else ()), *image, *caption[begin:-1]]
@@ -177,14 +181,16 @@ def validation_images(
     rank: int = 0,
     world: int = 1,
 ) -> list[Batch]:
-    """`rows` rows, the same ones every time, in batches of `rows_per_batch`. Each rank has as many of them, the last
-    ones without a label where the rows do not divide among the ranks."""
+    """Return `rows` rows, always the same, in batches of `rows_per_batch`.
+
+    All ranks have the same number of rows: if necessary, the last row is repeated without labels.
+    """
     loader = ImageLoader(
         captions, tokenizer, rows=rows, sequence_length=sequence_length, images=images, seed=VALIDATION_SEED
     )
-    whole = next(loader)
-    share = -(-rows // world)
-    index = torch.arange(rank * share, (rank + 1) * share)
-    mine = whole[index.clamp(max=rows - 1)]
-    mine.labels[index >= rows] = IGNORE
-    return [mine[first : first + rows_per_batch] for first in range(0, share, rows_per_batch)]
+    all_rows = next(loader)
+    per_rank = -(-rows // world)
+    index = torch.arange(rank * per_rank, (rank + 1) * per_rank)
+    local = all_rows[index.clamp(max=rows - 1)]
+    local.labels[index >= rows] = IGNORE
+    return [local[first : first + rows_per_batch] for first in range(0, per_rank, rows_per_batch)]

@@ -1,4 +1,4 @@
-"""Text from a model, token by token, with a cache of what came before."""
+"""Text generation, token by token, with a key/value cache."""
 
 from sightline.generation.text import SamplingConfig, Tokenizer, generate, stream
 

@@ -1,4 +1,4 @@
-"""Text from a model, token by token: how the next token is drawn, and the loop around it."""
+"""Text generation: sampling of the next token, and the generation loop."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from sightline.batch import IGNORE, Batch
 from sightline.masks import AttentionMask, named_masks
 from sightline.models.decoder import Decoder, Masks
 
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What decoders put where the bytes of a character have not all come."""
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""Character that tokenizers decode an incomplete UTF-8 sequence to."""
 
 
 class Tokenizer(Protocol):
-    """What generation asks of a tokenizer."""
+    """Tokenizer methods that generation uses."""
 
     @property
     def eos_id(self) -> int: ...
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The beginning of a document: with its opening token where the tokenizer has one, never with the closing."""
+        """Return the ids of the beginning of a document: with a begin token if there is one, without an end token."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -32,26 +32,26 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How much text is drawn, and how."""
+    """Sampling options of text generation."""
 
     max_new_tokens: int = 128
-    """Tokens to add at most; it ends before that where the model ends the document."""
+    """Maximum number of tokens to generate; generation stops earlier at the end of the document."""
     temperature: float = 0.8
-    """Under 1 likely tokens become likelier; 0 always takes the likeliest."""
+    """Sampling temperature; 0 is greedy decoding."""
     top_k: int | None = None
-    """Draw from the k likeliest tokens only."""
+    """Sample only from the k most likely tokens."""
     top_p: float = 1.0
-    """Draw from the fewest likeliest tokens whose probabilities reach p."""
+    """Nucleus sampling: sample from the smallest set of most likely tokens whose probabilities sum to at least p."""
     seed: int = 0
-    """The same seed draws the same text."""
+    """Random seed of the sampling."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
             raise ValueError(f"max-new-tokens must be at least 0, got {self.max_new_tokens}")
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 (always the likeliest token) or greater, got {self.temperature}")
+            raise ValueError(f"temperature must be 0 (greedy decoding) or greater, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top-k must be at least 1 token, got {self.top_k}; leave it out to draw from all")
+            raise ValueError(f"top-k must be at least 1 token, got {self.top_k}; omit it to sample from all tokens")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top-p must be greater than 0 and at most 1 (all tokens), got {self.top_p}")
 
@@ -67,7 +67,7 @@ def generate(
     *,
     extra: dict[str, Tensor] | None = None,
 ) -> str:
-    """The text that `stream` yields, in one piece and without the prompt."""
+    """Return the generated text, without the prompt. Arguments and errors are those of `stream`."""
     return "".join(stream(model, tokenizer, prompt, sampling, extra=extra))
 
 
@@ -79,54 +79,55 @@ def stream(
     *,
     extra: dict[str, Tensor] | None = None,
 ) -> Iterator[str]:
-    """Continue the prompt, piece by piece; a piece never ends inside a character.
+    """Yield the generated text in pieces that never split a character.
 
     prompt  a text, or the token ids of the beginning of a document
-    extra   what else of the prompt the model takes, as in a batch of one row: its images
+    extra   further model inputs of the prompt, such as images, as the `extra` of a batch of one row
 
-    Errors: ValueError for a prompt without a token, before anything is generated.
+    Raises:
+        ValueError: if the prompt has no tokens; raised by the call, before the iteration.
     """
     ids = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
     if not ids:
-        raise ValueError(f"the prompt {prompt!r} has no tokens: give at least one character to continue")
-    return _pieces(tokenizer, _continue(model, tokenizer, ids, extra or {}, sampling))
+        raise ValueError(f"the prompt {prompt!r} has no tokens; expected at least one character")
+    return _decode_stream(tokenizer, _generate_tokens(model, tokenizer, ids, extra or {}, sampling))
 
 
 def sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
-    """Draw a token from logits [V]."""
+    """Sample a token from logits [V]."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     logits, tokens = (logits.float() / sampling.temperature).sort(descending=True, stable=True)
     probabilities = logits[: sampling.top_k].softmax(dim=0)
-    before = probabilities.cumsum(dim=0) - probabilities  # 0 for the likeliest token, so one always stays
+    before = probabilities.cumsum(dim=0) - probabilities  # 0 for the most likely token, so at least one remains
     probabilities[before >= sampling.top_p] = 0
     return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 
 
 @torch.no_grad()
-def _continue(
+def _generate_tokens(
     model: Decoder, tokenizer: Tokenizer, ids: list[int], extra: dict[str, Tensor], sampling: SamplingConfig
 ) -> Iterator[int]:
-    """New tokens until the end of the document. Each is computed once: the cache holds what came before."""
+    """Yield new tokens until the end of the document. Each forward computes only tokens that are not in the cache."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(sampling.seed)
     cache = model.new_cache()
-    text, seen = list(ids), 0
+    ids, num_cached = list(ids), 0
     for _ in range(sampling.max_new_tokens):
-        batch = _one_document(text, extra)
-        new = torch.arange(seen, len(text))
-        # The model's own rule for the whole text, then the rows of the new tokens: windows and chunks stay exact.
+        batch = _one_document(ids, extra)
+        new = torch.arange(num_cached, len(ids))
+        # Masks of the full text, restricted to the queries of the new tokens: correct for windows and chunks too.
         masks = _take_queries(model, model.get_attention_masks(batch, tokenizer), new)
         tokens, positions = batch.tokens[:, new].to(device), batch.positions[:, new].to(device)
-        given = {} if seen else {name: value.to(device) for name, value in extra.items()}
-        logits = model(tokens, attention_masks=masks, positions=positions, cache=cache, **given)[0, -1]
+        inputs = {} if num_cached else {name: value.to(device) for name, value in extra.items()}
+        logits = model(tokens, attention_masks=masks, positions=positions, cache=cache, **inputs)[0, -1]
         logits[list(model.suppress_tokens)] = -float("inf")
         token = sample(logits, sampling, generator)
         if token == tokenizer.eos_id:
             return
         yield token
-        seen = len(text)
-        text.append(token)
+        num_cached = len(ids)
+        ids.append(token)
 
 
 def _one_document(ids: list[int], extra: dict[str, Tensor]) -> Batch:
@@ -142,24 +143,26 @@ def _one_document(ids: list[int], extra: dict[str, Tensor]) -> Batch:
 
 
 def _take_queries(model: Decoder, masks: Masks, index: Tensor) -> dict[str, AttentionMask]:
-    """The masks for the tokens at `index` alone; those that no decoder layer uses are not about tokens, and stay."""
-    of_tokens = {layer.mask_name for layer in model.layers.values()}
-    return {name: mask.take_queries(index) if name in of_tokens else mask for name, mask in named_masks(masks).items()}
+    """Restrict the masks of decoder layers to the queries at `index`; other masks (of images) do not change."""
+    decoder_masks = {layer.mask_name for layer in model.layers.values()}
+    return {
+        name: mask.take_queries(index) if name in decoder_masks else mask for name, mask in named_masks(masks).items()
+    }
 
 
-def _pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of the tokens as it grows. A character whose bytes have not all come waits for them.
+def _decode_stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """Yield the text of the tokens in pieces. A character with missing bytes is held back until it is complete.
 
-    The whole text is decoded each time, because some decoders write a token differently at the beginning of a text.
+    All tokens are decoded each time, because some tokenizers decode a token differently at the beginning of a text.
     """
     ids: list[int] = []
-    told = ""
+    yielded = ""
     for token in tokens:
         ids.append(token)
         text = tokenizer.decode(ids)
-        if not text.endswith(UNFINISHED) and len(text) > len(told):
-            yield text[len(told) :]
-            told = text
-    rest = tokenizer.decode(ids)[len(told) :]
+        if not text.endswith(INCOMPLETE) and len(text) > len(yielded):
+            yield text[len(yielded) :]
+            yielded = text
+    rest = tokenizer.decode(ids)[len(yielded) :]
     if rest:
         yield rest

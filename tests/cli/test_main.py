@@ -50,7 +50,7 @@ def test_recipe_help_lists_every_option(name, capsys) -> None:
         "--validation.every", "--checkpoint.every", "--checkpoint.resume", "--logging.wandb",
     ):  # fmt: skip
         assert option in out, option
-    assert "Where the run is kept." in out and "Tokens of a row (S)." in out
+    assert "Directory of the run." in out and "Tokens per row (S)." in out
     assert f"(default: runs/{name})" in out
     assert "examples:" in out
 

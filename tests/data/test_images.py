@@ -1,4 +1,4 @@
-"""Drawings and their captions: the rows state which patches belong to which image, and the state brings them back."""
+"""Synthetic images with captions: their tokens and patches in the rows, and resuming from a state."""
 
 import json
 from collections.abc import Iterator
@@ -39,22 +39,22 @@ def assert_same(one: Batch, other: Batch) -> None:
 
 
 def captions_and_images(batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
-    """The caption behind each image of the batch, and the image's patches."""
+    """Yield the caption after each image of the batch, and the patches of the image."""
     for row in range(batch.shape[0]):
         grid = batch.extra["patch_grid"][row]
-        tokens, at, first = batch.tokens[row].tolist(), 0, 0
+        tokens, position, first = batch.tokens[row].tolist(), 0, 0
         for height, width in grid[grid.prod(dim=1) > 0].tolist():
-            at = tokens.index(IMAGE, at)
+            position = tokens.index(IMAGE, position)
             count = height * width // 4
-            assert tokens[at : at + count] == [IMAGE] * count and tokens[at + count] != IMAGE
-            at += count
-            end = next(i for i in range(at, len(tokens)) if tokens[i] in (IMAGE, TOKENIZER.eos_id))
-            yield TOKENIZER.decode(tokens[at:end]), batch.extra["patches"][row, first : first + height * width]
+            assert tokens[position : position + count] == [IMAGE] * count and tokens[position + count] != IMAGE
+            position += count
+            end = next(i for i in range(position, len(tokens)) if tokens[i] in (IMAGE, TOKENIZER.eos_id))
+            yield TOKENIZER.decode(tokens[position:end]), batch.extra["patches"][row, first : first + height * width]
             first += height * width
-        assert IMAGE not in tokens[at:] and not batch.extra["patches"][row, first:].any()
+        assert IMAGE not in tokens[position:] and not batch.extra["patches"][row, first:].any()
 
 
-def test_every_image_stands_before_its_caption() -> None:
+def test_every_image_precedes_its_caption() -> None:
     captions = set(CAPTIONS)
     assert len(captions) == len(CAPTIONS) == 2 * 7 * 4 * 6
     seen = set()
@@ -62,71 +62,71 @@ def test_every_image_stands_before_its_caption() -> None:
         for caption, patches in captions_and_images(batch):
             assert caption in captions
             seen.add(caption)
-            _, _, colour, _, _, ground = caption.split()
-            colours = {tuple(pixel) for pixel in ((patches.reshape(-1, 3) + 1) * 127.5).round().int().tolist()}
-            assert colours == {COLORS[colour], COLORS[ground]}
+            _, _, color, _, _, background = caption.split()
+            colors = {tuple(pixel) for pixel in ((patches.reshape(-1, 3) + 1) * 127.5).round().int().tolist()}
+            assert colors == {COLORS[color], COLORS[background]}
     assert len(seen) > 20
 
 
-def test_documents_begin_and_end_in_their_row_and_images_are_no_labels() -> None:
+def test_documents_are_not_split_and_image_tokens_are_not_labels() -> None:
     for batch in islice(loader(), 5):
         real = batch.document_ids != PADDING
         assert 0.5 < batch.fill() <= 1
-        begins = batch.positions[real] == 0
-        assert torch.equal(batch.tokens[real][begins], torch.full_like(batch.tokens[real][begins], TOKENIZER.bos_id))
-        assert begins.sum() == (batch.tokens[real] == TOKENIZER.eos_id).sum()
+        starts = batch.positions[real] == 0
+        assert torch.equal(batch.tokens[real][starts], torch.full_like(batch.tokens[real][starts], TOKENIZER.bos_id))
+        assert starts.sum() == (batch.tokens[real] == TOKENIZER.eos_id).sum()
         assert not (batch.labels == IMAGE).any() and (batch.tokens == IMAGE).any()
         following = batch.tokens[:, 1:]
         wanted = (batch.document_ids[:, 1:] == batch.document_ids[:, :-1]) & real[:, 1:] & (following != IMAGE)
         assert torch.equal(batch.labels[:, :-1], torch.where(wanted, following, -100))
 
 
-def test_the_state_brings_the_same_batches_back() -> None:
+def test_resumed_batches_are_the_same() -> None:
     source = loader()
     for _ in range(3):
         next(source)
     state = json.loads(json.dumps(source.state_dict()))
-    again = loader()
-    again.load_state_dict(state)
+    resumed = loader()
+    resumed.load_state_dict(state)
     for _ in range(3):
-        assert_same(next(source), next(again))
+        assert_same(next(source), next(resumed))
     with pytest.raises(AssertionError):
         assert_same(next(source), next(loader(seed=6)))
-    with pytest.raises(ValueError, match=r"saved with another --seed: 5 there, 6 here"):
+    with pytest.raises(ValueError, match=r"saved with another --seed: got 6, expected 5"):
         loader(seed=6).load_state_dict(state)
 
 
-def test_ranks_share_the_rows_of_a_step() -> None:
-    together, ranks = loader(rows=4), [loader(rows=4, rank=rank, world=2) for rank in range(2)]
+def test_rows_of_a_step_are_divided_over_ranks() -> None:
+    single, ranks = loader(rows=4), [loader(rows=4, rank=rank, world=2) for rank in range(2)]
     for _ in range(3):
-        whole, parts = next(together), [next(source) for source in ranks]
-        assert torch.equal(whole.tokens, torch.cat([part.tokens for part in parts]))
-        assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
+        full, parts = next(single), [next(source) for source in ranks]
+        assert torch.equal(full.tokens, torch.cat([part.tokens for part in parts]))
+        assert torch.equal(full.labels, torch.cat([part.labels for part in parts]))
         for rank, part in enumerate(parts):
-            patches, mine = part.extra["patches"], whole.extra["patches"][2 * rank :][:2]
-            assert torch.equal(patches, mine[:, : patches.shape[1]]) and not mine[:, patches.shape[1] :].any()
-    again = [loader(rows=4, rank=rank, world=4) for rank in range(4)]
-    for source in again:
+            patches, expected = part.extra["patches"], full.extra["patches"][2 * rank :][:2]
+            assert torch.equal(patches, expected[:, : patches.shape[1]]) and not expected[:, patches.shape[1] :].any()
+    resumed = [loader(rows=4, rank=rank, world=4) for rank in range(4)]
+    for source in resumed:
         source.load_state_dict(join_states([source.state_dict() for source in ranks]))
-    assert torch.equal(next(together).tokens, torch.cat([next(source).tokens for source in again]))
+    assert torch.equal(next(single).tokens, torch.cat([next(source).tokens for source in resumed]))
 
 
-def test_rows_that_ranks_cannot_share_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"3 rows a step .*among 2 data-parallel ranks .*: \[1, 3\]"):
+def test_rows_not_divisible_by_ranks_raise() -> None:
+    with pytest.raises(ValueError, match=r"3 rows per step .*not divisible by 2 data-parallel ranks .*: \[1, 3\]"):
         loader(rank=0, world=2)
 
 
-def test_patches_are_those_of_siglip() -> None:
+def test_patches_equal_siglip2() -> None:
     image = np.random.default_rng(0).integers(256, size=(8, 12, 3), dtype=np.uint8)
     patches, grid = to_patches(image, 4)
     assert grid == (2, 3)
     theirs = convert_image_to_patches(image.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1, 4)
     np.testing.assert_allclose(patches, theirs, atol=1e-6)
-    with pytest.raises(ValueError, match="an image of 8 x 12 pixels is no whole number of patches of 5 x 5"):
+    with pytest.raises(ValueError, match="got an image of 8 x 12 pixels; expected multiples of the patch size 5"):
         to_patches(image, 5)
 
 
-def test_packed_patches() -> None:
+def test_pack_patches() -> None:
     one, two = (np.full((4 * h, 4 * w, 3), value, dtype=np.uint8) for h, w, value in [(2, 3, 255), (1, 1, 0)])
     extra = pack_patches([[one, two], [], [two]], 4)
     assert extra["patch_grid"].tolist() == [[[2, 3], [1, 1]], [[0, 0], [0, 0]], [[1, 1], [0, 0]]]
@@ -137,7 +137,7 @@ def test_packed_patches() -> None:
 
 
 @pytest.mark.parametrize("shape", ["circle", "square", "triangle", "cross"])
-def test_a_large_drawing_covers_more_than_a_small_one(shape: str) -> None:
+def test_large_shape_covers_more_pixels_than_small_shape(shape: str) -> None:
     def covered(size: str) -> int:
         image = render(f"a {size} red {shape} on blue", 32, 48, np.random.default_rng(0))
         assert image.shape == (32, 48, 3) and image.dtype == np.uint8
@@ -146,13 +146,15 @@ def test_a_large_drawing_covers_more_than_a_small_one(shape: str) -> None:
     assert 30 < 2 * covered("small") < covered("large") < 32 * 48
 
 
-def test_held_out_captions_are_not_trained_on() -> None:
+def test_held_out_captions_are_not_in_training() -> None:
     training, held_out = split_documents(caption_documents(), 0.05)
     assert len(held_out) == 17 and not set(training) & set(held_out)
 
 
-def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"a row of 20 tokens does not hold .*--training.sequence-length \d\d or more"):
+def test_too_short_rows_and_text_image_tokens_raise() -> None:
+    with pytest.raises(
+        ValueError, match=r"a row of 20 tokens is too short for .*--training.sequence-length \d\d or more"
+    ):
         loader(sequence_length=20)
-    with pytest.raises(ValueError, match=r"has \d+ tokens, so token 100 may stand for text"):
+    with pytest.raises(ValueError, match=r"has \d+ tokens, so the image token 100 may also be text"):
         loader(images=ImageSizes(4, 2, 100))

@@ -1,4 +1,4 @@
-"""What is read and in which order, what is left out and told, and what is refused."""
+"""Sources: which files are read and in which order, which texts are skipped, and errors."""
 
 import json
 import sysconfig
@@ -11,7 +11,7 @@ from sightline.data import Documents, load_documents, sources
 
 
 def write(root: Path, **files: str | bytes) -> Path:
-    """Files by name, with `__` for a folder and `_DOT_` for a dot."""
+    """Write files, whose names have `__` instead of / and `_DOT_` instead of a dot."""
     for name, content in files.items():
         path = root / name.replace("_DOT_", ".").replace("__", "/")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,7 +23,7 @@ def load(source: Path | str, **options: str) -> Documents:
     return load_documents(DataConfig(source=str(source), **options))
 
 
-def test_a_folder_is_read_whole_and_in_order(tmp_path: Path) -> None:
+def test_folder_is_read_recursively_and_sorted(tmp_path: Path) -> None:
     write(
         tmp_path,
         b_DOT_txt="b",
@@ -41,18 +41,18 @@ def test_a_folder_is_read_whole_and_in_order(tmp_path: Path) -> None:
     assert documents.describe() == f"5 documents, 25 characters from {tmp_path}"
 
 
-def test_a_single_file_is_read(tmp_path: Path) -> None:
+def test_single_file(tmp_path: Path) -> None:
     write(tmp_path, a_DOT_txt="one", b_DOT_txt="two", c_DOT_jsonl='{"body": "x"}\n{"body": "y"}')
     assert list(load(tmp_path / "a.txt")) == ["one"]
     assert list(load(tmp_path / "c.jsonl", text_field="body")) == ["x", "y"]
 
 
-def test_text_is_kept_as_it_is_but_for_the_byte_order_mark(tmp_path: Path) -> None:
+def test_only_the_byte_order_mark_is_removed(tmp_path: Path) -> None:
     write(tmp_path, a_DOT_txt=b"\xef\xbb\xbf\tone\r\ntwo \n\n")
     assert load(tmp_path)[0] == "\tone\r\ntwo \n\n"
 
 
-def test_what_is_left_out_is_counted_and_told(tmp_path: Path) -> None:
+def test_skipped_texts_are_counted_and_described(tmp_path: Path) -> None:
     write(
         tmp_path,
         bad_DOT_txt=b"caf\xe9",
@@ -83,44 +83,44 @@ def test_what_is_left_out_is_counted_and_told(tmp_path: Path) -> None:
             r"line 2 has no text in the field 'text', only body \(str\), id \(int\).*text-field",
         ),
         ('{"text": 3}', r"line 2 has no text in the field 'text', only text \(int\)"),
-        ("{}", r"line 2 has no text in the field 'text', only no field at all"),
+        ("{}", r"line 2 has no text in the field 'text', only no fields"),
     ],
 )
-def test_a_bad_line_is_refused_with_its_place(tmp_path: Path, line: str, message: str) -> None:
+def test_invalid_line_raises_with_its_number(tmp_path: Path, line: str, message: str) -> None:
     write(tmp_path, c_DOT_jsonl=f'{{"text": "good"}}\n{line}\n')
     with pytest.raises(ValueError, match=message):
         load(tmp_path)
 
 
-def test_no_source_and_no_text_are_refused(tmp_path: Path) -> None:
+def test_missing_source_and_missing_text_raise(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere' does not exist: expected `python-stdlib`, a file or folder"):
         load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"holds no text.*\.jsonl, \.md, \.py, \.txt"):
+    with pytest.raises(ValueError, match=r"contains no text.*\.jsonl, \.md, \.py, \.txt"):
         load(tmp_path)
     write(tmp_path, a_DOT_log="text", b_DOT_txt=" ")
-    with pytest.raises(ValueError, match=r"holds no text.*\.txt and are not hidden; skipped 1 empty \(b\.txt\)"):
+    with pytest.raises(ValueError, match=r"contains no text.*\.txt and are not hidden; skipped 1 empty \(b\.txt\)"):
         load(tmp_path)
-    with pytest.raises(ValueError, match=r"a\.log holds no text"):
+    with pytest.raises(ValueError, match=r"a\.log contains no text"):
         load(tmp_path / "a.log")
 
 
-def test_the_standard_library_without_its_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_library_without_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(
         tmp_path,
         os_DOT_py="os",
         json__decoder_DOT_py="decoder",
-        LICENSE_DOT_txt="licence",
+        LICENSE_DOT_txt="license",
         test__test_os_DOT_py="no",
         lib2to3__tests__data_DOT_py="no",
         **{"site-packages__torch_DOT_py": "no", "idlelib__run_DOT_py": "no", "json____pycache___DOT_py": "x"},
     )
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     documents = load("python-stdlib")
-    assert "no" not in list(documents) and "licence" not in list(documents)
+    assert "no" not in list(documents) and "license" not in list(documents)
     assert {"decoder", "os"} <= set(documents)
 
 
-def test_this_pythons_own_standard_library() -> None:
+def test_standard_library_of_the_running_python() -> None:
     documents = load("python-stdlib")
     assert len(documents) > 300
     assert documents.characters > 4_000_000
@@ -129,16 +129,16 @@ def test_this_pythons_own_standard_library() -> None:
     assert Path(pytest.__file__).read_text() not in texts
 
 
-def test_a_dataset_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dataset_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "datasets", None)
     with pytest.raises(ValueError, match=r"hf:some/name needs the package `datasets`: pip install 'sightline\[hf\]'"):
         load("hf:some/name")
 
 
 @pytest.mark.skipif(sources.datasets is None, reason="needs the extra `hf`")
-def test_a_dataset_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dataset_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    lines = [{"body": text, "id": place} for place, text in enumerate(["one", "", None, "  ", "four", "é"])]
+    lines = [{"body": text, "id": index} for index, text in enumerate(["one", "", None, "  ", "four", "é"])]
     folder = write(tmp_path / "set", train_DOT_jsonl="\n".join(map(json.dumps, lines)))
     documents = load(f"hf:{folder}", text_field="body")
     assert list(documents) == ["one", "four", "é"]

@@ -15,7 +15,7 @@ from sightline.models import Llama3, build_model
 
 
 class Letters:
-    """Token i is the letter i; `end` ends a document."""
+    """Tokenizer in which token i is the character i, and `end` ends a document."""
 
     def __init__(self, end: int = -1) -> None:
         self.eos_id = end
@@ -28,7 +28,7 @@ class Letters:
 
 
 class Bytes(Letters):
-    """Token i is the byte i, so a character may take four tokens."""
+    """Tokenizer in which token i is the byte i, so that a character has up to four tokens."""
 
     def encode_prompt(self, text: str) -> list[int]:
         return list(text.encode())
@@ -38,7 +38,7 @@ class Bytes(Letters):
 
 
 class Windowed(Llama3):
-    """A model whose tokens see 4 tokens, by a dict of masks."""
+    """A model with a sliding window of 4 tokens, and a dict of masks."""
 
     def __init__(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         super().__init__(*args, **kwargs)
@@ -50,7 +50,7 @@ class Windowed(Llama3):
 
 
 class Scripted(torch.nn.Module):
-    """Says the bytes of a text, whatever it is asked; the prompt has one token."""
+    """A model that generates the bytes of a fixed text after a prompt of one token."""
 
     suppress_tokens = ()
     layers: ClassVar = {"0": SimpleNamespace(mask_name="attention")}
@@ -91,7 +91,7 @@ def uncached_logits(model: Llama3, ids: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", [Llama3, Windowed])
-def test_cached_text_is_the_uncached_text(kind: type[Llama3]) -> None:
+def test_cached_text_equals_uncached_text(kind: type[Llama3]) -> None:
     model = make_model(kind)
     ids = Letters().encode_prompt("hello world")
     expected = []
@@ -99,11 +99,11 @@ def test_cached_text_is_the_uncached_text(kind: type[Llama3]) -> None:
         expected.append(int(uncached_logits(model, ids + expected)[-1].argmax()))
     text = generate(model, Letters(), "hello world", SamplingConfig(max_new_tokens=20, temperature=0))
     assert text == Letters().decode(expected)
-    assert len(set(text)) > 5, "a text of one letter proves little"
+    assert len(set(text)) > 5, "the text must not be constant"
 
 
 @pytest.mark.parametrize("kind", [Llama3, Windowed])
-def test_cached_logits_are_the_uncached_logits(kind: type[Llama3]) -> None:
+def test_cached_logits_equal_uncached_logits(kind: type[Llama3]) -> None:
     model, ids = make_model(kind), list(range(100, 113))
     expected, cache = uncached_logits(model, ids), {name: KeyValueCache() for name in model.layers}
     for first, last in ((0, 6), (6, 7), (7, 8), (8, 13)):
@@ -115,13 +115,13 @@ def test_cached_logits_are_the_uncached_logits(kind: type[Llama3]) -> None:
         torch.testing.assert_close(logits[0], expected[first:last], atol=1e-5, rtol=1e-5)
 
 
-def test_the_window_matters() -> None:
-    """Otherwise the tests above would pass with the window dropped."""
+def test_window_changes_logits() -> None:
+    """Otherwise, the tests above would pass without the window."""
     ids = list(range(100, 113))
     assert not torch.allclose(uncached_logits(make_model(), ids)[-1], uncached_logits(make_model(Windowed), ids)[-1])
 
 
-def test_stops_at_the_end_of_the_document_and_at_max_new_tokens() -> None:
+def test_stops_at_end_token_and_at_max_new_tokens() -> None:
     model = make_model()
     twelve = SamplingConfig(max_new_tokens=12, temperature=0)
     text = generate(model, Letters(), "ab", twelve)
@@ -131,7 +131,7 @@ def test_stops_at_the_end_of_the_document_and_at_max_new_tokens() -> None:
     assert generate(model, Letters(), "ab", SamplingConfig(max_new_tokens=0)) == ""
 
 
-def test_the_seed_decides_the_text() -> None:
+def test_seed_determines_text() -> None:
     model = make_model()
     texts = [
         generate(model, Letters(), "ab", SamplingConfig(max_new_tokens=16, temperature=1.5, seed=s)) for s in (0, 0, 1)
@@ -139,10 +139,10 @@ def test_the_seed_decides_the_text() -> None:
     assert texts[0] == texts[1] != texts[2]
     before = torch.random.get_rng_state()
     generate(model, Letters(), "ab", SamplingConfig(max_new_tokens=3, seed=5))
-    assert torch.equal(torch.random.get_rng_state(), before), "generation leaves training's random numbers alone"
+    assert torch.equal(torch.random.get_rng_state(), before), "generation does not change the global random state"
 
 
-def test_pieces_join_to_the_text_and_gradients_stay_on_between_them() -> None:
+def test_pieces_concatenate_to_the_text_and_gradients_stay_enabled() -> None:
     model = make_model()
     pieces = stream(model, Letters(), "ab", SamplingConfig(max_new_tokens=9))
     first = next(pieces)
@@ -150,44 +150,44 @@ def test_pieces_join_to_the_text_and_gradients_stay_on_between_them() -> None:
     assert first + "".join(pieces) == generate(model, Letters(), "ab", SamplingConfig(max_new_tokens=9))
 
 
-def test_a_piece_never_ends_inside_a_character() -> None:
+def test_pieces_do_not_split_characters() -> None:
     text = "aé€😀b"
     model = Scripted(text.encode())
-    whole = list(stream(model, Bytes(), "x", SamplingConfig(max_new_tokens=11, temperature=0)))
-    assert whole == ["a", "é", "€", "😀", "b"]
-    cut_short = list(stream(model, Bytes(), "x", SamplingConfig(max_new_tokens=8, temperature=0)))
-    assert cut_short == ["a", "é", "€", "\ufffd"], "what never became a character is told at the end"
+    pieces = list(stream(model, Bytes(), "x", SamplingConfig(max_new_tokens=11, temperature=0)))
+    assert pieces == ["a", "é", "€", "😀", "b"]
+    truncated = list(stream(model, Bytes(), "x", SamplingConfig(max_new_tokens=8, temperature=0)))
+    assert truncated == ["a", "é", "€", "\ufffd"], "an incomplete character is returned at the end"
     broken = Scripted(b"\xe2\x82a\xffb")
     assert "".join(stream(broken, Bytes(), "x", SamplingConfig(max_new_tokens=5, temperature=0))) == "\ufffda\ufffdb"
 
 
-def draws(probabilities: list[float], **options: Any) -> set:
+def sample_many(probabilities: list[float], **options: Any) -> set:
     generator = torch.Generator().manual_seed(0)
     logits, sampling = torch.tensor(probabilities).log(), SamplingConfig(**{"temperature": 1.0, **options})
     return {sample(logits, sampling, generator) for _ in range(300)}
 
 
-def test_top_k_and_top_p_keep_the_likeliest() -> None:
+def test_top_k_and_top_p_keep_the_most_likely() -> None:
     p = [0.05, 0.5, 0.15, 0.3]
-    assert draws(p) == {0, 1, 2, 3}
-    assert draws(p, temperature=0) == {1}
-    assert draws(p, top_k=1) == {1}
-    assert draws(p, top_k=3) == {1, 2, 3}
-    assert draws(p, top_k=99) == {0, 1, 2, 3}
-    assert draws(p, top_p=0.01) == {1}
-    assert draws(p, top_p=0.45) == {1}
-    assert draws(p, top_p=0.7) == {1, 3}, "0.5 + 0.3 is the first sum to reach 0.7"
-    assert draws(p, top_p=0.9) == {1, 2, 3}
-    assert draws(p, top_k=2, top_p=0.9) == {1, 3}
-    assert draws(p, temperature=0.01) == {1}
+    assert sample_many(p) == {0, 1, 2, 3}
+    assert sample_many(p, temperature=0) == {1}
+    assert sample_many(p, top_k=1) == {1}
+    assert sample_many(p, top_k=3) == {1, 2, 3}
+    assert sample_many(p, top_k=99) == {0, 1, 2, 3}
+    assert sample_many(p, top_p=0.01) == {1}
+    assert sample_many(p, top_p=0.45) == {1}
+    assert sample_many(p, top_p=0.7) == {1, 3}, "0.5 + 0.3 is the first sum to reach 0.7"
+    assert sample_many(p, top_p=0.9) == {1, 2, 3}
+    assert sample_many(p, top_k=2, top_p=0.9) == {1, 3}
+    assert sample_many(p, temperature=0.01) == {1}
 
 
 def test_sampling_follows_the_probabilities() -> None:
     generator, logits = torch.Generator().manual_seed(0), torch.tensor([0.2, 0.8]).log()
-    share = sum(sample(logits, SamplingConfig(temperature=1.0), generator) for _ in range(2000)) / 2000
-    assert share == pytest.approx(0.8, abs=0.04)
-    share = sum(sample(logits, SamplingConfig(temperature=2.0), generator) for _ in range(2000)) / 2000
-    assert share == pytest.approx(2 / 3, abs=0.04)  # sqrt(0.8) / (sqrt(0.8) + sqrt(0.2))
+    fraction = sum(sample(logits, SamplingConfig(temperature=1.0), generator) for _ in range(2000)) / 2000
+    assert fraction == pytest.approx(0.8, abs=0.04)
+    fraction = sum(sample(logits, SamplingConfig(temperature=2.0), generator) for _ in range(2000)) / 2000
+    assert fraction == pytest.approx(2 / 3, abs=0.04)  # sqrt(0.8) / (sqrt(0.8) + sqrt(0.2))
 
 
 @pytest.mark.parametrize(
@@ -201,11 +201,11 @@ def test_sampling_follows_the_probabilities() -> None:
         ({"max_new_tokens": -1}, "max-new-tokens must be at least 0, got -1"),
     ],
 )
-def test_bad_options_are_refused(options: dict, text: str) -> None:
+def test_invalid_options_raise(options: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         SamplingConfig(**options)
 
 
-def test_a_prompt_without_tokens_is_refused_before_anything_runs() -> None:
+def test_prompt_without_tokens_raises_before_generation() -> None:
     with pytest.raises(ValueError, match="the prompt '' has no tokens"):
         stream(make_model(), Letters(), "")

@@ -466,5 +466,5 @@ def test_loss_falls_with_the_tiny_recipe(tmp_path: Path) -> None:
 
 def test_text_model_raises_for_image_data(tmp_path: Path) -> None:
     run = replace(RECIPES["llama3-debug"], output_dir=tmp_path, data=RECIPES["vlm-tiny"].data)
-    with pytest.raises(ValueError, match=r"'synthetic-images' holds images, and this model reads text .* family vlm"):
+    with pytest.raises(ValueError, match=r"'synthetic-images' contains images, but this model is text-only; .*vlm"):
         train_quietly(run)
