@@ -134,5 +134,7 @@ def test_batches_of_wrong_shape_or_number_raise() -> None:
     next(loader)
     with pytest.raises(ValueError, match=r"ended after step 1, before the run did; .*set training.steps 1"):
         next(loader)
-    with pytest.raises(ValueError, match=r"one list of batches for 2 data-parallel ranks.*expected a function of \(rank, world\)"):
+    with pytest.raises(
+        ValueError, match=r"one list of batches for 2 data-parallel ranks.*a function of \(rank, world\)"
+    ):
         IterableLoader([batch_of(1)], rows=2, sequence_length=8, world=2)

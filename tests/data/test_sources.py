@@ -76,7 +76,7 @@ def test_skipped_texts_are_counted_and_described(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "half', r"c\.jsonl line 2 is not JSON .*expected one object a line"),
+        ('{"text": "half', r"c\.jsonl line 2 is not JSON .*expected one object per line"),
         ('["text"]', r"c\.jsonl line 2 is a JSON list, expected an object"),
         (
             '{"body": "x", "id": 3}',

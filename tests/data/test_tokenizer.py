@@ -75,7 +75,7 @@ def test_small_text_gives_small_vocabulary() -> None:
     assert train_tokenizer(Documents.from_texts(["ab"]), 8192).vocab_size == 258
     assert train_tokenizer(Documents.from_texts(["ab", "ab"]), 8192).vocab_size == 259
     assert train_tokenizer(Documents.from_texts(["ab", "ab"]), 258).vocab_size == 258
-    with pytest.raises(ValueError, match=r"vocabulary of 257 is too small.*at least 258"):
+    with pytest.raises(ValueError, match=r"vocabulary of 257 tokens is too small.*at least 258"):
         train_tokenizer(TEXTS, 257)
 
 
