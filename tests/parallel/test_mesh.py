@@ -20,10 +20,10 @@ def test_shard_takes_what_the_others_leave() -> None:
         (
             {"tensor": 3},
             4,
-            "tensor 3 is 3, which does not divide the 4 processes started; these would fit: tensor 1 or",
+            "tensor 3 is 3, which does not divide the 4 processes started; use one of: tensor 1 or",
         ),
         ({"tensor": 2, "shard": 4}, 4, "needs 8 processes, but 4 were started; use shard 2, or torchrun --nproc"),
-        ({"pipeline": 2, "tensor": 4}, 4, "these would fit: pipeline 1; tensor 1 or 2, or start a multiple of 8"),
+        ({"pipeline": 2, "tensor": 4}, 4, "use one of: pipeline 1; tensor 1 or 2, or start a multiple of 8"),
         ({"shard": 4, "expert": 3}, 4, "parallel.expert 3 does not divide shard 4 x context 1 = 4.* do: .1, 2, 4"),
     ],
 )

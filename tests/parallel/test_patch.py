@@ -80,5 +80,5 @@ def test_nothing_is_undone_below_fsdp(mesh: Mesh) -> None:
     """FSDP's class is made of ours: to put the old one back would take its methods away and leave its hooks."""
     model = skeleton()
     apply_shard(model, mesh, dtype="float32")
-    with pytest.raises(AssertionError, match="FSDP's changes stay"):
+    with pytest.raises(AssertionError, match="patches below FSDP cannot be reverted"):
         undo(model)
