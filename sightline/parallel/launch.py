@@ -143,7 +143,7 @@ def sync_stop_signal(step: int, signal: int | None) -> int | None:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """Return this rank's GPU. On CPUs, return `device` and use an equal share of the cores, unless OMP_NUM_THREADS is set.
+    """Return this rank's GPU. On a CPU, return `device` and use its share of the cores unless OMP_NUM_THREADS is set.
 
     Raises:
         ValueError: if the machine has fewer GPUs than processes.

@@ -20,8 +20,8 @@ T = TypeVar("T")
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 """Outermost first: neighbors along the last axis have adjacent ranks, which have the fastest links."""
 FLATTENED = {"data": ("replicate", "shard"), "weights": ("shard", "context"), "loss": ("replicate", "shard", "context")}
-"""data: ranks with different rows; weights: ranks that share one copy of the weights; loss: ranks whose token losses sum
-to the loss of all rows."""
+"""data: ranks with different rows; weights: ranks that share one copy of the weights; loss: ranks whose token losses
+sum to the loss of all rows."""
 MAX_LISTED_RANKS = 64
 """Ranks of a pipeline stage up to which the log lists all of them."""
 
@@ -91,7 +91,7 @@ class Mesh:
         self._roots: list[DeviceMesh] = []
         self._flattened: dict[str, DeviceMesh] = {}
         if self.world > 1:
-            # A tensor sharded along several axes needs them in one root mesh, so there is one root for each combination.
+            # A tensor sharded along several axes needs them in one root mesh, so there is one root per combination.
             self._roots = [self._lay_out("pipeline", "replicate", "weights", "tensor"), self._lay_out(*AXES)]
             self._flattened = {
                 name: flatten(self._roots[1][axes]) for name, axes in FLATTENED.items() if name != "weights"

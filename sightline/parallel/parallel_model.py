@@ -95,7 +95,7 @@ class ParallelModel:
         return self.stages[0]
 
     def finish_step(self) -> dict[str, Tensor]:
-        """Call `finish_step` of all stages with counts summed over ranks; return the scalars of all layers on every rank."""
+        """Call `finish_step` of all stages with sums over ranks; return the scalars of all layers on every rank."""
         mesh = self.mesh
         scalars: dict[str, Tensor] = {}
         for stage in self.stages:

@@ -88,8 +88,8 @@ def expose_local_parameters(module: nn.Module, **views: View) -> None:
     stores. Inside, it is a plain tensor, so that a layer's code is the same as on one rank. The registered parameter
     does not change, so `named_parameters`, `state_dict` and FSDP still use the DTensor.
 
-    Views do not depend on the mesh, since another parallelism may add an axis to it. A second call replaces the views of
-    the names given. `module.NAME` is the DTensor itself while weights are initialized and while FSDP has it sharded.
+    Views do not depend on the mesh, since another parallelism may add an axis to it. A second call replaces the views
+    of the names given. `module.NAME` is the DTensor itself while weights are initialized and while FSDP has it sharded.
     """
     # A property and not a forward hook, since the weight of the output projection is read outside its forward.
     _changes(module).callback(setattr, module, "__class__", type(module))
