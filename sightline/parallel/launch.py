@@ -65,9 +65,8 @@ class Job:
         self.store.set("reported", "")
         if not missing:
             return LostRank(
-                f"a collective failed at step {self.step} although all {self.world} ranks take part in it: check the "
-                f"network between the machines, or raise --parallel.timeout above {self.parallel.timeout} s for slow "
-                "steps"
+                f"a collective failed at step {self.step} although all {self.world} ranks are alive: check the network "
+                f"between the machines, or raise --parallel.timeout above {self.parallel.timeout} s for slow steps"
             )
         late = ", ".join(self._describe_step(rank) for rank in missing[:4])
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""

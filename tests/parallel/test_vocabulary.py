@@ -88,7 +88,7 @@ def check_tokens_without_a_label(mesh: DeviceMesh) -> None:
 
 
 def check_extreme_logits(mesh: DeviceMesh) -> None:
-    """A label's logit 10000 below the greatest, on this rank or the other one, and very negative logits in one shard."""
+    """A label logit 10000 below the greatest, on this rank or the other one, and very negative logits in one shard."""
     for label, expected in ((0, 0.0), (1, 10_000.0)):
         hidden = torch.tensor([[1.0]], requires_grad=True)
         part = local_shard(torch.tensor([[5000.0], [-5000.0]], requires_grad=True), mesh)
