@@ -1,4 +1,4 @@
-"""Parallelism, applied to models from outside."""
+"""Parallelism, applied to finished models in place."""
 
 from sightline.parallel.context.plan import plan_context
 

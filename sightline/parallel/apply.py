@@ -1,4 +1,4 @@
-"""Every parallelism in the order in which it is applied to a model."""
+"""Applies all parallelisms to a model, in a fixed order."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from sightline.parallel.tensor import apply_tensor
 def build_parallel(
     model: Any, training: config.TrainingConfig, mesh: Mesh, *, attention_backend: str = "auto"
 ) -> ParallelModel:
-    """The model of a config with fresh weights, as this process holds it: on any mesh the same ones as on one process.
+    """Return this rank's part of the model of a config, with fresh weights that are the same on every mesh.
 
-    Errors: ValueError for degrees the model cannot be cut by, naming those that it can.
+    Raises:
+        ValueError: if a degree does not divide what it shards; the message names the valid degrees.
     """
     check_offload(mesh)
     full_model: Decoder = build_skeleton(model, attention_backend=attention_backend)
@@ -46,10 +47,10 @@ def build_parallel(
 
 
 def parallelize(model: Decoder, mesh: Mesh, training: config.TrainingConfig) -> None:
-    """Everything that is done to one stage of a model, still without memory, in the order in which it is done.
+    """Apply all parallelisms except the pipeline to one stage of a model on the meta device, in place.
 
-    Each sees what those before it have made: experts are dealt out as tensor parallelism has cut them, what is
-    recomputed is compiled with its layer, and FSDP shares out what is left of each weight.
+    The order matters: expert parallelism shards the weights that tensor parallelism has sharded, torch.compile compiles
+    a layer together with its recomputation, and FSDP shards what is left of each weight.
     """
     apply_tensor(model, mesh)
     apply_expert(model, mesh)
@@ -62,28 +63,36 @@ def parallelize(model: Decoder, mesh: Mesh, training: config.TrainingConfig) -> 
 
 
 def check_offload(mesh: Mesh) -> None:
-    """Refuse to move shards to the CPU's memory where they lie there already, or where there are none."""
-    where = "are on the CPU already" if mesh.device.type == "cpu" else "are not sharded by this mesh"
+    """Check that parallel.offload has an effect.
+
+    Raises:
+        ValueError: if the device is the CPU, or if FSDP shards no weights on this mesh.
+    """
+    reason = "are on the CPU already" if mesh.device.type == "cpu" else "are not sharded by this mesh"
     if mesh.parallel.offload and (mesh.device.type == "cpu" or mesh.size("loss") == 1):
         raise ValueError(
-            f"parallel.offload keeps sharded weights in the CPU's memory, but the weights {where}; use "
+            f"parallel.offload keeps sharded weights in CPU memory, but the weights {reason}; use "
             "--parallel.no-offload, or several GPUs with shard, replicate or context above 1"
         )
 
 
 def check_rows(training: config.TrainingConfig, mesh: Mesh) -> None:
-    """Refuse rows that cannot be dealt out, naming numbers that can."""
+    """Check that the data ranks can share the rows of a step evenly, in equal micro-batches.
+
+    Raises:
+        ValueError: if they cannot; the message names the nearest valid sizes.
+    """
     ranks, rows = mesh.size("data"), training.global_batch_size
-    named = f"replicate {mesh.size('replicate')} x shard {mesh.size('shard')}"
+    degrees = f"replicate {mesh.size('replicate')} x shard {mesh.size('shard')}"
     if rows % ranks:
         raise ValueError(
-            f"training.global-batch-size {rows} is not divisible by {named} = {ranks}, the processes with rows of "
-            f"their own; use {rows // ranks * ranks or ranks} or {(rows // ranks + 1) * ranks}"
+            f"training.global-batch-size {rows} is not divisible by {degrees} = {ranks}, the number of data "
+            f"ranks; use {rows // ranks * ranks or ranks} or {(rows // ranks + 1) * ranks}"
         )
     if mesh.size("pipeline") > 1:
         count_microbatches(mesh.parallel, training, rows // ranks)
     elif rows // ranks % training.micro_batch_size:
         raise ValueError(
-            f"each of {named} = {ranks} processes has {rows // ranks} rows a step, not divisible by "
+            f"each of {degrees} = {ranks} data ranks has {rows // ranks} rows per step, which is not divisible by "
             f"training.micro-batch-size {training.micro_batch_size}; sizes that divide it: {divisors(rows // ranks)}"
         )

@@ -1,4 +1,4 @@
-"""torch.compile, layer by layer: layers of one class share what is compiled for the first."""
+"""Per-layer torch.compile: all layers of one class share the graph compiled for the first."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from sightline.parallel.torch_private import skip_side_effects_of_recompute
 
 
 def apply_compile(model: nn.Module, *, backend: str = "inductor") -> None:
-    """Compile the decoder's layers in place, after all that changes what a layer computes and before FSDP.
+    """Compile the decoder's layers in place, after every change to a layer's forward and before FSDP.
 
-    What a mask shows is data, so other documents compile nothing. What does, once each: another length of rows, a
-    forward without gradients, and with experts a step's second forward (the first finds no counts to add to).
+    The contents of masks are data, so new documents cause no recompilation. One recompilation each is caused by another
+    sequence length, by a forward without gradients, and, with experts, by the second forward of a step (in the first,
+    the routers have no counts to add to).
 
-    Never compiled, so that a layer falls into several graphs: tiled attention, the products of experts one by one (on
-    a CPU, and in float32 everywhere), the all-to-all of tokens. A recomputed layer with one of them in it is not
-    compiled at all.
+    Tiled attention, the loop over experts (on a CPU, and in float32 on any device) and the all-to-all of tokens are
+    never compiled: they break the layer's graph. A recomputed layer with a graph break runs eagerly.
     """
-    # The routers of a compiled layer that is computed again do not count again.
+    # Otherwise the routers of a compiled layer would count again when the backward recomputes the layer.
     skip_side_effects_of_recompute()
     for module in model.modules():
         if isinstance(module, Layer):
@@ -32,7 +32,7 @@ def apply_compile(model: nn.Module, *, backend: str = "inductor") -> None:
 
 
 def compile_forward(backend: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile what a layer does with whole rows. A cache grows with each token: nothing compiled would fit the next.
+    """Return a forward that is compiled, except for calls with a cache: a cache grows with each generated token.
 
     `nn.Module.compile` would compile the calls with a cache too.
     """

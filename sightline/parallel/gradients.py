@@ -1,4 +1,4 @@
-"""The norm of a gradient whose parts lie on many processes."""
+"""Gradient clipping by the norm over parameters that are sharded across different meshes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from sightline.parallel.torch_private import foreach_multiply_, foreach_norm
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Mesh) -> Tensor:
-    """Scale the gradients down to a norm of `max_norm` over all parameters of all processes; returns the norm before.
+    """Clip the gradients to a total norm of `max_norm` over the parameters of all ranks; return the norm before.
 
-    torch.nn.utils.clip_grad_norm_ does this for tensors of one mesh. Here experts, layers and pipeline stages lie on
-    different ones, so each process squares what it holds, and the squares are added over the axes that cut it.
+    torch.nn.utils.clip_grad_norm_ requires all tensors on one mesh. Here experts, layers and pipeline stages are on
+    different meshes, so each rank sums the squares of its local shards, and an all-reduce over the axes that shard a
+    gradient adds them up.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    cut: dict[tuple, list[Tensor]] = defaultdict(list)
+    shards: dict[tuple, list[Tensor]] = defaultdict(list)
     for gradient in gradients:
-        cut[_cuts(gradient)].append(local_part(gradient))
+        shards[_sharded_dims(gradient)].append(local_part(gradient))
     total = torch.zeros((), device=mesh.device)
-    for (device_mesh, dims), parts in cut.items():
+    for (device_mesh, dims), parts in shards.items():
         norms = foreach_norm([part.float() for part in parts if part.numel()])
         square = torch.stack([torch.zeros((), device=mesh.device), *(norm.to(mesh.device) for norm in norms)]).square()
         summed = square.sum()
@@ -40,8 +41,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Me
     return norm
 
 
-def _cuts(gradient: Tensor) -> tuple:
-    """The mesh a gradient lies on and the dims of it that cut it."""
+def _sharded_dims(gradient: Tensor) -> tuple:
+    """Return the mesh of a gradient and the mesh dims that shard it; (None, ()) for a plain tensor."""
     if not isinstance(gradient, DTensor):
         return None, ()
     assert not any(p.is_partial() for p in gradient.placements), gradient.placements

@@ -1,7 +1,7 @@
-"""Joining the processes that torchrun started, and leaving them so that whoever reads the log knows why.
+"""Distributed sessions under torchrun, which end with one error message that names the cause.
 
-Each process notes the step it is at in the store they share. When a collective fails, one of those that waited looks
-there for who is missing, and says it; when a process fails by itself, it alone speaks and the others leave in silence.
+Each rank records its step in the shared store. When a collective fails, one of the waiting ranks reads the store and
+reports which rank is missing. When a rank fails by itself, it reports its error and the other ranks exit silently.
 """
 
 from __future__ import annotations
@@ -21,82 +21,84 @@ from sightline.errors import AnotherRankEnded, LostRank, exit_code_of
 from sightline.parallel.mesh import AXES, resolve
 
 GRACE = 2.0
-"""Seconds in which all that wait for the same process have found out that it does not come."""
+"""Seconds within which all ranks that wait for the same rank notice that their collective has failed."""
 PRECEDENCE = 3.0
-"""Seconds that rank 0 has to be the first to say what all processes would."""
+"""Seconds that the other ranks wait for rank 0 to report an error that all ranks may have."""
 
 
 class Job:
-    """All processes of a run as one of them sees them, through a store they share."""
+    """One rank's view of all ranks of a run, through their shared store."""
 
     def __init__(self, store: dist.Store, parallel: ParallelConfig, rank: int, world: int) -> None:
         self.store, self.parallel, self.rank, self.world = store, parallel, rank, world
         self.step = 0
 
     def record_step(self, step: int) -> None:
-        """Tell the others where this process is."""
+        """Record this rank's step where the other ranks can read it."""
         self.step = step
         self.store.set(f"step/{self.rank}", str(step))
 
     def claim_report(self) -> bool:
-        """Whether this process is the one to say why the job ends.
+        """Return whether this rank is the one to report why the job ends.
 
-        Where all fail alike (a wrong degree, SIGTERM) it is rank 0, which the others give time.
+        If all ranks fail alike (a wrong degree, SIGTERM), it is rank 0: the others wait for it first.
         """
         if self.rank > 0:
-            with contextlib.suppress(dist.DistStoreError):  # that the time is over
-                self.store.wait(["speaker"], timedelta(seconds=PRECEDENCE))
-        mine = str(self.rank)
-        return self.store.compare_set("speaker", "", mine).decode() == mine
+            with contextlib.suppress(dist.DistStoreError):  # the wait timed out
+                self.store.wait(["reporter"], timedelta(seconds=PRECEDENCE))
+        rank = str(self.rank)
+        return self.store.compare_set("reporter", "", rank).decode() == rank
 
     def diagnose_hang(self) -> LostRank | None:
-        """Called by all whose collective failed; one of them returns what to say.
+        """Return the error to report, on one of the ranks that call this because their collective failed; else None.
 
-        Whoever waits too says so within GRACE seconds. The process that does not is the one they wait for: it sleeps,
-        works on, or is gone.
+        Every waiting rank registers within GRACE seconds. A rank that does not is the missing one: it sleeps, still
+        computes, or is dead.
         """
-        self.store.set(f"waits/{self.rank}", "")
+        self.store.set(f"waiting/{self.rank}", "")
         if not self.claim_report():
-            # The store may live in this process, and the speaker reads it.
-            self.store.wait(["spoken"], timedelta(seconds=5 * GRACE))
+            # This process may host the store, which the reporting rank still reads.
+            self.store.wait(["reported"], timedelta(seconds=5 * GRACE))
             return None
         time.sleep(GRACE)
-        missing = [rank for rank in range(self.world) if not self.store.check([f"waits/{rank}"])]
-        self.store.set("spoken", "")
+        missing = [rank for rank in range(self.world) if not self.store.check([f"waiting/{rank}"])]
+        self.store.set("reported", "")
         if not missing:
             return LostRank(
-                f"processes lost each other at step {self.step}, all {self.world} of them are there: look at the "
-                f"network between the machines, or give a slow step more than --parallel.timeout "
-                f"{self.parallel.timeout} s"
+                f"a collective failed at step {self.step} although all {self.world} ranks are alive: check the network "
+                f"between the machines, or raise --parallel.timeout above {self.parallel.timeout} s for slow steps"
             )
-        late = ", ".join(self._whereabouts(rank) for rank in missing[:4])
+        late = ", ".join(self._describe_step(rank) for rank in missing[:4])
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         return LostRank(
-            f"{late}{more}; {self._named(self.rank)} waits at step {self.step} and has given up "
-            f"(--parallel.timeout {self.parallel.timeout} s, or the connection was cut)"
+            f"{late}{more}; {self._describe_rank(self.rank)} waits at step {self.step} and has given up "
+            f"(--parallel.timeout {self.parallel.timeout} s, or the connection was lost)"
         )
 
-    def _whereabouts(self, rank: int) -> str:
-        noted = f"step/{rank}"
-        where = f"at step {self.store.get(noted).decode()}" if self.store.check([noted]) else "before its first step"
-        return f"{self._named(rank)} is {where}"
+    def _describe_step(self, rank: int) -> str:
+        key = f"step/{rank}"
+        step = f"at step {self.store.get(key).decode()}" if self.store.check([key]) else "before its first step"
+        return f"{self._describe_rank(rank)} is {step}"
 
-    def _named(self, rank: int) -> str:
+    def _describe_rank(self, rank: int) -> str:
         return f"rank {rank}{rank_label(self.parallel, rank, self.world)}"
 
 
-_job: Job | None = None  # as torch.distributed keeps its process group: a process is part of at most one
+_job: Job | None = None  # global like the default process group of torch.distributed: one per process
 
 
 @contextlib.contextmanager
 def distributed_session(parallel: ParallelConfig, device: torch.device) -> Iterator[torch.device]:
-    """While the block runs, this process is one of those torchrun started; gives the device that is its own.
+    """Context of a torch.distributed process group under torchrun; yields this rank's device.
 
-    Without torchrun there is one process: nothing is started, and `device` comes back.
+    Without torchrun there is one process: no process group is created, and `device` is yielded unchanged.
 
-    Errors: ValueError for more processes than GPUs on a machine, or degrees that do not fit the processes. Inside the
-    block, where several processes end by an error: one keeps its error, in the others AnotherRankEnded takes its place;
-    LostRank for a process that did not come.
+    An error inside the block is raised on one rank; on the other ranks, AnotherRankEnded replaces it.
+
+    Raises:
+        ValueError: if a machine has more processes than GPUs, or the degrees do not multiply to the world size.
+        LostRank: if the other ranks waited for a rank that did not arrive.
+        AnotherRankEnded: if another rank reports why the job ends.
     """
     global _job
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -115,11 +117,11 @@ def distributed_session(parallel: ParallelConfig, device: torch.device) -> Itera
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         yield device
     except (Exception, KeyboardInterrupt) as error:
-        lost_gpus = device.type == "cuda"  # nccl would wait for collectives that never end: they go with the process
-        why = _why(_job, error)
-        if why is error:
+        lost_gpus = device.type == "cuda"  # destroying NCCL groups would wait for collectives that never end
+        reported = _error_to_raise(_job, error)
+        if reported is error:
             raise
-        raise why from error
+        raise reported from error
     finally:
         _job = None
         if dist.is_initialized() and not lost_gpus:
@@ -127,9 +129,9 @@ def distributed_session(parallel: ParallelConfig, device: torch.device) -> Itera
 
 
 def sync_stop_signal(step: int, signal: int | None) -> int | None:
-    """Between two steps: note the step, and learn of a signal that any process has received, so that all stop alike.
+    """Return the stop signal that any rank has received, so that all stop after the same step; also records the step.
 
-    One integer summed up on the CPU; with one process, nothing.
+    One all-reduce of an integer on the CPU between two steps. With one process, `signal` is returned unchanged.
     """
     if _job is None:
         return signal
@@ -140,7 +142,11 @@ def sync_stop_signal(step: int, signal: int | None) -> int | None:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """This process's GPU of the machine's, or its share of the CPU's cores where OMP_NUM_THREADS does not say more."""
+    """Return this rank's GPU. On a CPU, return `device` and use its share of the cores unless OMP_NUM_THREADS is set.
+
+    Raises:
+        ValueError: if the machine has fewer GPUs than processes.
+    """
     local, processes = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if device.type != "cuda":
         if "OMP_NUM_THREADS" not in os.environ:
@@ -149,7 +155,7 @@ def local_device(device: torch.device) -> torch.device:
     found = torch.cuda.device_count()
     if processes > found:
         raise ValueError(
-            f"{processes} processes were started on a machine with {found} GPUs; expected at most one for each. Use "
+            f"{processes} processes were started on a machine with {found} GPUs; expected at most one per GPU. Use "
             f"torchrun --nproc-per-node {found}"
         )
     device = torch.device("cuda", local)
@@ -158,27 +164,27 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def rank_label(parallel: ParallelConfig, rank: int, world: int) -> str:
-    """Where a rank stands along each axis that has more than one process: ` (pipeline 1, shard 0)`, or nothing."""
+    """Return a rank's index along each axis above 1, ` (pipeline 1, shard 0)`; an empty string if there is none."""
     parallel = resolve(parallel, world)
     sizes = [getattr(parallel, axis) for axis in AXES]
-    at = [rank // math.prod(sizes[i + 1 :]) % size for i, size in enumerate(sizes)]
-    named = [f"{axis} {index}" for axis, size, index in zip(AXES, sizes, at, strict=True) if size > 1]
+    indices = [rank // math.prod(sizes[i + 1 :]) % size for i, size in enumerate(sizes)]
+    named = [f"{axis} {index}" for axis, size, index in zip(AXES, sizes, indices, strict=True) if size > 1]
     return f" ({', '.join(named)})" if named else ""
 
 
-def _why(job: Job, error: BaseException) -> BaseException:
-    """What this process leaves with. What it says itself carries its rank as a note."""
-    said: BaseException | None = None
+def _error_to_raise(job: Job, error: BaseException) -> BaseException:
+    """Return the error with which this rank leaves the session; a reported error has its rank as a note."""
+    reported: BaseException | None = None
     try:
         # A collective failed: gloo raises a plain RuntimeError, with the path of its source in the text.
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
-            said = job.diagnose_hang()
+            reported = job.diagnose_hang()
         elif job.claim_report():
-            job.store.set("spoken", "")
-            said = error
+            job.store.set("reported", "")
+            reported = error
     except dist.DistError:
-        pass  # the store went with the process that held it, which has said why, or was killed
-    if said is None:
+        pass  # the process that hosted the store is gone: it has reported an error or was killed
+    if reported is None:
         return AnotherRankEnded(exit_code_of(error))
-    said.add_note(f"rank {job.rank}")
-    return said
+    reported.add_note(f"rank {job.rank}")
+    return reported

@@ -1,4 +1,4 @@
-"""The mesh: which process shares what with which others."""
+"""The device mesh: degrees, axes and process groups of all parallelisms."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from sightline.parallel.torch_private import flatten
 T = TypeVar("T")
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
-"""Outermost first: neighbours in the last axis have neighbouring ranks, and so the fastest links."""
+"""Outermost first: neighbors along the last axis have adjacent ranks, which have the fastest links."""
 FLATTENED = {"data": ("replicate", "shard"), "weights": ("shard", "context"), "loss": ("replicate", "shard", "context")}
-"""data: processes with different rows; weights: those that share one copy of the weights; loss: those whose token
-losses add up to the loss of all rows."""
-SHOWN = 64
-"""Ranks of a stage that the log names one by one."""
+"""data: ranks with different rows; weights: ranks that share one copy of the weights; loss: ranks whose token losses
+sum to the loss of all rows."""
+MAX_LISTED_RANKS = 64
+"""Ranks of a pipeline stage up to which the log lists all of them."""
 
 
 def resolve(parallel: ParallelConfig, world: int) -> ParallelConfig:
-    """The degrees with shard's -1 replaced by what the others leave of `world` processes.
+    """Return the degrees with shard -1 replaced by `world` / (the product of the others).
 
-    Errors: ValueError where the degrees do not multiply to `world`, naming those that would; or where expert does not
-    divide shard x context.
+    Raises:
+        ValueError: if the degrees do not multiply to `world`, or expert does not divide shard x context; the message
+            names valid degrees.
     """
     others = {axis: getattr(parallel, axis) for axis in AXES if axis != "shard"}
     product = math.prod(others.values())
@@ -38,27 +39,27 @@ def resolve(parallel: ParallelConfig, world: int) -> ParallelConfig:
     if parallel.shard == -1:
         if world % product:
             raise ValueError(
-                f"{named} is {product}, which does not divide the {world} processes started; {describe_valid_degrees(others, world)}, "
-                f"or start a multiple of {product} processes"
+                f"{named} is {product}, which does not divide the {world} processes started; "
+                f"{describe_valid_degrees(others, world)}, or start a multiple of {product} processes"
             )
         parallel = replace(parallel, shard=world // product)
     elif product * parallel.shard != world:
-        remedy = f"shard {world // product}" if world % product == 0 else describe_valid_degrees(others, world)
+        remedy = f"use shard {world // product}" if world % product == 0 else describe_valid_degrees(others, world)
         raise ValueError(
             f"{named} with shard {parallel.shard} needs {product * parallel.shard} processes, but {world} were "
-            f"started; use {remedy}, or torchrun --nproc-per-node {product * parallel.shard}"
+            f"started; {remedy}, or torchrun --nproc-per-node {product * parallel.shard}"
         )
-    room = parallel.shard * parallel.context
-    if room % parallel.expert:
+    ranks = parallel.shard * parallel.context
+    if ranks % parallel.expert:
         raise ValueError(
             f"parallel.expert {parallel.expert} does not divide shard {parallel.shard} x context {parallel.context} = "
-            f"{room}, whose processes share the experts; degrees that do: {divisors(room)}"
+            f"{ranks}, the ranks that share the experts; degrees that do: {divisors(ranks)}"
         )
     return parallel
 
 
 def describe_valid_degrees(degrees: dict[str, int], world: int) -> str:
-    """Which value each degree above 1 could have instead."""
+    """Return the remedy as text: the valid values of each degree above 1 if the other degrees stay unchanged."""
     product = math.prod(degrees.values())
     choices = []
     for axis, degree in degrees.items():
@@ -66,16 +67,16 @@ def describe_valid_degrees(degrees: dict[str, int], world: int) -> str:
             free = world // (product // degree) if world % (product // degree) == 0 else 0
             if free:
                 choices.append(f"{axis} {' or '.join(map(str, divisors(free)))}")
-    return "these would fit: " + "; ".join(choices) if choices else "lower several of them"
+    return "use one of: " + "; ".join(choices) if choices else "lower several degrees"
 
 
 class Mesh:
-    """This process's place among all processes, and its groups.
+    """Sizes, this rank's indices, process groups and device meshes of all axes.
 
-    One process has no groups: every axis has size 1. With more, torch.distributed must be running.
+    A single process has no process groups: every axis has size 1. Otherwise torch.distributed must be initialized.
 
-    An axis is one of AXES, of FLATTENED, `expert` (the processes among which a layer's experts are dealt out, neighbours
-    in shard x context) or `expert_weights` (those that hold the same experts and share their weights).
+    An axis is one of AXES or FLATTENED, `expert` (the ranks that share a layer's experts, neighbors in shard x context)
+    or `expert_weights` (the ranks that store the same experts and share their weights).
     """
 
     def __init__(self, parallel: ParallelConfig, device: torch.device) -> None:
@@ -88,11 +89,11 @@ class Mesh:
         self._sizes["expert"] = self.parallel.expert
         self._sizes["expert_weights"] = self._sizes["weights"] // self.parallel.expert
         self._roots: list[DeviceMesh] = []
-        self._joined: dict[str, DeviceMesh] = {}
+        self._flattened: dict[str, DeviceMesh] = {}
         if self.world > 1:
-            # Tensors cut by several axes want these side by side in one mesh, so there is one for each way to cut.
+            # A tensor sharded along several axes needs them in one root mesh, so there is one root per combination.
             self._roots = [self._lay_out("pipeline", "replicate", "weights", "tensor"), self._lay_out(*AXES)]
-            self._joined = {
+            self._flattened = {
                 name: flatten(self._roots[1][axes]) for name, axes in FLATTENED.items() if name != "weights"
             }
         if self.parallel.expert > 1:
@@ -102,43 +103,45 @@ class Mesh:
         return init_device_mesh(self.device.type, tuple(self._sizes[axis] for axis in axes), mesh_dim_names=axes)
 
     def size(self, axis: str) -> int:
-        """Processes along an axis."""
+        """Return the number of ranks along an axis."""
         return self._sizes[axis]
 
     def index(self, axis: str) -> int:
-        """This process's place among them, from 0."""
+        """Return this rank's index along an axis, from 0."""
         return self[axis].get_local_rank() if self.world > 1 and self._sizes[axis] > 1 else 0
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The process group of an axis."""
+        """Return the process group of an axis."""
         return self[axis].get_group()
 
     def __getitem__(self, axes: str | tuple[str, ...]) -> DeviceMesh:
-        """The part of the mesh with these axes, for what torch.distributed applies over it."""
+        """Return the DeviceMesh of one or several axes."""
         assert self._roots, "one process has no mesh: ask for the size of the axis first"
         names = (axes,) if isinstance(axes, str) else axes
-        if names[0] in self._joined:
-            return self._joined[names[0]]
+        if names[0] in self._flattened:
+            return self._flattened[names[0]]
         root = next(root for root in self._roots if set(names) <= set(root.mesh_dim_names or ()))
         return root[names]
 
     def describe_layout(self) -> dict[str, str]:
-        """Who is where, for the log: the degrees, then the ranks of each pipeline stage, all that have the same rows
-        side by side: tensor neighbours joined by a plus, context ones by a space, data ranks by a bar."""
-        several = [f"{axis} {self._sizes[axis]}" for axis in AXES if self._sizes[axis] > 1]
+        """Return the rank layout as text for the log: the degrees, then the ranks of each pipeline stage.
+
+        `0+1 2+3 | 4+5 6+7`: tensor neighbors are joined by a plus, context ranks by a space, data ranks by a bar.
+        """
+        degrees = [f"{axis} {self._sizes[axis]}" for axis in AXES if self._sizes[axis] > 1]
         if self.parallel.expert > 1:
-            several.append(f"expert {self.parallel.expert} of shard x context")
-        told = {"mesh": " x ".join(several) or "one process"}
+            degrees.append(f"expert {self.parallel.expert} of shard x context")
+        layout = {"mesh": " x ".join(degrees) or "one process"}
         ranks = torch.arange(self.world).view([self._sizes[axis] for axis in AXES]).flatten(1, 2)
         for stage, rows in enumerate(ranks):  # each [data, context, tensor]
             cells = [" ".join("+".join(map(str, part.tolist())) for part in row) for row in rows]
-            if rows.numel() > SHOWN:
+            if rows.numel() > MAX_LISTED_RANKS:
                 cells = [cells[0], "...", cells[-1]]
-            told[f"stage {stage}" if len(ranks) > 1 else "ranks"] = " | ".join(cells)
-        return told
+            layout[f"stage {stage}" if len(ranks) > 1 else "ranks"] = " | ".join(cells)
+        return layout
 
     def from_rank_zero(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, on every rank; an error of it is raised on all of them."""
+        """Call `make` on rank 0 alone; return its result, or raise its error, on every rank."""
         if self.world == 1:
             return make()
         outcome: list[Any] = [None, None]
@@ -153,7 +156,7 @@ class Mesh:
         return outcome[0]
 
     def all_reduce(self, value: torch.Tensor, axis: str) -> torch.Tensor:
-        """`value` added up over an axis, in place; the same on all its processes."""
+        """Sum `value` over an axis in place, and return it."""
         if self._sizes[axis] > 1:
             dist.all_reduce(value, group=self.group(axis))
         return value

@@ -1,4 +1,4 @@
-"""A model as one of many processes holds it: what a step, a validation and a checkpoint need of it."""
+"""A model sharded across ranks, with the methods that training, validation and checkpoints need."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from sightline.parallel.context.apply import shard_inputs
 from sightline.parallel.mesh import Mesh
 
 Inputs = dict[str, Any]
-"""What a model's forward takes, by name: tokens, labels, positions, attention_masks and the batch's extra."""
+"""Arguments of a model's forward, by name: tokens, labels, positions, attention_masks and the batch's extra."""
 
 
 class ParallelModel:
-    """The parts of a model that this process has, run as the whole.
+    """This rank's part of a sharded model, used like the full model.
 
-    mesh    this process's place
-    whole   the whole model, without memory for its weights where others hold some of them: it makes the masks and
-            knows the counts
-    stages  this process's parts, whose parameters keep the names they have in the whole
-    dtype   precision of forward and backward
+    mesh        device mesh of all parallelisms
+    full_model  the full model, on the meta device if the weights are sharded: builds masks and counts FLOPs
+    stages      this rank's stages; their parameters have the same names as in the full model
+    dtype       precision of forward and backward
     """
 
     def __init__(self, mesh: Mesh, full_model: Decoder, stages: list[Decoder], *, dtype: str = "float32") -> None:
@@ -34,21 +33,21 @@ class ParallelModel:
 
     @property
     def attention_kernels(self) -> dict[str, str]:
-        """By mask, the attention kernel that this process's last forward used and why."""
+        """Attention kernel of this rank's last forward and the reason for its choice, by mask."""
         return {name: kernel for stage in self.stages for name, kernel in stage.attention_kernels.items()}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Those of this process, a tied weight once."""
+        """Yield the parameters of this rank's stages, a tied weight once."""
         for stage in self.stages:
             yield from stage.named_parameters()
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Those of this process, in the same order."""
+        """Yield the modules of this rank's stages, in the same order."""
         for stage in self.stages:
             yield from stage.named_modules()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Parameters and buffers of this process, as torch.distributed.checkpoint writes and reads them."""
+        """Return this rank's parameters and buffers, for torch.distributed.checkpoint."""
         return {name: value for stage in self.stages for name, value in stage.state_dict().items()}
 
     def train(self, mode: bool = True) -> None:
@@ -56,18 +55,18 @@ class ParallelModel:
             stage.train(mode)
 
     def rows_per_call(self, rows: int, micro_batch_size: int) -> int:
-        """How many of this process's rows a `forward_backward` takes; a pipeline cuts them up by itself."""
+        """Return the rows of one `forward_backward` call; a pipeline takes all rows and splits them itself."""
         return micro_batch_size
 
     def local_inputs(self, inputs: Inputs) -> Inputs:
-        """From whole rows on the CPU to what this process computes of them, on its device."""
+        """Move full rows from the CPU to this rank's device, sharded by context parallelism."""
         sharded = isinstance(self.stages[0], FSDPModule)
         return to_device(shard_inputs(inputs, self.full_model, self.mesh), self.mesh.device, labels=sharded)
 
     def forward_backward(self, inputs: Inputs, scale: float, *, last: bool = True) -> Tensor:
-        """Add the gradients of scale * the sum of the token losses; returns that number, of this process's tokens.
+        """Accumulate the gradients of scale * (sum of the token losses); return that value for this rank's tokens.
 
-        last  whether this is the step's last call: only then do the processes add their gradients up
+        last  whether this is the step's last call: FSDP reduces gradients across ranks only then
         """
         (model,) = self.stages
         if isinstance(model, FSDPModule):
@@ -79,7 +78,7 @@ class ParallelModel:
 
     @torch.no_grad()
     def evaluate(self, inputs: Inputs) -> Tensor:
-        """The sum of the losses of this process's tokens."""
+        """Return the sum of the losses of this rank's tokens."""
         (model,) = self.stages
         with self.autocast():
             loss = model(**inputs)
@@ -87,25 +86,25 @@ class ParallelModel:
         return loss
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 where the run wants it; in float32 it does nothing."""
+        """Return the autocast context of the forward: bfloat16, or disabled for a float32 run."""
         return torch.autocast(self.mesh.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
 
     @property
     def generation_model(self) -> Any:
-        """What `generate` takes as the model. All processes generate the same text together."""
+        """The model to pass to `generate`. All ranks must call it together, and all return the same text."""
         return self.stages[0]
 
     def finish_step(self) -> dict[str, Tensor]:
-        """The stages' own `finish_step`, by the tokens of all processes; scalars of all layers, wherever they lie."""
+        """Call `finish_step` of all stages with sums over ranks; return the scalars of all layers on every rank."""
         mesh = self.mesh
-        told: dict[str, Tensor] = {}
+        scalars: dict[str, Tensor] = {}
         for stage in self.stages:
-            told |= stage.finish_step(lambda total: mesh.all_reduce(total, "loss"))
+            scalars |= stage.finish_step(lambda total: mesh.all_reduce(total, "loss"))
         names = [f"expert_load/{name}" for name in routers_of(self.full_model)]
         if mesh.size("pipeline") == 1 or not names:
-            return told
-        nothing = torch.zeros((), device=mesh.device)
-        loads = torch.stack([told.get(name, nothing) for name in names])
+            return scalars
+        zero = torch.zeros((), device=mesh.device)
+        loads = torch.stack([scalars.get(name, zero) for name in names])
         return dict(zip(names, mesh.all_reduce(loads, "pipeline"), strict=True))
 
     @property
@@ -117,21 +116,21 @@ class ParallelModel:
 
 
 def reshard(stage: nn.Module) -> None:
-    """Drop the weights that FSDP has gathered: it does so by itself behind a backward, and here none follows."""
+    """Free the weights that FSDP has gathered. FSDP does so after a backward, but without gradients there is none."""
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def single_process_model(model: Decoder, *, dtype: str = "float32") -> ParallelModel:
-    """A model that is whole and alone."""
+    """Wrap an unsharded model for training in a single process."""
     return ParallelModel(Mesh(ParallelConfig(), next(model.parameters()).device), model, [model], dtype=dtype)
 
 
 def to_device(inputs: Inputs, device: torch.device | str, *, labels: bool = False) -> Inputs:
-    """The same on a device, but for what is read on the CPU: masks, which each stage lowers, and labels.
+    """Move the inputs to a device, except masks, whose kernel inputs are built on the CPU, and labels.
 
-    labels  whether these move too. FSDP moves every tensor that a model is given, and would wait for the device
+    labels  also move labels: FSDP moves every tensor argument of a model anyway, and would wait for the device
     """
 
     def move(name: str, value: Any) -> Any:

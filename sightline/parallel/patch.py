@@ -1,7 +1,7 @@
-"""Every change that parallelism makes to a module from outside, and the way to take it back.
+"""In-place patches of modules, which every parallelism uses, and their reversal.
 
-A module around another would change the names of its parameters, so modules are changed in place. Each keeps a record
-of its changes, which `undo` reads backwards.
+A wrapper module would change the names of the parameters, so modules are patched in place. Each patched module has a
+record of its patches, which `undo` reverts in reverse order.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from sightline.models.weight_init import is_initializing
 
 View = Callable[[Tensor], Tensor]
 AXES = {"tensor", "expert"}
-"""The axes that cut what a layer computes with. FSDP cuts it once more, but not while the layer runs."""
+"""Axes whose shards a layer computes with. FSDP shards the weights further, but gathers them for each forward."""
 _RECORD = "_changes"
 
 
 def undo(module: nn.Module) -> None:
-    """Give a module and all modules in it back their class, their `forward`, their attributes and their hooks.
+    """Restore the class, `forward`, attributes and hooks of a module and its submodules.
 
-    Parameters stay as `replace_parameter` has left them: they may hold weights by now. FSDP has its own record of what
-    it changes, on top of these changes, so they are taken back before it is applied or not at all.
+    Parameters stay as set by `replace_parameter`, since they may hold weights by now. FSDP wraps the patched modules
+    and cannot be reverted, so patches can only be reverted before FSDP is applied.
     """
-    assert not any(isinstance(part, FSDPModule) for part in module.modules()), "FSDP's changes stay"
+    assert not any(isinstance(part, FSDPModule) for part in module.modules()), "patches below FSDP cannot be reverted"
     for part in module.modules():
         changes = vars(part).pop(_RECORD, None)
         if changes is not None:
@@ -36,12 +36,12 @@ def undo(module: nn.Module) -> None:
 
 
 def _changes(module: nn.Module) -> ExitStack:
-    """The record of a module's changes: how to take back each, the last one first."""
+    """Return the record of a module's patches, whose callbacks revert the last one first."""
     return vars(module).setdefault(_RECORD, ExitStack())
 
 
 def replace_attribute(module: nn.Module, name: str, value: Any) -> None:
-    """Set `module.name`, a method or a plain value."""
+    """Set `module.name`, a method or a value, until `undo`."""
     if name in vars(module):
         _changes(module).callback(setattr, module, name, vars(module)[name])
     else:
@@ -50,55 +50,55 @@ def replace_attribute(module: nn.Module, name: str, value: Any) -> None:
 
 
 def replace_forward(module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Let `module.forward` be `wrap` of what it was."""
+    """Replace `module.forward` by `wrap(module.forward)`."""
     replace_attribute(module, "forward", wrap(module.forward))
 
 
 def forward_is_replaced(module: nn.Module) -> bool:
-    """Whether a module computes by another `forward` than its class's."""
+    """Return whether `replace_forward` has replaced the forward of a module."""
     return "forward" in vars(module)
 
 
 def before_forward(module: nn.Module, change: Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]) -> None:
-    """Let `change` decide the positional arguments of the module's forward: a hook."""
+    """Register a forward pre-hook: `change` returns the positional arguments of the module's forward."""
     _changes(module).callback(module.register_forward_pre_hook(change).remove)
 
 
 def after_forward(module: nn.Module, change: Callable[[nn.Module, tuple[Any, ...], Any], Any]) -> None:
-    """Let `change` decide what the module's forward returns: a hook."""
+    """Register a forward hook: `change` returns the output of the module's forward."""
     _changes(module).callback(module.register_forward_hook(change).remove)
 
 
 def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put another tensor in a parameter's place, under its name. `undo` leaves it there."""
-    old = module._parameters[name]  # and not get_parameter, which returns what `expose_local_parameters` shows
+    """Replace a parameter by another tensor under the same name. `undo` does not revert this."""
+    old = module._parameters[name]  # get_parameter would return the view of `expose_local_parameters`
     assert old is not None
     module.register_parameter(name, nn.Parameter(value, requires_grad=old.requires_grad))
 
 
 def identity_view(part: Tensor) -> Tensor:
-    """The view of a cut parameter: the gradient of the part is that of no other."""
+    """Return the local shard unchanged: the view of a sharded parameter, whose gradient needs no reduction."""
     return part
 
 
 def expose_local_parameters(module: nn.Module, **views: View) -> None:
-    """`module.NAME` becomes `views[NAME]` of this process's part of the DTensor that the parameter NAME is.
+    """Make `module.NAME` return `views[NAME](local shard)` instead of the DTensor parameter NAME.
 
-    Outside, a parameter is a DTensor: FSDP, the optimizer and checkpoints know from it which part this process holds.
-    In a layer it is the plain tensor of that part, so that everything a layer calls is as on one process. The parameter
-    itself stays where it is: `named_parameters`, `state_dict` and what FSDP makes of them do not notice.
+    Outside the layer, a parameter is a DTensor, which tells FSDP, the optimizer and checkpoints which shard this rank
+    stores. Inside, it is a plain tensor, so that a layer's code is the same as on one rank. The registered parameter
+    does not change, so `named_parameters`, `state_dict` and FSDP still use the DTensor.
 
-    A view says nothing of the mesh, to which another parallelism may add an axis. Called again, it changes the views of
-    these names. `module.NAME` is the parameter itself while weights are drawn, and where FSDP has cut it once more.
+    Views do not depend on the mesh, since another parallelism may add an axis to it. A second call replaces the views
+    of the names given. `module.NAME` is the DTensor itself while weights are initialized and while FSDP has it sharded.
     """
-    # Not by hooks around the module's forward: the weight of the output projection is read outside of it.
+    # A property and not a forward hook, since the weight of the output projection is read outside its forward.
     _changes(module).callback(setattr, module, "__class__", type(module))
     module.__class__ = _local_class(type(module), tuple(views.items()))  # type: ignore[assignment,arg-type]
 
 
 @functools.cache
 def _local_class(kind: type, views: tuple[tuple[str, View], ...]) -> type:
-    """The class of such modules: the same for all layers, so that what is compiled for one serves the next."""
+    """Return the subclass with these views; cached, so that all layers have one class and share a compiled graph."""
 
     def reader(name: str, view: View) -> property:
         def read(self: nn.Module) -> Tensor:

@@ -1,8 +1,8 @@
-"""Pipeline parallelism: a model whose layers lie on several processes, run by torch.distributed.pipelining.
+"""Pipeline parallelism: models whose layers are split into stages, run by torch.distributed.pipelining.
 
-Everything about a batch that is data (masks, positions, labels, images) is a tensor with B first or a pytree of them.
-The schedules cut it along B with the tokens and hand each stage the part of the microbatch it works on, so the mask of
-microbatch i is the mask of microbatch i at every stage.
+All data of a batch (masks, positions, labels, images) are tensors with B as the first dim, or pytrees of such tensors.
+The schedules split them along B together with the tokens and pass each stage the part of its current micro-batch, so
+every stage computes micro-batch i with the mask of micro-batch i.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from sightline.parallel.pipeline_stages import stage_owners, stages_of
 
 
 class PipelinedModel(ParallelModel):
-    """A model of which this process has some stages; see `build_local_stages`.
+    """A model split into pipeline stages, of which this rank has one or two; see `build_local_stages`.
 
-    micro_batch_size  rows of a microbatch. All rows of a step come at once, and `count_microbatches` has said that the
-                      schedule takes that many
+    micro_batch_size  rows of a micro-batch. `forward_backward` takes all rows of a step at once; `count_microbatches`
+                      checks that the schedule supports their number
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class PipelinedModel(ParallelModel):
         self.micro_batch_size = micro_batch_size
         self.stage_owners = stage_owners(mesh.parallel)
         self.local_stages = dict(zip(stages_of(mesh.parallel, mesh.index("pipeline")), stages, strict=True))
-        self.scale = 1.0  # of the forward_backward that is running
-        self._schedules: dict[torch.Size, Any] = {}  # by the shape of the rows: it decides the buffers
+        self.scale = 1.0  # the argument of the current forward_backward
+        self._schedules: dict[torch.Size, Any] = {}  # by the shape of the rows, which determines the buffers
 
     @property
     def hidden_dtype(self) -> torch.dtype:
-        """What passes between stages. Autocast leaves the sum of the layers in float32; weights that FSDP gathers in
-        bfloat16 do not."""
+        """Dtype of the hidden states sent between stages: bfloat16 if FSDP gathers the weights in bfloat16, else
+        float32, since autocast keeps the residual stream in float32."""
         narrow = self.dtype == "bfloat16" and isinstance(self.stages[0], FSDPModule)
         return torch.bfloat16 if narrow else torch.float32
 
@@ -52,7 +52,7 @@ class PipelinedModel(ParallelModel):
         return rows
 
     def forward_backward(self, inputs: Inputs, scale: float, *, last: bool = True) -> Tensor:
-        """As in every ParallelModel, by the schedule; 0 on the processes without the last stage."""
+        """See `ParallelModel.forward_backward`. Runs the schedule; returns 0 on ranks without the last stage."""
         assert last, "a pipeline takes all rows of a step in one call"
         self.scale = scale
         losses: list[Tensor] = []
@@ -62,34 +62,35 @@ class PipelinedModel(ParallelModel):
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self.mesh.device)
 
     def _schedule(self, shape: torch.Size) -> Any:
-        """The schedule for rows [B, S], whose stages exchange hidden states of one shape."""
+        """Return the schedule for rows of shape [B, S], which fixes the shape of the hidden states between stages."""
         if shape not in self._schedules:
             rows, length = shape
-            assert rows % self.micro_batch_size == 0, "rows are cut into equal microbatches"
+            assert rows % self.micro_batch_size == 0, "rows are split into equal micro-batches"
             tokens = torch.empty(self.micro_batch_size, length, dtype=torch.int64, device="meta")
             stages = [Stage(self, index, tokens) for index in self.local_stages]
             self._schedules[shape] = get_schedule_class(self.mesh.parallel.pipeline_schedule)(
                 stages if len(stages) > 1 else stages[0],
                 rows // self.micro_batch_size,
-                loss_fn=lambda loss, labels: loss,  # the last stage knew the labels and has scaled it
+                loss_fn=lambda loss, labels: loss,  # the last stage has already computed the scaled loss
                 scale_grads=False,
             )
         return self._schedules[shape]
 
     @torch.no_grad()
     def evaluate(self, inputs: Inputs) -> Tensor:
-        """The sum of the losses of these rows, as one microbatch; 0 on the processes without the last stage.
+        """Return the sum of the losses of these rows as one micro-batch; 0 on ranks without the last stage.
 
-        A process goes on to the next call while later stages still work on this one.
+        A rank returns as soon as its own stages are done, while later stages still compute.
         """
         with self.autocast():
             loss = self.run_stages(**inputs)
         return torch.zeros((), device=self.mesh.device) if loss is None else loss
 
     def run_stages(self, tokens: Tensor, **inputs: Any) -> Tensor | None:
-        """The forward of all rows from stage to stage: what the last one returns to its process, None to the others.
+        """Run a forward through all stages; return the output on the rank of the last stage, None on other ranks.
 
-        torch.distributed.pipelining has this for as many rows as a schedule takes, and not for the V-shaped ones.
+        The forward of torch.distributed.pipelining requires the micro-batches of the schedule and does not support the
+        V-shaped schedules.
         """
         h = tokens
         shape = (*tokens.shape, self.full_model.config.hidden_size)
@@ -113,14 +114,14 @@ class PipelinedModel(ParallelModel):
 
 
 class Stage(PipelineStage):
-    """A stage as the schedules run it.
+    """A stage for PyTorch's schedules.
 
-    What comes in and goes out is stated. Otherwise PyTorch would find it out by a forward of its own, in which routers
-    would count the tokens of the first microbatch once more.
+    The shapes of inputs and outputs are given. Otherwise PyTorch would infer them by an extra forward, in which routers
+    would count the tokens of the first micro-batch twice.
     """
 
     def __init__(self, model: PipelinedModel, index: int, tokens: Tensor) -> None:
-        """tokens: of a microbatch, on the meta device."""
+        """`tokens` [B, S] of one micro-batch, on the meta device, gives the shapes."""
         shape = (*tokens.shape, model.full_model.config.hidden_size)
         hidden = torch.empty(shape, dtype=model.hidden_dtype, device="meta", requires_grad=True)
         loss = torch.empty((), device="meta", requires_grad=True)
@@ -137,7 +138,7 @@ class Stage(PipelineStage):
         self.model = model
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The stage's forward alone, so that neither the backward nor other microbatches are under its autocast."""
+        """Run the stage's forward under autocast; the backward and other micro-batches must not be under it."""
         with self.model.autocast():
             out = super().forward_maybe_with_nosync(*args, **kwargs)
         if self.is_last:
@@ -146,21 +147,22 @@ class Stage(PipelineStage):
 
 
 def attach_aux_losses(h: Tensor, stage: Any, scale: float) -> Tensor:
-    """The hidden states that leave a stage without a head, and with them the gradients of its routers' own losses.
+    """Return the output of a stage without a head, with the gradients of its routers' auxiliary losses attached.
 
-    The decoder's head joins these losses with that of the tokens; here no loss is at hand, but a gradient comes by.
+    The decoder's head adds auxiliary losses to the token loss. Other stages have no loss, so the backward of `h` adds
+    their gradients.
     """
     losses = [router.aux_loss for router in routers_of(stage).values() if router.aux_loss is not None]
-    return _WithLosses.apply(h, scale * stage.aux_loss_scale, *losses) if losses and torch.is_grad_enabled() else h
+    return _AttachLosses.apply(h, scale * stage.aux_loss_scale, *losses) if losses and torch.is_grad_enabled() else h
 
 
-class _WithLosses(torch.autograd.Function):
-    """h as it is; its backward begins those of the losses, each with the gradient `scale`."""
+class _AttachLosses(torch.autograd.Function):
+    """Identity of h whose backward also gives each loss the gradient `scale`."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, scale: float, *losses: Tensor) -> Tensor:
         ctx.scales = [torch.full_like(loss, scale) for loss in losses]
-        return h.clone()  # a view could not be detached, which the schedules do to free the graph
+        return h.clone()  # schedules detach outputs in place to free the graph, which fails for views
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
@@ -168,7 +170,7 @@ class _WithLosses(torch.autograd.Function):
 
 
 class PipelineGenerationModel:
-    """A pipelined model as `generate` takes it: every process calls it with the same and gets the same."""
+    """A pipelined model for `generate`. All ranks call it with the same inputs and get the same logits."""
 
     def __init__(self, model: PipelinedModel) -> None:
         self.model = model
@@ -181,11 +183,11 @@ class PipelineGenerationModel:
         return self.model.get_attention_masks(batch, tokenizer)
 
     def new_cache(self) -> dict[str, LayerCache]:
-        """Of the layers that are here."""
+        """Return empty caches for the local layers."""
         return {name: cache for stage in self.model.stages for name, cache in stage.new_cache().items()}
 
     def __call__(self, tokens: Tensor, **inputs: Any) -> Tensor:
-        """Logits of the last token alone, float32 [B, 1, V]: all that generation reads, and all that travels."""
+        """Return the logits of the last token, float32 [B, 1, V], on every rank; generation reads no others."""
         pipeline, config = self.model, self.model.full_model.config
         logits = pipeline.run_stages(tokens, **inputs)
         if logits is None:

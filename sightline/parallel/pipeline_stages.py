@@ -1,4 +1,4 @@
-"""Stages of a pipeline: where a model is cut, which process has which stage, and which batches a schedule takes."""
+"""Pipeline stages: how a model is split, which rank has which stage, and which batch sizes a schedule supports."""
 
 from __future__ import annotations
 
@@ -15,53 +15,53 @@ from sightline.numbers import divisors, nearest
 from sightline.parallel.mesh import Mesh
 
 ONE_STAGE = ("GPipe", "1F1B")
-"""Schedules under which each process has one stage; under the others it has two."""
+"""Schedules with one stage per rank; all others have two."""
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
-"""Schedules that place the stages down the processes and up again; the others begin anew at the first process."""
+"""Schedules that assign stages to ranks 0 1 2 2 1 0; other schedules with two stages per rank use 0 1 2 0 1 2."""
 SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
-"""Schedules that compute the gradients of the weights apart from those of the activations, to fill waiting with."""
+"""Schedules that compute weight gradients separately from input gradients, to fill pipeline bubbles."""
 
 
-def stages_of(parallel: ParallelConfig, process: int) -> list[int]:
-    """The stages of a process, in the order of the model.
+def stages_of(parallel: ParallelConfig, rank: int) -> list[int]:
+    """Return the stages of a pipeline rank, in the order of the model.
 
-    Of 6 stages on 3 processes: 0 1 2 0 1 2, or under a V-shaped schedule 0 1 2 2 1 0.
+    With 6 stages on 3 ranks, rank 0 has stages [0, 3], or [0, 5] under a V-shaped schedule.
     """
     n = parallel.pipeline
     if parallel.pipeline_schedule in ONE_STAGE:
-        return [process]
-    return [process, 2 * n - 1 - process if parallel.pipeline_schedule in V_SHAPED else n + process]
+        return [rank]
+    return [rank, 2 * n - 1 - rank if parallel.pipeline_schedule in V_SHAPED else n + rank]
 
 
 def count_stages(parallel: ParallelConfig) -> int:
-    """Stages of the whole pipeline."""
+    """Return the number of stages of all pipeline ranks."""
     return parallel.pipeline * len(stages_of(parallel, 0))
 
 
 def stage_owners(parallel: ParallelConfig) -> list[int]:
-    """The process of each stage."""
-    held = {stage: process for process in range(parallel.pipeline) for stage in stages_of(parallel, process)}
-    return [held[stage] for stage in range(len(held))]
+    """Return the pipeline rank of each stage."""
+    owners = {stage: rank for rank in range(parallel.pipeline) for stage in stages_of(parallel, rank)}
+    return [owners[stage] for stage in range(len(owners))]
 
 
 def split_stages(full_model: Decoder, stages: int) -> list[range]:
-    """The layers of each stage: every stage at least one, the busiest with as little work as can be.
+    """Return the layers of each stage, at least one, such that the slowest stage has the least work.
 
-    Work is what a token takes in matrix products. So the embedding, which is only looked up, counts nothing, and the
-    output projection as many layers as it is larger than one: with a vocabulary of 128k and a width of 4096 it is worth
-    2.4 layers of Llama 3 8B, and the last stage has that many fewer. Attention's scores are left out.
+    Work is measured as FLOPs per token in matrix products, without attention scores. The embedding is a lookup and
+    costs nothing. The output projection of Llama 3 8B (vocabulary 128k, hidden size 4096) costs as much as 2.4 layers,
+    so the last stage gets fewer layers.
 
-    Errors: ValueError for more stages than layers.
+    Raises:
+        ValueError: if there are more stages than layers.
     """
     if stages > len(full_model.layers):
         raise ValueError(
-            f"{stages} pipeline stages need as many layers, and the model has {len(full_model.layers)}; expected at most "
-            f"{len(full_model.layers)} stages: --parallel.pipeline times one with the schedules {' and '.join(ONE_STAGE)}, "
-            "times two with the others"
+            f"{stages} pipeline stages need at least {stages} layers, but the model has {len(full_model.layers)}; use "
+            f"at most {len(full_model.layers)} stages: --parallel.pipeline times one with the schedules "
+            f"{' and '.join(ONE_STAGE)}, times two with the others"
         )
     total = list(accumulate((flops_per_token(layer) for layer in full_model.layers.values()), initial=0.0))
     end = len(full_model.layers)
-    layers = total[-1]
     head = full_model.output_flops_per_token()
     before = sum(
         flops_per_token(part) for name, part in full_model.named_children() if name not in ("layers", "output")
@@ -69,26 +69,27 @@ def split_stages(full_model: Decoder, stages: int) -> list[range]:
 
     @cache
     def best(first: int, left: int) -> tuple[float, float, tuple[int, ...]]:
-        """For `left` stages from layer `first` on: the most work of one, the sum of squares, where each begins."""
+        """Split the layers from `first` into `left` stages: (most work of one, sum of squared work, first layers)."""
         here = before if first == 0 else 0.0
         if left == 1:
-            work = here + layers - total[first] + head
+            work = here + total[-1] - total[first] + head
             return work, work**2, (first,)
         choices = []
         for stop in range(first + 1, end - left + 2):
             work = here + total[stop] - total[first]
-            most, squares, begins = best(stop, left - 1)
-            choices.append((max(work, most), work**2 + squares, (first, *begins)))
+            most, squares, starts = best(stop, left - 1)
+            choices.append((max(work, most), work**2 + squares, (first, *starts)))
         return min(choices)
 
-    begins = best(0, stages)[2]
-    return [range(first, stop) for first, stop in zip(begins, (*begins[1:], end), strict=True)]
+    starts = best(0, stages)[2]
+    return [range(first, stop) for first, stop in zip(starts, (*starts[1:], end), strict=True)]
 
 
 def build_local_stages(full_model: Decoder, mesh: Mesh) -> list[Decoder]:
-    """This process's stages of a skeleton: copies without the parts that lie elsewhere, whose names are as they were.
+    """Return this rank's stages of a model on the meta device: copies without the remote modules, names unchanged.
 
-    Errors: ValueError for more stages than layers, and for a model whose ends cannot be parted.
+    Raises:
+        ValueError: if there are more stages than layers, or if embedding and head must be on one stage.
     """
     if mesh.size("pipeline") == 1:
         return [deepcopy(full_model)]
@@ -102,73 +103,86 @@ def build_local_stages(full_model: Decoder, mesh: Mesh) -> list[Decoder]:
 
 
 def check_pipeline_support(full_model: Decoder) -> None:
-    """Refuse a model that needs its embedding where its head is."""
+    """Check that embedding and head of a model can be on different stages.
+
+    Raises:
+        ValueError: if they cannot.
+    """
     if full_model.pipeline_unsupported_reason:
         raise ValueError(
-            f"{full_model.pipeline_unsupported_reason}, or --parallel.pipeline 1: a pipeline has the embedding on its first process and "
-            "the output projection on its last"
+            f"{full_model.pipeline_unsupported_reason}, or --parallel.pipeline 1: a pipeline has the embedding on its "
+            "first stage and the output projection on its last"
         )
 
 
 def extract_stage(full_model: Decoder, layers: range, *, first: bool, last: bool) -> Decoder:
-    """A copy of a skeleton with these layers alone; first and last: also with what stands before and behind them."""
+    """Copy a model on the meta device with these layers only. The first stage also has the modules before the layers,
+    the last stage the modules after them."""
     stage: Any = deepcopy(full_model)
     for index, name in enumerate(full_model.layers):
         if index not in layers:
             del stage.layers[name]
     for name, part in list(stage.named_children()):
-        behind = name in ("norm", "output")
-        if part is not stage.layers and not (last if behind else first):
+        after = name in ("norm", "output")
+        if part is not stage.layers and not (last if after else first):
             setattr(stage, name, None)
     return stage
 
 
 def count_microbatches(parallel: ParallelConfig, training: TrainingConfig, rows: int) -> int:
-    """Microbatches that a process's `rows` of a step are cut into.
+    """Return the number of micro-batches for the `rows` of one data rank in a step.
 
-    Errors: ValueError where they cannot be, or the schedule does not work with that many; it names sizes that work.
+    Raises:
+        ValueError: if the rows cannot be split evenly, or the schedule does not support their number of micro-batches;
+            the message names valid sizes.
     """
-    size, schedule, processes = training.micro_batch_size, parallel.pipeline_schedule, parallel.pipeline
+    size, schedule, ranks = training.micro_batch_size, parallel.pipeline_schedule, parallel.pipeline
     check_split_backward(parallel, training)
-    fits, wanted = valid_microbatch_counts(parallel)
-    if rows % size == 0 and fits(rows // size):
+    is_valid, expected = valid_microbatch_counts(parallel)
+    if rows % size == 0 and is_valid(rows // size):
         return rows // size
-    sizes = [n for n in divisors(rows) if fits(rows // n)]
-    enough = next(n for n in range(1, 2 * processes + 1) if fits(n)) * size
+    sizes = [n for n in divisors(rows) if is_valid(rows // n)]
+    enough = next(n for n in range(1, 2 * ranks + 1) if is_valid(n)) * size
     remedy = f"--training.micro-batch-size {nearest(size, sizes)}"
     if not sizes:
         remedy = f"--training.global-batch-size {enough * training.global_batch_size // rows}"
     raise ValueError(
-        f"training.micro-batch-size {size} cuts the {rows} rows of a process into "
-        f"{rows // size if rows % size == 0 else 'unequal'} microbatches, but {schedule} on {processes} processes "
-        f"takes {wanted}; use {remedy}"
+        f"training.micro-batch-size {size} splits the {rows} rows of a data rank into "
+        f"{rows // size if rows % size == 0 else 'unequal'} micro-batches, but {schedule} on {ranks} pipeline ranks "
+        f"requires {expected}; use {remedy}"
     )
 
 
 def check_split_backward(parallel: ParallelConfig, training: TrainingConfig) -> None:
-    """Refuse what goes through a layer's backward only once, where it is gone through twice."""
+    """Check that a schedule with split backward is not combined with torch.compile or selective recomputation.
+
+    These allow only one backward through a layer, while the schedule makes two.
+
+    Raises:
+        ValueError: if it is.
+    """
     if parallel.pipeline_schedule not in SPLIT_BACKWARD:
         return
-    came = "training.compile" if training.compile else "training.recompute selective"
+    option = "training.compile" if training.compile else "training.recompute selective"
     remedy = "--training.no-compile" if training.compile else "--training.recompute full"
     if training.compile or training.recompute == "selective":
         raise ValueError(
-            f"parallel.pipeline-schedule {parallel.pipeline_schedule} computes the gradients of the weights apart from "
-            f"the others, which layers under {came} cannot; use {remedy}, or one of the schedules 1F1B, GPipe, "
+            f"parallel.pipeline-schedule {parallel.pipeline_schedule} computes weight gradients separately from "
+            f"input gradients, which {option} does not support; use {remedy}, or one of the schedules 1F1B, GPipe, "
             "Interleaved1F1B, LoopedBFS"
         )
 
 
 def valid_microbatch_counts(parallel: ParallelConfig) -> tuple[Callable[[int], bool], str]:
-    """Whether the schedule works with a number of microbatches, and which numbers those are in words."""
+    """Return a predicate of the micro-batch counts that the schedule supports, and a description of these counts."""
     n = parallel.pipeline
     match parallel.pipeline_schedule:
         case "1F1B":
-            return lambda count: count >= n, f"at least {n} equal ones, one for each process"
+            return lambda count: count >= n, f"at least {n} equal ones, one per rank"
         case "DualPipeV":
-            return lambda count: count >= 2 * n, f"at least {2 * n} equal ones, one for each stage"
+            return lambda count: count >= 2 * n, f"at least {2 * n} equal ones, one per stage"
         case "Interleaved1F1B" | "InterleavedZeroBubble":
-            in_words = f"equal ones in equal rounds of {n} or more: a multiple of {n} always"
-            return lambda count: count % max(1, count // n) == 0, in_words
+            text = f"equal ones in equal rounds of at least {n} (any multiple of {n} is valid)"
+            return lambda count: count % max(1, count // n) == 0, text
         case _:
             return lambda count: True, "equal ones"

@@ -1,4 +1,4 @@
-"""Activation recompute: the backward computes again what the forward has not kept."""
+"""Activation recomputation (checkpointing): the backward recomputes what the forward has not saved."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ ops = torch.ops.aten
 SAVED_OPS: list[Any] = [
     *(ops.mm.default, ops.addmm.default, ops.bmm.default, ops.baddbmm.default, GROUPED_MM),
     *ATTENTION_OPS,
-    *RECEIVING_OPS,  # what other processes have sent or summed need not be sent again
+    *RECEIVING_OPS,  # results of communication, which is then not repeated
 ]
-"""The operations whose results `selective` keeps: those that take long for the memory of what they return.
+"""Operations whose results `selective` saves: expensive ones, relative to the size of their results.
 
-On a CPU the products of experts are not among them: they are written straight into their place.
+On a CPU, the matrix products of experts are not saved, since they write into a preallocated output.
 """
 
 
 def apply_recompute(model: nn.Module, training: TrainingConfig) -> None:
-    """Let layers number 0, n, 2n, ... keep no more of a forward than `training.recompute` says, n being its
-    `recompute_every`: layers of the decoder and of an encoder each counted by themselves, over all pipeline stages.
+    """Apply `training.recompute` to layers 0, n, 2n, ... in place, where n is `training.recompute_every`.
 
-    DeepSeek's extra layer for the token after the next is in no list of layers, and keeps all it has.
+    Layers are numbered within the full model, over all pipeline stages, separately in the decoder and in an encoder.
+    The layer of DeepSeek's multi-token prediction (MTP) module is in no module list and saves all its activations.
     """
     if training.recompute == "none":
         return
@@ -45,9 +45,9 @@ def apply_recompute(model: nn.Module, training: TrainingConfig) -> None:
 
 
 def recompute(layer: nn.Module, selective: bool) -> None:
-    """Let one layer compute its forward again in the backward."""
+    """Replace a layer's forward by one that saves its inputs and is recomputed in the backward."""
     routers = list(routers_of(layer).values())
-    # Nothing in a layer is random.
+    # Layers use no random numbers, so their state need not be restored.
     compiled: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if selective:
         compiled["context_fn"] = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
@@ -56,14 +56,14 @@ def recompute(layer: nn.Module, selective: bool) -> None:
         contexts = compiled.get("context_fn", noop_context_fn)
 
         def count_once() -> tuple[Any, AbstractContextManager]:
-            forward, again = contexts()
-            return forward, _RestoreRouterState(routers, again)
+            forward, recomputation = contexts()
+            return forward, _RestoreRouterState(routers, recomputation)
 
         eager = {**compiled, "context_fn": count_once}
 
     def wrap(run: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any) -> Any:
-            # A compiler takes no other contexts; `apply_compile` tells it to count once.
+            # The compiler supports no other contexts; `apply_compile` configures it to count once.
             return checkpoint(run, *args, **(compiled if torch.compiler.is_compiling() else eager))
 
         return forward
@@ -72,17 +72,19 @@ def recompute(layer: nn.Module, selective: bool) -> None:
 
 
 class _RestoreRouterState(AbstractContextManager):
-    """The context, behind which the routers know what they knew before it. A pipeline that computes the gradients of
-    the weights apart enters it twice."""
+    """Wraps a context and restores the routers' counts and auxiliary losses when it exits.
+
+    A pipeline schedule with split backward enters it twice.
+    """
 
     def __init__(self, routers: list[Router], context: AbstractContextManager) -> None:
         self.routers, self.context = routers, context
 
     def __enter__(self) -> None:
-        self.known = [(router, router.counts, router.aux_loss) for router in self.routers]
+        self.saved = [(router, router.counts, router.aux_loss) for router in self.routers]
         self.context.__enter__()
 
     def __exit__(self, *error: Any) -> bool | None:
-        for router, counts, aux_loss in self.known:
+        for router, counts, aux_loss in self.saved:
             router.counts, router.aux_loss = counts, aux_loss
         return self.context.__exit__(*error)

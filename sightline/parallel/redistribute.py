@@ -1,4 +1,4 @@
-"""How a tensor lies on processes, and how it passes from one way to another, forward and backward."""
+"""Differentiable conversion of local tensors between placements on a device mesh."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from torch.distributed.tensor import DTensor, Placement
 
 
 def local_part(x: Tensor) -> Tensor:
-    """This process's part of a DTensor; any other tensor as it is."""
+    """Return the local shard of a DTensor; return any other tensor unchanged."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def redistribute(
     x: Tensor, mesh: DeviceMesh, before: Placement, after: Placement, gradient: Placement | None = None
 ) -> Tensor:
-    """This process's part of a tensor that lies on `mesh` as `before`, when it lies there as `after`.
+    """Convert this rank's local tensor from placement `before` to placement `after`.
 
-    x         Shard: a part of it, all of one size; Replicate: all of it; Partial: one summand of it
-    gradient  how the gradient of the result lies there; as the result itself, if nothing is said. Partial is for what
-              every process has and uses in a way of its own, and the backward adds that up
+    x         local tensor. Shard: equal shards; Replicate: the full tensor; Partial: one summand
+    gradient  placement of the result's gradient, `after` by default. Use Partial for a replicated result that each rank
+              uses differently: the backward sums the gradients over ranks
     """
-    spread = DTensor.from_local(x, mesh, [before], run_check=False)
+    tensor = DTensor.from_local(x, mesh, [before], run_check=False)
     if before != after:
-        spread = spread.redistribute(placements=[after])
-    return spread.to_local(grad_placements=None if gradient is None else [gradient])
+        tensor = tensor.redistribute(placements=[after])
+    return tensor.to_local(grad_placements=None if gradient is None else [gradient])

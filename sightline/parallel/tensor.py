@@ -1,19 +1,20 @@
-"""Tensor and sequence parallelism: processes share the matrices of a layer, and between those its tokens.
+"""Tensor and sequence parallelism: ranks share the matrices of a layer, and the tokens between these layers.
 
-A `TensorParallelLayer` layer (attention, feed-forward, experts, a memory) takes all tokens of a row, computes with its part of
-the weights, and returns one summand of its result. What lies between (norms, the residual stream) works token by token,
-and each process has S / degree tokens of it. So before a divisible layer the tokens are gathered, and behind it the
-summands are added up and dealt out at once:
+A `TensorParallelLayer` (attention, feed-forward, experts, recurrent layer) takes all tokens of a row, computes with its
+shard of the weights, and returns a partial sum of its output. All other operations (norms, the residual stream) work
+token by token, so each rank computes them on S / degree tokens. Tokens are all-gathered before a tensor parallel layer,
+and its partial sums are reduce-scattered:
 
-    embedding     whole rows [B, S, W] on every process; own part of the vocabulary
-    norm          own tokens [B, S / degree, W]
-    attention     all tokens, own heads
-    norm          own tokens
-    mlp           all tokens, own channels
+    embedding     full rows [B, S, W] on every rank; local shard of the vocabulary
+    norm          local tokens [B, S / degree, W]
+    attention     all tokens, local heads
+    norm          local tokens
+    mlp           all tokens, local channels
     ...
-    norm, output  whole rows; own part of the vocabulary
+    norm, output  full rows; local shard of the vocabulary
 
-Without gradients (validation, generation) nothing has to be kept, so there the rows stay whole and may have any length.
+Without gradients (validation, generation) no activations are saved, so tokens are not sharded and a row may have any
+length.
 """
 
 from __future__ import annotations
@@ -46,10 +47,13 @@ from sightline.parallel.redistribute import redistribute
 
 
 def apply_tensor(model: Decoder, mesh: Mesh) -> None:
-    """Cut a model, or one stage of a pipeline, over the axis `tensor`: first of all parallelisms, on the meta device.
+    """Shard a model on the meta device, or one pipeline stage, across the axis `tensor`, before other parallelisms.
 
-    Every parameter becomes a DTensor over that axis, under the same name, and layers see the local part of it. What a
-    model needs for this it says as data: `Decoder.hidden_state_modules` and `TensorParallelLayer.SHARD_DIMS`.
+    Every parameter becomes a DTensor of the same name on that axis; layers compute with its local shard. Models declare
+    what to shard in `Decoder.hidden_state_modules` and `TensorParallelLayer.SHARD_DIMS`.
+
+    Raises:
+        ValueError: if the degree does not divide the vocabulary, or the heads or channels of a layer.
     """
     degree = mesh.size("tensor")
     if degree == 1:
@@ -57,14 +61,14 @@ def apply_tensor(model: Decoder, mesh: Mesh) -> None:
     check_degree(model, degree)
     tensor = mesh["tensor"]
     shard_parameters(model, tensor)
-    for stack in model.hidden_state_modules():
-        before_forward(stack, functools.partial(shard_tokens, tensor))
-        after_forward(stack, functools.partial(unshard_tokens, tensor))
-        for _, region in tensor_parallel_layers(stack):
-            before_forward(region, functools.partial(all_gather_tokens, tensor))
-            after_forward(region, functools.partial(reduce_scatter_tokens, tensor))
+    for module in model.hidden_state_modules():
+        before_forward(module, functools.partial(shard_tokens, tensor))
+        after_forward(module, functools.partial(unshard_tokens, tensor))
+        for _, layer in tensor_parallel_layers(module):
+            before_forward(layer, functools.partial(all_gather_tokens, tensor))
+            after_forward(layer, functools.partial(reduce_scatter_tokens, tensor))
     for router in routers_of(model).values():
-        # All processes route the same tokens, and their gradients are added up.
+        # All ranks route the same tokens and compute the same auxiliary loss, and their gradients are summed.
         replace_attribute(router, "aux_loss_coef", router.aux_loss_coef / degree)
     if model.embedding is not None:
         replace_attribute(
@@ -75,7 +79,7 @@ def apply_tensor(model: Decoder, mesh: Mesh) -> None:
 
 
 def tensor_parallel_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, TensorParallelLayer]]:
-    """The outermost divisible layers of a module, by name: one inside another takes part in what the outer one does."""
+    """Yield the outermost tensor parallel layers of a module and their names; nested ones belong to the outer layer."""
     if isinstance(module, TensorParallelLayer):
         yield prefix, module
         return
@@ -84,72 +88,72 @@ def tensor_parallel_layers(module: nn.Module, prefix: str = "") -> Iterator[tupl
 
 
 def check_degree(model: Decoder, degree: int) -> None:
-    """Refuse a degree that does not divide what is dealt out, naming the nearest that divide all of it."""
-    parts = [("tokens of the vocabulary", model.config.vocab_size)]
-    parts += [
-        part
-        for stack in model.hidden_state_modules()
-        for _, region in tensor_parallel_layers(stack)
-        for part in region.tensor_parallel_units().items()
+    """Check that the degree divides the vocabulary and the units of all layers; errors as in `apply_tensor`."""
+    units = [("tokens of the vocabulary", model.config.vocab_size)]
+    units += [
+        unit
+        for module in model.hidden_state_modules()
+        for _, layer in tensor_parallel_layers(module)
+        for unit in layer.tensor_parallel_units().items()
     ]
-    bad = [f"the {count} {what}" for what, count in dict.fromkeys(parts) if count % degree]
-    if bad:
+    indivisible = [f"the {count} {name}" for name, count in dict.fromkeys(units) if count % degree]
+    if indivisible:
         raise ValueError(
-            f"parallel.tensor {degree} does not divide {' nor '.join(bad)} of {type(model).__name__}; "
-            f"use parallel.tensor {nearest(degree, divisors(math.gcd(*(count for _, count in parts))))}"
+            f"parallel.tensor {degree} does not divide {' nor '.join(indivisible)} of {type(model).__name__}; "
+            f"use parallel.tensor {nearest(degree, divisors(math.gcd(*(count for _, count in units))))}"
         )
 
 
 def shard_parameters(model: Decoder, mesh: DeviceMesh) -> None:
-    """Make every parameter a DTensor, and show each module its local part of it."""
+    """Replace every parameter by a DTensor, and expose its local shard to its module."""
     views: dict[nn.Module, dict[str, View]] = {}
     for name, (placement, view) in plan_placements(model, mesh).items():
-        owner, _, own_name = name.rpartition(".")
-        module = model.get_submodule(owner)
-        parameter = module.get_parameter(own_name)
-        cut = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
-        replace_parameter(module, own_name, cut)
-        views.setdefault(module, {})[own_name] = view
-    for module, named in views.items():
-        expose_local_parameters(module, **named)
+        module_name, _, local_name = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        parameter = module.get_parameter(local_name)
+        sharded = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+        replace_parameter(module, local_name, sharded)
+        views.setdefault(module, {})[local_name] = view
+    for module, module_views in views.items():
+        expose_local_parameters(module, **module_views)
 
 
 def plan_placements(model: Decoder, mesh: DeviceMesh) -> dict[str, tuple[Placement, View]]:
-    """How each parameter lies on the processes, and what a layer sees of it.
+    """Return the placement of each parameter and the view of it that its layer uses, by parameter name.
 
-    What is whole and used on whole rows has the same gradient everywhere. In a stack, a process uses it on its own
-    tokens or for its own heads: its gradient is one summand.
+    A replicated parameter that is used on full rows has the same gradient on every rank. Inside the hidden state
+    modules, a rank uses it on its local tokens or for its local heads only, so its gradient is a partial sum.
     """
 
-    def in_part(weight: Tensor) -> Tensor:
+    def partial_gradient(weight: Tensor) -> Tensor:
         return redistribute(weight, mesh, Replicate(), Replicate(), gradient=Partial())
 
-    def share(weight: Tensor) -> Tensor:
-        return in_part(weight) / mesh.size()
+    def partial_summand(weight: Tensor) -> Tensor:
+        return partial_gradient(weight) / mesh.size()
 
     names = {module: name for name, module in model.named_modules()}
-    places: dict[str, tuple[Placement, View]] = {}
+    placements: dict[str, tuple[Placement, View]] = {}
     for name, _ in model.named_parameters():
-        is_end = name in ("embedding.weight", "output.weight")
-        places[name] = (Shard(0) if is_end else Replicate(), identity_view)
-    for stack in model.hidden_state_modules():
-        for name, _ in stack.named_parameters(prefix=names[stack]):
-            places[name] = (Replicate(), in_part)
-        for prefix, region in tensor_parallel_layers(stack, names[stack]):
-            for name, _ in region.named_parameters():
-                dims = [dim for key, dim in region.SHARD_DIMS.items() if name == key or name.startswith(f"{key}.")]
+        has_vocabulary = name in ("embedding.weight", "output.weight")
+        placements[name] = (Shard(0) if has_vocabulary else Replicate(), identity_view)
+    for module in model.hidden_state_modules():
+        for name, _ in module.named_parameters(prefix=names[module]):
+            placements[name] = (Replicate(), partial_gradient)
+        for prefix, layer in tensor_parallel_layers(module, names[module]):
+            for name, _ in layer.named_parameters():
+                dims = [dim for key, dim in layer.SHARD_DIMS.items() if name == key or name.startswith(f"{key}.")]
                 if dims:
-                    places[f"{prefix}.{name}"] = (Shard(dims[0]), identity_view)
-                elif name in region.PARTIAL_SUMS:
-                    places[f"{prefix}.{name}"] = (Replicate(), share)
-    return places
+                    placements[f"{prefix}.{name}"] = (Shard(dims[0]), identity_view)
+                elif name in layer.PARTIAL_SUMS:
+                    placements[f"{prefix}.{name}"] = (Replicate(), partial_summand)
+    return placements
 
 
-# Where tokens pass from one process to another, as hooks of modules; a gradient passes them the other way round.
+# Forward hooks that exchange tokens between ranks. The backward of each does the reverse exchange of the gradients.
 
 
 def shard_tokens(mesh: DeviceMesh, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Before a stack: of whole rows [B, S, W] this process's S / degree tokens."""
+    """Pre-hook of a hidden state module: keep this rank's S / degree tokens of full rows [B, S, W]."""
     if not torch.is_grad_enabled():
         return args
     return tuple(_shard(arg, mesh) if isinstance(arg, Tensor) else arg for arg in args)
@@ -159,26 +163,26 @@ def _shard(h: Tensor, mesh: DeviceMesh) -> Tensor:
     length, degree = h.shape[1], mesh.size()
     if length % degree:
         raise ValueError(
-            f"parallel.tensor {degree} does not divide the {length} tokens of a row, which it shares between the "
-            f"layers; use {length // degree * degree or degree} or {(length // degree + 1) * degree} tokens (with "
-            f"parallel.context, of each of its processes), or parallel.tensor {nearest(degree, divisors(length))}"
+            f"parallel.tensor {degree} does not divide the {length} tokens of a row, which it shards between "
+            f"layers; use {length // degree * degree or degree} or {(length // degree + 1) * degree} tokens (per rank "
+            f"of parallel.context), or parallel.tensor {nearest(degree, divisors(length))}"
         )
     return redistribute(h, mesh, Replicate(), Shard(1))
 
 
 def unshard_tokens(mesh: DeviceMesh, module: nn.Module, args: tuple[Any, ...], h: Tensor) -> Tensor:
-    """Behind a stack: the rows, whole on every process."""
-    # A clone, since a stage of a pipeline must not return a view: schedules detach it in place.
+    """Hook of a hidden state module: all-gather the tokens to full rows on every rank."""
+    # A clone, since pipeline schedules detach the output of a stage in place, which fails for views.
     return redistribute(h, mesh, Shard(1), Replicate()).clone() if torch.is_grad_enabled() else h
 
 
 def all_gather_tokens(mesh: DeviceMesh, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Before a divisible layer: the tokens of all processes."""
+    """Pre-hook of a tensor parallel layer: all-gather the tokens of all ranks."""
     if not torch.is_grad_enabled():
         return args
     return redistribute(args[0], mesh, Shard(1), Replicate(), gradient=Partial()), *args[1:]
 
 
 def reduce_scatter_tokens(mesh: DeviceMesh, module: nn.Module, args: tuple[Any, ...], summand: Tensor) -> Tensor:
-    """Behind it: the sum of what all have computed for this process's tokens."""
+    """Hook of a tensor parallel layer: reduce-scatter the partial sums, or all-reduce them without gradients."""
     return redistribute(summand, mesh, Partial(), Shard(1) if torch.is_grad_enabled() else Replicate())

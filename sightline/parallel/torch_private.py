@@ -1,4 +1,4 @@
-"""Every private API of PyTorch that this package uses, tried on torch 2.13.0: look here first when PyTorch changes."""
+"""All private PyTorch APIs that this package uses, tested with torch 2.13.0: check here first after an upgrade."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 GROUPED_MM = torch.ops.aten._grouped_mm.default
 ATTENTION_OPS = (
-    # a tile of ours on a CPU, FlexAttention, varlen, and what CUDA has for scaled_dot_product_attention
+    # the tiled backend on a CPU, the CUDA kernels of scaled_dot_product_attention, FlexAttention, varlen
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -26,16 +26,16 @@ RECEIVING_OPS = (
 all_to_all_single_autograd = _functional_collectives.all_to_all_single_autograd
 wait = torch.ops._c10d_functional.wait_tensor
 flatten = DeviceMesh._flatten
-"""A mesh of several axes as a mesh of one."""
+"""Returns a mesh of several axes as a mesh with one axis."""
 foreach_norm = torch._foreach_norm
 foreach_multiply_ = torch._foreach_mul_
 
 
 def all_to_all(rows: Tensor, sizes: list[int], received_sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Starts to send `rows`; the result is not there before `wait`."""
+    """Start an asynchronous all-to-all of `rows`; call `wait` on the result before reading it."""
     return torch.ops._c10d_functional.all_to_all_single(rows, received_sizes, sizes, group.group_name)
 
 
 def skip_side_effects_of_recompute() -> None:
-    """Let a compiled forward that is computed again in the backward leave the attributes of modules alone."""
+    """Keep compiled layers from changing module attributes when the backward recomputes their forward."""
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True

@@ -1,4 +1,4 @@
-"""The two ends of a model whose vocabulary is cut: each process has the rows of some tokens' weights."""
+"""Embedding, logits and loss with the vocabulary sharded across ranks: each rank has the weights of V / n tokens."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from sightline.parallel.redistribute import redistribute
 
 
 def embed_tokens(embedding: nn.Embedding, mesh: DeviceMesh, tokens: Tensor) -> Tensor:
-    """The forward of an embedding: int64 [B, S] -> [B, S, W], the whole on every process.
+    """Forward of a vocabulary-parallel embedding: tokens int64 [B, S] -> [B, S, W], replicated.
 
-    Each looks up its own tokens and has zeros for the others, so the sum over all processes is the whole.
+    Each rank looks up the tokens of its shard and gives zeros for the others; an all-reduce sums the results.
     """
     rows = embedding.weight.shape[0]
-    own = tokens - mesh.get_local_rank() * rows
-    foreign = (own < 0) | (own >= rows)
-    h = F.embedding(own.masked_fill(foreign, 0), embedding.weight).masked_fill(foreign[..., None], 0)
+    local = tokens - mesh.get_local_rank() * rows
+    remote = (local < 0) | (local >= rows)
+    h = F.embedding(local.masked_fill(remote, 0), embedding.weight).masked_fill(remote[..., None], 0)
     return redistribute(h, mesh, Partial(), Replicate())
 
 
 def logits(mesh: DeviceMesh, h: Tensor, weight: Tensor) -> Tensor:
-    """h [..., W], weight [V / n, W] -> [..., V] of the whole vocabulary, on every process."""
+    """h [..., W], weight [V / n, W] -> logits [..., V] of the full vocabulary, on every rank."""
     h = redistribute(h, mesh, Replicate(), Replicate(), gradient=Partial())
     return redistribute(F.linear(h, weight), mesh, Shard(h.dim() - 1), Replicate())
 
@@ -37,12 +37,15 @@ def logits(mesh: DeviceMesh, h: Tensor, weight: Tensor) -> Tensor:
 def token_losses(
     mesh: DeviceMesh, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int = CHUNK_SIZE, **options: Any
 ) -> Tensor:
-    """`linear_cross_entropy` with this process's part of the vocabulary: the same losses on every process.
+    """Return `linear_cross_entropy` over a sharded vocabulary: the same losses on every rank.
 
-    hidden [N, W] and labels [N] are whole, weight [V / n, W] is its part. Logits exist for a chunk of tokens and a part
-    of the vocabulary at a time; of each token, three numbers travel in the forward and its gradient in the backward.
-
+    hidden   [N, W], replicated
+    weight   [V / n, W], the local shard
+    labels   int64 [N], replicated
     options  token_weights and reduction, as in `linear_cross_entropy`
+
+    Each rank materializes logits for one chunk of tokens and its shard of the vocabulary at a time. Per token, the
+    forward gathers three numbers from each rank, and the backward all-reduces the gradient of `hidden`.
     """
     vocab_size = mesh.size() * weight.shape[0]
     hidden = redistribute(hidden, mesh, Replicate(), Replicate(), gradient=Partial())
@@ -51,23 +54,23 @@ def token_losses(
 
 
 def losses_to_grads(mesh: DeviceMesh, logits: Tensor, label: Tensor) -> Tensor:
-    """The loss of each token [C]; this process's logits [C, V / n] become their gradient, in place.
+    """Return the loss of each token [C] and overwrite the local logits [C, V / n] with their gradient.
 
-    -log softmax[label] = max - logit[label] + log sum(exp(logits - max)). The sum is at least 1, as in the function
-    that this one stands for, so its log is exact however unlikely the label.
+    -log softmax[label] = max - logit[label] + log sum(exp(logits - max)). The sum is at least 1, so its log is exact
+    even for an unlikely label, as in `sightline.layers.loss.losses_to_grads`.
     """
     rows = torch.arange(len(label), device=label.device)
-    own = label - mesh.get_local_rank() * logits.shape[1]
-    foreign = (own < 0) | (own >= logits.shape[1])
-    own = own.masked_fill(foreign, 0)
-    # What each process knows of a token: its greatest logit, the sum of exp above that, the label's logit or 0.
-    greatest = logits.amax(dim=1)
-    of_label = logits[rows, own].masked_fill(foreign, 0)
-    logits.sub_(greatest[:, None]).exp_()
-    known = torch.stack([greatest, logits.sum(dim=1), of_label])
-    all_known = redistribute(known[None], mesh, Shard(0), Replicate())  # [n, 3, C]
-    greatest_of_all = all_known[:, 0].amax(dim=0)
-    total = (all_known[:, 1] * (all_known[:, 0] - greatest_of_all).exp()).sum(dim=0)
-    logits *= ((greatest - greatest_of_all).exp() / total)[:, None]
-    logits[rows, own] -= (~foreign).to(logits.dtype)
-    return greatest_of_all - all_known[:, 2].sum(dim=0) + total.log()
+    local_label = label - mesh.get_local_rank() * logits.shape[1]
+    remote = (local_label < 0) | (local_label >= logits.shape[1])
+    local_label = local_label.masked_fill(remote, 0)
+    # Per token, from each rank: the greatest local logit, sum(exp(logits - greatest)), and the label's logit or 0.
+    local_max = logits.amax(dim=1)
+    label_logit = logits[rows, local_label].masked_fill(remote, 0)
+    logits.sub_(local_max[:, None]).exp_()
+    local_stats = torch.stack([local_max, logits.sum(dim=1), label_logit])
+    stats = redistribute(local_stats[None], mesh, Shard(0), Replicate())  # [n, 3, C]
+    global_max = stats[:, 0].amax(dim=0)
+    total = (stats[:, 1] * (stats[:, 0] - global_max).exp()).sum(dim=0)
+    logits *= ((local_max - global_max).exp() / total)[:, None]
+    logits[rows, local_label] -= (~remote).to(logits.dtype)
+    return global_max - stats[:, 2].sum(dim=0) + total.log()

@@ -1,4 +1,4 @@
-"""Saved on one mesh, continued on another; and what one process cannot write, none has written."""
+"""Checkpoints saved on one mesh and loaded on another, and checkpoints that one rank fails to write or read."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ COMPARED = ("loss", "grad_norm", "visible_pairs", "tokens")
 Degrees = dict[str, int]
 
 
-def processes(degrees: Degrees) -> int:
+def world_size(degrees: Degrees) -> int:
     return math.prod(degree for axis, degree in degrees.items() if axis != "expert")
 
 
@@ -51,7 +51,7 @@ def run_of(
     optimizer: Any = "adamw",
     **checkpoint: Any,
 ) -> Run:
-    """A run whose learning rate does not depend on how many steps there will be."""
+    """Return a run whose learning rate does not depend on the number of steps."""
     run = small_run(directory, source, family, ParallelConfig(**degrees))
     return dataclasses.replace(
         run,
@@ -64,16 +64,16 @@ def run_of(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(source, tmp_path_factory):
-    """The directory of a family's run on one process from beginning to end."""
-    made: dict[tuple[str, str], Path] = {}
+def uninterrupted(source, tmp_path_factory):
+    """Return the directory of a family's uninterrupted run on one process."""
+    runs: dict[tuple[str, str], Path] = {}
 
     def directory(family: str, optimizer: str = "adamw") -> Path:
         key = family, optimizer
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp(family) / "run"
-            on_processes(1, train_on, run_of(made[key], source, family, {}, steps=10, optimizer=optimizer))
-        return made[key]
+        if key not in runs:
+            runs[key] = tmp_path_factory.mktemp(family) / "run"
+            on_processes(1, train_on, run_of(runs[key], source, family, {}, steps=10, optimizer=optimizer))
+        return runs[key]
 
     return directory
 
@@ -103,55 +103,55 @@ MUON = [
 
 
 def check_chain(
-    family: str, chain: list[Degrees], source: Path, directory: Path, undisturbed: Path, optimizer: str = "adamw"
+    family: str, chain: list[Degrees], source: Path, directory: Path, uninterrupted: Path, optimizer: str = "adamw"
 ) -> None:
-    """Two steps on each mesh, each going on where the one before has saved."""
+    """Train two steps on each mesh of a chain, each resumed from the checkpoint of the previous mesh."""
     for number, degrees in enumerate(chain, start=1):
         run = run_of(directory, source, family, degrees, steps=2 * number, optimizer=optimizer)
-        (said, *silent) = on_processes(processes(degrees), train_on, run, join=False)
-        assert not any(silent)
+        (output, *other_outputs) = on_processes(world_size(degrees), train_on, run, join=False)
+        assert not any(other_outputs)
         if number > 1:
-            assert f"continued from step-{2 * number - 2}" in said
-            assert ": the same numbers up to rounding" in said
-    rows, expected = read_metrics(directory / "metrics.jsonl"), read_metrics(undisturbed / "metrics.jsonl")
+            assert f"continued from step-{2 * number - 2}" in output
+            assert ": the same numbers up to rounding" in output
+    rows, expected = read_metrics(directory / "metrics.jsonl"), read_metrics(uninterrupted / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 2 * len(chain) + 1))
-    for row, truth in zip(rows, expected, strict=False):
+    for row, expected_row in zip(rows, expected, strict=False):
         for name in COMPARED:
-            assert row[name] == pytest.approx(truth[name], rel=1e-5), (row["step"], name)
+            assert row[name] == pytest.approx(expected_row[name], rel=1e-5), (row["step"], name)
 
 
 @pytest.mark.parametrize(("family", "chain"), FAST, ids=str)
-def test_saved_on_one_mesh_continued_on_another(family, chain, source, tmp_path, undisturbed) -> None:
-    check_chain(family, chain, source, tmp_path / "run", undisturbed(family))
+def test_resume_on_another_mesh(family, chain, source, tmp_path, uninterrupted) -> None:
+    check_chain(family, chain, source, tmp_path / "run", uninterrupted(family))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "chain"), SLOW, ids=str)
-def test_saved_on_any_mesh_continued_on_any_other(family, chain, source, tmp_path, undisturbed) -> None:
-    check_chain(family, chain, source, tmp_path / "run", undisturbed(family))
+def test_resume_on_any_mesh(family, chain, source, tmp_path, uninterrupted) -> None:
+    check_chain(family, chain, source, tmp_path / "run", uninterrupted(family))
 
 
 @pytest.mark.parametrize(("family", "chain"), MUON, ids=str)
-def test_muon_on_any_mesh_is_muon_on_one_process(family, chain, source, tmp_path, undisturbed) -> None:
-    check_chain(family, chain, source, tmp_path / "run", undisturbed(family, "muon"), "muon")
+def test_muon_equals_one_process_on_any_mesh(family, chain, source, tmp_path, uninterrupted) -> None:
+    check_chain(family, chain, source, tmp_path / "run", uninterrupted(family, "muon"), "muon")
 
 
-def test_written_beside_the_steps_and_exported_at_the_end(source, tmp_path, undisturbed) -> None:
+def test_asynchronous_checkpoints_and_final_export(source, tmp_path, uninterrupted) -> None:
     run = run_of(tmp_path / "run", source, "llama3", {"shard": 2}, every=2, keep=5, asynchronous=True, export=True)
-    (said, _) = on_processes(2, train_on, run, join=False)
-    assert f"exported for transformers: {run.output_dir}/hf/step-6" in said
-    expected = read_metrics(undisturbed("llama3") / "metrics.jsonl")
+    (output, _) = on_processes(2, train_on, run, join=False)
+    assert f"exported for transformers: {run.output_dir}/hf/step-6" in output
+    expected = read_metrics(uninterrupted("llama3") / "metrics.jsonl")
     found = list_checkpoints(run.output_dir / "checkpoints")
     assert [path.name for path in found] == ["step-2", "step-4", "step-6"]
-    assert same(load_pretrained(f"{run.output_dir}/hf/step-6").state_dict(), weights_of(found[2]))
-    again = run_of(tmp_path / "again", source, "llama3", {}, resume=str(found[0]))
-    on_processes(1, train_on, again)
-    rows = read_metrics(again.output_dir / "metrics.jsonl")
+    assert equal(load_pretrained(f"{run.output_dir}/hf/step-6").state_dict(), weights_of(found[2]))
+    resumed = run_of(tmp_path / "resumed", source, "llama3", {}, resume=str(found[0]))
+    on_processes(1, train_on, resumed)
+    rows = read_metrics(resumed.output_dir / "metrics.jsonl")
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected[2:6]], rel=1e-5)
 
 
-def export_a_share(rank: int, checkpoint: Path, output: Path) -> list[str]:
-    """The files of weights that this process has written."""
+def export_with_recorded_files(rank: int, checkpoint: Path, output: Path) -> list[str]:
+    """Export a checkpoint, and return the weight files that this rank has written."""
     written: list[str] = []
 
     def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -163,21 +163,21 @@ def export_a_share(rank: int, checkpoint: Path, output: Path) -> list[str]:
     return written
 
 
-def test_processes_share_the_files_of_an_export(undisturbed, tmp_path) -> None:
-    checkpoint, output = undisturbed("deepseek_v3") / "checkpoints" / "step-10", tmp_path / "hf"
-    first, second = on_processes(2, export_a_share, checkpoint, output)
+def test_ranks_share_the_files_of_an_export(uninterrupted, tmp_path) -> None:
+    checkpoint, output = uninterrupted("deepseek_v3") / "checkpoints" / "step-10", tmp_path / "hf"
+    first, second = on_processes(2, export_with_recorded_files, checkpoint, output)
     files = sorted(path.name for path in output.glob("*.safetensors"))
     assert files == sorted(first + second) and abs(len(first) - len(second)) <= 1 < len(second)
-    assert same(load_pretrained(output).state_dict(), weights_of(checkpoint))
+    assert equal(load_pretrained(output).state_dict(), weights_of(checkpoint))
     assert (output / "tokenizer.json").is_file() and not (output / ".partial").exists()
 
 
-def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+def equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return actual.keys() == expected.keys() and all(torch.equal(t, expected[name]) for name, t in actual.items())
 
 
-def opened(run: Run) -> tuple[Any, Any, Saver]:
-    """(model, optimizer, saver) on this process."""
+def build_all(run: Run) -> tuple[Any, Any, Saver]:
+    """Return (model, optimizer, saver) of this rank."""
     torch.manual_seed(0)
     model = build_parallel(run.model, run.training, Mesh(run.parallel, CPU))
     run.output_dir.mkdir(exist_ok=True)
@@ -186,21 +186,21 @@ def opened(run: Run) -> tuple[Any, Any, Saver]:
 
 
 def progress(rank: int, step: int) -> Progress:
-    return Progress(step, {"identity": {}, "step": step, "lanes": {str(10 * rank): {"place": step}}})
+    return Progress(step, {"identity": {}, "step": step, "shards": {str(10 * rank): {"next_document": step}}})
 
 
-def save_where_one_disk_is_full(rank: int, run: Run) -> list[str]:
-    model, optimizer, saver = opened(run)
+def save_with_a_full_disk_on_rank_1(rank: int, run: Run) -> list[str]:
+    model, optimizer, saver = build_all(run)
     state = tensors(model, optimizer, CPU)
-    told = []
+    errors = []
 
     def attempt(step: int) -> None:
         try:
             saver.begin(state, progress(rank, step))
             saver.wait()
-            told.append("")
+            errors.append("")
         except CannotSave as error:
-            told.append(str(error))
+            errors.append(str(error))
 
     attempt(1)
     if rank == 1:
@@ -209,27 +209,26 @@ def save_where_one_disk_is_full(rank: int, run: Run) -> list[str]:
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     attempt(3)
-    told.append(f"newest {saver.newest}")
-    return told
+    return [*errors, f"newest {saver.newest}"]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_one_process_with_a_full_disk_fails_all_and_leaves_the_old(asynchronous, source, tmp_path) -> None:
+def test_full_disk_on_one_rank_fails_on_all_and_keeps_older_checkpoints(asynchronous, source, tmp_path) -> None:
     run = run_of(tmp_path / "run", source, "llama3", {"shard": 2}, asynchronous=asynchronous)
-    told = on_processes(2, save_where_one_disk_is_full, run)
-    assert told[0] == told[1]
-    assert told[0][0] == told[0][2] == "" and told[0][3] == "newest 3"
-    assert "rank 1: File too large" in told[0][1]
+    errors = on_processes(2, save_with_a_full_disk_on_rank_1, run)
+    assert errors[0] == errors[1]
+    assert errors[0][0] == errors[0][2] == "" and errors[0][3] == "newest 3"
+    assert "rank 1: File too large" in errors[0][1]
     checkpoints = run.output_dir / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-1", "step-3"]
     state = json.loads((checkpoints / "step-3" / "state.json").read_text())
-    assert state["loader"]["lanes"] == {"0": {"place": 3}, "10": {"place": 3}}
+    assert state["loader"]["shards"] == {"0": {"next_document": 3}, "10": {"next_document": 3}}
     manifest = json.loads((checkpoints / "step-3" / "manifest.json").read_text())
     assert {"__0_0.distcp", "__1_0.distcp"} <= set(manifest["files"])
 
 
-def load_what_is_damaged(rank: int, run: Run) -> str:
-    model, optimizer, saver = opened(run)
+def load_damaged_checkpoint(rank: int, run: Run) -> str:
+    model, optimizer, saver = build_all(run)
     try:
         load_checkpoint(run.output_dir / "checkpoints" / "step-1", tensors(model, optimizer, CPU), CPU, saver.group)
     except ValueError as error:
@@ -237,27 +236,27 @@ def load_what_is_damaged(rank: int, run: Run) -> str:
     return "loaded"
 
 
-def test_a_file_that_only_one_process_reads_is_refused_by_all(source, tmp_path) -> None:
+def test_damaged_file_of_one_rank_is_an_error_on_all_ranks(source, tmp_path) -> None:
     run = run_of(tmp_path / "run", source, "llama3", {"shard": 2})
-    on_processes(2, save_where_one_disk_is_full, run)
+    on_processes(2, save_with_a_full_disk_on_rank_1, run)
     checkpoint = run.output_dir / "checkpoints" / "step-1"
     file = checkpoint / "__1_0.distcp"
     file.write_bytes(b"\0" * file.stat().st_size)
-    for told in on_processes(2, load_what_is_damaged, run):
-        assert "step-1 cannot be read: what is in it is damaged" in told
+    for error in on_processes(2, load_damaged_checkpoint, run):
+        assert "step-1 cannot be read: what is in it is damaged" in error
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def read_on_a_mesh(rank: int, run: Run) -> tuple[dict[str, Tensor], int]:
-    """What this process has, gathered; and how many numbers of it are its own."""
+def read_on_mesh(rank: int, run: Run) -> tuple[dict[str, Tensor], int]:
+    """Return the full tensors of this rank's state dict, and the number of elements in its local shards."""
     model = build_parallel(run.model, run.training, Mesh(run.parallel, CPU))
     state = model.state_dict()
     read_pretrained(model.full_model, run.model_from, state)
-    own = sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel() for tensor in state.values())
-    return {name: whole(tensor) for name, tensor in state.items()}, own
+    local = sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel() for tensor in state.values())
+    return {name: full(tensor) for name, tensor in state.items()}, local
 
 
 @pytest.mark.parametrize(
@@ -272,7 +271,7 @@ def read_on_a_mesh(rank: int, run: Run) -> tuple[dict[str, Tensor], int]:
         pytest.param("qwen3_next", {"shard": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],
 )
-def test_a_mesh_reads_pretrained_weights(family, degrees, source, tmp_path) -> None:
+def test_pretrained_weights_on_a_mesh(family, degrees, source, tmp_path) -> None:
     run = dataclasses.replace(run_of(tmp_path / "run", source, family, degrees), model_from=tmp_path / "hf")
     torch.manual_seed(5)
     model = build_model(run.model)
@@ -280,7 +279,7 @@ def test_a_mesh_reads_pretrained_weights(family, degrees, source, tmp_path) -> N
     expected = model.state_dict()
     size = sum(tensor.numel() for tensor in expected.values())
     read: dict[str, Tensor] = {}
-    for state, own in on_processes(processes(degrees), read_on_a_mesh, run):
+    for state, local in on_processes(world_size(degrees), read_on_mesh, run):
         read |= state
-        assert own < 0.8 * size
-    assert same(read, expected)
+        assert local < 0.8 * size
+    assert equal(read, expected)

@@ -1,4 +1,4 @@
-"""Compiled layers compute what they did, and other documents compile nothing anew."""
+"""Compiled layers equal eager layers, and new documents cause no recompilation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.processes import on_processes
 
 
 def rows(seed: int) -> Batch:
-    """Two rows of other documents for every seed, 3 to 7 a row."""
+    """Return two rows of 3 to 7 documents each, different for every seed."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, 16, (14,), generator=generator).tolist()
     documents = [torch.randint(512, (n,), generator=generator).tolist() for n in lengths]
@@ -42,10 +42,10 @@ def learn(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()} | model.finish_step()
 
 
-def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert got.keys() == expected.keys()
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for key, value in expected.items():
-        assert (got[key] - value).norm() <= 1e-5 * value.norm(), key
+        assert (actual[key] - value).norm() <= 1e-5 * value.norm(), key
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
         ),
     ],
 )
-def test_one_compilation_serves_all_documents(name: str) -> None:
+def test_new_documents_cause_no_recompilation(name: str) -> None:
     torch.manual_seed(0)
     model = build_model(name)
     torch.manual_seed(0)
@@ -68,32 +68,32 @@ def test_one_compilation_serves_all_documents(name: str) -> None:
     apply_compile(compiled, backend="aot_eager")
     graphs = []
     for seed in range(4):
-        assert_same(learn(compiled, rows(seed)), learn(model, rows(seed)))
+        assert_equal(learn(compiled, rows(seed)), learn(model, rows(seed)))
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and graphs == graphs[:1] * 4
-    assert text(compiled) == text(model)
+    assert generate_text(compiled) == generate_text(model)
     assert counters["stats"]["unique_graphs"] == graphs[0], "generation compiles nothing"
 
 
-def text(model: Any) -> str:
+def generate_text(model: Any) -> str:
     return generate(model, Numbers(), "1 2 3 4", SamplingConfig(max_new_tokens=8, temperature=0.0))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["full", "selective"])
+@pytest.mark.parametrize("recompute", ["full", "selective"])
 @pytest.mark.parametrize(("name", "backend"), [("llama3-debug", "reference"), ("qwen3-debug-moe", "sdpa")])
-def test_with_recompute(name: str, backend: str, how: Literal["full", "selective"]) -> None:
-    """In one graph where the layer is one; else as it is. Either way routers count once."""
+def test_compile_with_recompute(name: str, backend: str, recompute: Literal["full", "selective"]) -> None:
+    """A layer without graph breaks is compiled, any other runs eagerly. In both, the routers count once."""
     torch.manual_seed(0)
     model = build_model(name, attention_backend=backend)
     torch.manual_seed(0)
     compiled = build_model(name, attention_backend=backend)
     torch._dynamo.reset()
     counters.clear()
-    apply_recompute(compiled, TrainingConfig(recompute=how))
+    apply_recompute(compiled, TrainingConfig(recompute=recompute))
     apply_compile(compiled, backend="aot_eager")
     for seed in range(3):
-        assert_same(learn(compiled, rows(seed)), learn(model, rows(seed)))
+        assert_equal(learn(compiled, rows(seed)), learn(model, rows(seed)))
     assert counters["stats"]["unique_graphs"] == (1 if backend == "reference" else 0)
 
 
@@ -107,15 +107,15 @@ def learn_on_mesh(rank: int, name: str, compiled: bool) -> dict[str, torch.Tenso
     model.to_empty(device="cpu")
     torch.manual_seed(0)
     init_model_weights(model)
-    told = learn(model, rows(0)[rank : rank + 1])
+    results = learn(model, rows(0)[rank : rank + 1])
     assert not compiled or counters["stats"]["unique_graphs"] > 0
-    return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in told.items()}
+    return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in results.items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama3-debug", "qwen3-debug-moe"])
-def test_with_shared_weights_and_experts(name: str) -> None:
-    for got, expected in zip(
+def test_compile_with_fsdp_and_expert_parallelism(name: str) -> None:
+    for actual, expected in zip(
         *(on_processes(2, learn_on_mesh, name, compiled) for compiled in (True, False)), strict=True
     ):
-        assert_same(got, expected)
+        assert_equal(actual, expected)

@@ -1,4 +1,4 @@
-"""Real torchrun jobs whose processes are killed or asked to leave."""
+"""Real torchrun jobs whose ranks are killed or receive a stop signal."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ STEPS = 40
 
 
 def start(directory: Path, source: Path, *options: str) -> subprocess.Popen[str]:
-    """A job of two processes that restarts once; what they say lies beside its directory."""
+    """Start a job of two ranks that restarts at most once; its log is next to its directory."""
     arguments = [
-        "train", "llama3-debug", "--output-dir", str(directory), "--data.source", str(source), "--model.hidden-size", "32",
-        "--model.vocab-size", "320", "--training.steps", str(STEPS), "--training.sequence-length", "64",
+        "train", "llama3-debug", "--output-dir", str(directory), "--data.source", str(source),
+        "--model.hidden-size", "32", "--model.vocab-size", "320", "--training.steps", str(STEPS),
+        "--training.sequence-length", "64",
         "--training.micro-batch-size", "2", "--training.device", "cpu", "--checkpoint.every", "5",
         "--validation.every", "0", "--logging.sample-tokens", "0", "--logging.no-tensorboard", *options,
     ]  # fmt: skip
@@ -36,19 +37,19 @@ def start(directory: Path, source: Path, *options: str) -> subprocess.Popen[str]
     )
 
 
-def said(directory: Path) -> str:
+def log_of(directory: Path) -> str:
     return directory.with_suffix(".log").read_text()
 
 
 def wait_for_lines(directory: Path, job: subprocess.Popen[str], lines: int) -> None:
     metrics, deadline = directory / "metrics.jsonl", time.monotonic() + 300
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
-        assert job.poll() is None and time.monotonic() < deadline, said(directory)
+        assert job.poll() is None and time.monotonic() < deadline, log_of(directory)
         time.sleep(0.005)
 
 
 def process_of(job: subprocess.Popen[str], rank: int) -> int:
-    """The process id of a rank: the child of torchrun whose environment says so."""
+    """Return the process id of a rank: the child of torchrun with this RANK in its environment."""
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     for child in children:
         if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
@@ -56,52 +57,51 @@ def process_of(job: subprocess.Popen[str], rank: int) -> int:
     raise AssertionError(f"no rank {rank} among {children}")
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
-def test_a_killed_rank_restarts_the_job_with_the_same_losses(tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
+def test_job_restarts_after_a_killed_rank_with_the_same_losses(tmp_path: Path) -> None:
     source = write_corpus(tmp_path / "texts")
-    undisturbed = start(tmp_path / "alone", source)
-    assert undisturbed.wait(timeout=400) == 0, said(tmp_path / "alone")
-    rows = rows_of(tmp_path / "alone")
+    uninterrupted = start(tmp_path / "uninterrupted", source)
+    assert uninterrupted.wait(timeout=400) == 0, log_of(tmp_path / "uninterrupted")
+    rows = rows_of(tmp_path / "uninterrupted")
     assert len(rows) == STEPS
 
     job = start(tmp_path / "killed", source)
     wait_for_lines(tmp_path / "killed", job, 8)
     os.kill(process_of(job, 1), signal.SIGKILL)
-    assert job.wait(timeout=400) == 0, said(tmp_path / "killed")
-    assert "continued from step-" in said(tmp_path / "killed")
+    assert job.wait(timeout=400) == 0, log_of(tmp_path / "killed")
+    assert "continued from step-" in log_of(tmp_path / "killed")
     assert rows_of(tmp_path / "killed") == rows
 
 
-def test_a_job_asked_to_leave_saves_and_says_so_once(tmp_path: Path) -> None:
+def test_stop_signal_saves_a_checkpoint_and_is_logged_once(tmp_path: Path) -> None:
     source = write_corpus(tmp_path / "texts")
     job = start(tmp_path / "run", source, "--checkpoint.every", "0")
     wait_for_lines(tmp_path / "run", job, 3)
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=400) != 0
-    text = said(tmp_path / "run")
+    text = log_of(tmp_path / "run")
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert text.count(f"saved in {checkpoint}. The same command continues") == 1, text
     assert f"stopped by SIGTERM after step {checkpoint.name.removeprefix('step-')};" in text
     assert len(rows_of(tmp_path / "run")) == int(checkpoint.name.removeprefix("step-"))
 
 
-def test_a_signal_that_comes_while_processes_meet_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    stop, here = StopRequest(), Trainer.__new__(Trainer)
-    here.step = 3
+def test_signal_during_sync_stop_signal_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, trainer = StopRequest(), Trainer.__new__(Trainer)
+    trainer.step = 3
 
-    def meeting(step: int, signum: int | None) -> int | None:
-        stop.received = signal.SIGTERM  # as the handler would while this process waits for the others
+    def sync(step: int, signum: int | None) -> int | None:
+        stop.received = signal.SIGTERM  # as the signal handler would during the all-reduce
         return signum
 
-    monkeypatch.setattr("sightline.training.trainer.meet", meeting)
-    assert not here.stops(stop) and stop.received == signal.SIGTERM
-    assert here.stops(stop)
+    monkeypatch.setattr("sightline.training.trainer.sync_stop_signal", sync)
+    assert not trainer.stops(stop) and stop.received == signal.SIGTERM
+    assert trainer.stops(stop)
 
 
 @pytest.mark.slow
-def test_a_wrong_option_is_said_once(tmp_path: Path) -> None:
+def test_invalid_option_is_reported_once_per_start(tmp_path: Path) -> None:
     job = start(tmp_path / "run", write_corpus(tmp_path / "texts"), "--parallel.tensor", "3")
     assert job.wait(timeout=400) != 0
-    assert (
-        said(tmp_path / "run").count("tensor 3 is 3, which does not divide the 2 processes started") == 2
-    )  # a restart
+    error = "tensor 3 is 3, which does not divide the 2 processes started"
+    assert log_of(tmp_path / "run").count(error) == 2  # the job restarts once

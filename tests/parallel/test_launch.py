@@ -1,4 +1,4 @@
-"""Processes that join, agree on when to stop, and end each other with one message."""
+"""Distributed sessions: startup, a common stop signal, and one error message for all ranks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.support.processes import CONTEXT
 CPU = torch.device("cpu")
 
 
-def started(world: int, body: Callable[[int], object], parallel: ParallelConfig) -> list[object]:
-    """What `body(rank)` gives inside `joined`, or the error that came out of it, by rank; "gone" for one that died."""
+def run_ranks(world: int, body: Callable[[int], object], parallel: ParallelConfig) -> list[object]:
+    """Run `body(rank)` inside `distributed_session`; return each rank's result or error, or "dead" if it died."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -46,7 +46,7 @@ def receive(pipe: Connection, process: BaseProcess) -> object:
     while not pipe.poll(0.05):
         assert time.monotonic() < deadline
         if not process.is_alive():
-            return "gone"
+            return "dead"
     return pipe.recv()
 
 
@@ -61,12 +61,12 @@ def _start(rank: int, world: int, port: int, body: Callable[[int], object], para
     except BaseException as error:
         assert not dist.is_initialized()
         pipe.send((type(error).__name__, str(error), getattr(error, "__notes__", []), exit_code_of(error)))
-    time.sleep(20)  # rank 0 holds the store until all have left
+    time.sleep(20)  # rank 0 hosts the store until all ranks have exited
 
 
-def test_one_process_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_has_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with distributed_session(ParallelConfig(tensor=4), CPU) as device:  # the degrees are the mesh's to refuse
+    with distributed_session(ParallelConfig(tensor=4), CPU) as device:  # Mesh checks the degrees
         assert device == CPU and not dist.is_initialized()
         assert sync_stop_signal(7, None) is None and sync_stop_signal(7, 15) == 15
 
@@ -77,45 +77,44 @@ def sum_of_ranks(rank: int) -> object:
     return int(value), Mesh(ParallelConfig(tensor=2), CPU).index("tensor"), torch.get_num_threads() > 0
 
 
-def test_processes_join_and_leave() -> None:
-    assert started(2, sum_of_ranks, ParallelConfig(tensor=2)) == [(1, 0, True), (1, 1, True)]
+def test_session_of_two_ranks() -> None:
+    assert run_ranks(2, sum_of_ranks, ParallelConfig(tensor=2)) == [(1, 0, True), (1, 1, True)]
 
 
-def stop_together(rank: int) -> object:
-    stops = [sync_stop_signal(step, 15 if rank == 1 and step >= 2 else None) for step in range(4)]
-    return stops
+def collect_stop_signals(rank: int) -> object:
+    return [sync_stop_signal(step, 15 if rank == 1 and step >= 2 else None) for step in range(4)]
 
 
-def test_a_signal_to_one_process_reaches_all_at_the_same_step() -> None:
-    assert started(2, stop_together, ParallelConfig()) == [[None, None, 15, 15]] * 2
+def test_stop_signal_of_one_rank_reaches_all_at_the_same_step() -> None:
+    assert run_ranks(2, collect_stop_signals, ParallelConfig()) == [[None, None, 15, 15]] * 2
 
 
-def fail_alone(rank: int) -> object:
+def fail_on_rank_1(rank: int) -> object:
     sync_stop_signal(1, None)
     if rank == 1:
         raise FileNotFoundError("no such file")
     return [sync_stop_signal(step, None) for step in range(2, 5)]
 
 
-def test_the_process_that_fails_speaks_and_the_others_are_silent() -> None:
-    told = started(3, fail_alone, ParallelConfig())
-    assert told[1] == ("FileNotFoundError", "no such file", ["rank 1"], 1)
-    assert told[0] == told[2] == ("AnotherRankEnded", "", [], 1)
+def test_only_the_failing_rank_reports_an_error() -> None:
+    results = run_ranks(3, fail_on_rank_1, ParallelConfig())
+    assert results[1] == ("FileNotFoundError", "no such file", ["rank 1"], 1)
+    assert results[0] == results[2] == ("AnotherRankEnded", "", [], 1)
 
 
-def fail_alike(rank: int) -> object:
+def fail_on_all_ranks(rank: int) -> object:
     raise ValueError("a wrong option")
 
 
-def test_where_all_fail_alike_rank_0_speaks() -> None:
-    told = started(2, fail_alike, ParallelConfig())
-    assert told == [("ValueError", "a wrong option", ["rank 0"], 2), ("AnotherRankEnded", "", [], 2)]
+def test_rank_0_reports_an_error_of_all_ranks() -> None:
+    results = run_ranks(2, fail_on_all_ranks, ParallelConfig())
+    assert results == [("ValueError", "a wrong option", ["rank 0"], 2), ("AnotherRankEnded", "", [], 2)]
 
 
-def test_degrees_that_do_not_fit_are_told_once() -> None:
-    told = started(2, sum_of_ranks, ParallelConfig(tensor=3))
-    assert told[0][0] == "ValueError" and "does not divide the 2 processes" in told[0][1]  # type: ignore[index]
-    assert told[1] == ("AnotherRankEnded", "", [], 2)
+def test_invalid_degrees_are_reported_once() -> None:
+    results = run_ranks(2, sum_of_ranks, ParallelConfig(tensor=3))
+    assert results[0][0] == "ValueError" and "does not divide the 2 processes" in results[0][1]  # type: ignore[index]
+    assert results[1] == ("AnotherRankEnded", "", [], 2)
 
 
 def sleep_before_step_2(rank: int) -> object:
@@ -134,13 +133,13 @@ def sleep_inside_step_1(rank: int) -> object:
     return None
 
 
-@pytest.mark.parametrize(("late", "waits"), [(sleep_before_step_2, 2), (sleep_inside_step_1, 1)])
-def test_the_late_process_is_named_once(late: Callable[[int], object], waits: int) -> None:
-    told = started(4, late, ParallelConfig(pipeline=2, shard=2, timeout=4))
-    lost = [error for error in told if error[0] == "LostRank"]  # type: ignore[index]
-    assert len(lost) == 1 and sum(error[0] == "AnotherRankEnded" for error in told) == 3  # type: ignore[index]
+@pytest.mark.parametrize(("body", "waiting_step"), [(sleep_before_step_2, 2), (sleep_inside_step_1, 1)])
+def test_missing_rank_is_named_once(body: Callable[[int], object], waiting_step: int) -> None:
+    results = run_ranks(4, body, ParallelConfig(pipeline=2, shard=2, timeout=4))
+    lost = [error for error in results if error[0] == "LostRank"]  # type: ignore[index]
+    assert len(lost) == 1 and sum(error[0] == "AnotherRankEnded" for error in results) == 3  # type: ignore[index]
     assert lost[0][1].startswith("rank 2 (pipeline 1, shard 0) is at step 1; rank ")  # type: ignore[index]
-    assert f"waits at step {waits} and has given up (--parallel.timeout 4 s" in lost[0][1]  # type: ignore[index]
+    assert f"waits at step {waiting_step} and has given up (--parallel.timeout 4 s" in lost[0][1]  # type: ignore[index]
 
 
 def die(rank: int) -> object:
@@ -150,14 +149,14 @@ def die(rank: int) -> object:
     return [sync_stop_signal(step, None) for step in range(2, 5)]
 
 
-def test_a_process_that_is_gone_is_named() -> None:
-    told = started(2, die, ParallelConfig())
-    assert told[1] == "gone"
-    assert told[0][0] == "LostRank"  # type: ignore[index]
-    assert told[0][1].startswith("rank 1 (shard 1) is at step 1; rank 0 (shard 0) waits at step 2")  # type: ignore[index]
+def test_dead_rank_is_named() -> None:
+    results = run_ranks(2, die, ParallelConfig())
+    assert results[1] == "dead"
+    assert results[0][0] == "LostRank"  # type: ignore[index]
+    assert results[0][1].startswith("rank 1 (shard 1) is at step 1; rank 0 (shard 0) waits at step 2")  # type: ignore[index]
 
 
-def test_places() -> None:
+def test_rank_label() -> None:
     degrees = ParallelConfig(pipeline=2, context=2, tensor=2)
     assert rank_label(degrees, 0, 8) == " (pipeline 0, context 0, tensor 0)"
     assert rank_label(degrees, 6, 8) == " (pipeline 1, context 1, tensor 0)"

@@ -1,4 +1,4 @@
-"""Losses on meshes: one of the package and a preference between documents, which needs sums over whole rows."""
+"""Custom losses on meshes: `document_mean`, and a preference loss that needs sums over full rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MODELS = {
 
 
 class SumOverGroup(torch.autograd.Function):
-    """A sum over processes, forward and backward."""
+    """All-reduce in the forward and in the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -48,7 +48,7 @@ class SumOverGroup(torch.autograd.Function):
 
 
 class Preference:
-    """-log sigmoid(BETA * (log p(chosen document) - log p(rejected document))), the mean over pairs."""
+    """Mean over pairs of -log sigmoid(BETA * (log p(chosen document) - log p(rejected document)))."""
 
     name = "preference"
 
@@ -58,16 +58,16 @@ class Preference:
     def per_token_inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {name: batch.extra[name] for name in ("pair", "side")}
 
-    def __call__(self, log_probs: Tensor, labels: Tensor, facts: dict[str, Tensor], group: Any) -> Tensor:
+    def __call__(self, log_probs: Tensor, labels: Tensor, inputs: dict[str, Tensor], group: Any) -> Tensor:
         assert not log_probs[labels == -100].any()
-        margins = log_probs.new_zeros(len(log_probs), PAIRS).scatter_add(1, facts["pair"], facts["side"] * log_probs)
+        margins = log_probs.new_zeros(len(log_probs), PAIRS).scatter_add(1, inputs["pair"], inputs["side"] * log_probs)
         if group is None:
             return -F.logsigmoid(BETA * margins).sum()
         return -F.logsigmoid(BETA * SumOverGroup.apply(margins, group)).sum() / group.size()
 
 
 def rows() -> Batch:
-    """Four rows of two pairs, each a chosen and a rejected document of other lengths than in any other row."""
+    """Return four rows with two pairs of a chosen and a rejected document each; the lengths differ between rows."""
     generator = torch.Generator().manual_seed(1)
     lengths = [[7, 5, 9, 4], [3, 12, 2, 8], [6, 6, 10, 10], [4, 3, 5, 2]]
     packed = [
@@ -82,7 +82,7 @@ def rows() -> Batch:
 
 
 def learn(rank: int, name: str, loss: str, degrees: dict[str, int]) -> dict[str, Tensor]:
-    """Loss, gradient norm and whole gradients of a step, and the loss of the same rows in validation."""
+    """Return loss, gradient norm and full gradients of a step, and the validation loss of the same rows."""
     run = Run(
         model=MODELS[name],
         parallel=ParallelConfig(**degrees),  # type: ignore[arg-type]
@@ -101,10 +101,10 @@ def learn(rank: int, name: str, loss: str, degrees: dict[str, int]) -> dict[str,
     optimizer = build_optimizer(model, OptimizerConfig())
     step = train_step(model, optimizer, batch, None, micro_batch_size=1, max_grad_norm=float("inf"))
     numbers = {"validated": validated, "loss": step.loss, "gradient norm": step.grad_norm}
-    return numbers | {name: whole_of(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return numbers | {name: full_tensor(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
-def whole_of(gradient: Tensor) -> Tensor:
+def full_tensor(gradient: Tensor) -> Tensor:
     return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
@@ -116,24 +116,26 @@ CASES = [("llama3", "document_mean"), ("llama3", "preference"), ("routed", "docu
 
 
 @pytest.fixture(scope="module")
-def alone() -> list[dict[str, Tensor]]:
+def single_process() -> list[dict[str, Tensor]]:
     return on_processes(1, learn_all, CASES, {})[0]
 
 
-def furthest(found: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[float, str]:
-    """The greatest relative difference, and of what."""
-    assert found.keys() == truth.keys()
-    return max((float((found[name] - value).norm() / value.norm()), name) for name, value in truth.items())
+def max_difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """Return the greatest relative difference and the name of its tensor."""
+    assert actual.keys() == expected.keys()
+    return max((float((actual[name] - value).norm() / value.norm()), name) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("axis", ["context", "tensor", "pipeline", "shard"])
-def test_a_mesh_computes_what_one_process_computes(axis: str, alone: list[dict[str, Tensor]]) -> None:
-    for case, first, second, truth in zip(CASES, *on_processes(2, learn_all, CASES, {axis: 2}), alone, strict=True):
-        found = first | second  # a pipeline's processes have the gradients of their own layers
-        assert furthest(found, truth) < (1e-5, ""), f"{case} on {axis} 2"
+def test_mesh_equals_one_process(axis: str, single_process: list[dict[str, Tensor]]) -> None:
+    for case, first, second, expected in zip(
+        CASES, *on_processes(2, learn_all, CASES, {axis: 2}), single_process, strict=True
+    ):
+        actual = first | second  # a pipeline rank has the gradients of its own layers only
+        assert max_difference(actual, expected) < (1e-5, ""), f"{case} on {axis} 2"
 
 
-def test_a_preference_is_that_of_full_logits(alone: list[dict[str, Tensor]]) -> None:
+def test_preference_loss_equals_full_logits(single_process: list[dict[str, Tensor]]) -> None:
     torch.manual_seed(0)
     model, batch = build_parallel(MODELS["llama3"], TrainingConfig(), Mesh(ParallelConfig(), CPU)).full_model, rows()
     masks = model.get_attention_masks(batch)
@@ -145,6 +147,8 @@ def test_a_preference_is_that_of_full_logits(alone: list[dict[str, Tensor]]) -> 
         loss = loss - sum(F.logsigmoid(BETA * (scores[i] - scores[i + 1])) for i in range(0, 2 * PAIRS, 2))
     loss = loss / (len(batch.tokens) * PAIRS)
     loss.backward()
-    plain = {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
-    found = {name: value for name, value in alone[CASES.index(("llama3", "preference"))].items() if name in plain}
-    assert furthest(found, plain) < (1e-5, "")
+    expected = {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+    actual = {
+        name: value for name, value in single_process[CASES.index(("llama3", "preference"))].items() if name in expected
+    }
+    assert max_difference(actual, expected) < (1e-5, "")

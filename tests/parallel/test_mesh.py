@@ -1,4 +1,4 @@
-"""Degrees that fit and those that do not; who is where."""
+"""Valid and invalid degrees, and the rank layout."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from sightline.parallel.mesh import Mesh, resolve
 from tests.support.processes import on_processes
 
 
-def test_shard_takes_what_the_others_leave() -> None:
+def test_default_shard_degree_uses_all_remaining_ranks() -> None:
     assert resolve(ParallelConfig(), 1).shard == 1
     assert resolve(ParallelConfig(tensor=2), 8).shard == 4
     assert resolve(ParallelConfig(replicate=2, context=2, pipeline=2), 8).shard == 1
@@ -20,19 +20,19 @@ def test_shard_takes_what_the_others_leave() -> None:
         (
             {"tensor": 3},
             4,
-            "tensor 3 is 3, which does not divide the 4 processes started; these would fit: tensor 1 or",
+            "tensor 3 is 3, which does not divide the 4 processes started; use one of: tensor 1 or",
         ),
         ({"tensor": 2, "shard": 4}, 4, "needs 8 processes, but 4 were started; use shard 2, or torchrun --nproc"),
-        ({"pipeline": 2, "tensor": 4}, 4, "these would fit: pipeline 1; tensor 1 or 2, or start a multiple of 8"),
+        ({"pipeline": 2, "tensor": 4}, 4, "use one of: pipeline 1; tensor 1 or 2, or start a multiple of 8"),
         ({"shard": 4, "expert": 3}, 4, "parallel.expert 3 does not divide shard 4 x context 1 = 4.* do: .1, 2, 4"),
     ],
 )
-def test_degrees_that_do_not_fit_are_named_with_those_that_do(degrees: dict[str, int], world: int, words: str) -> None:
+def test_errors_name_valid_degrees(degrees: dict[str, int], world: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         resolve(ParallelConfig(**degrees), world)
 
 
-def place(rank: int, degrees: dict[str, int]) -> dict[str, tuple[int, int]]:
+def index_and_size(rank: int, degrees: dict[str, int]) -> dict[str, tuple[int, int]]:
     mesh = Mesh(ParallelConfig(**degrees), torch.device("cpu"))
     axes = (
         "pipeline",
@@ -50,39 +50,42 @@ def place(rank: int, degrees: dict[str, int]) -> dict[str, tuple[int, int]]:
     return {axis: (mesh.index(axis), mesh.size(axis)) for axis in axes} | {"sum": (int(summed), mesh.size("loss"))}
 
 
-def test_places_on_four_processes() -> None:
-    places = on_processes(4, place, {"shard": 2, "context": 2, "expert": 2})
-    assert [p["shard"] for p in places] == [(0, 2), (0, 2), (1, 2), (1, 2)]
-    assert [p["context"] for p in places] == [(0, 2), (1, 2), (0, 2), (1, 2)]
-    assert [p["weights"] for p in places] == [(0, 4), (1, 4), (2, 4), (3, 4)]
-    assert [p["data"] for p in places] == [(0, 2), (0, 2), (1, 2), (1, 2)]
-    assert [p["expert"] for p in places] == [(0, 2), (1, 2), (0, 2), (1, 2)]
-    assert [p["expert_weights"] for p in places] == [(0, 2), (0, 2), (1, 2), (1, 2)]
-    assert [p["sum"] for p in places] == [(6, 4)] * 4
+def test_indices_and_sizes_on_four_ranks() -> None:
+    ranks = on_processes(4, index_and_size, {"shard": 2, "context": 2, "expert": 2})
+    assert [p["shard"] for p in ranks] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert [p["context"] for p in ranks] == [(0, 2), (1, 2), (0, 2), (1, 2)]
+    assert [p["weights"] for p in ranks] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert [p["data"] for p in ranks] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert [p["expert"] for p in ranks] == [(0, 2), (1, 2), (0, 2), (1, 2)]
+    assert [p["expert_weights"] for p in ranks] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert [p["sum"] for p in ranks] == [(6, 4)] * 4
 
 
 def test_pipeline_is_outermost() -> None:
-    places = on_processes(4, place, {"pipeline": 2, "tensor": 2})
-    assert [p["pipeline"][0] for p in places] == [0, 0, 1, 1]
-    assert [p["tensor"][0] for p in places] == [0, 1, 0, 1]
+    ranks = on_processes(4, index_and_size, {"pipeline": 2, "tensor": 2})
+    assert [p["pipeline"][0] for p in ranks] == [0, 0, 1, 1]
+    assert [p["tensor"][0] for p in ranks] == [0, 1, 0, 1]
 
 
-def grid(rank: int, degrees: dict[str, int]) -> dict[str, str]:
+def layout(rank: int, degrees: dict[str, int]) -> dict[str, str]:
     return Mesh(ParallelConfig(**degrees), torch.device("cpu")).describe_layout()
 
 
-def test_grid_shows_every_rank() -> None:
-    assert on_processes(4, grid, {"shard": 2, "pipeline": 2})[0] == {
+def test_describe_layout_lists_every_rank() -> None:
+    assert on_processes(4, layout, {"shard": 2, "pipeline": 2})[0] == {
         "mesh": "pipeline 2 x shard 2",
         "stage 0": "0 | 1",
         "stage 1": "2 | 3",
     }
-    assert on_processes(4, grid, {"context": 2, "tensor": 2})[3] == {"mesh": "context 2 x tensor 2", "ranks": "0+1 2+3"}
+    assert on_processes(4, layout, {"context": 2, "tensor": 2})[3] == {
+        "mesh": "context 2 x tensor 2",
+        "ranks": "0+1 2+3",
+    }
 
 
-def only_on_first(rank: int, fails: bool) -> str:
+def make_on_rank_zero(rank: int, fails: bool) -> str:
     def make() -> str:
-        assert rank == 0, "no other rank is asked"
+        assert rank == 0, "called on another rank"
         if fails:
             raise ValueError("no such file")
         return "made"
@@ -90,9 +93,9 @@ def only_on_first(rank: int, fails: bool) -> str:
     try:
         return Mesh(ParallelConfig(), torch.device("cpu")).from_rank_zero(make)
     except ValueError as error:
-        return f"refused: {error}"
+        return f"error: {error}"
 
 
-def test_what_the_first_rank_makes_or_refuses_is_everyones() -> None:
-    assert on_processes(2, only_on_first, False) == ["made", "made"]
-    assert on_processes(2, only_on_first, True) == ["refused: no such file"] * 2
+def test_from_rank_zero_returns_the_result_or_raises_the_error_on_every_rank() -> None:
+    assert on_processes(2, make_on_rank_zero, False) == ["made", "made"]
+    assert on_processes(2, make_on_rank_zero, True) == ["error: no such file"] * 2

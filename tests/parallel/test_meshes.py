@@ -1,4 +1,4 @@
-"""Whole runs on many processes against the same run on one."""
+"""Full training runs on meshes against the same run on one process."""
 
 import dataclasses
 import io
@@ -41,13 +41,13 @@ DENSE = ("llama3", "qwen3", "vlm")
 EXPERTS = ("llama4", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
 FAMILIES = (*DENSE, *EXPERTS)
 SCHEDULES = get_args(config.SCHEDULES)
-# Keys and queries of its memory are brought to length 1, and where one is nearly 0 its gradient is all rounding: on one
-# process too, the gradients of single weights in float32 are up to 5e-5 from those in float64.
+# Recurrent layers normalize queries and keys to length 1, so the gradient of one that is nearly 0 is dominated by
+# rounding: on one process too, float32 gradients of single weights differ by up to 5e-5 from those in float64.
 ILL_CONDITIONED = {("qwen3_next", "grad_norm"): 2e-4}
 
 
 def small_run(directory: Path, source: Path, family: str, parallel: ParallelConfig, **training: Any) -> Run:
-    """Ten steps of 4 rows; no two rows of a batch are alike, so a mask from another microbatch would show."""
+    """Return a run of ten steps of 4 rows. All rows differ, so the mask of a wrong micro-batch changes the loss."""
     options = {"global_batch_size": 4, "micro_batch_size": 1, **training}
     return Run(
         model=MODELS[family],
@@ -63,9 +63,9 @@ def small_run(directory: Path, source: Path, family: str, parallel: ParallelConf
 
 
 def train_on(rank: int, run: Run) -> str:
-    said = io.StringIO()
-    train(run, Terminal(Console(file=said, width=200)))
-    return said.getvalue()
+    output = io.StringIO()
+    train(run, Terminal(Console(file=output, width=200)))
+    return output.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -74,33 +74,35 @@ def source(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(source, tmp_path_factory):
-    """The rows of a family's run on one process, made when they are first asked for."""
-    made: dict[str, list[dict[str, Any]]] = {}
+def single_process(source, tmp_path_factory):
+    """Return the metrics of a family's run on one process, cached by family and options."""
+    cached: dict[str, list[dict[str, Any]]] = {}
 
     def rows(family: str, **training: Any) -> list[dict[str, Any]]:
         key = json.dumps([family, training])
-        if key not in made:
+        if key not in cached:
             directory = tmp_path_factory.mktemp(family) / "run"
             on_processes(1, train_on, small_run(directory, source, family, ParallelConfig(), **training))
-            made[key] = read_metrics(directory / "metrics.jsonl")
-        return made[key]
+            cached[key] = read_metrics(directory / "metrics.jsonl")
+        return cached[key]
 
     return rows
 
 
-def check(family: str, degrees: dict[str, Any], source: Path, tmp_path: Path, alone: Any, **training: Any) -> None:
+def check(
+    family: str, degrees: dict[str, Any], source: Path, tmp_path: Path, single_process: Any, **training: Any
+) -> None:
     world = math.prod(degrees.get(axis, 1) for axis in AXES)
     run = small_run(tmp_path / "run", source, family, ParallelConfig(**degrees), **training)
-    said = on_processes(world, train_on, run, join=False)
-    assert "a sample" in said[0] and not any(said[1:]), "rank 0 alone speaks"
-    rows, expected = read_metrics(run.output_dir / "metrics.jsonl"), alone(family, **training)
+    outputs = on_processes(world, train_on, run, join=False)
+    assert "a sample" in outputs[0] and not any(outputs[1:]), "only rank 0 logs"
+    rows, expected = read_metrics(run.output_dir / "metrics.jsonl"), single_process(family, **training)
     assert len(rows) == len(expected) == STEPS
-    for row, truth in zip(rows, expected, strict=True):
-        assert row.keys() == truth.keys()
-        for name in truth.keys() - TIMES:
+    for row, expected_row in zip(rows, expected, strict=True):
+        assert row.keys() == expected_row.keys()
+        for name in expected_row.keys() - TIMES:
             tolerance = ILL_CONDITIONED.get((family, name), 1e-5)
-            assert row[name] == pytest.approx(truth[name], rel=tolerance), (row["step"], name)
+            assert row[name] == pytest.approx(expected_row[name], rel=tolerance), (row["step"], name)
 
 
 FAST: list[tuple[str, dict[str, Any]]] = [
@@ -145,19 +147,19 @@ SLOW: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("family", "degrees"), FAST, ids=str)
-def test_a_mesh_trains_as_one_process(family, degrees, source, tmp_path, alone) -> None:
-    check(family, degrees, source, tmp_path, alone)
+def test_mesh_equals_one_process(family, degrees, source, tmp_path, single_process) -> None:
+    check(family, degrees, source, tmp_path, single_process)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "degrees"), SLOW, ids=str)
-def test_every_mesh_trains_as_one_process(family, degrees, source, tmp_path, alone) -> None:
-    rows = 8 if degrees.get("pipeline_schedule") == "DualPipeV" else 4  # it wants a microbatch for each stage
-    check(family, degrees, source, tmp_path, alone, global_batch_size=rows)
+def test_every_mesh_equals_one_process(family, degrees, source, tmp_path, single_process) -> None:
+    rows = 8 if degrees.get("pipeline_schedule") == "DualPipeV" else 4  # it requires a micro-batch per stage
+    check(family, degrees, source, tmp_path, single_process, global_batch_size=rows)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize("degrees", [{"shard": 2}, {"tensor": 2}, {"pipeline": 2}, {"context": 2}], ids=str)
-def test_recompute_on_a_mesh(recompute, degrees, source, tmp_path, alone) -> None:
-    check("qwen3_moe", degrees, source, tmp_path, alone, recompute=recompute)
+def test_recompute_on_a_mesh(recompute, degrees, source, tmp_path, single_process) -> None:
+    check("qwen3_moe", degrees, source, tmp_path, single_process, recompute=recompute)

@@ -1,4 +1,4 @@
-"""Whatever parallelism changes in a module from outside can be taken back."""
+"""`undo` reverts all patches of modules."""
 
 from __future__ import annotations
 
@@ -39,46 +39,47 @@ def mesh() -> Iterator[Mesh]:
 
 
 def skeleton() -> Decoder:
-    """Dense layers and experts, routers with a loss of their own, two stacks."""
+    """Return a model with dense layers, experts, auxiliary losses and two hidden state modules."""
     return build_skeleton(replace(config_of("deepseek_v3-debug"), mtp_loss_weight=0.3, aux_loss_coef=0.01))
 
 
-def seen_from_outside(model: nn.Module) -> dict[str, Any]:
-    """Of every module its class, its hooks, and its own attributes, each the very object; of parameters the names."""
-    found: dict[str, Any] = {}
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Return class, hooks, ids of the attributes and parameter names of every module."""
+    result: dict[str, Any] = {}
     for name, module in model.named_modules():
-        own = {key: value for key, value in vars(module).items() if key != "_parameters"}
-        hooks = {key: dict(value) for key, value in own.items() if key.endswith("_hooks")}
-        found[name] = type(module), hooks, {key: id(value) for key, value in own.items()}, list(module._parameters)
-    return found
+        attributes = {key: value for key, value in vars(module).items() if key != "_parameters"}
+        hooks = {key: dict(value) for key, value in attributes.items() if key.endswith("_hooks")}
+        ids = {key: id(value) for key, value in attributes.items()}
+        result[name] = type(module), hooks, ids, list(module._parameters)
+    return result
 
 
 @pytest.mark.parametrize("names", [*([name] for name in CHANGES), list(CHANGES)], ids=lambda names: ", ".join(names))
 def test_undo_restores_every_module(names: list[str], mesh: Mesh) -> None:
     model = skeleton()
-    before = seen_from_outside(model)
+    before = snapshot(model)
     for name in names:
         CHANGES[name](model, mesh)
-    assert seen_from_outside(model) != before
+    assert snapshot(model) != before
     undo(model)
-    assert seen_from_outside(model) == before
+    assert snapshot(model) == before
     assert all("forward" not in vars(module) for module in model.modules())
 
 
-def test_the_same_attribute_replaced_twice() -> None:
+def test_undo_of_an_attribute_that_was_replaced_twice() -> None:
     module = nn.Linear(2, 2)
-    module.note = "own"
+    module.note = "original"
     for value in ("first", "second"):
         replace_attribute(module, "note", value)
         replace_attribute(module, "extra_repr", lambda: "replaced")
     assert module.note == "second" and repr(module) == "Linear(replaced)"
     undo(module)
-    assert module.note == "own" and repr(module) == "Linear(in_features=2, out_features=2, bias=True)"
+    assert module.note == "original" and repr(module) == "Linear(in_features=2, out_features=2, bias=True)"
 
 
-def test_nothing_is_undone_below_fsdp(mesh: Mesh) -> None:
-    """FSDP's class is made of ours: to put the old one back would take its methods away and leave its hooks."""
+def test_undo_below_fsdp_is_an_error(mesh: Mesh) -> None:
+    """FSDP subclasses the patched class: restoring the original class would remove its methods but not its hooks."""
     model = skeleton()
     apply_shard(model, mesh, dtype="float32")
-    with pytest.raises(AssertionError, match="FSDP's changes stay"):
+    with pytest.raises(AssertionError, match="patches below FSDP cannot be reverted"):
         undo(model)

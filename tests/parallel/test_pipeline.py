@@ -1,7 +1,7 @@
-"""Pipelines of two processes against one process: losses, every gradient, the routers' counts, validation and text.
+"""Pipelines against one process: losses, all gradients, the routers' counts, validation and generated text.
 
-The rows of a batch all have other documents. So a stage that works on one microbatch under the mask, the positions or
-the labels of another one gives another loss: `test_a_mask_of_another_microbatch_would_be_noticed` shows by how much.
+All rows of a batch have different documents. A stage that computes a micro-batch with the mask, the positions or the
+labels of another one changes the loss: `test_mask_of_a_wrong_microbatch_changes_the_loss` shows by how much.
 """
 
 from collections.abc import Sequence
@@ -43,34 +43,36 @@ SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBu
 
 
 def make_batch(name: str) -> Batch:
-    """Rows of documents of random lengths, with padding; for the VLM one image of another size in each."""
-    draw = torch.Generator().manual_seed(1)
+    """Return rows of documents of random lengths with padding; for the VLM, each with one image of a different size."""
+    generator = torch.Generator().manual_seed(1)
     rows = []
     for row in range(ROWS):
-        lengths = torch.randint(1, 14, (8,), generator=draw).tolist()
+        lengths = torch.randint(1, 14, (8,), generator=generator).tolist()
         if name == "vlm":
             lengths[0] = 12
-        ids = [torch.randint(1, 500, (length,), generator=draw).tolist() for length in lengths]
+        ids = [torch.randint(1, 500, (length,), generator=generator).tolist() for length in lengths]
         if name == "vlm":
             ids[0][2 : 2 + 2 * (1 + row % 4)] = [511] * (2 * (1 + row % 4))
-        kept: list[list[int]] = []
+        documents: list[list[int]] = []
         for document in ids:
-            if sum(map(len, kept)) + len(document) <= LENGTH:
-                kept.append(document)
-        rows.append(Batch.from_documents(kept, LENGTH))
-    facts = {n: torch.cat([getattr(row, n) for row in rows]) for n in ("tokens", "labels", "document_ids", "positions")}
+            if sum(map(len, documents)) + len(document) <= LENGTH:
+                documents.append(document)
+        rows.append(Batch.from_documents(documents, LENGTH))
+    fields = {
+        n: torch.cat([getattr(row, n) for row in rows]) for n in ("tokens", "labels", "document_ids", "positions")
+    }
     extra = {}
     if name == "vlm":
-        facts["labels"] = facts["labels"].masked_fill(facts["labels"] == 511, -100)
+        fields["labels"] = fields["labels"].masked_fill(fields["labels"] == 511, -100)
         extra["patch_grid"] = torch.tensor([[[4, 2 * (1 + row % 4)]] for row in range(ROWS)])
-        extra["patches"] = torch.randn(ROWS, 32, CONFIGS["vlm"].vision.patch_channels, generator=draw)
-    return Batch(**facts, extra=extra)
+        extra["patches"] = torch.randn(ROWS, 32, CONFIGS["vlm"].vision.patch_channels, generator=generator)
+    return Batch(**fields, extra=extra)
 
 
 def inputs_of(model: Any, batch: Batch) -> dict[str, Any]:
     masks = model.get_attention_masks(batch)
-    facts = {"tokens": batch.tokens, "labels": batch.labels, "positions": batch.positions, "attention_masks": masks}
-    return facts | batch.extra
+    inputs = {"tokens": batch.tokens, "labels": batch.labels, "positions": batch.positions, "attention_masks": masks}
+    return inputs | batch.extra
 
 
 def each_mask(masks: Any, change: Any) -> Any:
@@ -78,12 +80,12 @@ def each_mask(masks: Any, change: Any) -> Any:
 
 
 def mask_of_first(mask: AttentionMask) -> AttentionMask:
-    """The mask of the first microbatch for all of them."""
+    """Return the mask of the first micro-batch, repeated for all micro-batches."""
     return mask[torch.arange(MICRO).repeat(ROWS // MICRO)]
 
 
 class Letters:
-    """Token i is the character i; nothing ends a text."""
+    """A tokenizer with one token per character and no end-of-text token."""
 
     eos_id = -1
 
@@ -94,42 +96,42 @@ class Letters:
         return "".join(chr(i) for i in ids)
 
 
-def say(model: Any) -> str:
+def generate_text(model: Any) -> str:
     return generate(
         model, Letters(), "a cat and a dog in one long row", SamplingConfig(max_new_tokens=10, temperature=0)
     )
 
 
-def state(stages: list[Any], loss: Tensor) -> dict[str, Any]:
-    """What a step leaves behind on one process."""
+def results_of(stages: list[Any], loss: Tensor) -> dict[str, Any]:
+    """Return loss, gradients and router counts of a step on one rank."""
     gradients = {name: p.grad for stage in stages for name, p in stage.named_parameters()}
     counts = {name: router.counts for stage in stages for name, router in routers_of(stage).items()}
     return {"loss": loss.detach(), "gradients": gradients, "counts": counts}
 
 
-def single_process_model(name: str, dtype: str = "float32") -> dict[str, Any]:
-    """The same rows, a microbatch after the other; and the same again without gradients."""
+def run_single_process(name: str, dtype: str = "float32") -> dict[str, Any]:
+    """Return the results of the same rows on one process, one micro-batch after the other, and of their validation."""
     torch.manual_seed(0)
     model = build_model(CONFIGS[name])
-    inputs = [inputs_of(model, make_batch(name)[at : at + MICRO]) for at in range(0, ROWS, MICRO)]
+    inputs = [inputs_of(model, make_batch(name)[i : i + MICRO]) for i in range(0, ROWS, MICRO)]
     loss = torch.zeros(())
     for part in inputs:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            share = model(**part) * SCALE
-        share.backward()
-        loss += share.detach()
-    done = state([model], loss)
+            part_loss = model(**part) * SCALE
+        part_loss.backward()
+        loss += part_loss.detach()
+    results = results_of([model], loss)
     model.eval()
     with torch.no_grad():
-        done["evaluated"] = sum(model(**part) for part in inputs)
-    return done | {"text": say(model)}
+        results["evaluated"] = sum(model(**part) for part in inputs)
+    return results | {"text": generate_text(model)}
 
 
 def build(config: Any, schedule: Any, training: TrainingConfig, pipeline: int = 2) -> PipelinedModel:
-    """Processes that a pipeline of this degree leaves share the weights of a stage and its rows."""
+    """Build this rank's stages; if the world is larger than the pipeline, FSDP shards the stages and the rows."""
     mesh = Mesh(ParallelConfig(pipeline=pipeline, pipeline_schedule=schedule), torch.device("cpu"))
-    whole = build_skeleton(config)
-    stages = build_local_stages(whole, mesh)
+    full_model = build_skeleton(config)
+    stages = build_local_stages(full_model, mesh)
     for stage in stages:
         apply_recompute(stage, training)
         if mesh.size("shard") > 1:
@@ -137,10 +139,10 @@ def build(config: Any, schedule: Any, training: TrainingConfig, pipeline: int = 
         stage.to_empty(device="cpu")
     torch.manual_seed(0)
     init_model_weights(*stages)
-    return PipelinedModel(mesh, whole, stages, dtype=training.dtype, micro_batch_size=MICRO)
+    return PipelinedModel(mesh, full_model, stages, dtype=training.dtype, micro_batch_size=MICRO)
 
 
-def on_a_pipeline(
+def run_pipeline(
     rank: int,
     name: str,
     schedule: str,
@@ -159,22 +161,22 @@ def on_a_pipeline(
             for router in routers_of(stage).values():
                 router.counts = None
         loss = model.forward_backward(inputs, SCALE)
-        done = state(model.stages, loss)
+        results = results_of(model.stages, loss)
         model.train(False)
-        parts = [inputs_of(model, make_batch(name)[at : at + MICRO]) for at in range(0, ROWS, MICRO)]
-        done["evaluated"] = sum(model.evaluate(part) for part in parts)
-        done["text"] = say(model.generation_model)
+        parts = [inputs_of(model, make_batch(name)[i : i + MICRO]) for i in range(0, ROWS, MICRO)]
+        results["evaluated"] = sum(model.evaluate(part) for part in parts)
+        results["text"] = generate_text(model.generation_model)
         model.train()
-    return done
+    return results
 
 
-def difference(came: Tensor, expected: Tensor) -> float:
-    """Greatest difference as a share of the greatest number."""
-    return float((came - expected).abs().max() / expected.abs().max().clamp(min=1e-20))
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the greatest absolute difference, relative to the greatest absolute value."""
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-20))
 
 
 def check(parts: list[dict[str, Any]], expected: dict[str, Any]) -> None:
-    """Together the processes have everything of one process, once."""
+    """Check that the results of all ranks together equal those of one process, each gradient on one rank."""
     for key in ("loss", "evaluated"):
         assert difference(sum(part[key] for part in parts), expected[key]) < 1e-5, key
     gradients = [item for part in parts for item in part["gradients"].items()]
@@ -199,39 +201,39 @@ MATRIX += [(family, schedule) for family in FAMILIES for schedule in SCHEDULES i
     ("family", "schedule"),
     [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in dict.fromkeys(MATRIX)],
 )
-def test_a_pipeline_is_one_process(family: str, schedule: str) -> None:
-    check(on_processes(2, on_a_pipeline, family, schedule, TrainingConfig(), 2), single_process_model(family))
+def test_pipeline_equals_one_process(family: str, schedule: str) -> None:
+    check(on_processes(2, run_pipeline, family, schedule, TrainingConfig(), 2), run_single_process(family))
 
 
 @pytest.mark.parametrize(
     "schedule", [pytest.param(s, marks=[] if s == "ZBVZeroBubble" else pytest.mark.slow) for s in SCHEDULES]
 )
-def test_a_pipeline_of_four(schedule: str) -> None:
-    """Where most processes have neither the embedding nor the head."""
-    parts = on_processes(4, on_a_pipeline, "deep", schedule, TrainingConfig(), 1, False, 4)
-    check(parts, single_process_model("deep"))
+def test_pipeline_of_four_ranks_equals_one_process(schedule: str) -> None:
+    """Most ranks have neither the embedding nor the head."""
+    parts = on_processes(4, run_pipeline, "deep", schedule, TrainingConfig(), 1, False, 4)
+    check(parts, run_single_process("deep"))
 
 
 @pytest.mark.parametrize("family", ["llama3", pytest.param("llama4", marks=pytest.mark.slow)])
-def test_a_mask_of_another_microbatch_would_be_noticed(family: str) -> None:
-    """With the mask of the first microbatch for all, loss and gradients are off by far more than any tolerance here."""
-    expected = single_process_model(family)
-    parts = on_processes(2, on_a_pipeline, family, "1F1B", TrainingConfig(), 1, True)
+def test_mask_of_a_wrong_microbatch_changes_the_loss(family: str) -> None:
+    """With the mask of the first micro-batch for all, errors of loss and gradients far exceed all tolerances here."""
+    expected = run_single_process(family)
+    parts = on_processes(2, run_pipeline, family, "1F1B", TrainingConfig(), 1, True)
     assert difference(sum(part["loss"] for part in parts), expected["loss"]) > 1e-3
-    off = {
+    differences = {
         name: difference(gradient, expected["gradients"][name])
         for part in parts
         for name, gradient in part["gradients"].items()
     }
-    assert min(value for name, value in off.items() if "attention.query" in name) > 1e-2, off
+    assert min(value for name, value in differences.items() if "attention.query" in name) > 1e-2, differences
 
 
-def on_shards(rank: int, name: str, schedule: str, training: TrainingConfig) -> dict[str, Any]:
-    """Each of two pipelines has half of the rows; the weights of a stage are shared by the two that have it."""
+def run_pipeline_with_fsdp(rank: int, name: str, schedule: str, training: TrainingConfig) -> dict[str, Any]:
+    """Run two pipelines with half of the rows each; FSDP shards each stage across the two ranks that compute it."""
     model = build(CONFIGS[name], schedule, training)
     half = ROWS // 2
-    at = model.mesh.index("data") * half
-    inputs = inputs_of(model, make_batch(name)[at : at + half])
+    first = model.mesh.index("data") * half
+    inputs = inputs_of(model, make_batch(name)[first : first + half])
     for _ in range(2):
         for stage in model.stages:
             stage.zero_grad()
@@ -243,7 +245,7 @@ def on_shards(rank: int, name: str, schedule: str, training: TrainingConfig) -> 
     for parameter_name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor) and parameter.to_local().numel() < parameter.numel(), parameter_name
         gradients[parameter_name] = parameter.grad.full_tensor()
-    return {"loss": loss, "evaluated": evaluated, "gradients": gradients, "text": say(model.generation_model)}
+    return {"loss": loss, "evaluated": evaluated, "gradients": gradients, "text": generate_text(model.generation_model)}
 
 
 @pytest.mark.parametrize(
@@ -254,9 +256,12 @@ def on_shards(rank: int, name: str, schedule: str, training: TrainingConfig) -> 
         *(pytest.param("llama3", schedule, marks=pytest.mark.slow) for schedule in SCHEDULES if schedule != "1F1B"),
     ],
 )
-def test_pipelines_that_share_weights(family: str, schedule: str) -> None:
-    """Gradients are added up over the rows of both pipelines when the schedule has ended, once."""
-    expected, parts = single_process_model(family), on_processes(4, on_shards, family, schedule, TrainingConfig())
+def test_pipelines_with_fsdp_equal_one_process(family: str, schedule: str) -> None:
+    """Gradients are summed over the rows of both pipelines once, after the last micro-batch."""
+    expected, parts = (
+        run_single_process(family),
+        on_processes(4, run_pipeline_with_fsdp, family, schedule, TrainingConfig()),
+    )
     for key in ("loss", "evaluated"):
         assert difference(sum(part[key] for part in parts), expected[key]) < 1e-5, key
     for part in parts:
@@ -269,33 +274,32 @@ RECOMPUTED = [("1F1B", "selective"), ("InterleavedZeroBubble", "full"), ("ZBVZer
 
 
 @pytest.mark.parametrize(
-    ("schedule", "how"),
+    ("schedule", "recompute"),
     [pytest.param(*case, marks=[] if case == RECOMPUTED[1] else pytest.mark.slow) for case in RECOMPUTED],
 )
-def test_layers_that_recompute(schedule: str, how: Any) -> None:
-    """Several microbatches are on their way at once; and a layer may be computed again for the activations' gradients,
-    and once more for those of the weights."""
-    parts = on_processes(2, on_a_pipeline, "qwen3-moe", schedule, TrainingConfig(recompute=how))
-    check(parts, single_process_model("qwen3-moe"))
+def test_recompute_in_a_pipeline(schedule: str, recompute: Any) -> None:
+    """Several micro-batches are in flight at once, and schedules with split backward may recompute a layer twice."""
+    parts = on_processes(2, run_pipeline, "qwen3-moe", schedule, TrainingConfig(recompute=recompute))
+    check(parts, run_single_process("qwen3-moe"))
 
 
-def test_bfloat16_is_that_of_one_process() -> None:
-    """Every stage is under autocast and no backward is; between stages the sum of the layers stays in float32."""
-    expected = single_process_model("qwen3-moe", "bfloat16")
-    parts = on_processes(2, on_a_pipeline, "qwen3-moe", "Interleaved1F1B", TrainingConfig(dtype="bfloat16"))
+def test_bfloat16_equals_one_process() -> None:
+    """Forwards run under autocast, backwards do not; the residual stream between stages stays in float32."""
+    expected = run_single_process("qwen3-moe", "bfloat16")
+    parts = on_processes(2, run_pipeline, "qwen3-moe", "Interleaved1F1B", TrainingConfig(dtype="bfloat16"))
     assert difference(sum(part["loss"] for part in parts), expected["loss"]) < 1e-5
     for part in parts:
         for name, gradient in part["gradients"].items():
             assert difference(gradient, expected["gradients"][name]) < 1e-5, name
-    in_full = single_process_model("qwen3-moe")
-    assert difference(expected["loss"], in_full["loss"]) > 1e-5, "the precision makes a difference"
+    float32 = run_single_process("qwen3-moe")
+    assert difference(expected["loss"], float32["loss"]) > 1e-5, "bfloat16 must change the loss"
 
 
 @pytest.mark.slow
 def test_weights_gathered_in_bfloat16() -> None:
-    """FSDP's mixed precision: what passes between stages is bfloat16 too."""
-    expected = single_process_model("llama3")
-    parts = on_processes(4, on_shards, "llama3", "Interleaved1F1B", TrainingConfig(dtype="bfloat16"))
+    """With FSDP's mixed precision, the hidden states between stages are bfloat16 too."""
+    expected = run_single_process("llama3")
+    parts = on_processes(4, run_pipeline_with_fsdp, "llama3", "Interleaved1F1B", TrainingConfig(dtype="bfloat16"))
     loss = sum(part["loss"] for part in parts)
     assert 1e-6 < difference(loss, expected["loss"]) < 1e-2
     for part in parts:

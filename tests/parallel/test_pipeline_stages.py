@@ -1,4 +1,4 @@
-"""Where models are split_stages, which process has which stage, and which numbers of microbatches are refused."""
+"""How models are split into stages, which rank has which stage, and which micro-batch counts are valid."""
 
 from dataclasses import replace
 from typing import Any
@@ -20,30 +20,32 @@ from sightline.parallel.pipeline_stages import (
 
 def sizes(name: str, stages: int) -> list[int]:
     ranges = split_stages(build_skeleton(name), stages)
-    assert [layer for layers in ranges for layer in layers] == list(range(MODELS[name].layers))
+    assert [layer for layers in ranges for layer in layers] == list(range(MODELS[name].num_layers))
     return [len(layers) for layers in ranges]
 
 
-def test_the_last_stage_has_fewer_layers_for_its_head() -> None:
-    # The head of Llama 3 8B is 128,256 x 4096 = 525M, a layer 218M: the head is worth 2.4 layers, of 34.4 together.
+def test_last_stage_has_fewer_layers_because_of_its_head() -> None:
+    # The head of Llama 3 8B is 128,256 x 4096 = 525M, a layer 218M: the head counts as 2.4 layers, 34.4 in total.
     assert sizes("llama3-8b", 2) == [17, 15]
     assert sizes("llama3-8b", 4) == [8, 9, 9, 6]
     assert sizes("llama3-8b", 8) == [4, 4, 4, 4, 4, 5, 5, 2]
-    # That of 405B is worth 0.66 of 126 layers.
+    # The head of 405B counts as 0.66 layers, and there are 126.
     assert sizes("llama3-405b", 2) == [63, 63]
-    # Every stage has a layer, also where the head alone is more than the others have: 8.4 layers of 36.
+    # Every stage has a layer, even if the head alone exceeds the work of other stages: it counts as 8.4 of 36 layers.
     assert sizes("gpt_oss-120b", 8) == [5, 5, 5, 5, 5, 5, 5, 1]
-    # The vision encoder stands before the first layer.
+    # The vision encoder is on the first stage.
     assert sizes("vlm-1.7b", 4) == [1, 6, 7, 2]
 
 
-def test_more_stages_than_layers_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"5 pipeline stages need as many layers, and the model has 4; .*at most 4"):
+def test_more_stages_than_layers_is_an_error() -> None:
+    with pytest.raises(
+        ValueError, match=r"5 pipeline stages need at least 5 layers, but the model has 4; use at most 4"
+    ):
         split_stages(build_skeleton(replace(MODELS["llama3-debug"], num_layers=4)), 5)
 
 
 @pytest.mark.parametrize(
-    ("schedule", "placed"),
+    ("schedule", "owners"),
     [
         ("1F1B", [0, 1, 2]),
         ("GPipe", [0, 1, 2]),
@@ -54,29 +56,29 @@ def test_more_stages_than_layers_are_refused() -> None:
         ("DualPipeV", [0, 1, 2, 2, 1, 0]),
     ],
 )
-def test_which_process_has_which_stage(schedule: Any, placed: list[int]) -> None:
+def test_stage_owners(schedule: Any, owners: list[int]) -> None:
     parallel = ParallelConfig(pipeline=3, pipeline_schedule=schedule)
-    assert stage_owners(parallel) == placed
-    assert count_stages(parallel) == len(placed)
-    assert [placed[stage] for stage in stages_of(parallel, 1)] == [1] * (len(placed) // 3)
+    assert stage_owners(parallel) == owners
+    assert count_stages(parallel) == len(owners)
+    assert [owners[stage] for stage in stages_of(parallel, 1)] == [1] * (len(owners) // 3)
 
 
-def test_stages_are_the_model_with_parts_removed() -> None:
-    whole = build_skeleton(MODELS["vlm-debug"])
-    names = {name: p.shape for name, p in whole.named_parameters()}
+def test_stages_partition_the_parameters_of_the_model() -> None:
+    full_model = build_skeleton(MODELS["vlm-debug"])
+    names = {name: p.shape for name, p in full_model.named_parameters()}
     stages = [
-        extract_stage(whole, range(1), first=True, last=False),
-        extract_stage(whole, range(1, 2), first=False, last=True),
+        extract_stage(full_model, range(1), first=True, last=False),
+        extract_stage(full_model, range(1, 2), first=False, last=True),
     ]
     parts = [{name: p.shape for name, p in stage.named_parameters()} for stage in stages]
     assert parts[0] | parts[1] == names
     assert not parts[0].keys() & parts[1].keys()
     assert {name.split(".")[0] for name in parts[0]} == {"embedding", "vision", "projector", "layers"}
     assert {name.split(".")[0] for name in parts[1]} == {"norm", "output", "layers"}
-    assert len(whole.layers) == 2
+    assert len(full_model.layers) == 2
 
 
-def test_models_whose_ends_cannot_be_parted_are_refused() -> None:
+def test_models_that_need_embedding_and_head_on_one_stage() -> None:
     with pytest.raises(ValueError, match=r"--model.no-tied-embeddings"):
         check_pipeline_support(build_skeleton(replace(MODELS["llama3-debug"], tied_embeddings=True)))
     with pytest.raises(ValueError, match=r"model.mtp-loss-weight is 0.1, .*--model.mtp-loss-weight None"):
@@ -96,7 +98,7 @@ def test_models_whose_ends_cannot_be_parted_are_refused() -> None:
         ("DualPipeV", 4, 16, 2, 8),
     ],
 )
-def test_microbatches(schedule: Any, pipeline: int, rows: int, size: int, microbatches: int) -> None:
+def test_count_microbatches(schedule: Any, pipeline: int, rows: int, size: int, microbatches: int) -> None:
     parallel = ParallelConfig(pipeline=pipeline, pipeline_schedule=schedule)
     training = TrainingConfig(global_batch_size=rows, micro_batch_size=size)
     assert count_microbatches(parallel, training, rows) == microbatches
@@ -105,23 +107,21 @@ def test_microbatches(schedule: Any, pipeline: int, rows: int, size: int, microb
 @pytest.mark.parametrize(
     ("schedule", "pipeline", "rows", "size", "words"),
     [
-        ("1F1B", 4, 8, 4, "8 rows of a process into 2 microbatches, but 1F1B on 4 processes takes at least 4 .* 2$"),
-        ("1F1B", 4, 8, 3, "into unequal microbatches, .*use --training.micro-batch-size 2$"),
-        ("1F1B", 4, 3, 1, "into 3 microbatches, .*use --training.global-batch-size 8$"),
-        ("DualPipeV", 4, 16, 4, "4 microbatches, .*takes at least 8 .*use --training.micro-batch-size 2$"),
-        ("Interleaved1F1B", 4, 18, 2, "9 microbatches, .*a multiple of 4 always; use .*-size 3$"),
         (
-            "InterleavedZeroBubble",
-            2,
-            9,
-            1,
-            "9 microbatches, .*a multiple of 2 always; use .*-size 3$",
+            "1F1B",
+            4,
+            8,
+            4,
+            "8 rows of a data rank into 2 micro-batches, but 1F1B on 4 pipeline ranks requires at least 4 .* 2$",
         ),
+        ("1F1B", 4, 8, 3, "into unequal micro-batches, .*use --training.micro-batch-size 2$"),
+        ("1F1B", 4, 3, 1, "into 3 micro-batches, .*use --training.global-batch-size 8$"),
+        ("DualPipeV", 4, 16, 4, "4 micro-batches, .*requires at least 8 .*use --training.micro-batch-size 2$"),
+        ("Interleaved1F1B", 4, 18, 2, "9 micro-batches, .*any multiple of 4 is valid.; use .*-size 3$"),
+        ("InterleavedZeroBubble", 2, 9, 1, "9 micro-batches, .*any multiple of 2 is valid.; use .*-size 3$"),
     ],
 )
-def test_microbatches_that_do_not_fit_are_refused(
-    schedule: Any, pipeline: int, rows: int, size: int, words: str
-) -> None:
+def test_invalid_microbatch_counts(schedule: Any, pipeline: int, rows: int, size: int, words: str) -> None:
     parallel = ParallelConfig(pipeline=pipeline, pipeline_schedule=schedule)
     training = TrainingConfig(global_batch_size=2 * rows * size, micro_batch_size=size)
     with pytest.raises(ValueError, match=words):
@@ -130,14 +130,17 @@ def test_microbatches_that_do_not_fit_are_refused(
 
 @pytest.mark.parametrize("schedule", ["InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"])
 @pytest.mark.parametrize(
-    ("came", "words"),
+    ("options", "words"),
     [
-        ({"compile": True}, r"under training.compile cannot; use --training.no-compile, or"),
-        ({"recompute": "selective"}, r"under training.recompute selective cannot; use --training.recompute full, or"),
+        ({"compile": True}, r"which training.compile does not support; use --training.no-compile, or"),
+        (
+            {"recompute": "selective"},
+            r"which training.recompute selective does not support; use --training.recompute full, or",
+        ),
     ],
 )
-def test_what_allows_one_backward_is_refused_where_there_are_two(schedule: Any, came: Any, words: str) -> None:
-    training = TrainingConfig(global_batch_size=8, micro_batch_size=1, **came)
+def test_options_that_do_not_support_split_backward(schedule: Any, options: Any, words: str) -> None:
+    training = TrainingConfig(global_batch_size=8, micro_batch_size=1, **options)
     with pytest.raises(ValueError, match=words):
         count_microbatches(ParallelConfig(pipeline=2, pipeline_schedule=schedule), training, 8)
     assert count_microbatches(ParallelConfig(pipeline=2, pipeline_schedule="LoopedBFS"), training, 8) == 8

@@ -1,4 +1,4 @@
-"""What is computed again equals what was kept, and takes less memory."""
+"""Activation recomputation gives the same results with less activation memory."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ MODELS: dict[str, Any] = {
 
 
 def two_rows(name: str) -> Batch:
-    """Documents of many lengths; where the model sees, one image of 4 x 4 patches a row."""
+    """Return documents of many lengths; for the VLM, with one image of 4 x 4 patches per row."""
     generator = torch.Generator().manual_seed(1)
     lengths = [30, 10, 1, 25, 14]
     batch = Batch.from_documents([torch.randint(511, (n,), generator=generator).tolist() for n in lengths], length=48)
     if name == "vlm-debug":
-        batch.tokens[:, 3:7] = MODELS[name].image_token
+        batch.tokens[:, 3:7] = MODELS[name].image_token_id
         patches = torch.randn(2, 16, MODELS[name].vision.patch_channels, generator=generator)
         batch.extra.update(patches=patches, patch_grid=torch.tensor([[[4, 4]]] * 2))
     return batch
@@ -54,31 +54,31 @@ def forward(model: Any, batch: Batch) -> Tensor:
 
 
 def learn(name: str, training: TrainingConfig) -> dict[str, Tensor]:
-    """Loss, gradients and what the routers have counted in a step of two forwards."""
+    """Return losses, gradients and the routers' counts of a step of two forwards."""
     model, batch = build(MODELS[name], training), two_rows(name)
-    told = {}
+    results = {}
     for number in range(2):
         loss = forward(model, batch)
         loss.backward()
-        told[f"loss {number}"] = loss.detach()
-    told |= {parameter_name: p.grad for parameter_name, p in model.named_parameters() if p.grad is not None}
-    told |= {f"{layer} counts": r.counts for layer, r in routers_of(model).items() if r.counts is not None}
-    return told | model.finish_step()
+        results[f"loss {number}"] = loss.detach()
+    results |= {parameter_name: p.grad for parameter_name, p in model.named_parameters() if p.grad is not None}
+    results |= {f"{layer} counts": r.counts for layer, r in routers_of(model).items() if r.counts is not None}
+    return results | model.finish_step()
 
 
-@pytest.mark.parametrize("how", ["full", "selective"])
+@pytest.mark.parametrize("recompute", ["full", "selective"])
 @pytest.mark.parametrize("name", MODELS)
-def test_everything_is_as_without(name: str, how: Literal["full", "selective"]) -> None:
-    """Names of parameters, gradients, and the routers' counts, which a second forward might add to."""
+def test_recompute_changes_no_results(name: str, recompute: Literal["full", "selective"]) -> None:
+    """Parameter names, gradients and router counts stay the same: the recomputed forward must not count again."""
     expected = learn(name, TrainingConfig())
-    got = learn(name, TrainingConfig(recompute=how))
-    assert got.keys() == expected.keys()
+    actual = learn(name, TrainingConfig(recompute=recompute))
+    assert actual.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(got[key], value, rtol=1e-6, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(actual[key], value, rtol=1e-6, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
 
 
-class Kept(TorchDispatchMode):
-    """Counts the bytes of all memory that is made under it and still held; views of weights are no memory."""
+class SavedMemory(TorchDispatchMode):
+    """Counts the bytes of all storages allocated under it and still alive, except those of the weights."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -94,32 +94,32 @@ class Kept(TorchDispatchMode):
         return out
 
     def bytes(self) -> int:
-        made = self.sizes.keys() - self.weights
-        return sum(self.sizes[storage] for storage in made if not storage.expired())
+        allocated = self.sizes.keys() - self.weights
+        return sum(self.sizes[storage] for storage in allocated if not storage.expired())
 
 
-def floats_a_layer_keeps(training: TrainingConfig) -> float:
-    """Of each token, in Llama 3's debug size: from models of 2 and of 4 layers, so that the ends do not count."""
-    kept = []
+def saved_floats_per_layer(training: TrainingConfig) -> float:
+    """Return the floats per token that a layer of llama3-debug saves: half the difference of 4 and 2 layers."""
+    saved = []
     for layers in (2, 4):
         model = build(replace(config_of("llama3-debug"), num_layers=layers), training)
         batch = Batch.from_documents([list(range(2, 130))], length=128)
         inputs = {"positions": batch.positions, "labels": batch.labels}
-        with Kept(model) as memory:
+        with SavedMemory(model) as memory:
             loss = model(batch.tokens, attention_masks=model.get_attention_masks(batch), **inputs)
-        kept.append(memory.bytes())
+        saved.append(memory.bytes())
         loss.backward()
-    return (kept[1] - kept[0]) / 2 / 4 / 128
+    return (saved[1] - saved[0]) / 2 / 4 / 128
 
 
-def test_what_a_layer_keeps() -> None:
-    """Width 64, 4 query and 2 key heads of 16, inner width 128."""
-    everything = floats_a_layer_keeps(TrainingConfig())
-    selective = floats_a_layer_keeps(TrainingConfig(recompute="selective"))
-    full = floats_a_layer_keeps(TrainingConfig(recompute="full"))
-    half = floats_a_layer_keeps(TrainingConfig(recompute="full", recompute_every=2))
+def test_saved_floats_per_layer() -> None:
+    """Hidden size 64, 4 query and 2 key heads of size 16, intermediate size 128."""
+    everything = saved_floats_per_layer(TrainingConfig())
+    selective = saved_floats_per_layer(TrainingConfig(recompute="selective"))
+    full = saved_floats_per_layer(TrainingConfig(recompute="full"))
+    half = saved_floats_per_layer(TrainingConfig(recompute="full", recompute_every=2))
     assert full == 64, "its input"
     products = 64 + 32 + 32 + 64 + 128 + 128 + 64  # query, key, value, output, gate, up, down
-    assert selective == 64 + products + 64 + 4, "and the results of attention: its output and a log-sum-exp a head"
+    assert selective == 64 + products + 64 + 4, "the input, and attention's output and log-sum-exp per head"
     assert half == (full + everything) / 2
     assert everything > 1.5 * selective

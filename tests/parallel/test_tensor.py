@@ -1,4 +1,4 @@
-"""Layers shared by several processes: losses, logits and gradients are those of one process."""
+"""Tensor parallelism: losses, logits and gradients equal those of one process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ LENGTH = 44
 
 
 def packed() -> Batch:
-    """Two rows of 44 tokens with different documents, one of them partly padding."""
+    """Return two rows of 44 tokens with different documents, one of them partly padding."""
     generator = torch.Generator().manual_seed(1)
     lengths = [30, 1, 20, 9, 17]
     documents = [torch.randint(500, (n,), generator=generator).tolist() for n in lengths]
@@ -53,7 +53,7 @@ def packed() -> Batch:
 
 
 def rows_of(config: Any, dtype: torch.dtype) -> Batch:
-    """The same rows, for a model that sees with an image of four tokens in each."""
+    """Return the rows of `packed`; for a VLM, each with an image of four tokens."""
     batch = packed()
     if not isinstance(config, VLMConfig):
         return batch
@@ -66,7 +66,7 @@ def rows_of(config: Any, dtype: torch.dtype) -> Batch:
 
 
 def build(config: Any, mesh: Mesh | None = None, dtype: torch.dtype = torch.float64) -> Any:
-    """The same model on every mesh; no weight is 0 or 1."""
+    """Return the same model on every mesh; no weight is 0 or 1."""
     model = build_skeleton(config).to(dtype)
     if mesh is not None:
         apply_tensor(model, mesh)
@@ -76,12 +76,12 @@ def build(config: Any, mesh: Mesh | None = None, dtype: torch.dtype = torch.floa
     for name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(sum(name.encode()))
         noise = torch.randn(parameter.shape, generator=generator, dtype=dtype)
-        before = whole_of(parameter.detach())
-        fill_parameter(parameter, lambda whole, before=before, noise=noise: whole.copy_(before + 0.1 * noise))
+        before = full_tensor(parameter.detach())
+        fill_parameter(parameter, lambda full, before=before, noise=noise: full.copy_(before + 0.1 * noise))
     return model
 
 
-def whole_of(value: Tensor) -> Tensor:
+def full_tensor(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
@@ -96,13 +96,13 @@ def run(model: Any, batch: Batch, *, labels: bool) -> Tensor:
 
 
 def learn(model: Any, batch: Batch, mesh: Mesh | None = None) -> dict[str, Tensor]:
-    """Loss, whole gradients, what the routers have counted, and without gradients logits and loss; a row a forward."""
+    """Return loss, full gradients and router scalars, one row per forward, and logits and loss under `no_grad`."""
     result = {"loss": torch.zeros((), dtype=torch.float64)}
     for row in range(len(batch.tokens)):
         loss = run(model, batch[row : row + 1], labels=True)
         loss.backward()
         result["loss"] += loss.detach()
-    gradients = {name: whole_of(parameter.grad) for name, parameter in model.named_parameters()}
+    gradients = {name: full_tensor(parameter.grad) for name, parameter in model.named_parameters()}
     result |= {**gradients, "gradient norm": torch.nn.utils.get_total_norm(gradients.values())}
     with torch.no_grad():
         result["logits"] = run(model, batch, labels=False)
@@ -113,23 +113,23 @@ def learn(model: Any, batch: Batch, mesh: Mesh | None = None) -> dict[str, Tenso
     return result | model.finish_step()
 
 
-def differences(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """The greatest difference of each, as a share of its greatest number. What is below 1e-6 is rounding: keys that no
-    rotation turns have no gradient but that for a bias."""
-    assert got.keys() == expected.keys()
+def differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Return the greatest difference of each tensor, relative to its greatest absolute value, at least 1e-6: the true
+    gradient of a bias of unrotated keys is 0, so its values are rounding errors."""
+    assert actual.keys() == expected.keys()
     scales = {name: value.abs().max().clamp(min=1e-6) for name, value in expected.items()}
-    return {name: float((got[name] - value).abs().max() / scales[name]) for name, value in expected.items()}
+    return {name: float((actual[name] - value).abs().max() / scales[name]) for name, value in expected.items()}
 
 
-def learn_together(
+def compare_with_one_process(
     rank: int, names: list[str], degrees: dict[str, int], dtype: torch.dtype, sizes: dict[str, int]
 ) -> dict[str, dict[str, float]]:
-    """For each model, how far this process is from one that is alone."""
+    """Return the differences between this rank's results and those of one process, by model."""
     mesh = Mesh(ParallelConfig(**degrees), CPU)
     found = {}
     for name in names:
-        known = vars(config_of(name))
-        config = replace(config_of(name), **MODELS[name], **{k: v for k, v in sizes.items() if k in known})
+        fields = vars(config_of(name))
+        config = replace(config_of(name), **MODELS[name], **{k: v for k, v in sizes.items() if k in fields})
         batch = rows_of(config, dtype)
         model = build(config, mesh, dtype)
         shapes = {name: parameter.shape for name, parameter in build_skeleton(config).named_parameters()}
@@ -138,50 +138,50 @@ def learn_together(
             apply_shard(model, mesh, dtype="float32")
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
         share = 2 // mesh.size("data")
-        own = slice(mesh.index("data") * share, (mesh.index("data") + 1) * share)
+        local_rows = slice(mesh.index("data") * share, (mesh.index("data") + 1) * share)
         expected = learn(build(config, dtype=dtype), batch)
-        expected["logits"] = expected["logits"][own]
-        found[name] = differences(learn(model, batch[own], mesh), expected)
+        expected["logits"] = expected["logits"][local_rows]
+        found[name] = differences(learn(model, batch[local_rows], mesh), expected)
     return found
 
 
 def assert_close(found: list[dict[str, dict[str, float]]], tolerance: float) -> None:
-    for of_process in found:
-        for model, shares in of_process.items():
-            assert max(shares.values()) < tolerance, (model, {n: d for n, d in shares.items() if d >= tolerance})
+    for by_model in found:
+        for model, errors in by_model.items():
+            assert max(errors.values()) < tolerance, (model, {n: e for n, e in errors.items() if e >= tolerance})
 
 
-def test_two_processes_compute_what_one_computes() -> None:
-    """In float64, where nothing but a mistake makes a difference."""
-    assert_close(on_processes(2, learn_together, list(MODELS), {"tensor": 2}, torch.float64, {}), 1e-9)
+def test_two_ranks_equal_one() -> None:
+    """In float64, so that rounding cannot hide an error."""
+    assert_close(on_processes(2, compare_with_one_process, list(MODELS), {"tensor": 2}, torch.float64, {}), 1e-9)
 
 
 @pytest.mark.slow
-def test_in_float32_loss_and_gradient_norm_are_those_of_one_process() -> None:
-    found = on_processes(2, learn_together, list(MODELS), {"tensor": 2}, torch.float32, {})
+def test_two_ranks_equal_one_in_float32() -> None:
+    found = on_processes(2, compare_with_one_process, list(MODELS), {"tensor": 2}, torch.float32, {})
     numbers = ("loss", "evaluated", "logits", "gradient norm")
-    assert_close([{m: {n: shares[n] for n in numbers} for m, shares in of_one.items()} for of_one in found], 1e-5)
+    assert_close([{m: {n: errors[n] for n in numbers} for m, errors in models.items()} for models in found], 1e-5)
 
 
 @pytest.mark.slow
-def test_four_processes_compute_what_one_computes() -> None:
+def test_four_ranks_equal_one() -> None:
     sizes = {"num_heads": 4, "num_kv_heads": 4, "linear_num_key_heads": 4, "linear_num_value_heads": 8}
-    assert_close(on_processes(4, learn_together, list(MODELS), {"tensor": 4}, torch.float64, sizes), 1e-9)
+    assert_close(on_processes(4, compare_with_one_process, list(MODELS), {"tensor": 4}, torch.float64, sizes), 1e-9)
 
 
-def test_with_shared_weights() -> None:
+def test_with_fsdp() -> None:
     names = ["gpt_oss-debug"]
-    assert_close(on_processes(4, learn_together, names, {"shard": 2, "tensor": 2}, torch.float64, {}), 1e-9)
+    assert_close(on_processes(4, compare_with_one_process, names, {"shard": 2, "tensor": 2}, torch.float64, {}), 1e-9)
 
 
 @pytest.mark.slow
-def test_with_shared_weights_of_every_family() -> None:
+def test_every_family_with_fsdp() -> None:
     degrees = {"shard": 2, "tensor": 2}
-    assert_close(on_processes(4, learn_together, list(MODELS), degrees, torch.float64, {}), 1e-9)
+    assert_close(on_processes(4, compare_with_one_process, list(MODELS), degrees, torch.float64, {}), 1e-9)
 
 
 class Numbers:
-    """A tokenizer whose text is the token ids."""
+    """A tokenizer whose text is the list of token ids."""
 
     eos_id = -1
 
@@ -192,23 +192,23 @@ class Numbers:
         return " ".join(map(str, ids))
 
 
-def speak(rank: int, names: list[str]) -> list[str]:
-    """What each model says, on several processes or alone."""
+def generate_texts(rank: int, names: list[str]) -> list[str]:
+    """Return a text from each model, on a mesh if the process group is initialized."""
     mesh = Mesh(ParallelConfig(tensor=2), CPU) if torch.distributed.is_initialized() else None
     models = [build(replace(config_of(name), **MODELS[name]), mesh) for name in names]
     return [generate(model, Numbers(), "3 1 4 1 5", SamplingConfig(max_new_tokens=9, seed=1)) for model in models]
 
 
-def test_processes_say_together_what_one_says() -> None:
-    """Prompts and single tokens, which no degree divides."""
+def test_generation_equals_one_process() -> None:
+    """The degree does not divide the length of the prompt nor that of single tokens."""
     names = ["llama3-debug", "deepseek_v3-debug", "qwen3_next-debug"]
-    alone = speak(0, names)
-    assert all(len(set(text.split())) > 4 for text in alone)
-    assert on_processes(2, speak, names) == [alone, alone]
+    expected = generate_texts(0, names)
+    assert all(len(set(text.split())) > 4 for text in expected)
+    assert on_processes(2, generate_texts, names) == [expected, expected]
 
 
-def train_in(rank: int, length: int) -> str:
-    """What training rows of a length says."""
+def error_of_length(rank: int, length: int) -> str:
+    """Return the error of a forward with rows of an invalid length."""
     model = build(config_of("llama3-debug"), Mesh(ParallelConfig(tensor=2), CPU))
     batch = Batch.from_documents([list(range(1, length + 1))], length=length)
     with pytest.raises(ValueError) as error:
@@ -216,10 +216,10 @@ def train_in(rank: int, length: int) -> str:
     return str(error.value)
 
 
-def test_a_row_that_cannot_be_shared_is_refused() -> None:
-    assert on_processes(2, train_in, 7)[1] == (
-        "parallel.tensor 2 does not divide the 7 tokens of a row, which it shares between the layers; use 6 or 8 "
-        "tokens (with parallel.context, of each of its processes), or parallel.tensor 1 or 7"
+def test_row_length_must_be_divisible() -> None:
+    assert on_processes(2, error_of_length, 7)[1] == (
+        "parallel.tensor 2 does not divide the 7 tokens of a row, which it shards between layers; use 6 or 8 tokens "
+        "(per rank of parallel.context), or parallel.tensor 1 or 7"
     )
 
 
@@ -234,29 +234,29 @@ def test_a_row_that_cannot_be_shared_is_refused() -> None:
         ("vlm-debug", 4, "4 does not divide the 2 key/value heads of VLM; use parallel.tensor 2"),
     ],
 )
-def test_a_degree_that_does_not_fit_is_refused(name: str, degree: int, words: str) -> None:
+def test_degree_must_divide_the_vocabulary_and_all_units(name: str, degree: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         check_degree(build_skeleton(name), degree)
 
 
-def test_every_name_of_a_plan_is_that_of_a_weight() -> None:
-    """A misspelt one would leave its weight whole, and every result right."""
-    missed: dict[type, set[str]] = {}
+def test_all_names_in_shard_dims_and_partial_sums_exist() -> None:
+    """A misspelled name would leave its weight replicated without changing any result."""
+    unmatched: dict[type, set[str]] = {}
     for name, changes in MODELS.items():
         for layer in build_skeleton(replace(config_of(name), **changes)).modules():
             if isinstance(layer, TensorParallelLayer):
                 weights = [weight for weight, _ in layer.named_parameters()]
                 for kind in type(layer).__mro__:
                     keys = {*vars(kind).get("SHARD_DIMS", ()), *vars(kind).get("PARTIAL_SUMS", ())}
-                    still = {key for key in keys if not any(f"{w}.".startswith(f"{key}.") for w in weights)}
-                    missed[kind] = missed.get(kind, keys) & still
-    missed[GatedAttention].discard("sinks")  # gated attention has none
-    assert not any(missed.values()), missed
-    assert missed.keys() >= {GroupedQueryAttention, MultiHeadLatentAttention, GatedDeltaNet, SwiGLU, MoE}
+                    unmatched_here = {key for key in keys if not any(f"{w}.".startswith(f"{key}.") for w in weights)}
+                    unmatched[kind] = unmatched.get(kind, keys) & unmatched_here
+    unmatched[GatedAttention].discard("sinks")  # gated attention has no sinks
+    assert not any(unmatched.values()), unmatched
+    assert unmatched.keys() >= {GroupedQueryAttention, MultiHeadLatentAttention, GatedDeltaNet, SwiGLU, MoE}
 
 
 def compile_layers(rank: int, layers: int) -> tuple[float, int]:
-    """The greatest difference that compiling makes to a gradient, and the graphs it takes."""
+    """Return the greatest difference between compiled and eager results, and the number of compiled graphs."""
     torch._dynamo.reset()
     config, mesh = replace(config_of("llama3-debug"), num_layers=layers), Mesh(ParallelConfig(tensor=2), CPU)
     eager, compiled = build(config, mesh), build(config, mesh)
@@ -266,23 +266,23 @@ def compile_layers(rank: int, layers: int) -> tuple[float, int]:
 
 
 @pytest.mark.slow
-def test_one_compiled_layer_serves_all() -> None:
-    """They are of one class: see `expose_local_parameters`."""
+def test_layers_share_a_compiled_graph() -> None:
+    """All layers have one class: see `expose_local_parameters`."""
     (of_two, graphs), (of_four, graphs_of_four) = (on_processes(2, compile_layers, layers)[0] for layers in (2, 4))
     assert max(of_two, of_four) < 1e-9
     assert graphs_of_four == graphs > 0
 
 
-def held(rank: int) -> tuple[int, int]:
-    """Numbers of the weights of this process, and of all."""
+def count_weights(rank: int) -> tuple[int, int]:
+    """Return the number of elements in this rank's weights and in the full weights."""
     model = build_skeleton("qwen3-30b-a3b")
-    whole = sum(parameter.numel() for parameter in model.parameters())
+    full = sum(parameter.numel() for parameter in model.parameters())
     apply_tensor(model, Mesh(ParallelConfig(tensor=2), CPU))
-    return sum(parameter.to_local().numel() for parameter in model.parameters()), whole
+    return sum(parameter.to_local().numel() for parameter in model.parameters()), full
 
 
-def test_a_process_holds_its_part_of_the_weights() -> None:
-    """Whole are only norms and routers."""
-    (part, whole), other = on_processes(2, held)
-    assert other == (part, whole) and whole == 30_532_122_624
-    assert part / whole == pytest.approx(0.5, abs=0.001)
+def test_each_rank_stores_half_of_the_weights() -> None:
+    """Only norms and routers are replicated."""
+    (local, full), other = on_processes(2, count_weights)
+    assert other == (local, full) and full == 30_532_122_624
+    assert local / full == pytest.approx(0.5, abs=0.001)

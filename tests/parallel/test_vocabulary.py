@@ -1,4 +1,4 @@
-"""Both ends of a model with a vocabulary on two processes, against one process with the whole."""
+"""Embedding, logits and loss with a vocabulary sharded across two ranks equal those with the full vocabulary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ N, W, V = 23, 16, 42
 
 
 def make_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [N, W], weight [V, W] and labels [N], 18 of which are no -100; both ends of both parts are among them."""
+    """Return hidden [N, W], weight [V, W] and labels [N]: 18 are not -100, with the first and last id of each shard."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(N, W, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(V, W, generator=generator).to(dtype).requires_grad_()
@@ -28,12 +28,12 @@ def make_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Ten
 
 
 def local_shard(weight: Tensor, mesh: DeviceMesh) -> Tensor:
-    """This process's rows, as a leaf of their own."""
+    """Return this rank's rows of a weight as a leaf tensor."""
     return weight.detach().chunk(2)[mesh.get_local_rank()].requires_grad_(weight.requires_grad)
 
 
 def run_checks(rank: int) -> None:
-    """Everything that needs no process of its own."""
+    """Run all checks in one process group."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
     for chunk_size in (1, 3, 17, 18, 19, 512):
         check_loss_and_gradients(mesh, torch.float64, chunk_size, 1e-12)
@@ -56,7 +56,7 @@ def check_loss_and_gradients(mesh: DeviceMesh, dtype: torch.dtype, chunk_size: i
 
 
 def check_weights_and_each_loss(mesh: DeviceMesh) -> None:
-    """By labels on the CPU, and as where labels lie on a device: all tokens are computed, and no label is read."""
+    """With labels on the CPU, and with `mask_tokens` as for labels on a device, which computes all tokens."""
     weights = torch.rand(N, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     for select in (loss.select_tokens, loss.mask_tokens):
         hidden, weight, labels = make_inputs(torch.float64)
@@ -88,7 +88,7 @@ def check_tokens_without_a_label(mesh: DeviceMesh) -> None:
 
 
 def check_extreme_logits(mesh: DeviceMesh) -> None:
-    """A label 10000 below the greatest logit, on this process or the other one, and logits far below 0 in one part."""
+    """A label logit 10000 below the greatest, on this rank or the other one, and very negative logits in one shard."""
     for label, expected in ((0, 0.0), (1, 10_000.0)):
         hidden = torch.tensor([[1.0]], requires_grad=True)
         part = local_shard(torch.tensor([[5000.0], [-5000.0]], requires_grad=True), mesh)
@@ -107,12 +107,12 @@ def check_frozen_sides(mesh: DeviceMesh) -> None:
         assert (inputs[0].grad is None, part.grad is None) == (frozen == 0, frozen == 1)
 
 
-def check_whole_logits_never_exist(mesh: DeviceMesh) -> None:
+def check_full_logits_are_never_materialized(mesh: DeviceMesh) -> None:
     hidden, weight, labels = make_inputs()
     part = local_shard(weight, mesh)
-    with torch.no_grad(), Largest() as seen:
+    with torch.no_grad(), Largest() as largest:
         vocab_parallel.token_losses(mesh, hidden, part, labels, 8)
-    assert seen.elements == 8 * V // 2
+    assert largest.elements == 8 * V // 2
 
 
 def check_bfloat16(mesh: DeviceMesh) -> None:
@@ -120,7 +120,7 @@ def check_bfloat16(mesh: DeviceMesh) -> None:
     loss = vocab_parallel.token_losses(mesh, hidden, local_shard(weight, mesh), labels, 5)
     expected = F.cross_entropy(hidden.float() @ weight.float().t(), labels, reduction="sum")
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)  # bfloat16 logits would be 1e-3 off
+    torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)  # with bfloat16 logits, the error would be 1e-3
 
 
 def check_logits(mesh: DeviceMesh) -> None:
@@ -148,7 +148,7 @@ def check_embedding(mesh: DeviceMesh) -> None:
     torch.testing.assert_close(embedding.weight.grad, grad.chunk(2)[mesh.get_local_rank()])
 
 
-def check_a_label_outside_is_named(mesh: DeviceMesh) -> None:
+def check_label_outside_the_vocabulary(mesh: DeviceMesh) -> None:
     hidden, weight, labels = make_inputs()
     for label in (V, -1):
         labels[3] = label
@@ -161,13 +161,13 @@ CHECKS = [
     check_tokens_without_a_label,
     check_extreme_logits,
     check_frozen_sides,
-    check_whole_logits_never_exist,
+    check_full_logits_are_never_materialized,
     check_bfloat16,
     check_logits,
     check_embedding,
-    check_a_label_outside_is_named,
+    check_label_outside_the_vocabulary,
 ]
 
 
-def test_two_processes_compute_what_one_computes() -> None:
+def test_two_ranks_equal_one() -> None:
     on_processes(2, run_checks)
