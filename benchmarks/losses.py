@@ -22,7 +22,7 @@ from sightline.config import ParallelConfig, Run
 from sightline.recipes import RECIPES
 from sightline.training.metrics import read_metrics
 from tests.parallel.test_meshes import FAST, small_run, train_on
-from tests.support.processes import on_processes
+from tests.support.processes import run_on_ranks
 from tests.support.small_runs import write_corpus
 
 STEPS = 10
@@ -45,7 +45,7 @@ def ten_steps(run: Run, directory: Path) -> Run:
 
 
 def record_run(run: Run, world: int) -> list[dict[str, Any]]:
-    on_processes(world, train_on, run, join=False)
+    run_on_ranks(world, train_on, run, join=False)
     return [
         {name: row[name] for name in COMPARED if name in row} for row in read_metrics(run.output_dir / "metrics.jsonl")
     ]

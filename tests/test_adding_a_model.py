@@ -24,14 +24,14 @@ from sightline.training.metrics import read_metrics
 from tests.support.against_transformers import (
     assert_cached_logits,
     assert_greedy_text,
-    assert_needle,
+    assert_no_leakage,
+    assert_round_trip,
     assert_same_model,
-    assert_way_back,
     random_documents,
     random_theirs,
     run,
 )
-from tests.support.processes import on_processes
+from tests.support.processes import run_on_ranks
 from tests.support.small_runs import small_run, train_quietly, write_corpus
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +101,7 @@ def test_logits_and_gradients_equal_transformers(theirs: Any, tmp_path: Path, le
 
 def test_transformers_loads_saved_model(theirs: Any, tmp_path: Path) -> None:
     ours = as_ours(theirs, tmp_path / "theirs")
-    assert_way_back(ours, theirs, type(theirs), torch.tensor(random_documents([40], V)), tmp_path / "back")
+    assert_round_trip(ours, theirs, type(theirs), torch.tensor(random_documents([40], V)), tmp_path / "back")
 
 
 def test_packed_equals_separate(anchored: Ministral) -> None:
@@ -114,7 +114,7 @@ def test_packed_equals_separate(anchored: Ministral) -> None:
 
 @pytest.mark.parametrize("changed", [0, 20])
 def test_no_leakage_between_documents(anchored: Ministral, changed: int) -> None:
-    assert_needle(anchored, Batch.from_documents(random_documents([30, 7, 3], V), length=44), 0, changed)
+    assert_no_leakage(anchored, Batch.from_documents(random_documents([30, 7, 3], V), length=44), 0, changed)
 
 
 def test_generation_uses_the_masks(anchored: Ministral) -> None:
@@ -194,7 +194,7 @@ def test_a_directory_never_causes_an_import(
     for arguments in (("generate", "run"), ("convert", "run", "out"), ("masks", "run")):
         assert command([*arguments]) == 2
         error = capsys.readouterr().err
-        assert "names the model family 'mine.ministral:MINISTRAL'; it comes from outside the package" in error
+        assert "names the model family 'mine.ministral:MINISTRAL'; it is defined outside the package" in error
         assert "--family mine.ministral:MINISTRAL" in error
         family = "examples.ministral:MINISTRAL"  # the same family, importable in this process
         assert command([*arguments, "--family", family]) == 0
@@ -217,7 +217,7 @@ def test_two_processes_train_like_one(degrees: dict[str, int], tmp_path: Path) -
     changes = {"model": MINISTRAL.presets["debug"], "optimizer__eps": 1e-5}
     alone = small_run(tmp_path / "alone", write_corpus(tmp_path / "texts"), **changes)
     train_quietly(alone)
-    on_processes(
+    run_on_ranks(
         2, train_on, replace(alone, output_dir=tmp_path / "two", parallel=ParallelConfig(**degrees)), join=False
     )
     rows, expected = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("two", "alone"))

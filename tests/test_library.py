@@ -16,7 +16,7 @@ from sightline.data import Loader, load_documents, load_tokenizer, split_documen
 from sightline.errors import Stopped
 from sightline.models import save_pretrained
 from sightline.training import trainer
-from tests.support.processes import on_processes
+from tests.support.processes import run_on_ranks
 from tests.support.small_runs import rows_of, small_run, train_quietly, write_corpus
 
 SLOW_TO_IMPORT = (
@@ -136,7 +136,7 @@ def test_user_batches_on_two_ranks_equal_one(run: Run, tmp_path: Path) -> None:
     for steps in (2, 6):
         training = dataclasses.replace(run.training, steps=steps)
         options = {"training": training, "parallel": ParallelConfig(shard=2), "optimizer": WITHOUT_END}
-        on_processes(2, train_on_own_batches, own(run, tmp_path / "two", **options), join=False)
+        run_on_ranks(2, train_on_own_batches, own(run, tmp_path / "two", **options), join=False)
     train_quietly(own(run, tmp_path / "one", optimizer=WITHOUT_END), batches=Batches(run))
     rows, expected = rows_of(tmp_path / "two"), rows_of(tmp_path / "one")
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-6)
@@ -151,5 +151,5 @@ def test_user_batches_without_a_state_do_not_resume(run: Run, tmp_path: Path) ->
 
 
 def test_user_batches_need_a_tokenizer(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"your batches hold no text to train a tokenizer on; name .*data\.tokenizer"):
+    with pytest.raises(ValueError, match=r"your batches have no text to train a tokenizer on; set .*data\.tokenizer"):
         train_quietly(dataclasses.replace(run, output_dir=tmp_path / "run"), batches=Batches(run))

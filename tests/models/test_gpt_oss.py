@@ -14,9 +14,9 @@ from tests.support.against_transformers import (
     as_ours,
     assert_cached_logits,
     assert_greedy_text,
-    assert_needle,
+    assert_no_leakage,
+    assert_round_trip,
     assert_same_model,
-    assert_way_back,
     count_parameters,
     random_documents,
     random_theirs,
@@ -76,7 +76,7 @@ def test_logits_and_gradients_equal_transformers(theirs: Any, ours: Any, case: s
 
 
 def test_transformers_loads_saved_model(theirs: Any, ours: Any, tmp_path: Path) -> None:
-    assert_way_back(ours, theirs, GptOssForCausalLM, torch.tensor(random_documents([40], V)), tmp_path)
+    assert_round_trip(ours, theirs, GptOssForCausalLM, torch.tensor(random_documents([40], V)), tmp_path)
 
 
 def test_cached_logits_respect_the_window(ours: Any) -> None:
@@ -89,7 +89,7 @@ def test_generated_text_equals_uncached_text(ours: Any) -> None:
 
 @pytest.mark.parametrize(("row", "changed"), [(0, 0), (0, 1), (0, 20), (1, 3)])
 def test_no_leakage_between_documents(ours: Any, row: int, changed: int) -> None:
-    assert_needle(ours, Batch.from_documents(random_documents([1, 30, 2, 7, 17, 22], V), length=40), row, changed)
+    assert_no_leakage(ours, Batch.from_documents(random_documents([1, 30, 2, 7, 17, 22], V), length=40), row, changed)
 
 
 def test_masks_window_and_full(ours: Any) -> None:

@@ -15,9 +15,9 @@ from sightline.models.qwen3 import QWEN3
 from tests.support.against_transformers import (
     as_ours,
     assert_cached_logits,
-    assert_needle,
+    assert_no_leakage,
+    assert_round_trip,
     assert_same_model,
-    assert_way_back,
     random_documents,
     random_theirs,
     run,
@@ -70,7 +70,7 @@ def test_logits_and_gradients_equal_transformers(theirs: Any, ours: Any, case: s
 
 
 def test_transformers_loads_saved_model(theirs: Any, ours: Any, tmp_path: Path) -> None:
-    assert_way_back(ours, theirs, type(theirs), torch.tensor(random_documents([40], V)), tmp_path / "back")
+    assert_round_trip(ours, theirs, type(theirs), torch.tensor(random_documents([40], V)), tmp_path / "back")
 
 
 def test_cached_logits_equal_full_forward(ours: Any) -> None:
@@ -79,7 +79,7 @@ def test_cached_logits_equal_full_forward(ours: Any) -> None:
 
 @pytest.mark.parametrize(("row", "changed"), [(0, 0), (0, 20), (0, 32), (1, 3)])
 def test_no_leakage_between_documents(ours: Any, row: int, changed: int) -> None:
-    assert_needle(ours, Batch.from_documents(random_documents([30, 7, 17, 23], V), length=40), row, changed)
+    assert_no_leakage(ours, Batch.from_documents(random_documents([30, 7, 17, 23], V), length=40), row, changed)
 
 
 def test_expert_counts_exclude_padding() -> None:

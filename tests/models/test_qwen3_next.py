@@ -16,9 +16,9 @@ from sightline.models.qwen3_next import QWEN3_NEXT
 from tests.support.against_transformers import (
     as_ours,
     assert_cached_logits,
-    assert_needle,
+    assert_no_leakage,
+    assert_round_trip,
     assert_same_model,
-    assert_way_back,
     pieces,
     random_documents,
     random_theirs,
@@ -66,7 +66,7 @@ def test_logits_and_gradients_equal_transformers(theirs: Any, ours: Any, case: s
 
 
 def test_transformers_loads_saved_model(theirs: Any, ours: Any, tmp_path: Path) -> None:
-    assert_way_back(ours, theirs, type(theirs), torch.tensor(random_documents([40], V)), tmp_path / "back")
+    assert_round_trip(ours, theirs, type(theirs), torch.tensor(random_documents([40], V)), tmp_path / "back")
 
 
 def test_cached_logits_equal_full_forward(ours: Any) -> None:
@@ -75,7 +75,7 @@ def test_cached_logits_equal_full_forward(ours: Any) -> None:
 
 @pytest.mark.parametrize(("row", "changed"), [(0, 0), (0, 29), (0, 36), (1, 3)])
 def test_no_leakage_between_documents_with_experts(ours: Any, row: int, changed: int) -> None:
-    assert_needle(ours, Batch.from_documents(random_documents([30, 7, 43, 23], V), length=80), row, changed)
+    assert_no_leakage(ours, Batch.from_documents(random_documents([30, 7, 43, 23], V), length=80), row, changed)
 
 
 def make_batch() -> Batch:

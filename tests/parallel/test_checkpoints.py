@@ -25,7 +25,7 @@ from sightline.training.metrics import read_metrics
 from sightline.training.optimizer import build_optimizer
 from sightline.training.saver import Saver
 from tests.parallel.test_meshes import small_run, train_on
-from tests.support.processes import on_processes
+from tests.support.processes import run_on_ranks
 from tests.support.small_runs import weights_of, write_corpus
 
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def uninterrupted(source, tmp_path_factory):
         key = family, optimizer
         if key not in runs:
             runs[key] = tmp_path_factory.mktemp(family) / "run"
-            on_processes(1, train_on, run_of(runs[key], source, family, {}, steps=10, optimizer=optimizer))
+            run_on_ranks(1, train_on, run_of(runs[key], source, family, {}, steps=10, optimizer=optimizer))
         return runs[key]
 
     return directory
@@ -108,7 +108,7 @@ def check_chain(
     """Train two steps on each mesh of a chain, each resumed from the checkpoint of the previous mesh."""
     for number, degrees in enumerate(chain, start=1):
         run = run_of(directory, source, family, degrees, steps=2 * number, optimizer=optimizer)
-        (output, *other_outputs) = on_processes(world_size(degrees), train_on, run, join=False)
+        (output, *other_outputs) = run_on_ranks(world_size(degrees), train_on, run, join=False)
         assert not any(other_outputs)
         if number > 1:
             assert f"continued from step-{2 * number - 2}" in output
@@ -138,14 +138,14 @@ def test_muon_equals_one_process_on_any_mesh(family, chain, source, tmp_path, un
 
 def test_asynchronous_checkpoints_and_final_export(source, tmp_path, uninterrupted) -> None:
     run = run_of(tmp_path / "run", source, "llama3", {"shard": 2}, every=2, keep=5, asynchronous=True, export=True)
-    (output, _) = on_processes(2, train_on, run, join=False)
+    (output, _) = run_on_ranks(2, train_on, run, join=False)
     assert f"exported for transformers: {run.output_dir}/hf/step-6" in output
     expected = read_metrics(uninterrupted("llama3") / "metrics.jsonl")
     found = list_checkpoints(run.output_dir / "checkpoints")
     assert [path.name for path in found] == ["step-2", "step-4", "step-6"]
     assert equal(load_pretrained(f"{run.output_dir}/hf/step-6").state_dict(), weights_of(found[2]))
     resumed = run_of(tmp_path / "resumed", source, "llama3", {}, resume=str(found[0]))
-    on_processes(1, train_on, resumed)
+    run_on_ranks(1, train_on, resumed)
     rows = read_metrics(resumed.output_dir / "metrics.jsonl")
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected[2:6]], rel=1e-5)
 
@@ -165,7 +165,7 @@ def export_with_recorded_files(rank: int, checkpoint: Path, output: Path) -> lis
 
 def test_ranks_share_the_files_of_an_export(uninterrupted, tmp_path) -> None:
     checkpoint, output = uninterrupted("deepseek_v3") / "checkpoints" / "step-10", tmp_path / "hf"
-    first, second = on_processes(2, export_with_recorded_files, checkpoint, output)
+    first, second = run_on_ranks(2, export_with_recorded_files, checkpoint, output)
     files = sorted(path.name for path in output.glob("*.safetensors"))
     assert files == sorted(first + second) and abs(len(first) - len(second)) <= 1 < len(second)
     assert equal(load_pretrained(output).state_dict(), weights_of(checkpoint))
@@ -215,7 +215,7 @@ def save_with_a_full_disk_on_rank_1(rank: int, run: Run) -> list[str]:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_full_disk_on_one_rank_fails_on_all_and_keeps_older_checkpoints(asynchronous, source, tmp_path) -> None:
     run = run_of(tmp_path / "run", source, "llama3", {"shard": 2}, asynchronous=asynchronous)
-    errors = on_processes(2, save_with_a_full_disk_on_rank_1, run)
+    errors = run_on_ranks(2, save_with_a_full_disk_on_rank_1, run)
     assert errors[0] == errors[1]
     assert errors[0][0] == errors[0][2] == "" and errors[0][3] == "newest 3"
     assert "rank 1: File too large" in errors[0][1]
@@ -238,12 +238,12 @@ def load_damaged_checkpoint(rank: int, run: Run) -> str:
 
 def test_damaged_file_of_one_rank_is_an_error_on_all_ranks(source, tmp_path) -> None:
     run = run_of(tmp_path / "run", source, "llama3", {"shard": 2})
-    on_processes(2, save_with_a_full_disk_on_rank_1, run)
+    run_on_ranks(2, save_with_a_full_disk_on_rank_1, run)
     checkpoint = run.output_dir / "checkpoints" / "step-1"
     file = checkpoint / "__1_0.distcp"
     file.write_bytes(b"\0" * file.stat().st_size)
-    for error in on_processes(2, load_damaged_checkpoint, run):
-        assert "step-1 cannot be read: what is in it is damaged" in error
+    for error in run_on_ranks(2, load_damaged_checkpoint, run):
+        assert "step-1 cannot be read: its contents are damaged" in error
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -279,7 +279,7 @@ def test_pretrained_weights_on_a_mesh(family, degrees, source, tmp_path) -> None
     expected = model.state_dict()
     size = sum(tensor.numel() for tensor in expected.values())
     read: dict[str, Tensor] = {}
-    for state, local in on_processes(world_size(degrees), read_on_mesh, run):
+    for state, local in run_on_ranks(world_size(degrees), read_on_mesh, run):
         read |= state
         assert local < 0.8 * size
     assert equal(read, expected)

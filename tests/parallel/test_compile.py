@@ -19,7 +19,7 @@ from sightline.parallel.mesh import Mesh
 from sightline.parallel.recompute import apply_recompute
 from sightline.parallel.shard import apply_shard
 from tests.support.against_transformers import Numbers
-from tests.support.processes import on_processes
+from tests.support.processes import run_on_ranks
 
 
 def rows(seed: int) -> Batch:
@@ -116,6 +116,6 @@ def learn_on_mesh(rank: int, name: str, compiled: bool) -> dict[str, torch.Tenso
 @pytest.mark.parametrize("name", ["llama3-debug", "qwen3-debug-moe"])
 def test_compile_with_fsdp_and_expert_parallelism(name: str) -> None:
     for actual, expected in zip(
-        *(on_processes(2, learn_on_mesh, name, compiled) for compiled in (True, False)), strict=True
+        *(run_on_ranks(2, learn_on_mesh, name, compiled) for compiled in (True, False)), strict=True
     ):
         assert_equal(actual, expected)

@@ -22,7 +22,7 @@ from sightline.parallel.mesh import Mesh
 from sightline.parallel.recompute import apply_recompute
 from sightline.parallel.shard import apply_shard
 from sightline.parallel.tensor import apply_tensor
-from tests.support.processes import on_processes
+from tests.support.processes import run_on_ranks
 
 CPU = torch.device("cpu")
 FAMILIES = ["qwen3-debug-moe", "deepseek_v3-debug", "gpt_oss-debug", "llama4-debug", "qwen3_next-debug"]
@@ -121,7 +121,7 @@ def avoid_first_experts(model: Any) -> None:
 def test_two_ranks_equal_one(name: str) -> None:
     rows = four_rows()
     expected = learn(build(name), [rows[:2], rows[2:]])
-    for actual in on_processes(2, step_of, name, {"expert": 2}, rows):
+    for actual in run_on_ranks(2, step_of, name, {"expert": 2}, rows):
         assert_close(actual, expected)
 
 
@@ -140,7 +140,7 @@ def test_four_ranks_equal_one(name: str, mesh: str) -> None:
     """gpt-oss has all kinds of biases: those of `down` are added to a partial sum over `tensor`."""
     rows, degrees = four_rows(), ON_FOUR[mesh]
     expected = learn(build(name), [*map(rows.__getitem__, split(4, degrees.get("replicate", 1) * degrees["shard"]))])
-    for actual in on_processes(4, step_of, name, degrees, rows):
+    for actual in run_on_ranks(4, step_of, name, degrees, rows):
         assert_close(actual, expected)
 
 
@@ -148,7 +148,7 @@ def test_four_ranks_equal_one(name: str, mesh: str) -> None:
 def test_recomputed_exchange_equals_one_process(recompute: str) -> None:
     rows = four_rows()
     expected = learn(build("deepseek_v3-debug"), [rows[:2], rows[2:]])
-    for actual in on_processes(2, step_of, "deepseek_v3-debug", {"expert": 2}, rows, False, recompute):
+    for actual in run_on_ranks(2, step_of, "deepseek_v3-debug", {"expert": 2}, rows, False, recompute):
         assert_close(actual, expected)
 
 
@@ -159,7 +159,7 @@ def test_rank_whose_experts_receive_no_tokens() -> None:
     expected = learn(model, [rows[:2], rows[2:]])
     (gate,) = (value for name, value in expected.items() if name.endswith("experts.gate"))
     assert not gate[:4].any() and gate[4:].any()
-    for actual in on_processes(2, step_of, "deepseek_v3-debug", {"expert": 2}, rows, True):
+    for actual in run_on_ranks(2, step_of, "deepseek_v3-debug", {"expert": 2}, rows, True):
         assert_close(actual, expected)
 
 
@@ -171,7 +171,7 @@ def test_rank_with_only_padding() -> None:
         ]
     )
     expected = learn(build("qwen3-debug-moe"), [rows])
-    for actual in on_processes(2, step_of, "qwen3-debug-moe", {"expert": 2}, rows):
+    for actual in run_on_ranks(2, step_of, "qwen3-debug-moe", {"expert": 2}, rows):
         assert_close(actual, expected)
 
 
@@ -186,7 +186,7 @@ def errors_of_invalid_degrees(rank: int) -> list[str]:
 
 
 def test_errors_name_valid_degrees() -> None:
-    (errors, *others) = on_processes(4, errors_of_invalid_degrees)
+    (errors, *others) = run_on_ranks(4, errors_of_invalid_degrees)
     assert errors == [
         "parallel.expert 4: Llama3 has no experts with these sizes; use parallel.expert 1",
         "parallel.expert 4: Qwen3 has no experts with these sizes; use parallel.expert 1",
@@ -224,9 +224,9 @@ def aux_loss_gradient_of_half(rank: int, sync_counts: bool) -> Tensor:
 
 def test_aux_loss_of_rows_sharded_by_context_parallelism() -> None:
     expected = aux_loss_gradient(*router_and_tokens())
-    for actual in on_processes(2, aux_loss_gradient_of_half, True):
+    for actual in run_on_ranks(2, aux_loss_gradient_of_half, True):
         torch.testing.assert_close(actual, expected)
-    unsynced, _ = on_processes(2, aux_loss_gradient_of_half, False)
+    unsynced, _ = run_on_ranks(2, aux_loss_gradient_of_half, False)
     assert (unsynced - expected).abs().max() > 0.1 * expected.abs().max(), "too small to test"
 
 

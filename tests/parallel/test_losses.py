@@ -20,7 +20,7 @@ from sightline.parallel.apply import build_parallel
 from sightline.parallel.mesh import Mesh
 from sightline.training.optimizer import build_optimizer
 from sightline.training.step import train_step, validate
-from tests.support.processes import on_processes
+from tests.support.processes import run_on_ranks
 
 CPU = torch.device("cpu")
 PAIRS, LENGTH, BETA = 2, 32, 0.5
@@ -117,7 +117,7 @@ CASES = [("llama3", "document_mean"), ("llama3", "preference"), ("routed", "docu
 
 @pytest.fixture(scope="module")
 def single_process() -> list[dict[str, Tensor]]:
-    return on_processes(1, learn_all, CASES, {})[0]
+    return run_on_ranks(1, learn_all, CASES, {})[0]
 
 
 def max_difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
@@ -129,7 +129,7 @@ def max_difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tu
 @pytest.mark.parametrize("axis", ["context", "tensor", "pipeline", "shard"])
 def test_mesh_equals_one_process(axis: str, single_process: list[dict[str, Tensor]]) -> None:
     for case, first, second, expected in zip(
-        CASES, *on_processes(2, learn_all, CASES, {axis: 2}), single_process, strict=True
+        CASES, *run_on_ranks(2, learn_all, CASES, {axis: 2}), single_process, strict=True
     ):
         actual = first | second  # a pipeline rank has the gradients of its own layers only
         assert max_difference(actual, expected) < (1e-5, ""), f"{case} on {axis} 2"

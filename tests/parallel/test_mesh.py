@@ -5,7 +5,7 @@ import torch
 
 from sightline.config import ParallelConfig
 from sightline.parallel.mesh import Mesh, resolve
-from tests.support.processes import on_processes
+from tests.support.processes import run_on_ranks
 
 
 def test_default_shard_degree_uses_all_remaining_ranks() -> None:
@@ -51,7 +51,7 @@ def index_and_size(rank: int, degrees: dict[str, int]) -> dict[str, tuple[int, i
 
 
 def test_indices_and_sizes_on_four_ranks() -> None:
-    ranks = on_processes(4, index_and_size, {"shard": 2, "context": 2, "expert": 2})
+    ranks = run_on_ranks(4, index_and_size, {"shard": 2, "context": 2, "expert": 2})
     assert [p["shard"] for p in ranks] == [(0, 2), (0, 2), (1, 2), (1, 2)]
     assert [p["context"] for p in ranks] == [(0, 2), (1, 2), (0, 2), (1, 2)]
     assert [p["weights"] for p in ranks] == [(0, 4), (1, 4), (2, 4), (3, 4)]
@@ -62,7 +62,7 @@ def test_indices_and_sizes_on_four_ranks() -> None:
 
 
 def test_pipeline_is_outermost() -> None:
-    ranks = on_processes(4, index_and_size, {"pipeline": 2, "tensor": 2})
+    ranks = run_on_ranks(4, index_and_size, {"pipeline": 2, "tensor": 2})
     assert [p["pipeline"][0] for p in ranks] == [0, 0, 1, 1]
     assert [p["tensor"][0] for p in ranks] == [0, 1, 0, 1]
 
@@ -72,12 +72,12 @@ def layout(rank: int, degrees: dict[str, int]) -> dict[str, str]:
 
 
 def test_describe_layout_lists_every_rank() -> None:
-    assert on_processes(4, layout, {"shard": 2, "pipeline": 2})[0] == {
+    assert run_on_ranks(4, layout, {"shard": 2, "pipeline": 2})[0] == {
         "mesh": "pipeline 2 x shard 2",
         "stage 0": "0 | 1",
         "stage 1": "2 | 3",
     }
-    assert on_processes(4, layout, {"context": 2, "tensor": 2})[3] == {
+    assert run_on_ranks(4, layout, {"context": 2, "tensor": 2})[3] == {
         "mesh": "context 2 x tensor 2",
         "ranks": "0+1 2+3",
     }
@@ -97,5 +97,5 @@ def make_on_rank_zero(rank: int, fails: bool) -> str:
 
 
 def test_from_rank_zero_returns_the_result_or_raises_the_error_on_every_rank() -> None:
-    assert on_processes(2, make_on_rank_zero, False) == ["made", "made"]
-    assert on_processes(2, make_on_rank_zero, True) == ["error: no such file"] * 2
+    assert run_on_ranks(2, make_on_rank_zero, False) == ["made", "made"]
+    assert run_on_ranks(2, make_on_rank_zero, True) == ["error: no such file"] * 2

@@ -26,7 +26,7 @@ from sightline.parallel.mesh import AXES
 from sightline.training.metrics import TIMES, read_metrics
 from sightline.training.terminal import Terminal
 from sightline.training.trainer import train
-from tests.support.processes import on_processes
+from tests.support.processes import run_on_ranks
 from tests.support.small_runs import write_corpus
 
 STEPS = 10
@@ -82,7 +82,7 @@ def single_process(source, tmp_path_factory):
         key = json.dumps([family, training])
         if key not in cached:
             directory = tmp_path_factory.mktemp(family) / "run"
-            on_processes(1, train_on, small_run(directory, source, family, ParallelConfig(), **training))
+            run_on_ranks(1, train_on, small_run(directory, source, family, ParallelConfig(), **training))
             cached[key] = read_metrics(directory / "metrics.jsonl")
         return cached[key]
 
@@ -94,7 +94,7 @@ def check(
 ) -> None:
     world = math.prod(degrees.get(axis, 1) for axis in AXES)
     run = small_run(tmp_path / "run", source, family, ParallelConfig(**degrees), **training)
-    outputs = on_processes(world, train_on, run, join=False)
+    outputs = run_on_ranks(world, train_on, run, join=False)
     assert "a sample" in outputs[0] and not any(outputs[1:]), "only rank 0 logs"
     rows, expected = read_metrics(run.output_dir / "metrics.jsonl"), single_process(family, **training)
     assert len(rows) == len(expected) == STEPS

@@ -24,7 +24,7 @@ from sightline.parallel.pipeline import PipelinedModel
 from sightline.parallel.pipeline_stages import build_local_stages
 from sightline.parallel.recompute import apply_recompute
 from sightline.parallel.shard import apply_shard
-from tests.support.processes import on_processes
+from tests.support.processes import run_on_ranks
 
 ROWS, LENGTH, MICRO = 8, 32, 1
 SCALE = 1 / 200
@@ -202,7 +202,7 @@ MATRIX += [(family, schedule) for family in FAMILIES for schedule in SCHEDULES i
     [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in dict.fromkeys(MATRIX)],
 )
 def test_pipeline_equals_one_process(family: str, schedule: str) -> None:
-    check(on_processes(2, run_pipeline, family, schedule, TrainingConfig(), 2), run_single_process(family))
+    check(run_on_ranks(2, run_pipeline, family, schedule, TrainingConfig(), 2), run_single_process(family))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_pipeline_equals_one_process(family: str, schedule: str) -> None:
 )
 def test_pipeline_of_four_ranks_equals_one_process(schedule: str) -> None:
     """Most ranks have neither the embedding nor the head."""
-    parts = on_processes(4, run_pipeline, "deep", schedule, TrainingConfig(), 1, False, 4)
+    parts = run_on_ranks(4, run_pipeline, "deep", schedule, TrainingConfig(), 1, False, 4)
     check(parts, run_single_process("deep"))
 
 
@@ -218,7 +218,7 @@ def test_pipeline_of_four_ranks_equals_one_process(schedule: str) -> None:
 def test_mask_of_a_wrong_microbatch_changes_the_loss(family: str) -> None:
     """With the mask of the first micro-batch for all, errors of loss and gradients far exceed all tolerances here."""
     expected = run_single_process(family)
-    parts = on_processes(2, run_pipeline, family, "1F1B", TrainingConfig(), 1, True)
+    parts = run_on_ranks(2, run_pipeline, family, "1F1B", TrainingConfig(), 1, True)
     assert difference(sum(part["loss"] for part in parts), expected["loss"]) > 1e-3
     differences = {
         name: difference(gradient, expected["gradients"][name])
@@ -260,7 +260,7 @@ def test_pipelines_with_fsdp_equal_one_process(family: str, schedule: str) -> No
     """Gradients are summed over the rows of both pipelines once, after the last micro-batch."""
     expected, parts = (
         run_single_process(family),
-        on_processes(4, run_pipeline_with_fsdp, family, schedule, TrainingConfig()),
+        run_on_ranks(4, run_pipeline_with_fsdp, family, schedule, TrainingConfig()),
     )
     for key in ("loss", "evaluated"):
         assert difference(sum(part[key] for part in parts), expected[key]) < 1e-5, key
@@ -279,14 +279,14 @@ RECOMPUTED = [("1F1B", "selective"), ("InterleavedZeroBubble", "full"), ("ZBVZer
 )
 def test_recompute_in_a_pipeline(schedule: str, recompute: Any) -> None:
     """Several micro-batches are in flight at once, and schedules with split backward may recompute a layer twice."""
-    parts = on_processes(2, run_pipeline, "qwen3-moe", schedule, TrainingConfig(recompute=recompute))
+    parts = run_on_ranks(2, run_pipeline, "qwen3-moe", schedule, TrainingConfig(recompute=recompute))
     check(parts, run_single_process("qwen3-moe"))
 
 
 def test_bfloat16_equals_one_process() -> None:
     """Forwards run under autocast, backwards do not; the residual stream between stages stays in float32."""
     expected = run_single_process("qwen3-moe", "bfloat16")
-    parts = on_processes(2, run_pipeline, "qwen3-moe", "Interleaved1F1B", TrainingConfig(dtype="bfloat16"))
+    parts = run_on_ranks(2, run_pipeline, "qwen3-moe", "Interleaved1F1B", TrainingConfig(dtype="bfloat16"))
     assert difference(sum(part["loss"] for part in parts), expected["loss"]) < 1e-5
     for part in parts:
         for name, gradient in part["gradients"].items():
@@ -299,7 +299,7 @@ def test_bfloat16_equals_one_process() -> None:
 def test_weights_gathered_in_bfloat16() -> None:
     """With FSDP's mixed precision, the hidden states between stages are bfloat16 too."""
     expected = run_single_process("llama3")
-    parts = on_processes(4, run_pipeline_with_fsdp, "llama3", "Interleaved1F1B", TrainingConfig(dtype="bfloat16"))
+    parts = run_on_ranks(4, run_pipeline_with_fsdp, "llama3", "Interleaved1F1B", TrainingConfig(dtype="bfloat16"))
     loss = sum(part["loss"] for part in parts)
     assert 1e-6 < difference(loss, expected["loss"]) < 1e-2
     for part in parts:

@@ -28,7 +28,7 @@ from sightline.parallel.compile import apply_compile
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.shard import apply_shard
 from sightline.parallel.tensor import apply_tensor, check_degree
-from tests.support.processes import on_processes
+from tests.support.processes import run_on_ranks
 
 CPU = torch.device("cpu")
 MODELS: dict[str, dict[str, Any]] = {
@@ -153,12 +153,12 @@ def assert_close(found: list[dict[str, dict[str, float]]], tolerance: float) -> 
 
 def test_two_ranks_equal_one() -> None:
     """In float64, so that rounding cannot hide an error."""
-    assert_close(on_processes(2, compare_with_one_process, list(MODELS), {"tensor": 2}, torch.float64, {}), 1e-9)
+    assert_close(run_on_ranks(2, compare_with_one_process, list(MODELS), {"tensor": 2}, torch.float64, {}), 1e-9)
 
 
 @pytest.mark.slow
 def test_two_ranks_equal_one_in_float32() -> None:
-    found = on_processes(2, compare_with_one_process, list(MODELS), {"tensor": 2}, torch.float32, {})
+    found = run_on_ranks(2, compare_with_one_process, list(MODELS), {"tensor": 2}, torch.float32, {})
     numbers = ("loss", "evaluated", "logits", "gradient norm")
     assert_close([{m: {n: errors[n] for n in numbers} for m, errors in models.items()} for models in found], 1e-5)
 
@@ -166,18 +166,18 @@ def test_two_ranks_equal_one_in_float32() -> None:
 @pytest.mark.slow
 def test_four_ranks_equal_one() -> None:
     sizes = {"num_heads": 4, "num_kv_heads": 4, "linear_num_key_heads": 4, "linear_num_value_heads": 8}
-    assert_close(on_processes(4, compare_with_one_process, list(MODELS), {"tensor": 4}, torch.float64, sizes), 1e-9)
+    assert_close(run_on_ranks(4, compare_with_one_process, list(MODELS), {"tensor": 4}, torch.float64, sizes), 1e-9)
 
 
 def test_with_fsdp() -> None:
     names = ["gpt_oss-debug"]
-    assert_close(on_processes(4, compare_with_one_process, names, {"shard": 2, "tensor": 2}, torch.float64, {}), 1e-9)
+    assert_close(run_on_ranks(4, compare_with_one_process, names, {"shard": 2, "tensor": 2}, torch.float64, {}), 1e-9)
 
 
 @pytest.mark.slow
 def test_every_family_with_fsdp() -> None:
     degrees = {"shard": 2, "tensor": 2}
-    assert_close(on_processes(4, compare_with_one_process, list(MODELS), degrees, torch.float64, {}), 1e-9)
+    assert_close(run_on_ranks(4, compare_with_one_process, list(MODELS), degrees, torch.float64, {}), 1e-9)
 
 
 class Numbers:
@@ -204,7 +204,7 @@ def test_generation_equals_one_process() -> None:
     names = ["llama3-debug", "deepseek_v3-debug", "qwen3_next-debug"]
     expected = generate_texts(0, names)
     assert all(len(set(text.split())) > 4 for text in expected)
-    assert on_processes(2, generate_texts, names) == [expected, expected]
+    assert run_on_ranks(2, generate_texts, names) == [expected, expected]
 
 
 def error_of_length(rank: int, length: int) -> str:
@@ -217,7 +217,7 @@ def error_of_length(rank: int, length: int) -> str:
 
 
 def test_row_length_must_be_divisible() -> None:
-    assert on_processes(2, error_of_length, 7)[1] == (
+    assert run_on_ranks(2, error_of_length, 7)[1] == (
         "parallel.tensor 2 does not divide the 7 tokens of a row, which it shards between layers; use 6 or 8 tokens "
         "(per rank of parallel.context), or parallel.tensor 1 or 7"
     )
@@ -268,7 +268,7 @@ def compile_layers(rank: int, layers: int) -> tuple[float, int]:
 @pytest.mark.slow
 def test_layers_share_a_compiled_graph() -> None:
     """All layers have one class: see `expose_local_parameters`."""
-    (of_two, graphs), (of_four, graphs_of_four) = (on_processes(2, compile_layers, layers)[0] for layers in (2, 4))
+    (of_two, graphs), (of_four, graphs_of_four) = (run_on_ranks(2, compile_layers, layers)[0] for layers in (2, 4))
     assert max(of_two, of_four) < 1e-9
     assert graphs_of_four == graphs > 0
 
@@ -283,6 +283,6 @@ def count_weights(rank: int) -> tuple[int, int]:
 
 def test_each_rank_stores_half_of_the_weights() -> None:
     """Only norms and routers are replicated."""
-    (local, full), other = on_processes(2, count_weights)
+    (local, full), other = run_on_ranks(2, count_weights)
     assert other == (local, full) and full == 30_532_122_624
     assert local / full == pytest.approx(0.5, abs=0.001)

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from sightline.layers import linear_cross_entropy, loss
 from sightline.parallel import vocab_parallel
 from tests.layers.test_loss import Largest
-from tests.support.processes import on_processes
+from tests.support.processes import run_on_ranks
 
 N, W, V = 23, 16, 42
 
@@ -170,4 +170,4 @@ CHECKS = [
 
 
 def test_two_ranks_equal_one() -> None:
-    on_processes(2, run_checks)
+    run_on_ranks(2, run_checks)

@@ -20,7 +20,7 @@ from sightline.planning.activation_memory import MemoryTracker
 from sightline.planning.estimate import RankEstimate, estimate
 from sightline.planning.timeline import tasks, timeline
 from sightline.training.step import prepare_batch
-from tests.support.processes import on_processes
+from tests.support.processes import run_on_ranks
 
 CPU = torch.device("cpu")
 STATE = ("parameters", "gradients", "optimizer_state")
@@ -130,7 +130,7 @@ def test_recompute_saves_fewer_activations() -> None:
 )
 def test_estimate_equals_measurement_on_every_rank(name: str, degrees: dict[str, int]) -> None:
     run = run_of(name, degrees, micro_batch_size=1)
-    measured = on_processes(4, measure, run)
+    measured = run_on_ranks(4, measure, run)
     stages = degrees.get("pipeline", 1)
     for stage, estimated in enumerate(estimate(run, 4).ranks):
         ranks = measured[stage * 4 // stages : (stage + 1) * 4 // stages]
@@ -139,7 +139,7 @@ def test_estimate_equals_measurement_on_every_rank(name: str, degrees: dict[str,
 
 def test_tensor_parallel_activations() -> None:
     run = run_of("llama3-debug", {"tensor": 2})
-    measured = on_processes(2, measure, run)
+    measured = run_on_ranks(2, measure, run)
     found = estimate(run, 2).largest
     assert found.memory.activations == pytest.approx(measured[0]["saved"], rel=0.1)
     assert set(found.traffic) == {"tensor parallel hidden states"}

@@ -120,7 +120,7 @@ def _their_grads(theirs: Any, names: set[str]) -> Iterator[tuple[str, Tensor | N
                 yield f"{experts}.{e}.{kind}.weight", grad
 
 
-def assert_way_back(ours: Any, theirs: Any, model: type, tokens: Tensor, directory: Path) -> None:
+def assert_round_trip(ours: Any, theirs: Any, model: type, tokens: Tensor, directory: Path) -> None:
     """Save with Sightline, load with transformers: equal logits, and bitwise equal weights."""
     save_pretrained(ours, directory)
     config = model.config_class.from_pretrained(directory)
@@ -169,7 +169,7 @@ def assert_greedy_text(ours: Any, tokens: list[int], count: int) -> None:
     assert generated == Numbers().decode(text[len(tokens) :])
 
 
-def assert_needle(ours: Any, batch: Batch, row: int, changed: int) -> None:
+def assert_no_leakage(ours: Any, batch: Batch, row: int, changed: int) -> None:
     """Perturb one token: only the logits of its document from this token on change.
 
     In float64 with a tolerance, since experts multiply the tokens of all documents at once, and their number may change

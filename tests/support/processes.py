@@ -20,7 +20,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.pipelining", "sightline.models"])
 
 
-def on_processes(
+def run_on_ranks(
     world: int, function: Callable[..., Any], *args: Any, join: bool = True, timeout: float = 300
 ) -> list[Any]:
     """Run `function(rank, *args)` in `world` processes and return their results, ordered by rank.

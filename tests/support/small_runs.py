@@ -83,7 +83,7 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
     return load(path, device="cpu").model.state_dict()
 
 
-def die_at(name: str, call: int, *, halfway: bool = False) -> None:
+def kill_at(name: str, call: int, *, halfway: bool = False) -> None:
     """Make `name` ("module:function") kill this process at its n-th call, if `halfway` after writing a partial row."""
     module, _, attribute = name.partition(":")
     owner: Any = importlib.import_module(module)
@@ -107,10 +107,10 @@ def die_at(name: str, call: int, *, halfway: bool = False) -> None:
     setattr(owner, function, wrapped)
 
 
-def train_and_die(run: Run, name: str, call: int, halfway: bool) -> None:
-    """Train in a subprocess that is killed by `die_at`."""
+def train_and_kill(run: Run, name: str, call: int, halfway: bool) -> None:
+    """Train in a subprocess that is killed by `kill_at`."""
     torch.set_num_threads(1)
-    die_at(name, call, halfway=halfway)
+    kill_at(name, call, halfway=halfway)
     train_quietly(run)
 
 

@@ -17,7 +17,7 @@ from tests.support.small_runs import (
     open_trainer,
     rows_of,
     small_run,
-    train_and_die,
+    train_and_kill,
     train_quietly,
     weights_of,
     write_corpus,
@@ -49,7 +49,7 @@ def undisturbed(source, tmp_path_factory) -> Path:
 
 
 def kill(run, name: str, call: int, halfway: bool = False) -> None:
-    process = FORKSERVER.Process(target=train_and_die, args=(run, name, call, halfway))
+    process = FORKSERVER.Process(target=train_and_kill, args=(run, name, call, halfway))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL, f"{name} was not called {call} times: exit code {process.exitcode}"

@@ -16,7 +16,7 @@ from sightline.layers.base import ParameterInfo, Role, parameter_info
 from sightline.models import build_model
 from sightline.training.optimizer import OPTIMIZERS, build_optimizer, optimizer_state
 from sightline.training.optimizer.muon import check_offload, orthogonalize
-from tests.support.processes import on_processes
+from tests.support.processes import run_on_ranks
 from tests.support.small_runs import MODEL
 
 FAMILIES = (
@@ -207,5 +207,5 @@ def refused_on(rank: int) -> str:
 
 
 def test_muon_refuses_cpu_offload() -> None:
-    for said in on_processes(2, refused_on):
+    for said in run_on_ranks(2, refused_on):
         assert "layers.0.mlp.up.weight is offloaded to meta; use --parallel.no-offload, or" in said

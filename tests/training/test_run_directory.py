@@ -48,10 +48,8 @@ def test_a_missing_field_takes_its_default() -> None:
 
 
 def test_an_unknown_field_is_named() -> None:
-    with pytest.raises(
-        ValueError, match=r"config\.json: data has the field 'colour', which this version does not know"
-    ):
-        decode(Run, {"model": MODEL, "data": {"colour": "red"}}, "config.json")
+    with pytest.raises(ValueError, match=r"config\.json: data has the field 'color', which this version does not know"):
+        decode(Run, {"model": MODEL, "data": {"color": "red"}}, "config.json")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_type": "llama"}'])

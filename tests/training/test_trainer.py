@@ -112,7 +112,7 @@ def test_training_and_validation_prepare_their_batches_alike(run, source, tmp_pa
 
 
 def test_metrics_that_are_read_late_are_equal(source, tmp_path) -> None:
-    """As on a GPU: the metrics of a step are written while the device computes the next step."""
+    """The metrics of a step are written while the device computes the next step, as on a GPU."""
     now, late = (small_run(tmp_path / name, source) for name in ("now", "late"))
     train_quietly(now)
     seen: list[int] = []

@@ -11,9 +11,9 @@ from sightline.models.llama3 import LLAMA3
 from tests.support.against_transformers import (
     as_ours,
     assert_cached_logits,
-    assert_needle,
+    assert_no_leakage,
+    assert_round_trip,
     assert_same_model,
-    assert_way_back,
     random_documents,
     random_theirs,
 )
@@ -61,7 +61,7 @@ def test_logits_and_gradients_equal_transformers(theirs: Any, ours: Any, case: s
 
 
 def test_transformers_loads_saved_model(theirs: Any, ours: Any, tmp_path: Path) -> None:
-    assert_way_back(ours, theirs, LlamaForCausalLM, torch.tensor(random_documents([40], V)), tmp_path / "back")
+    assert_round_trip(ours, theirs, LlamaForCausalLM, torch.tensor(random_documents([40], V)), tmp_path / "back")
 
 
 def test_cached_logits_equal_full_forward(ours: Any) -> None:
@@ -69,7 +69,7 @@ def test_cached_logits_equal_full_forward(ours: Any) -> None:
 
 
 def test_no_leakage_between_documents(ours: Any) -> None:
-    assert_needle(ours, Batch.from_documents(random_documents([30, 7, 17], V), length=40), 0, 32)
+    assert_no_leakage(ours, Batch.from_documents(random_documents([30, 7, 17], V), length=40), 0, 32)
 
 
 PUBLISHED = {

@@ -26,7 +26,7 @@ from sightline.parallel.mesh import Mesh
 from tests.masks.test_block_mask import assert_same_blocks
 from tests.parallel.context.rows import LENGTH, LENGTHS, pack
 from tests.support.lowering import lowered
-from tests.support.processes import on_processes
+from tests.support.processes import run_on_ranks
 
 ROWS = len(LENGTHS)
 CPU = torch.device("cpu")
@@ -102,11 +102,11 @@ def exchange_keys(rank: int, degree: int, cases: list[tuple[str, str]]) -> None:
 
 
 def test_needed_keys_arrive_in_row_order_and_their_gradients_are_summed() -> None:
-    on_processes(2, exchange_keys, 2, [("causal", "balanced"), ("window", "roundrobin"), ("both", "contiguous")])
+    run_on_ranks(2, exchange_keys, 2, [("causal", "balanced"), ("window", "roundrobin"), ("both", "contiguous")])
 
 
 def test_needed_keys_on_four_ranks() -> None:
-    on_processes(4, exchange_keys, 4, [("causal", "headtail"), ("window", "balanced"), ("both", "roundrobin")])
+    run_on_ranks(4, exchange_keys, 4, [("causal", "headtail"), ("window", "balanced"), ("both", "roundrobin")])
 
 
 def exchange_rows(rank: int, degree: int) -> None:
@@ -129,7 +129,7 @@ def exchange_rows(rank: int, degree: int) -> None:
 
 @pytest.mark.parametrize("degree", [2, 4])
 def test_exchange_to_full_rows_and_its_inverse(degree: int) -> None:
-    on_processes(degree, exchange_rows, degree)
+    run_on_ranks(degree, exchange_rows, degree)
 
 
 def split_shard(rank: int) -> None:
@@ -151,7 +151,7 @@ def split_shard(rank: int) -> None:
 
 
 def test_a_pipeline_splits_the_shard_along_the_rows() -> None:
-    on_processes(2, split_shard)
+    run_on_ranks(2, split_shard)
 
 
 def send_late(rank: int) -> bool:
@@ -169,7 +169,7 @@ def send_late(rank: int) -> bool:
 
 
 def test_start_does_not_block() -> None:
-    assert on_processes(2, send_late, timeout=120) == [True, True]
+    assert run_on_ranks(2, send_late, timeout=120) == [True, True]
 
 
 def record_calls(rank: int) -> list[str]:
@@ -198,7 +198,7 @@ def record_calls(rank: int) -> list[str]:
 
 def test_query_projection_overlaps_with_communication() -> None:
     expected = ["all_to_all", "queries", "wait", "all_to_all", "query gradients", "wait"]
-    assert on_processes(2, record_calls) == [expected, expected]
+    assert run_on_ranks(2, record_calls) == [expected, expected]
 
 
 def check_leakage(rank: int, degree: int, order: str) -> None:
@@ -240,7 +240,7 @@ def check_leakage(rank: int, degree: int, order: str) -> None:
 
 @pytest.mark.parametrize("order", ["balanced", "roundrobin"])
 def test_no_leakage_across_ranks(order: str) -> None:
-    on_processes(2, check_leakage, 2, order)
+    run_on_ranks(2, check_leakage, 2, order)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference", SLOW_FLEX])
@@ -324,4 +324,4 @@ def run_torch_attention(rank: int) -> None:
 
 
 def test_shard_and_exchange_work_with_torch_attention() -> None:
-    on_processes(2, run_torch_attention)
+    run_on_ranks(2, run_torch_attention)

@@ -28,7 +28,7 @@ from sightline.parallel.context.apply import apply_context, shard_inputs
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.recompute import apply_recompute
 from tests.parallel.context.rows import LENGTHS, pack, pack_images, random_lengths
-from tests.support.processes import on_processes
+from tests.support.processes import run_on_ranks
 
 CONFIGS: dict[str, Any] = {
     "llama3": MODELS["llama3-debug"],
@@ -130,7 +130,7 @@ def compare_all(rank: int, degree: int, cases: list[Case], training: dict[str, A
 
 
 def check(degree: int, cases: list[Case], **training: Any) -> None:
-    for results in on_processes(degree, compare_all, degree, cases, training):
+    for results in run_on_ranks(degree, compare_all, degree, cases, training):
         for case, (name, error) in zip(cases, results, strict=True):
             limit = ILL_CONDITIONED.get((case.family, case.dtype), LIMITS[case.dtype])
             assert error < limit, f"{case}: relative error of {name} is {error:.1e}"
@@ -193,5 +193,5 @@ def count_graphs(rank: int, seeds: int) -> list[int]:
 
 
 def test_new_packings_do_not_recompile() -> None:
-    first, *later = on_processes(2, count_graphs, 4)[0]
+    first, *later = run_on_ranks(2, count_graphs, 4)[0]
     assert first > 0 and set(later) == {first}
