@@ -51,12 +51,12 @@ RENAMED = {
     "decay_share": "decay_ratio",
     "final_share": "min_lr_ratio",
 }
-"""{old name: new name}. An old name counts only in a config that has the new field and no field of the old name."""
+"""{old name: new name}. It applies to configs that have a field with the new name and none with the old name."""
 RENAMED_IN_QWEN3_NEXT = {"value_size": "linear_value_head_dim"}
 
 
 class _AcceptsOldNames(type):
-    """Metaclass by which `Config(old_name=value)` means `Config(new_name=value)`."""
+    """Metaclass that accepts old field names as keyword arguments of a config."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         for old in old_names(cls).keys() & kwargs.keys():
@@ -65,7 +65,7 @@ class _AcceptsOldNames(type):
 
 
 class RenamedFields(metaclass=_AcceptsOldNames):
-    """Base class of a config with renamed fields. The old names work as arguments and as attributes."""
+    """Base class of configs with renamed fields: the old names work as arguments and as attributes."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in old_names(type(self)):
@@ -74,7 +74,7 @@ class RenamedFields(metaclass=_AcceptsOldNames):
 
 
 def old_names(kind: type) -> dict[str, str]:
-    """{old name: new name} of the renamed fields of a config class; empty for any other class."""
+    """Return {old name: new name} of the renamed fields of a config class; empty for any other class."""
     if not issubclass(kind, RenamedFields) or not dataclasses.is_dataclass(kind):
         return {}
     fields = {field.name for field in dataclasses.fields(kind)}
@@ -83,14 +83,14 @@ def old_names(kind: type) -> dict[str, str]:
 
 
 def use_new_names(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    """`values` by field name, with every old name replaced. Where both names are given, the old one's value counts."""
+    """Return `values` with the new field names. If both names of a field are given, the old one counts."""
     names = old_names(kind)
     current = {name: value for name, value in values.items() if name not in names}
     return current | {names[name]: value for name, value in values.items() if name in names}
 
 
 def _warn(kind: type, old: str) -> str:
-    """Warn the caller of a config that a name is old. Returns the new name."""
+    """Warn the caller that a field was renamed, and return the new name."""
     new = old_names(kind)[old]
     warnings.warn(
         f"{kind.__name__}.{old} is now called {new}; the old name will be removed in version 0.4",

@@ -181,7 +181,7 @@ def read_tensors(checkpoint: Path, state: dict[str, Any], group: dist.ProcessGro
 
 
 def _names_in(stored: Mapping[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
-    """The model's tensors by the names in a checkpoint: before version 0.3 `expert_bias` was called `balance`."""
+    """Return the model's tensors under their names in a checkpoint: version 0.2 called `expert_bias` balance."""
     old = {name: re.sub(r"\bexpert_bias$", "balance", name) for name in tensors}
     return {old[name] if f"model.{old[name]}" in stored else name: tensor for name, tensor in tensors.items()}
 

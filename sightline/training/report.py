@@ -62,8 +62,8 @@ def log_model(
     )
     if device.type == "cpu" and training.dtype == "bfloat16":
         terminal.warn(
-            "bfloat16 on a CPU without AVX512-BF16 or AMX takes 5 to 14 times as long as float32; "
-            "--training.dtype float32 is the fast one here"
+            "bfloat16 on a CPU without AVX512-BF16 or AMX is 5 to 14 times slower than float32; "
+            "use --training.dtype float32"
         )
 
 
