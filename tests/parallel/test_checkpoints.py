@@ -196,7 +196,7 @@ def save_with_a_full_disk_on_rank_1(rank: int, run: Run) -> list[str]:
 
     def attempt(step: int) -> None:
         try:
-            saver.begin(state, progress(rank, step))
+            saver.start(state, progress(rank, step))
             saver.wait()
             errors.append("")
         except CannotSave as error:
@@ -209,7 +209,7 @@ def save_with_a_full_disk_on_rank_1(rank: int, run: Run) -> list[str]:
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     attempt(3)
-    return [*errors, f"newest {saver.newest}"]
+    return [*errors, f"newest {saver.newest_step}"]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

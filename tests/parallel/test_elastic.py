@@ -95,8 +95,8 @@ def test_signal_during_sync_stop_signal_is_not_lost(monkeypatch: pytest.MonkeyPa
         return signum
 
     monkeypatch.setattr("sightline.training.trainer.sync_stop_signal", sync)
-    assert not trainer.stops(stop) and stop.received == signal.SIGTERM
-    assert trainer.stops(stop)
+    assert not trainer.should_stop(stop) and stop.received == signal.SIGTERM
+    assert trainer.should_stop(stop)
 
 
 @pytest.mark.slow

@@ -142,7 +142,7 @@ def test_a_tokenizer_too_large_for_the_model_is_refused(source, tmp_path) -> Non
         model=dataclasses.replace(MODEL, vocab_size=large - 1),
     )  # fmt: skip
     with pytest.raises(
-        ValueError, match=rf"has {large} tokens and the model's vocabulary has {large - 1}.*--model.vocab"
+        ValueError, match=rf"has {large} tokens, but the vocabulary of the model has only {large - 1}.*--model.vocab"
     ):
         train_quietly(run)
 
