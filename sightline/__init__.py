@@ -1,4 +1,4 @@
-"""Sightline: train language models on packed documents. What each token may see is data."""
+"""Sightline: train language models on packed documents. Attention masks are data."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ MODULES = {
     "load": "sightline.training.loading",
     "train": "sightline.training.trainer",
 }
-"""Where each public name is defined."""
+"""Module of each public name."""
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, whose module is imported when it is first used: `import sightline` loads not even torch."""
+    """Import the module of a public name on first use: `import sightline` alone does not even import torch."""
     if name not in MODULES:
         raise AttributeError(f"module 'sightline' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module(MODULES[name]), name)

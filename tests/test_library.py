@@ -1,4 +1,4 @@
-"""Sightline as a library: `sightline.train`, `sightline.load`, and how little `import sightline` loads."""
+"""Sightline as a library: `sightline.train`, `sightline.load`, and what `import sightline` imports."""
 
 import dataclasses
 import os
@@ -24,17 +24,17 @@ SLOW_TO_IMPORT = (
     "torch.distributed.pipelining", "torch.distributed.checkpoint", "sightline.training.trainer",
 )  # fmt: skip
 
-WITHOUT_END = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, schedule="wsd", decay_ratio=0.0)
-"""A learning rate that does not depend on how many steps there will be."""
+NO_DECAY = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, schedule="wsd", decay_ratio=0.0)
+"""A learning rate that does not depend on the number of steps."""
 
 
 def imported(code: str, *names: str) -> list[str]:
-    """Those of the modules `names` that Python has imported after `code`, in a process of its own."""
+    """Run `code` in a subprocess; return which of the modules `names` it imported."""
     script = (
         f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\nprint(*(n for n in {names} if n in sys.modules))"
     )
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=True)
-    return ended.stdout.splitlines()[-1].split()
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=True)
+    return result.stdout.splitlines()[-1].split()
 
 
 def test_importing_sightline_imports_nothing_slow() -> None:
@@ -68,7 +68,7 @@ def test_an_unknown_name_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Six steps on text, done."""
+    """A finished run of six steps on text."""
     directory = tmp_path_factory.mktemp("library")
     run = small_run(directory / "run", write_corpus(directory / "texts"), training__steps=6, validation__every=0)
     assert sightline.train(run, trainer.Terminal(trainer.Console(quiet=True))) == directory / "run"
@@ -90,7 +90,7 @@ def test_run_checkpoint_and_hugging_face_directory_load_the_same_model(run: Run,
 
 
 class Batches:
-    """The batches of a run's own loader, as somebody's own."""
+    """User batches that equal those of the run's loader."""
 
     def __init__(self, run: Run, rank: int = 0, world: int = 1) -> None:
         tokenizer = load_tokenizer(run.data.tokenizer or run.output_dir)
@@ -102,13 +102,13 @@ class Batches:
         return self.loader
 
 
-def own(run: Run, directory: Path, **changes: Any) -> Run:
+def with_user_batches(run: Run, directory: Path, **changes: Any) -> Run:
     data = dataclasses.replace(run.data, tokenizer=run.output_dir / "tokenizer.json")
     return dataclasses.replace(run, output_dir=directory, data=data, **changes)
 
 
 def test_user_batches_resume_exactly(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train_quietly(own(run, tmp_path / "whole"), batches=Batches(run))
+    train_quietly(with_user_batches(run, tmp_path / "whole"), batches=Batches(run))
     assert rows_of(tmp_path / "whole") == rows_of(run.output_dir)
 
     original, calls = trainer.train_step, []
@@ -121,23 +121,23 @@ def test_user_batches_resume_exactly(run: Run, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(trainer, "train_step", interrupted)
     with pytest.raises(Stopped):
-        train_quietly(own(run, tmp_path / "stopped"), batches=lambda rank, world: Batches(run))
+        train_quietly(with_user_batches(run, tmp_path / "stopped"), batches=lambda rank, world: Batches(run))
     assert len(rows_of(tmp_path / "stopped")) == 2
-    said = train_quietly(own(run, tmp_path / "stopped"), batches=lambda rank, world: Batches(run))
-    assert "your batches" in said and "continued from step-2" in said
+    output = train_quietly(with_user_batches(run, tmp_path / "stopped"), batches=lambda rank, world: Batches(run))
+    assert "your batches" in output and "continued from step-2" in output
     assert rows_of(tmp_path / "stopped") == rows_of(run.output_dir)
 
 
-def train_on_own_batches(rank: int, run: Run) -> None:
+def train_on_user_batches(rank: int, run: Run) -> None:
     train_quietly(run, batches=lambda rank, world: Batches(run, rank, world))
 
 
 def test_user_batches_on_two_ranks_equal_one(run: Run, tmp_path: Path) -> None:
     for steps in (2, 6):
         training = dataclasses.replace(run.training, steps=steps)
-        options = {"training": training, "parallel": ParallelConfig(shard=2), "optimizer": WITHOUT_END}
-        run_on_ranks(2, train_on_own_batches, own(run, tmp_path / "two", **options), join=False)
-    train_quietly(own(run, tmp_path / "one", optimizer=WITHOUT_END), batches=Batches(run))
+        options = {"training": training, "parallel": ParallelConfig(shard=2), "optimizer": NO_DECAY}
+        run_on_ranks(2, train_on_user_batches, with_user_batches(run, tmp_path / "two", **options), join=False)
+    train_quietly(with_user_batches(run, tmp_path / "one", optimizer=NO_DECAY), batches=Batches(run))
     rows, expected = rows_of(tmp_path / "two"), rows_of(tmp_path / "one")
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-6)
     assert [row["tokens"] for row in rows] == [row["tokens"] for row in expected]
@@ -145,9 +145,9 @@ def test_user_batches_on_two_ranks_equal_one(run: Run, tmp_path: Path) -> None:
 
 def test_user_batches_without_a_state_do_not_resume(run: Run, tmp_path: Path) -> None:
     shorter = dataclasses.replace(run.training, steps=2)
-    train_quietly(own(run, tmp_path / "run", training=shorter), batches=iter(Batches(run).loader))
+    train_quietly(with_user_batches(run, tmp_path / "run", training=shorter), batches=iter(Batches(run).loader))
     with pytest.raises(ValueError, match="stopped after step 2, and a generator cannot resume there"):
-        train_quietly(own(run, tmp_path / "run"), batches=(batch for batch in Batches(run)))
+        train_quietly(with_user_batches(run, tmp_path / "run"), batches=(batch for batch in Batches(run)))
 
 
 def test_user_batches_need_a_tokenizer(run: Run, tmp_path: Path) -> None:

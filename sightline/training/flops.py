@@ -49,9 +49,9 @@ def find_peak(device: torch.device, dtype: str) -> Peak:
 def measure_peak(device: torch.device, size: int = 1024) -> float:
     """Return the best FLOP/s of several square float32 matmuls, run for about 0.2 s."""
     a, b = torch.ones(2, size, size, device=device)  # not torch.rand, which would change the random numbers of the run
-    fastest, begin = float("inf"), perf_counter()
+    fastest, start = float("inf"), perf_counter()
     out = a @ b  # warm-up, not timed
-    while perf_counter() - begin < MEASURE_SECONDS or fastest == float("inf"):
+    while perf_counter() - start < MEASURE_SECONDS or fastest == float("inf"):
         started = perf_counter()
         torch.mm(a, b, out=out)
         if device.type == "cuda":

@@ -68,7 +68,7 @@ def log_model(
 
 
 def log_kernels(terminal: Terminal, kernels: dict[str, str]) -> None:
-    """Log the kernel that honors each mask, and why it was chosen."""
+    """Log the attention kernel of each mask and the reason for its choice."""
     for name, kernel in kernels.items():
         terminal.table({"attention": f"{name} by {kernel}" if len(kernels) > 1 else kernel})
 

@@ -14,7 +14,7 @@ MUST_MATCH = (
 )
 """Fields that must not change on resume, because they define the weights, documents, batches and optimizer state."""
 MAY_CHANGE_SILENTLY = ("output_dir", "logging", "checkpoint", "parallel.timeout")
-"""Fields that do not affect results. All other fields may change on resume, with a warning."""
+"""Fields that do not affect results. Fields in neither list may change on resume, with a warning."""
 
 
 def find_start(resume: str, directory: RunDirectory) -> Path | None:

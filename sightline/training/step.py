@@ -59,7 +59,7 @@ class StepSums:
 
     @classmethod
     def of_all_processes(cls, mesh: Mesh, loss: Tensor, **counts: float) -> StepSums:
-        """Sum over all ranks in one collective.
+        """Sum over all ranks, all fields in one tensor.
 
         loss    loss of the local tokens; ranks that share rows have different tokens
         counts  values of the local rows by field; ranks that share rows count them once

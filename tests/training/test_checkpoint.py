@@ -61,7 +61,7 @@ def test_loading_restores_what_was_saved(config, tmp_path) -> None:
     other, other_optimizer = build(1, config)
     progress = load_checkpoint(saved, tensors(other, other_optimizer, CPU), CPU)
     assert progress == Progress(2, LOADER)
-    assert torch.equal(torch.rand(3), expected), "the random numbers go on"
+    assert torch.equal(torch.rand(3), expected), "the random number state is restored"
     for name, weight in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], weight), name
     theirs = optimizer_state(other, other_optimizer)
@@ -110,10 +110,12 @@ def test_truncated_checkpoint_is_refused(name, how, tmp_path) -> None:
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:-1])
-    came = "is missing" if how == "missing" else f"has {size - 1} bytes"
+    problem = "is missing" if how == "missing" else f"has {size - 1} bytes"
     model, optimizer = build(1)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    with pytest.raises(ValueError, match=rf"step-2 is incomplete: {name} {came}, expected {size} bytes.*start again"):
+    with pytest.raises(
+        ValueError, match=rf"step-2 is incomplete: {name} {problem}, expected {size} bytes.*start again"
+    ):
         load_checkpoint(saved, tensors(model, optimizer, CPU), CPU)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 

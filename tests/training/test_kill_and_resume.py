@@ -153,15 +153,15 @@ def test_a_finished_run_is_logged_and_unchanged(source, tmp_path) -> None:
     run = small_run(tmp_path / "run", source, training__steps=3)
     train_quietly(run)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    said = train_quietly(run)
-    assert "all 3 steps are done" in said
+    output = train_quietly(run)
+    assert "all 3 steps are done" in output
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
 def test_more_steps_continue_and_warn(source, tmp_path) -> None:
     train_quietly(small_run(tmp_path / "run", source, training__steps=3))
-    said = train_quietly(small_run(tmp_path / "run", source, training__steps=5))
-    assert "training.steps is now 5, was 3: the learning rate" in said
+    output = train_quietly(small_run(tmp_path / "run", source, training__steps=5))
+    assert "training.steps is now 5, was 3: the learning rate" in output
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 

@@ -207,5 +207,5 @@ def refused_on(rank: int) -> str:
 
 
 def test_muon_refuses_cpu_offload() -> None:
-    for said in run_on_ranks(2, refused_on):
-        assert "layers.0.mlp.up.weight is offloaded to meta; use --parallel.no-offload, or" in said
+    for message in run_on_ranks(2, refused_on):
+        assert "layers.0.mlp.up.weight is offloaded to meta; use --parallel.no-offload, or" in message

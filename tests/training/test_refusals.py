@@ -203,9 +203,9 @@ def test_a_temporarily_full_disk_costs_one_checkpoint(
             small_files_only(False)
 
     monkeypatch.setattr(saver, "save_checkpoint", save_on_a_full_disk)
-    said = train_quietly(small_run(tmp_path / "run", source, checkpoint__asynchronous=asynchronous))
+    output = train_quietly(small_run(tmp_path / "run", source, checkpoint__asynchronous=asynchronous))
     assert saved == [3, 6, 8]
-    assert "warning: the checkpoint of step 6 could not be written" in said and "step-3 is intact" in said
+    assert "warning: the checkpoint of step 6 could not be written" in output and "step-3 is intact" in output
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-3", "step-8"]
 
 

@@ -43,7 +43,7 @@ def opened(tmp_path, warned):
 
 
 @pytest.fixture
-def held(monkeypatch):
+def unblock(monkeypatch):
     """Writing blocks until this event is set."""
     go_on, write = threading.Event(), savers.save_checkpoint
 
@@ -56,10 +56,10 @@ def held(monkeypatch):
     go_on.set()
 
 
-def test_a_checkpoint_holds_the_state_at_the_start_of_the_save(opened, held, model_and_optimizer, tmp_path) -> None:
+def test_a_checkpoint_holds_the_state_at_the_start_of_the_save(opened, unblock, model_and_optimizer, tmp_path) -> None:
     model, optimizer = model_and_optimizer
     expected = {name: weight.clone() for name, weight in model.state_dict().items()}
-    moments = {name: state["exp_avg"].clone() for name, state in tensors(model, optimizer, CPU)["optimizer"].items()}
+    states = {name: state["exp_avg"].clone() for name, state in tensors(model, optimizer, CPU)["optimizer"].items()}
     saver = opened(asynchronous=True)
     saver.save(tensors(model, optimizer, CPU), Progress(2, LOADER))
     with torch.no_grad():  # the next step
@@ -67,30 +67,33 @@ def test_a_checkpoint_holds_the_state_at_the_start_of_the_save(opened, held, mod
             parameter.zero_()
             optimizer.state[parameter]["exp_avg"].zero_()
     assert find_latest(tmp_path / "checkpoints") is None and saver.newest_step == 0
-    held.set()
+    unblock.set()
     saver.wait()
     assert saver.newest_step == 2
     other, other_optimizer = build(1)
     load_checkpoint(tmp_path / "checkpoints" / "step-2", tensors(other, other_optimizer, CPU), CPU)
     assert all(torch.equal(other.state_dict()[name], weight) for name, weight in expected.items())
-    came = tensors(other, other_optimizer, CPU)["optimizer"]
-    assert all(torch.equal(came[name]["exp_avg"], moment) and moment.any() for name, moment in moments.items())
+    loaded = tensors(other, other_optimizer, CPU)["optimizer"]
+    assert all(
+        torch.equal(loaded[name]["exp_avg"], state_before) and state_before.any()
+        for name, state_before in states.items()
+    )
 
 
-def test_a_second_save_waits_for_the_first(opened, held, model_and_optimizer, tmp_path) -> None:
+def test_a_second_save_waits_for_the_first(opened, unblock, model_and_optimizer, tmp_path) -> None:
     saver, state = opened(asynchronous=True), tensors(*model_and_optimizer, CPU)
     saver.save(state, Progress(2, LOADER))
-    threading.Timer(0.3, held.set).start()
+    threading.Timer(0.3, unblock.set).start()
     saver.save(state, Progress(4, LOADER))
     assert (tmp_path / "checkpoints" / "step-2").is_dir()
     saver.wait()
     assert find_latest(tmp_path / "checkpoints").name == "step-4"
 
 
-def test_close_waits_for_the_checkpoint(opened, held, model_and_optimizer, tmp_path) -> None:
+def test_close_waits_for_the_checkpoint(opened, unblock, model_and_optimizer, tmp_path) -> None:
     saver = opened(asynchronous=True)
     saver.save(tensors(*model_and_optimizer, CPU), Progress(2, LOADER))
-    threading.Timer(0.2, held.set).start()
+    threading.Timer(0.2, unblock.set).start()
     saver.close()
     assert find_latest(tmp_path / "checkpoints").name == "step-2"
 
@@ -128,7 +131,7 @@ def test_a_failure_is_reported_once_and_the_next_save_succeeds(
 
 
 @BOTH
-def test_what_must_come_first_comes_first(asynchronous, opened, model_and_optimizer, tmp_path) -> None:
+def test_a_failure_of_before_save_writes_no_checkpoint(asynchronous, opened, model_and_optimizer, tmp_path) -> None:
     saver, state = opened(asynchronous), tensors(*model_and_optimizer, CPU)
 
     def full() -> None:

@@ -119,13 +119,13 @@ def test_a_non_finite_step_changes_nothing(bad) -> None:
     with torch.no_grad():
         model.norm.weight[3] = bad
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in model.named_parameters()}
+    states = {name: optimizer.state[p]["exp_avg"].clone() for name, p in model.named_parameters()}
     alone = single_process_model(model)
     result = train_step(alone, optimizer, batch, None, micro_batch_size=4, max_grad_norm=1.0)
     assert not (math.isfinite(result.loss.item()) and math.isfinite(result.grad_norm.item()))
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), weights[name], rtol=0, atol=0, equal_nan=True)
-        assert torch.equal(optimizer.state[p]["exp_avg"], moments[name])
+        assert torch.equal(optimizer.state[p]["exp_avg"], states[name])
         assert optimizer.state[p]["step"] == 1
     with torch.no_grad():
         model.norm.weight[3] = 1.0

@@ -32,11 +32,11 @@ def run(source, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def said(run) -> str:
+def output(run) -> str:
     return train_quietly(run)
 
 
-def test_the_run_directory_has_all_files(run, said) -> None:
+def test_the_run_directory_has_all_files(run, output) -> None:
     names = {path.name for path in run.output_dir.iterdir() if not path.name.startswith(".")}
     assert names == {
         "config.json", "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "checkpoints", "tensorboard",
@@ -46,7 +46,7 @@ def test_the_run_directory_has_all_files(run, said) -> None:
     assert [path.name for path in list_checkpoints(run.output_dir / "checkpoints")] == ["step-6", "step-8"]
 
 
-def test_each_step_has_its_row(run, said) -> None:
+def test_each_step_has_its_row(run, output) -> None:
     rows = read_metrics(run.output_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert [row["step"] for row in rows if "validation_loss" in row] == [3, 6, 8]
@@ -62,7 +62,7 @@ def test_each_step_has_its_row(run, said) -> None:
     assert all(set(json.loads(line)) >= {"loss", "grad_norm", "mfu"} for line in text.splitlines())
 
 
-def test_the_log_shows_the_model_and_the_output_files(run, said) -> None:
+def test_the_log_shows_the_model_and_the_output_files(run, output) -> None:
     for words in (
         "Llama3, 39.1 K parameters",
         "20 documents",
@@ -76,11 +76,11 @@ def test_the_log_shows_the_model_and_the_output_files(run, said) -> None:
         str(run.output_dir / "loss.png"),
         f'sightline generate {run.output_dir} --prompt "def "',
     ):
-        assert words in said, words
-    assert "warning" not in said
+        assert words in output, words
+    assert "warning" not in output
 
 
-def test_equal_seeds_give_equal_runs_and_others_do_not(run, said, source, tmp_path) -> None:
+def test_equal_seeds_give_equal_runs_and_others_do_not(run, output, source, tmp_path) -> None:
     again = dataclasses.replace(run, output_dir=tmp_path / "again")
     other = dataclasses.replace(run, output_dir=tmp_path / "other", seed=1)
     for one in (again, other):
@@ -89,7 +89,7 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(run, said, source, tmp_pa
     assert rows_of(other.output_dir)[0]["loss"] != rows_of(run.output_dir)[0]["loss"]
 
 
-def test_micro_batches_do_not_change_the_run(run, said, tmp_path) -> None:
+def test_micro_batches_do_not_change_the_run(run, output, tmp_path) -> None:
     training = dataclasses.replace(run.training, micro_batch_size=2)
     whole = dataclasses.replace(run, output_dir=tmp_path / "whole", training=training)
     train_quietly(whole)
@@ -130,7 +130,7 @@ def test_metrics_that_are_read_late_are_equal(source, tmp_path) -> None:
     assert all(row["seconds"] > 0 for row in read_metrics(tmp_path / "late" / "metrics.jsonl"))
 
 
-def test_deterministic_algorithms_are_asked_for(source, tmp_path, monkeypatch) -> None:
+def test_deterministic_algorithms_are_enabled_on_request(source, tmp_path, monkeypatch) -> None:
     asked: list[bool] = []
     original = trainer.train_step
 
@@ -147,8 +147,8 @@ def test_deterministic_algorithms_are_asked_for(source, tmp_path, monkeypatch) -
 
 
 def test_bfloat16_on_a_cpu_logs_a_warning(source, tmp_path) -> None:
-    said = train_quietly(small_run(tmp_path / "run", source, training__steps=1, training__dtype="bfloat16"))
-    assert "warning: bfloat16 on a CPU" in said and "--training.dtype float32" in said
+    output = train_quietly(small_run(tmp_path / "run", source, training__steps=1, training__dtype="bfloat16"))
+    assert "warning: bfloat16 on a CPU" in output and "--training.dtype float32" in output
 
 
 def test_without_held_out_documents_nothing_is_validated(source, tmp_path) -> None:
@@ -174,7 +174,7 @@ def test_best_fit_pads_and_counts_only_tokens(tmp_path) -> None:
         assert row["visible_pairs"] == 2 * 16 * (1 + 2 + 3)
 
 
-def test_a_trained_model_loads_with_its_tokenizer(run, said) -> None:
+def test_a_trained_model_loads_with_its_tokenizer(run, output) -> None:
     for path in (run.output_dir, run.output_dir / "checkpoints" / "step-6"):
         trained = load(path, device="cpu")
         assert load_config(path / "config.json") == run
@@ -188,6 +188,6 @@ def test_a_plot_that_cannot_be_written_does_not_end_the_run(source, tmp_path, mo
 
     monkeypatch.setattr("sightline.training.report.plot_masks", full)
     monkeypatch.setattr("sightline.training.report.plot_loss", full)
-    said = train_quietly(small_run(tmp_path / "run", source, training__steps=1))
-    assert said.count("could not be written: [Errno 28] No space left on device") == 2
+    output = train_quietly(small_run(tmp_path / "run", source, training__steps=1))
+    assert output.count("could not be written: [Errno 28] No space left on device") == 2
     assert len(rows_of(tmp_path / "run")) == 1

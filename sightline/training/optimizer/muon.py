@@ -95,9 +95,8 @@ def _orthogonalize_part(part: Tensor, p: nn.Parameter) -> Tensor:
     shape = torch.Size((*part.shape[:-2], *p.shape[-2:]))
     sharded = DTensor.from_local(x, p.device_mesh, placements, run_check=False, shape=shape, stride=p.stride())
     full = sharded
-    for axis in range(
-        1, len(placements) + 1
-    ):  # FSDP first, in reverse order of sharding; torch warns if all axes change at once
+    # FSDP first, in reverse order of sharding: torch warns if all axes change at once.
+    for axis in range(1, len(placements) + 1):
         full = full.redistribute(placements=[Replicate()] * axis + placements[axis:])
     return local_shard(orthogonalize(full.to_local()), sharded).to(part.dtype)
 
