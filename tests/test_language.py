@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 CODE = [path for folder in ("sightline", "tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
 TEXT = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "RESULTS.md"]
 TEXT += [*(ROOT / "scripts").rglob("*.*"), *(ROOT / "sightline").rglob("*.js"), *(ROOT / "sightline").rglob("*.html")]
-FILES = sorted([path for path in CODE if path != Path(__file__)] + [path for path in TEXT if path.is_file()])
+FILES = sorted([path for path in CODE if path != Path(__file__)] + TEXT)
 
 WORDS = {
     # identifiers
@@ -133,8 +133,6 @@ def test_every_exception_is_needed() -> None:
 
 @pytest.mark.parametrize("path", TEXT, ids=relative)
 def test_no_old_option_in_the_documentation(path: Path) -> None:
-    old = {name.replace("_", "-") for name in RENAMED}
-    options = (
-        re.findall(r"--(?:model|data|optimizer)\.(?:vision\.)?([a-z-]+)", path.read_text()) if path.is_file() else []
-    )
+    old = {name.replace("_", "-") for name, _ in RENAMED}
+    options = re.findall(r"--(?:model|data|optimizer)\.(?:vision\.)?([a-z-]+)", path.read_text())
     assert not old & set(options)

@@ -16,7 +16,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 import sightline
 from sightline.attention import CHOICES
 from sightline.config import Run
-from sightline.config.renamed import old_names
+from sightline.config.renamed import old_names, renaming_message
 from sightline.config.run import BackendName
 from sightline.models import FAMILIES, family_of
 from sightline.models.hf.directory import read_model_config
@@ -94,10 +94,7 @@ def use_new_options(recipe: Run, options: list[str]) -> list[str]:
         name = name.replace("_", "-")
         if name in renamed:
             if os.environ.get("RANK", "0") == "0":
-                print(
-                    f"warning: {name} is now called {renamed[name]}; the old name will be removed in version 0.4",
-                    file=sys.stderr,
-                )
+                print(f"warning: {renaming_message(name, renamed[name])}", file=sys.stderr)
             option = renamed[name] + equals + value
         current.append(option)
     return current

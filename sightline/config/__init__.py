@@ -3,6 +3,7 @@
 import warnings
 
 from sightline.config import run
+from sightline.config.renamed import renaming_message
 from sightline.config.run import (
     OPTIMIZER_STATE,
     SCHEDULES,
@@ -36,6 +37,5 @@ def __getattr__(name: str) -> object:
     """The sections' old names, `Training` for `TrainingConfig`: accepted until version 0.4 with a warning."""
     if f"{name}Config" not in __all__:
         raise AttributeError(f"module 'sightline.config' has no attribute {name!r}")
-    message = f"sightline.config.{name} is now called {name}Config; the old name will be removed in version 0.4"
-    warnings.warn(message, FutureWarning, stacklevel=2)
+    warnings.warn(renaming_message(f"sightline.config.{name}", f"{name}Config"), FutureWarning, stacklevel=2)
     return getattr(run, f"{name}Config")

@@ -20,7 +20,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,12 +164,14 @@ def read_tensors(checkpoint: Path, state: dict[str, Any], group: dist.ProcessGro
     check_checkpoint(checkpoint)
     reader = dcp.FileSystemReader(checkpoint)
     try:
-        stored = reader.read_metadata().state_dict_metadata
+        renamed = _names_in_0_2(state.get("model", {}))
+        stored = reader.read_metadata().state_dict_metadata if renamed or "random" in state else {}
         if "random" in state:
             # A run may resume on another device, whose random number state the checkpoint may lack.
             state["random"] = {name: value for name, value in state["random"].items() if f"random.{name}" in stored}
-        if "model" in state:
-            state = {**state, "model": _names_in(stored, state["model"])}
+        old = {name: old for name, old in renamed.items() if f"model.{old}" in stored}
+        if old:
+            state = {**state, "model": {old.get(name, name): tensor for name, tensor in state["model"].items()}}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(state, storage_reader=reader, process_group=group, no_dist=group is None)
@@ -180,10 +182,9 @@ def read_tensors(checkpoint: Path, state: dict[str, Any], group: dist.ProcessGro
         ) from error
 
 
-def _names_in(stored: Mapping[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
-    """Return the model's tensors under their names in a checkpoint: version 0.2 called `expert_bias` balance."""
-    old = {name: re.sub(r"\bexpert_bias$", "balance", name) for name in tensors}
-    return {old[name] if f"model.{old[name]}" in stored else name: tensor for name, tensor in tensors.items()}
+def _names_in_0_2(tensors: Iterable[str]) -> dict[str, str]:
+    """Return {name: name in version 0.2} of the model's renamed tensors: `expert_bias` was called balance."""
+    return {name: re.sub("expert_bias$", "balance", name) for name in tensors if name.endswith(".expert_bias")}
 
 
 def check_checkpoint(checkpoint: Path) -> None:
