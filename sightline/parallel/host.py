@@ -32,7 +32,7 @@ class HostGroup:
         self._read_by_all: list[str] = []
         """Keys that no rank needs once all ranks have made the next `gather`."""
         if self.world > 1:
-            self._store = dist.PrefixStore(f"host/{next(_created)}", default_store().clone())
+            self._store = dist.PrefixStore(f"host/{next(_created)}", default_store().clone())  # type: ignore[attr-defined]
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks by rank on rank 0, and an empty list on the others."""
@@ -40,7 +40,7 @@ class HostGroup:
             return [value]
         call = self._next_call()
         if self.rank > 0:
-            self._store.set(f"{call}/{self.rank}", pickle.dumps(value))
+            self._store.set(f"{call}/{self.rank}", pickle.dumps(value))  # type: ignore[arg-type]
             return []
         keys = [f"{call}/{rank}" for rank in range(1, self.world)]
         self._store.wait(keys)
@@ -57,7 +57,7 @@ class HostGroup:
         call = self._next_call()
         if self.rank > 0:
             return pickle.loads(self._store.get(call))
-        self._store.set(call, pickle.dumps(value))
+        self._store.set(call, pickle.dumps(value))  # type: ignore[arg-type]
         self._read_by_all.append(call)
         return value
 
