@@ -18,7 +18,7 @@ from sightline.config.renamed import use_new_names
 from sightline.data import Tokenizer
 from sightline.models import FAMILIES, Family
 from sightline.models.families import named_family, reference_of
-from sightline.training.checkpoint import find_latest
+from sightline.training.checkpoint_directory import find_latest
 
 
 class RunDirectory:

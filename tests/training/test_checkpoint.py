@@ -16,13 +16,12 @@ from sightline.training import checkpoint as checkpoints
 from sightline.training.checkpoint import (
     CannotSave,
     Progress,
-    find_latest,
-    list_checkpoints,
     load_checkpoint,
-    remove_partial,
+    local_state,
     save_checkpoint,
     tensors,
 )
+from sightline.training.checkpoint_directory import find_latest, list_checkpoints, remove_partial
 from sightline.training.optimizer import build_optimizer, optimizer_state
 from sightline.training.step import train_step
 from tests.support.small_runs import MODEL
@@ -48,9 +47,8 @@ def trained(seed: int = 0, config=MODEL):
 def save(directory: Path, model, optimizer, step: int = 2, keep: int = 2) -> Path:
     run_file = directory.parent / "config.json"
     run_file.write_text("{}")
-    return save_checkpoint(
-        directory, tensors(model, optimizer, CPU), Progress(step, LOADER), [run_file], keep=keep
-    )  # fmt: skip
+    local = local_state(tensors(model, optimizer, CPU), Progress(step, LOADER))
+    return save_checkpoint(directory, local, [run_file], keep=keep)
 
 
 @pytest.mark.parametrize("config", [MODEL, dataclasses.replace(MODEL, tied_embeddings=True)], ids=["untied", "tied"])
