@@ -31,7 +31,7 @@ from sightline.data import join_states
 from sightline.parallel.host import HostGroup
 from sightline.parallel.mesh import AXES, Mesh
 from sightline.paths import file_inside
-from sightline.training.checkpoint_directory import list_checkpoints, remedy, remove_checkpoint, sync
+from sightline.training.checkpoint_directory import list_checkpoints, remove_checkpoint, sync
 from sightline.training.manifest import (
     VERSION,
     Damaged,
@@ -78,7 +78,7 @@ def tensors(model: Any, optimizer: Optimizer, device: torch.device) -> dict[str,
 
 
 class LocalState(NamedTuple):
-    """What this rank writes of a checkpoint.
+    """The part of a checkpoint that this rank writes.
 
     shards    tensors by their name in the file
     elements  see `count_elements`
@@ -98,7 +98,7 @@ class LocalState(NamedTuple):
 
 
 def local_state(state: dict[str, Any], progress: Progress, mesh: Mesh | None = None) -> LocalState:
-    """Return what this rank writes of `tensors(...)`."""
+    """Return the part of `tensors(...)` that this rank writes."""
     axes = ("context", "tensor", "pipeline")
     reports_loader = mesh is None or all(mesh.index(axis) == 0 for axis in axes)
     return LocalState(
@@ -243,9 +243,7 @@ def read_tensors(checkpoint: Path, state: dict[str, Any], mesh: Mesh | None = No
     except (ValueError, SafetensorError) as error:
         if isinstance(error, Damaged):
             raise
-        raise ValueError(
-            f"{checkpoint} cannot be read: {error}; expected a checkpoint of this model. {remedy(checkpoint)}"
-        ) from error
+        raise ValueError(f"{checkpoint} cannot be read: {error}; expected a checkpoint of this model") from error
 
 
 def read_progress(checkpoint: Path) -> Progress:

@@ -77,7 +77,8 @@ def find_checkpoint(path: Path) -> Path:
             raise ValueError(f"the run in {path} has no checkpoint yet; run its training command again to get one")
         return latest
     if not path.is_dir():
-        raise ValueError(f"{path} does not exist; expected the directory of a run or one of its checkpoints")
+        problem = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {problem}; expected the directory of a run or one of its checkpoints")
     return path
 
 
