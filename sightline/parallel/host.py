@@ -22,20 +22,21 @@ _created = itertools.count()
 class HostGroup:
     """All ranks of the job, or the only process. All ranks make the same calls in the same order.
 
-    Each instance has a connection of its own, so that a thread may wait in one while the main thread uses another. All
-    ranks create their instances in the same order.
+    All ranks create their instances in the same order.
 
-    alone  this process only, even if it is one of several ranks
+    alone       this process only, even if it is one of several ranks
+    for_thread  use a connection of its own, so that a thread may wait while the main thread uses the store
     """
 
-    def __init__(self, *, alone: bool = False) -> None:
+    def __init__(self, *, alone: bool = False, for_thread: bool = False) -> None:
         several = dist.is_initialized() and not alone
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         self._calls = 0
         self._read_by_all: list[str] = []
         """Keys that no rank needs once all ranks have made the next `gather`."""
         if self.world > 1:
-            self._store = dist.PrefixStore(f"host/{next(_created)}", default_store().clone())  # type: ignore[attr-defined]
+            store = default_store().clone() if for_thread else default_store()  # type: ignore[attr-defined]
+            self._store = dist.PrefixStore(f"host/{next(_created)}", store)
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks by rank on rank 0, and an empty list on the others."""

@@ -31,7 +31,7 @@ def test_ranks_exchange_values() -> None:
 
 def use_in_two_threads(rank: int) -> list:
     """Wait in one group while the main thread uses another, first on one rank and then on the other."""
-    main, background = HostGroup(), HostGroup()
+    main, background = HostGroup(), HostGroup(for_thread=True)
     received = []
     thread = threading.Thread(target=lambda: received.append(background.broadcast(rank)))
     if rank == 1:
@@ -44,7 +44,7 @@ def use_in_two_threads(rank: int) -> list:
     return received
 
 
-def test_a_thread_can_wait_in_a_group_of_its_own() -> None:
+def test_a_thread_can_wait_while_the_main_thread_uses_the_store() -> None:
     assert run_on_ranks(2, use_in_two_threads) == [[0], [0]]
 
 
