@@ -156,7 +156,7 @@ def _measure(texts: list[str | None]) -> dict[str, list[int]]:
 
 
 class _Column(Sequence[str]):
-    """One column of a dataset, read from disk row by row."""
+    """One column of a dataset, read from disk when it is needed."""
 
     def __init__(self, dataset: Any, name: str) -> None:
         self.dataset, self.name = dataset, name
@@ -166,6 +166,9 @@ class _Column(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.dataset[index][self.name]
+
+    def __getitems__(self, rows: list[int]) -> list[str]:
+        return list(self.dataset[rows][self.name])
 
 
 def _check_not_empty(documents: Documents) -> Documents:
