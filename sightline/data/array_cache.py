@@ -142,7 +142,7 @@ def _finish(temporary: Path, directory: Path, dtypes: dict[str, np.dtype]) -> No
 
 def _checksum(path: Path, dtype: np.dtype) -> str:
     """Return the XXH3-128 of the type and of a file, or of MAX_BLOCKS evenly spaced blocks of it."""
-    digest = xxhash.xxh3_128(dtype.str)
+    digest = xxhash.xxh3_128(dtype.str.encode())
     blocks = -(-path.stat().st_size // BLOCK)
     covered = min(blocks, MAX_BLOCKS)
     with path.open("rb") as file:
