@@ -1,10 +1,10 @@
-"""Batches of rows that are a pure function of the step, so that the only state of a loader is the step.
+"""Batches of rows that are numbered through the run: the state of a loader is the number of rows before the next step.
 
-The documents are packed once into a plan of R rows (`sightline.data.packing`). Row i of step n is row n * rows + i of
-the run. Epoch e consists of the rows e * R to (e + 1) * R of the run: all rows of the plan, in an order that depends on
-the seed and the epoch, so the rows of a long document are spread over many steps. Each epoch therefore has every token
-of every document exactly once, for any number of rows per step and of ranks; it may end within a step. After the last
-epoch, all rows are padding.
+The documents are packed once into a plan of R rows (`sightline.data.packing`). Epoch e consists of the rows e * R to
+(e + 1) * R of the run: all rows of the plan, in an order that depends on the seed and the epoch, so the rows of a long
+document are spread over many steps. Each epoch therefore has every token of every document exactly once, for any number
+of rows per step and of ranks; it may end within a step. After the last epoch, all rows are padding, which does not
+count: if the run is continued with more epochs, the next step begins with the first row of the next epoch.
 """
 
 from __future__ import annotations
@@ -85,17 +85,22 @@ def rows_of_rank(rows: int, rank: int, world: int) -> range:
 
 
 class EpochLoader:
-    """Iterator of batches: the rows of one data-parallel rank, out of the `rows` rows of each step. Base class.
+    """Base class of iterators of batches: the rows of one data-parallel rank, out of the `rows` rows of each step.
 
     It never ends; with `epochs`, all rows after the last epoch are padding. A background thread builds the next batch
     while the caller uses the current one. To resume, create the loaders with the same arguments, on any number of ranks
     and with any number of epochs, and load the state of any rank: they continue with exactly the same batches.
 
-    A subclass sets `rows_per_epoch` and `identity`, the values that determine the rows, and defines `build`.
+    A subclass sets the attributes and defines `build`.
+
+    rows_per_epoch  number of rows of the plan
+    identity        the values that determine the rows
+    contents        the contents of an epoch as text, for the log
     """
 
     rows_per_epoch: int
     identity: State
+    contents: str
 
     def __init__(self, *, rows: int, seed: int = 0, rank: int = 0, world: int = 1, epochs: int | None = None) -> None:
         if seed < 0:
@@ -103,7 +108,7 @@ class EpochLoader:
         self._local_rows = np.array(rows_of_rank(rows, rank, world))
         self._rows, self._seed, self._epochs = rows, seed, epochs
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sightline-loader")
-        self._step = 0
+        self._step, self._row = 0, 0
         self._prepared: Future[Batch] | None = None
 
     def build(self, rows: np.ndarray, plan_rows: np.ndarray) -> Batch:
@@ -118,16 +123,17 @@ class EpochLoader:
         return self
 
     def __next__(self) -> Batch:
-        self._prepared = self._prepared or self._prepare(self._step)
+        self._prepared = self._prepared or self._prepare()
         # If this raises, the failed batch stays in `_prepared`: further calls raise the same error instead of skipping
         # the batch.
         batch = self._prepared.result()
         self._step += 1
-        self._prepared = self._prepare(self._step)
+        self._row += min(self._rows, self._remaining_rows())
+        self._prepared = self._prepare()
         return batch
 
-    def _prepare(self, step: int) -> Future[Batch]:
-        rows = step * self._rows + self._local_rows
+    def _prepare(self) -> Future[Batch]:
+        rows = self._row + self._local_rows
         return self._thread.submit(lambda: self.build(rows, self._plan_rows(rows)))
 
     def _plan_rows(self, rows: np.ndarray) -> np.ndarray:
@@ -140,20 +146,30 @@ class EpochLoader:
                 plan_rows[epochs == epoch] = order(index[epochs == epoch])
         return plan_rows
 
+    def _remaining_rows(self) -> int:
+        """Return the number of rows up to the end of the last epoch; if epochs are not limited, those of one step."""
+        return self._rows if self._epochs is None else max(0, self._epochs * self.rows_per_epoch - self._row)
+
     @property
     def steps(self) -> int | None:
-        """Number of steps of all epochs, the last of which may be padded; None if the epochs are not limited."""
-        return None if self._epochs is None else -(-self._epochs * self.rows_per_epoch // self._rows)
+        """Number of steps at the end of the last epoch, which may be padded; None if the epochs are not limited."""
+        return None if self._epochs is None else self._step - (-self._remaining_rows() // self._rows)
 
     @property
     def epoch(self) -> float:
         """Number of epochs in the batches that were returned by `next`."""
-        epochs = self._step * self._rows / self.rows_per_epoch
-        return epochs if self._epochs is None else min(epochs, float(self._epochs))
+        return self._row / self.rows_per_epoch
+
+    def describe(self) -> str:
+        """Return the contents of an epoch, and the number of steps of the run if the epochs are limited."""
+        if self._epochs is None:
+            return self.contents
+        epochs = "1 epoch" if self._epochs == 1 else f"{self._epochs:,} epochs"
+        return f"{self.contents}; {epochs} of {self.rows_per_epoch:,} rows = {self.steps:,} steps"
 
     def state_dict(self) -> State:
         """Return the position after the last batch returned by `next`, which is the same on all ranks."""
-        return {"version": VERSION, "identity": dict(self.identity), "step": self._step}
+        return {"version": VERSION, "identity": dict(self.identity), "step": self._step, "row": self._row}
 
     def load_state_dict(self, state: State) -> str | None:
         """Continue from this state; the number of ranks may have changed. Returns a warning for the user, if any.
@@ -163,6 +179,7 @@ class EpochLoader:
         """
         check_state(self.identity, state)
         self._step, self._prepared = state["step"], None
+        self._row = state.get("row", self._step * self._rows)
         return None if "version" in state else NEW_ORDER
 
     def close(self) -> None:

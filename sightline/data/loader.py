@@ -48,7 +48,12 @@ class Loader(EpochLoader):
             self._tokens, packing=packing, sequence_length=sequence_length, seed=seed, cache_dir=cache_dir
         )
         self._length, self._pad_token = sequence_length, tokenizer.eos_id
-        self.rows_per_epoch = self._plan.num_rows
+        self.rows_per_epoch = rows_per_epoch = self._plan.num_rows
+        num_tokens = len(self._tokens.tokens)
+        self.contents = (
+            f"{len(documents):,} documents, {num_tokens:,} tokens, {rows_per_epoch:,} rows of {sequence_length:,}, "
+            f"{num_tokens / (rows_per_epoch * sequence_length):.1%} full"
+        )
         self.identity = {
             "documents": len(documents),
             "contents": documents.digest,
@@ -72,14 +77,6 @@ class Loader(EpochLoader):
             labels=torch.from_numpy(labels),
             document_ids=torch.from_numpy(document_ids),
             positions=torch.from_numpy(positions),
-        )
-
-    def describe(self) -> str:
-        """Return the size of an epoch as text: documents, tokens, rows and the fraction of the rows that is filled."""
-        tokens, rows = len(self._tokens.tokens), self.rows_per_epoch
-        return (
-            f"{len(self._tokens):,} documents, {tokens:,} tokens, {rows:,} rows of {self._length:,}, "
-            f"{tokens / (rows * self._length):.1%} full"
         )
 
 

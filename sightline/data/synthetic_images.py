@@ -121,6 +121,10 @@ class ImageLoader(EpochLoader):
         self._length, self._seed = sequence_length, seed
         self._plan = self._pack(Permutation(len(captions), seed, 0, DOCUMENT_ORDER)(np.arange(len(captions))))
         self.rows_per_epoch = len(self._plan)
+        documents = sum(map(len, self._plan))
+        self.contents = (
+            f"{documents:,} documents with {len(captions):,} images, {len(self._plan):,} rows of {sequence_length:,}"
+        )
         self.identity = {
             "documents": len(captions),
             "contents": captions.digest,
@@ -131,18 +135,13 @@ class ImageLoader(EpochLoader):
         }
 
     def build(self, rows: np.ndarray, plan_rows: np.ndarray) -> Batch:
-        built, images = zip(*map(self._row, rows.tolist(), plan_rows.tolist()), strict=True)
+        built, images = zip(*map(self._build_row, rows.tolist(), plan_rows.tolist()), strict=True)
         batch = Batch.from_rows(built)
         return replace(
             batch,
             labels=batch.labels.masked_fill(batch.labels == self._images.image_token_id, IGNORE),
             extra=pack_patches(images, self._images.patch_size),
         )
-
-    def describe(self) -> str:
-        """Return the size of an epoch as text."""
-        documents = sum(map(len, self._plan))
-        return f"{len(self._texts):,} images in {documents:,} documents, {len(self._plan):,} rows of {self._length:,}"
 
     def _pack(self, order: np.ndarray) -> list[list[list[Image]]]:
         """Return the documents of each row: all captions in this order, and in a row as many documents as fit."""
@@ -168,7 +167,7 @@ class ImageLoader(EpochLoader):
             free -= size
         return rows
 
-    def _row(self, number: int, plan_row: int) -> tuple[Row, list[np.ndarray]]:
+    def _build_row(self, number: int, plan_row: int) -> tuple[Row, list[np.ndarray]]:
         """Return row `number` of the run and its images."""
         rng = np.random.default_rng((self._seed, number))
         row, images = RowBuilder(self._length), []

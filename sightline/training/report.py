@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sightline import config
-from sightline.data import DataLoader, Documents
+from sightline.data import Documents
 from sightline.masks import AttentionMask
 from sightline.models.families import reference_of
 from sightline.numbers import count, duration
@@ -40,12 +40,6 @@ def log_data(
             "tokenizer": str(tokenizer or f"training a byte-level BPE with {vocab_size:,} tokens on the documents"),
         }
     )
-
-
-def log_epochs(terminal: Terminal, loader: DataLoader, epochs: int | None) -> None:
-    """Log the size of an epoch, and the number of steps if the number of epochs sets it."""
-    length = f"; {epochs} of them in {loader.steps:,} steps" if loader.steps is not None else ""
-    terminal.table({"epoch": loader.describe() + length})
 
 
 def log_model(

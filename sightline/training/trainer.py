@@ -38,7 +38,6 @@ from sightline.training.optimizer import build_optimizer
 from sightline.training.report import (
     family_option,
     log_data,
-    log_epochs,
     log_kernels,
     log_model,
     log_summary,
@@ -116,6 +115,7 @@ class Trainer:
         saver = Saver(self.directory.checkpoints, self.directory.kept_with_checkpoints, run.checkpoint, terminal.warn)
         self.saver = opened.enter_context(closing(saver))
         self.step = self.first_step = self.resume_from(start) if start else 0
+        self.steps = run.training.steps if self.loader.steps is None else self.loader.steps
 
         self.metrics: Metrics | None = None  # rank 0 writes for all
         if mesh.rank == 0:
@@ -125,6 +125,7 @@ class Trainer:
             self.saver.before_save = metrics.file.sync
         self.last_read = 0.0
         self.reads_immediately = device.type == "cpu"  # a CPU step is finished when it returns
+        terminal.table({"epoch": self.loader.describe()})
         log_model(terminal, run.training, self.model, run.model_from, self.peak)
         for change in changes:
             terminal.warn(change)
@@ -142,7 +143,7 @@ class Trainer:
     def open_batches(
         self, training: Documents, held_out: Documents, batches: Batches | None, opened: ExitStack
     ) -> None:
-        """Open the training and the validation batches, and set the number of steps."""
+        """Open the training and the validation batches."""
         run, tokenizer = self.run, self.tokenizer
         shared: dict[str, Any] = {
             "images": self.model.full_model.image_sizes,
@@ -155,8 +156,6 @@ class Trainer:
 
         loader = self.mesh.first_of_each_machine(open_training) if batches is None else open_training()
         self.loader = opened.enter_context(closing(loader))
-        self.steps = run.training.steps if loader.steps is None else loader.steps
-        log_epochs(self.terminal, loader, run.data.epochs)
         self.validation = open_validation(run.data, run.training, run.validation, held_out, tokenizer, **shared)
 
     def train(self) -> None:

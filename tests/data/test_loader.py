@@ -170,14 +170,14 @@ def test_stream_rows_equal_batch_from_documents() -> None:
 @BOTH
 def test_steps_and_epochs(packing: str) -> None:
     source = loader(packing=packing, rows=4, epochs=2)
-    rows = source.rows_per_epoch
-    assert source.steps == -(-2 * rows // 4)
+    rows, steps = source.rows_per_epoch, -(-2 * source.rows_per_epoch // 4)
     epochs = []
-    for _ in range(source.steps + 1):
+    for _ in range(steps + 1):
+        assert source.steps == steps
         next(source)
         epochs.append(source.epoch)
     source.close()
-    assert epochs[:-2] == pytest.approx([4 * (step + 1) / rows for step in range(source.steps - 1)])
+    assert epochs[:-2] == pytest.approx([4 * (step + 1) / rows for step in range(steps - 1)])
     assert epochs[-2:] == [2.0, 2.0], "padding is no part of an epoch"
     endless = loader(packing=packing)
     assert endless.steps is None
@@ -185,14 +185,25 @@ def test_steps_and_epochs(packing: str) -> None:
     assert endless.epoch == pytest.approx(60 / endless.rows_per_epoch)
 
 
-def test_epochs_may_change_on_resume() -> None:
-    source, expected = loader(epochs=1), take(loader(), 30)
-    take(source, 2)
-    longer = loader(epochs=3)
+@BOTH
+@pytest.mark.parametrize("rows", [1, 4, 5, 60])
+def test_more_epochs_after_the_last_one_are_complete(packing: str, rows: int) -> None:
+    """The padding of the last step does not take rows from the next epoch."""
+    options = {"packing": packing, "rows": rows}
+    source = loader(epochs=1, **options)
+    assert source.steps is not None
+    first = take(source, source.steps)
+    longer = loader(epochs=3, **options)
     longer.load_state_dict(source.state_dict())
-    assert longer.steps is not None and longer.steps < 30
-    whole = 3 * longer.rows_per_epoch // 2 - 2
-    assert_same(take(longer, whole), expected[2 : 2 + whole])
+    assert longer.steps is not None and longer.steps > source.steps
+    second = take(longer, longer.steps - source.steps)
+    assert longer.epoch == 3.0
+    check_epochs(stacked(first), [TOKENIZER.encode(text) for text in TEXTS], 1)
+    check_epochs(stacked(second), [TOKENIZER.encode(text) for text in TEXTS], 2)
+    fewer = loader(epochs=2, **options)
+    fewer.load_state_dict(longer.state_dict())
+    assert fewer.steps is not None and fewer.steps <= longer.state_dict()["step"]
+    assert stacked(take(fewer, 1)).fill() == 0.0
 
 
 @BOTH
@@ -213,7 +224,7 @@ def test_state_does_not_include_the_prefetched_batch() -> None:
     source._prepared.result()  # the next batch is ready
     assert source.state_dict() == before
     next(source)
-    assert source.state_dict() == {**before, "step": 2}
+    assert source.state_dict() == {**before, "step": 2, "row": 4}
     source.close()
 
 
@@ -221,7 +232,7 @@ def test_state_is_the_step_and_the_identity() -> None:
     source = loader(rows=6)
     take(source, 20)
     state = source.state_dict()
-    assert state == {"version": 2, "identity": source.identity, "step": 20}
+    assert state == {"version": 2, "identity": source.identity, "step": 20, "row": 120}
     assert len(json.dumps(state)) < 400
 
 
