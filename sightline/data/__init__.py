@@ -11,7 +11,7 @@ from sightline.data.data_loader import (
 from sightline.data.documents import Documents, split_documents
 from sightline.data.loader import Loader, validation_batches
 from sightline.data.patches import pack_patches, to_patches
-from sightline.data.sources import load_documents
+from sightline.data.sources import is_dataset, load_documents
 from sightline.data.synthetic_images import SYNTHETIC_IMAGES, ImageLoader
 from sightline.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -24,6 +24,7 @@ __all__ = [
     "IterableLoader",
     "Loader",
     "Tokenizer",
+    "is_dataset",
     "join_states",
     "load_documents",
     "load_tokenizer",

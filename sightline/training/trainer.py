@@ -17,6 +17,7 @@ from sightline.data import (
     Batches,
     DataLoader,
     Documents,
+    is_dataset,
     load_documents,
     open_loader,
     open_validation,
@@ -99,9 +100,12 @@ class Trainer:
         run_settings = settings(run)
         start, changes = mesh.from_rank_zero(lambda: self.acquire_directory(opened, run_settings))
 
-        documents = Documents.from_texts([], source="your batches")
-        if batches is None:
+        if batches is not None:
+            documents = Documents.from_texts([], source="your batches")
+        elif is_dataset(run.data):
             documents = mesh.first_of_each_machine(lambda: load_documents(run.data))
+        else:
+            documents = load_documents(run.data)
         training, held_out = split_documents(documents, run.data.validation_fraction if documents else 0)
         path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or run.model_from, run.model.vocab_size
         log_data(terminal, run.output_dir, documents, held_out, path, vocab_size, start)

@@ -73,7 +73,7 @@ def test_ranks_whose_rows_are_padding_equal_one_process(model: str, degrees: dic
     source = write_corpus(tmp_path / "texts")
     changes = {"training__global_batch_size": 4, "training__sequence_length": 64}
     if model == "vlm-debug":
-        changes |= {"data__source": "synthetic-images", "training__sequence_length": 90}
+        changes |= {"data__source": "synthetic-images", "training__sequence_length": 96}
     if model != "llama3":
         changes["model"] = config_of(model)
     one = epochs_of(tmp_path / "one", source, 1, **changes)
