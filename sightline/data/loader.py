@@ -12,7 +12,7 @@ from sightline.batch import IGNORE, PADDING, Batch, RowBuilder
 from sightline.data.array_cache import default_cache_dir
 from sightline.data.documents import Documents
 from sightline.data.epochs import PADDING_ROW, EpochLoader
-from sightline.data.packing import Pieces, make_plan
+from sightline.data.packing import PACKINGS, Pieces, make_plan
 from sightline.data.tokenizer import Tokenizer
 from sightline.data.tokens import TokenizedDocuments, tokenize_documents
 
@@ -39,6 +39,8 @@ class Loader(EpochLoader):
     ) -> None:
         if sequence_length < 2:
             raise ValueError(f"sequence_length must be at least 2 (one input token, one label), got {sequence_length}")
+        if packing not in PACKINGS:
+            raise ValueError(f"packing must be one of {', '.join(PACKINGS)}, got {packing!r}")
         if not documents:
             raise ValueError(f"{documents.source} contains no training documents; expected at least one")
         super().__init__(rows=rows, seed=seed, rank=rank, world=world, epochs=epochs)

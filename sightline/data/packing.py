@@ -46,23 +46,19 @@ class Plan(Protocol):
         ...
 
 
-def make_plan(
-    tokens: TokenizedDocuments, *, packing: str, sequence_length: int, seed: int, cache_dir: Path | None
-) -> Plan:
+def make_plan(tokens: TokenizedDocuments, *, packing: str, sequence_length: int, seed: int, cache_dir: Path) -> Plan:
     """Return the plan of rows of `sequence_length` tokens, from the cache if there are many documents.
 
     Raises:
-        ValueError: if there is no such packing, or the cache directory cannot be written.
+        ValueError: if the cache directory cannot be used.
     """
-    if packing not in PACKINGS:
-        raise ValueError(f"packing must be one of {', '.join(PACKINGS)}, got {packing!r}")
     order = Permutation(len(tokens), seed, 0, DOCUMENT_ORDER)
     packed = PACKINGS[packing]
 
     def build() -> Iterator[Arrays]:
         return packed.build(tokens.offsets, order, sequence_length)
 
-    if cache_dir is None or len(tokens) < CACHED_DOCUMENTS:
+    if len(tokens) < CACHED_DOCUMENTS:
         arrays = concatenate(build())
     else:
         arrays = cached_arrays(cache_dir, f"{tokens.name}-{packing}-{sequence_length}-{seed}", build)

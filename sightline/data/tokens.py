@@ -42,7 +42,7 @@ def tokenize_documents(documents: Documents, tokenizer: Tokenizer, cache_dir: Pa
     """Return the tokens of all documents, from the cache if these documents were tokenized before.
 
     Raises:
-        ValueError: if the cache directory cannot be written.
+        ValueError: if the cache directory cannot be used.
     """
     name = f"tokens-{VERSION}-{documents.digest}-{tokenizer.fingerprint}"
     arrays = cached_arrays(cache_dir, name, lambda: _tokenize(documents, tokenizer))

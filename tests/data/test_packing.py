@@ -114,11 +114,6 @@ def test_a_large_plan_is_mapped_from_the_cache(name: str, tmp_path: Path, monkey
         plan_of(lengths, name, 17, cache_dir=tmp_path)
 
 
-def test_unknown_packing_is_refused() -> None:
-    with pytest.raises(ValueError, match="one of stream, best_fit, got 'wrapped'"):
-        plan_of([3], "wrapped", 8)
-
-
 def test_parts_are_concatenated_as_in_the_cache(tmp_path: Path) -> None:
     def parts():
         yield {"a": np.arange(3), "b": np.zeros(0, np.uint16)}
