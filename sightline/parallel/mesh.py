@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -22,6 +25,8 @@ AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 FLATTENED = {"data": ("replicate", "shard"), "weights": ("shard", "context"), "loss": ("replicate", "shard", "context")}
 """data: ranks with different rows; weights: ranks that share one copy of the weights; loss: ranks whose token losses
 sum to the loss of all rows."""
+POLL = 1.0
+"""Seconds between two questions whether the first rank of each machine is done."""
 MAX_LISTED_RANKS = 64
 """Ranks of a pipeline stage up to which the log lists all of them."""
 
@@ -155,8 +160,45 @@ class Mesh:
             raise outcome[1]
         return outcome[0]
 
+    def first_of_each_machine(self, make: Callable[[], T]) -> T:
+        """Call `make` on the first rank of each machine, then on all other ranks, and return the result of this rank.
+
+        It is for work whose result stays on disk, so that the other ranks of a machine only read it. It may take longer
+        than the timeout of a collective: the ranks ask each other every second whether it is done. An error on a first
+        rank is raised on every rank.
+        """
+        if self.world == 1:
+            return make()
+        first = os.environ["LOCAL_RANK"] == "0"
+        made: Future[Any] = Future()
+        if first:
+            threading.Thread(target=_run, args=(make, made), daemon=True).start()  # daemon: Ctrl-C does not wait for it
+        else:
+            made.set_result(None)
+        done = False
+        while not done:
+            wait([made], timeout=POLL)
+            error = made.exception() if made.done() else None
+            state = torch.tensor([int(made.done()), self.world if error is None else self.rank])
+            dist.all_reduce(state, dist.ReduceOp.MIN)
+            done, failed = bool(state[0]), int(state[1])
+            if failed < self.world:
+                errors = [error]
+                dist.broadcast_object_list(errors, src=failed, device=torch.device("cpu"))
+                assert errors[0] is not None
+                raise errors[0]
+        return made.result() if first else make()
+
     def all_reduce(self, value: torch.Tensor, axis: str) -> torch.Tensor:
         """Sum `value` over an axis in place, and return it."""
         if self._sizes[axis] > 1:
             dist.all_reduce(value, group=self.group(axis))
         return value
+
+
+def _run(make: Callable[[], Any], made: Future[Any]) -> None:
+    """Store the result of `make` or its error."""
+    try:
+        made.set_result(make())
+    except BaseException as error:
+        made.set_exception(error)

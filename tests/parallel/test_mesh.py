@@ -1,5 +1,9 @@
 """Valid and invalid degrees, and the rank layout."""
 
+import os
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -81,6 +85,34 @@ def test_describe_layout_lists_every_rank() -> None:
         "mesh": "context 2 x tensor 2",
         "ranks": "0+1 2+3",
     }
+
+
+def make_on_first_of_each_machine(rank: int, directory: Path, fails: bool) -> str:
+    """Make a file on the first of each two ranks, and read it on both."""
+    os.environ["LOCAL_RANK"] = str(rank % 2)
+    file = directory / str(rank // 2)
+
+    def make() -> str:
+        if rank % 2:
+            return file.read_text()
+        time.sleep(0.2 * rank)
+        assert not file.exists(), "made twice"
+        if fails and rank == 2:
+            raise ValueError("no space")
+        file.write_text(f"made by {rank}")
+        return "made"
+
+    try:
+        return Mesh(ParallelConfig(), torch.device("cpu")).first_of_each_machine(make)
+    except ValueError as error:
+        return f"error: {error}"
+
+
+def test_first_of_each_machine_makes_what_the_others_read(tmp_path: Path) -> None:
+    (tmp_path / "fails").mkdir()
+    made = run_on_ranks(4, make_on_first_of_each_machine, tmp_path, False)
+    assert made == ["made", "made by 0", "made", "made by 2"]
+    assert run_on_ranks(4, make_on_first_of_each_machine, tmp_path / "fails", True) == ["error: no space"] * 4
 
 
 def make_on_rank_zero(rank: int, fails: bool) -> str:
