@@ -2,6 +2,9 @@
 
 Each rank records its step in the shared store. When a collective fails, one of the waiting ranks reads the store and
 reports which rank is missing. When a rank fails by itself, it reports its error and the other ranks exit silently.
+
+torchrun keeps the store when it restarts the processes, with the addresses of the dead ones in it. Therefore the ranks
+first agree on a name for this start of the job, and all their keys begin with it.
 """
 
 from __future__ import annotations
@@ -9,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
 import time
+import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -24,6 +29,8 @@ GRACE = 2.0
 """Seconds within which all ranks that wait for the same rank notice that their collective has failed."""
 PRECEDENCE = 3.0
 """Seconds that the other ranks wait for rank 0 to report an error that all ranks may have."""
+STORE_DEADLINE = GRACE + PRECEDENCE + 3.0
+"""Seconds after which a store that does not answer is considered lost: longer than any report takes."""
 
 
 class Job:
@@ -75,6 +82,17 @@ class Job:
             f"(--parallel.timeout {self.parallel.timeout} s, or the connection was lost)"
         )
 
+    def lost_store(self) -> LostRank | None:
+        """Return the error to report if the store does not answer: on one rank, since the ranks cannot coordinate."""
+        by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if self.rank != (0 if by_agent else 1):
+            return None
+        host = "torchrun" if by_agent else self._describe_rank(0)
+        return LostRank(
+            f"{host}, which hosts the store of the job, does not answer; {self._describe_rank(self.rank)} is at step "
+            f"{self.step} and has given up (--parallel.timeout {self.parallel.timeout} s, or the connection was lost)"
+        )
+
     def _describe_step(self, rank: int) -> str:
         key = f"step/{rank}"
         step = f"at step {self.store.get(key).decode()}" if self.store.check([key]) else "before its first step"
@@ -107,8 +125,9 @@ def distributed_session(parallel: ParallelConfig, device: torch.device) -> Itera
     timeout = timedelta(seconds=parallel.timeout)
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    _job = Job(dist.PrefixStore(f"sightline/{attempt}", store), parallel, rank, world)
+    store = dist.PrefixStore("sightline", store)
+    store = dist.PrefixStore(agree_on_start(store, rank, world, parallel.timeout), store)
+    _job = Job(store, parallel, rank, world)
     lost_gpus = False
     try:
         resolve(parallel, world)
@@ -126,6 +145,46 @@ def distributed_session(parallel: ParallelConfig, device: torch.device) -> Itera
         _job = None
         if dist.is_initialized() and not lost_gpus:
             dist.destroy_process_group()
+
+
+def agree_on_start(store: dist.Store, rank: int, world: int, timeout: float) -> str:
+    """Return a name for this start of the job: the same on all its ranks, and on no rank of an earlier start.
+
+    TORCHELASTIC_RESTART_COUNT is not that name: each machine counts its own restarts. Rank 0 chooses the name. Another
+    rank may read the name of an earlier start before rank 0 has replaced it; that start does not answer, so it reads
+    the name again.
+
+    Raises:
+        LostRank: if a rank does not start within `timeout` seconds.
+        AnotherRankEnded: if rank 0 reports that.
+    """
+    process = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", process)
+        keys = [f"{process}/rank/{other}" for other in range(1, world)]
+        with contextlib.suppress(dist.DistStoreError):  # the wait timed out
+            store.wait(keys, timedelta(seconds=timeout))
+        missing = [other for other, key in enumerate(keys, start=1) if not store.check([key])]
+        for other, key in enumerate(keys, start=1):
+            if other not in missing:
+                store.set(f"{process}/answer/{store.get(key).decode()}", "not all" if missing else "all")
+        if missing:
+            raise LostRank(
+                f"{len(missing)} of {world} ranks did not start within {timeout} s (--parallel.timeout): rank "
+                f"{', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''}. Check the log of their machine"
+            )
+        return process
+    deadline = time.monotonic() + timeout + GRACE
+    while time.monotonic() < deadline:
+        with contextlib.suppress(dist.DistStoreError):  # a wait timed out
+            name = store.get("start").decode()
+            store.set(f"{name}/rank/{rank}", process)
+            answer = f"{name}/answer/{process}"
+            store.wait([answer], timedelta(seconds=1))
+            if store.get(answer) == b"all":
+                return name
+            raise AnotherRankEnded(exit_code_of(LostRank()))
+    raise LostRank(f"rank 0 did not start within {timeout} s (--parallel.timeout). Check the log of its machine")
 
 
 def sync_stop_signal(step: int, signal: int | None) -> int | None:
@@ -173,18 +232,37 @@ def rank_label(parallel: ParallelConfig, rank: int, world: int) -> str:
 
 
 def _error_to_raise(job: Job, error: BaseException) -> BaseException:
-    """Return the error with which this rank leaves the session; a reported error has its rank as a note."""
-    reported: BaseException | None = None
-    try:
-        # A collective failed: gloo raises a plain RuntimeError, with the path of its source in the text.
-        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
-            reported = job.diagnose_hang()
-        elif job.claim_report():
-            job.store.set("reported", "")
-            reported = error
-    except dist.DistError:
-        pass  # the process that hosted the store is gone: it has reported an error or was killed
+    """Return the error with which this rank leaves the session; a reported error has its rank as a note.
+
+    A call of the store never returns if the process that hosts the store is stopped, so a thread makes the calls.
+    """
+    found: list[BaseException | None] = []
+    thread = threading.Thread(target=lambda: found.append(_find_error_to_report(job, error)), daemon=True)
+    thread.start()
+    thread.join(STORE_DEADLINE)
+    if found:
+        reported = found[0]
+    else:
+        reported = job.lost_store() if _is_of_collective(error) else error
     if reported is None:
         return AnotherRankEnded(exit_code_of(error))
     reported.add_note(f"rank {job.rank}")
     return reported
+
+
+def _find_error_to_report(job: Job, error: BaseException) -> BaseException | None:
+    """Return the error that this rank reports, or None if another rank reports one."""
+    try:
+        if _is_of_collective(error):
+            return job.diagnose_hang()
+        if job.claim_report():
+            job.store.set("reported", "")
+            return error
+    except dist.DistError:
+        pass  # the process that hosted the store is gone: it has reported an error or was killed
+    return None
+
+
+def _is_of_collective(error: BaseException) -> bool:
+    """Return whether a collective failed: gloo raises a plain RuntimeError, with the path of its source in the text."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
