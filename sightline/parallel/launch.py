@@ -29,7 +29,7 @@ GRACE = 2.0
 """Seconds within which all ranks that wait for the same rank notice that their collective has failed."""
 PRECEDENCE = 3.0
 """Seconds that the other ranks wait for rank 0 to report an error that all ranks may have."""
-STORE_DEADLINE = GRACE + PRECEDENCE + 3.0
+STORE_DEADLINE = GRACE + PRECEDENCE + 2.0
 """Seconds after which a store that does not answer is considered lost: longer than any report takes."""
 
 

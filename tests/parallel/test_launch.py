@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -15,15 +18,18 @@ import torch.distributed as dist
 
 from sightline.config import ParallelConfig
 from sightline.errors import AnotherRankEnded, LostRank, exit_code_of
-from sightline.parallel.launch import distributed_session, rank_label, sync_stop_signal
+from sightline.parallel.launch import agree_on_start, distributed_session, rank_label, sync_stop_signal
 from sightline.parallel.mesh import Mesh
 from tests.support.processes import CONTEXT
 
 CPU = torch.device("cpu")
 
 
-def run_ranks(world: int, body: Callable[[int], object], parallel: ParallelConfig) -> list[object]:
-    """Run `body(rank)` inside `distributed_session`; return each rank's result or error, or "dead" if it died."""
+def run_ranks(world: int, body: Callable[[int], object], parallel: ParallelConfig, stopped: int = -1) -> list[object]:
+    """Run `body(rank)` inside `distributed_session`; return each rank's result or error, or "dead" if it died.
+
+    stopped  a rank that stops itself by SIGSTOP, of which there is no result
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -35,7 +41,11 @@ def run_ranks(world: int, body: Callable[[int], object], parallel: ParallelConfi
     for process in processes:
         process.start()
     try:
-        return [receive(pipe, process) for (pipe, _), process in zip(pipes, processes, strict=True)]
+        return [
+            receive(pipe, process)
+            for rank, ((pipe, _), process) in enumerate(zip(pipes, processes, strict=True))
+            if rank != stopped
+        ]
     finally:
         for process in processes:
             process.kill()
@@ -154,6 +164,59 @@ def test_dead_rank_is_named() -> None:
     assert results[1] == "dead"
     assert results[0][0] == "LostRank"  # type: ignore[index]
     assert results[0][1].startswith("rank 1 (shard 1) is at step 1; rank 0 (shard 0) waits at step 2")  # type: ignore[index]
+
+
+def stop_rank_0(rank: int) -> object:
+    sync_stop_signal(1, None)
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist.all_reduce(torch.ones(3))
+    return None
+
+
+def test_stopped_rank_that_hosts_the_store_is_named() -> None:
+    lost, other = run_ranks(3, stop_rank_0, ParallelConfig(timeout=2), stopped=0)
+    assert lost[0] == "LostRank" and lost[2] == ["rank 1"]  # type: ignore[index]
+    assert lost[1].startswith("rank 0 (shard 0), which hosts the store of the job, does not answer; rank 1")  # type: ignore[index]
+    assert other == ("AnotherRankEnded", "", [], 1)
+
+
+def agree(store: dist.Store, world: int, ranks: set[int], timeout: float = 20) -> list[object]:
+    """Call `agree_on_start` on these ranks, on rank 0 last; return their names or errors, and None for other ranks."""
+    results: list[object] = [None] * world
+
+    def join(rank: int) -> None:
+        try:
+            results[rank] = agree_on_start(store, rank, world, timeout)
+        except Exception as error:
+            results[rank] = str(error) if isinstance(error, LostRank) else error
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in ranks - {0}]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)  # the other ranks find the name of the earlier start
+    if 0 in ranks:
+        join(0)
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_every_start_gets_its_own_name() -> None:
+    store = dist.HashStore()
+    first, second = agree(store, 3, {0, 1, 2}), agree(store, 3, {0, 1, 2})
+    assert len(set(first)) == len(set(second)) == 1 and first[0] != second[0]
+    assert isinstance(first[0], str)
+
+
+def test_ranks_that_do_not_start_are_named_once() -> None:
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=1))
+    zero, one, two, three = agree(store, 4, {0, 1}, timeout=1)
+    assert str(zero).startswith("2 of 4 ranks did not start within 1 s (--parallel.timeout): rank 2, 3. Check")
+    assert isinstance(one, AnotherRankEnded) and two is three is None
+    missing = agree(store, 3, {1}, timeout=1)
+    assert str(missing[1]).startswith("rank 0 did not start within 1 s")
 
 
 def test_rank_label() -> None:
