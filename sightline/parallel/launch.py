@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from sightline.config import ParallelConfig
 from sightline.errors import AnotherRankEnded, LostRank, exit_code_of
-from sightline.parallel.mesh import AXES, resolve
+from sightline.parallel.mesh import AXES, collective_timeout, resolve
 
 GRACE = 2.0
 """Seconds within which all ranks that wait for the same rank notice that their collective has failed."""
@@ -39,11 +39,14 @@ class Job:
     def __init__(self, store: dist.Store, parallel: ParallelConfig, rank: int, world: int) -> None:
         self.store, self.parallel, self.rank, self.world = store, parallel, rank, world
         self.step = 0
+        self._recorded = -math.inf
 
     def record_step(self, step: int) -> None:
-        """Record this rank's step where the other ranks can read it."""
+        """Record this rank's step where the other ranks can read it, at most once a second: one store serves all."""
         self.step = step
-        self.store.set(f"step/{self.rank}", str(step))
+        if time.monotonic() - self._recorded > 1.0:
+            self.store.set(f"step/{self.rank}", str(step))
+            self._recorded = time.monotonic()
 
     def claim_report(self) -> bool:
         """Return whether this rank is the one to report why the job ends.
@@ -94,9 +97,10 @@ class Job:
         )
 
     def _describe_step(self, rank: int) -> str:
-        key = f"step/{rank}"
-        step = f"at step {self.store.get(key).decode()}" if self.store.check([key]) else "before its first step"
-        return f"{self._describe_rank(rank)} is {step}"
+        name, key = self._describe_rank(rank), f"step/{rank}"
+        if not self.store.check([key]):
+            return f"{name} is before its first step"
+        return f"{name} was last at step {self.store.get(key).decode()}"
 
     def _describe_rank(self, rank: int) -> str:
         return f"rank {rank}{rank_label(self.parallel, rank, self.world)}"
@@ -132,7 +136,10 @@ def distributed_session(parallel: ParallelConfig, device: torch.device) -> Itera
     try:
         resolve(parallel, world)
         device = local_device(device)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if parallel.offload:  # the optimizer exchanges gradients that are in CPU memory
+            backend = "cpu:gloo,cuda:nccl"
+        timeout = collective_timeout(parallel, device)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         yield device
     except (Exception, KeyboardInterrupt) as error:
@@ -170,8 +177,9 @@ def agree_on_start(store: dist.Store, rank: int, world: int, timeout: float) -> 
                 store.set(f"{process}/answer/{store.get(key).decode()}", "not all" if missing else "all")
         if missing:
             raise LostRank(
-                f"{len(missing)} of {world} ranks did not start within {timeout} s (--parallel.timeout): rank "
-                f"{', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''}. Check the log of their machine"
+                f"{len(missing)} of {world} ranks did not start within {timeout} s (--parallel.timeout): "
+                f"rank {', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''}. "
+                "Check the log of their machine"
             )
         return process
     deadline = time.monotonic() + timeout + GRACE
@@ -187,17 +195,27 @@ def agree_on_start(store: dist.Store, rank: int, world: int, timeout: float) -> 
     raise LostRank(f"rank 0 did not start within {timeout} s (--parallel.timeout). Check the log of its machine")
 
 
-def sync_stop_signal(step: int, signal: int | None) -> int | None:
-    """Return the stop signal that any rank has received, so that all stop after the same step; also records the step.
+def record_step(step: int) -> None:
+    """Record, at most once a second, that this rank begins the step after `step`; without other ranks do nothing."""
+    if _job is not None:
+        _job.record_step(step)
 
-    One all-reduce of an integer on the CPU between two steps. With one process, `signal` is returned unchanged.
+
+def wait_for_device(device: torch.device) -> None:
+    """Wait for a GPU, at most `parallel.timeout` seconds: a collective that waits for a lost rank never ends by itself.
+
+    Raises:
+        DistBackendError: if the GPU does not finish in time.
     """
-    if _job is None:
-        return signal
-    _job.record_step(step)
-    received = torch.tensor(signal or 0)
-    dist.all_reduce(received, dist.ReduceOp.MAX)
-    return int(received) or None
+    if _job is None or device.type != "cuda":
+        return
+    finished = torch.cuda.Event()
+    finished.record()
+    deadline = time.monotonic() + _job.parallel.timeout
+    while not finished.query():
+        if time.monotonic() > deadline:
+            raise dist.DistBackendError("a collective on the GPU does not end")
+        time.sleep(0.0005)
 
 
 def local_device(device: torch.device) -> torch.device:
@@ -240,10 +258,9 @@ def _error_to_raise(job: Job, error: BaseException) -> BaseException:
     thread = threading.Thread(target=lambda: found.append(_find_error_to_report(job, error)), daemon=True)
     thread.start()
     thread.join(STORE_DEADLINE)
-    if found:
-        reported = found[0]
-    else:
-        reported = job.lost_store() if _is_of_collective(error) else error
+    if not found:
+        found.append(job.lost_store() if _is_of_collective(error) else error)
+    reported = found[0]
     if reported is None:
         return AnotherRankEnded(exit_code_of(error))
     reported.add_note(f"rank {job.rank}")

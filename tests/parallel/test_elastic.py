@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from sightline.training.signals import StopRequest
-from sightline.training.trainer import Trainer
-from tests.support.small_runs import rows_of, write_corpus
+from sightline.errors import AnotherRankEnded, Stopped, exit_code_of
+from sightline.training import trainer
+from tests.support.processes import run_on_ranks
+from tests.support.small_runs import rows_of, small_run, train_quietly, write_corpus
 
 STEPS = 40
 FORMS = {
@@ -115,17 +116,26 @@ def test_stop_signal_saves_a_checkpoint_and_is_logged_once(tmp_path: Path) -> No
     assert len(rows_of(tmp_path / "run")) == int(checkpoint.name.removeprefix("step-"))
 
 
-def test_signal_during_sync_stop_signal_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    stop, trainer = StopRequest(), Trainer.__new__(Trainer)
-    trainer.step = 3
+def stop_rank_1_in_step_3(rank: int, directory: Path, source: Path) -> tuple[int, int]:
+    """Return the step after which this rank stopped, and the signal."""
+    original, calls = trainer.train_step, []
 
-    def sync(step: int, signum: int | None) -> int | None:
-        stop.received = signal.SIGTERM  # as the signal handler would during the all-reduce
-        return signum
+    def step(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if rank == 1 and len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr("sightline.training.trainer.sync_stop_signal", sync)
-    assert not trainer.should_stop(stop) and stop.received == signal.SIGTERM
-    assert trainer.should_stop(stop)
+    trainer.train_step = step
+    with pytest.raises((Stopped, AnotherRankEnded)) as stopped:
+        train_quietly(small_run(directory / "run", source))
+    return len(calls), exit_code_of(stopped.value) - 128
+
+
+def test_all_ranks_stop_after_the_step_in_which_one_receives_a_signal(tmp_path: Path) -> None:
+    source = write_corpus(tmp_path / "texts")
+    assert run_on_ranks(2, stop_rank_1_in_step_3, tmp_path, source, join=False) == [(3, signal.SIGTERM)] * 2
+    assert len(rows_of(tmp_path / "run")) == 3
 
 
 @pytest.mark.slow

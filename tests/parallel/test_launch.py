@@ -18,9 +18,10 @@ import torch.distributed as dist
 
 from sightline.config import ParallelConfig
 from sightline.errors import AnotherRankEnded, LostRank, exit_code_of
-from sightline.parallel.launch import agree_on_start, distributed_session, rank_label, sync_stop_signal
+from sightline.parallel.launch import agree_on_start, distributed_session, rank_label, record_step
 from sightline.parallel.mesh import Mesh
-from tests.support.processes import CONTEXT
+from sightline.training.step import StepSums
+from tests.support.processes import CONTEXT, run_on_ranks
 
 CPU = torch.device("cpu")
 
@@ -78,7 +79,7 @@ def test_one_process_has_no_process_group(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with distributed_session(ParallelConfig(tensor=4), CPU) as device:  # Mesh checks the degrees
         assert device == CPU and not dist.is_initialized()
-        assert sync_stop_signal(7, None) is None and sync_stop_signal(7, 15) == 15
+        record_step(7)
 
 
 def sum_of_ranks(rank: int) -> object:
@@ -91,19 +92,29 @@ def test_session_of_two_ranks() -> None:
     assert run_ranks(2, sum_of_ranks, ParallelConfig(tensor=2)) == [(1, 0, True), (1, 1, True)]
 
 
-def collect_stop_signals(rank: int) -> object:
-    return [sync_stop_signal(step, 15 if rank == 1 and step >= 2 else None) for step in range(4)]
+def count_stop_requests(rank: int) -> list[float]:
+    mesh = Mesh(ParallelConfig(shard=2, tensor=2), CPU)
+    counts = dict.fromkeys(("visible_pairs", "attention_flops", "tokens", "padded_tokens"), 1.0)
+    return [
+        StepSums.of_all_processes(mesh, torch.ones(()), stop_requested=rank == asks, **counts).read()["stop_requests"]
+        for asks in range(5)
+    ]
 
 
-def test_stop_signal_of_one_rank_reaches_all_at_the_same_step() -> None:
-    assert run_ranks(2, collect_stop_signals, ParallelConfig()) == [[None, None, 15, 15]] * 2
+def test_all_ranks_read_the_stop_request_of_any_rank() -> None:
+    assert run_on_ranks(4, count_stop_requests) == [[1.0, 1.0, 1.0, 1.0, 0.0]] * 4
+
+
+def meet(step: int) -> None:
+    record_step(step)
+    dist.all_reduce(torch.ones(1))
 
 
 def fail_on_rank_1(rank: int) -> object:
-    sync_stop_signal(1, None)
+    meet(1)
     if rank == 1:
         raise FileNotFoundError("no such file")
-    return [sync_stop_signal(step, None) for step in range(2, 5)]
+    meet(2)
 
 
 def test_only_the_failing_rank_reports_an_error() -> None:
@@ -128,46 +139,47 @@ def test_invalid_degrees_are_reported_once() -> None:
 
 
 def sleep_before_step_2(rank: int) -> object:
-    sync_stop_signal(1, None)
+    meet(1)
     if rank == 2:
-        time.sleep(15)
-    sync_stop_signal(2, None)
+        time.sleep(11)
+    meet(2)
     return None
 
 
 def sleep_inside_step_1(rank: int) -> object:
-    sync_stop_signal(1, None)
+    mesh = Mesh(ParallelConfig(pipeline=2, shard=2, timeout=3), CPU)
+    meet(1)
     if rank == 2:
-        time.sleep(15)
-    dist.all_reduce(torch.ones(3))
+        time.sleep(11)
+    mesh.all_reduce(mesh.all_reduce(torch.ones(3), "pipeline"), "shard")
     return None
 
 
 @pytest.mark.parametrize(("body", "waiting_step"), [(sleep_before_step_2, 2), (sleep_inside_step_1, 1)])
 def test_missing_rank_is_named_once(body: Callable[[int], object], waiting_step: int) -> None:
-    results = run_ranks(4, body, ParallelConfig(pipeline=2, shard=2, timeout=4))
+    results = run_ranks(4, body, ParallelConfig(pipeline=2, shard=2, timeout=3))
     lost = [error for error in results if error[0] == "LostRank"]  # type: ignore[index]
     assert len(lost) == 1 and sum(error[0] == "AnotherRankEnded" for error in results) == 3  # type: ignore[index]
-    assert lost[0][1].startswith("rank 2 (pipeline 1, shard 0) is at step 1; rank ")  # type: ignore[index]
-    assert f"waits at step {waiting_step} and has given up (--parallel.timeout 4 s" in lost[0][1]  # type: ignore[index]
+    assert lost[0][1].startswith("rank 2 (pipeline 1, shard 0) was last at step 1; rank ")  # type: ignore[index]
+    assert f"waits at step {waiting_step} and has given up (--parallel.timeout 3 s" in lost[0][1]  # type: ignore[index]
 
 
 def die(rank: int) -> object:
-    sync_stop_signal(1, None)
+    meet(1)
     if rank == 1:
         os._exit(1)
-    return [sync_stop_signal(step, None) for step in range(2, 5)]
+    meet(2)
 
 
 def test_dead_rank_is_named() -> None:
     results = run_ranks(2, die, ParallelConfig())
     assert results[1] == "dead"
     assert results[0][0] == "LostRank"  # type: ignore[index]
-    assert results[0][1].startswith("rank 1 (shard 1) is at step 1; rank 0 (shard 0) waits at step 2")  # type: ignore[index]
+    assert results[0][1].startswith("rank 1 (shard 1) was last at step 1; rank 0 (shard 0) waits at step 2")  # type: ignore[index]
 
 
 def stop_rank_0(rank: int) -> object:
-    sync_stop_signal(1, None)
+    meet(1)
     if rank == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
     dist.all_reduce(torch.ones(3))
