@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from sightline.config.renamed import RenamedFields
-from sightline.numbers import check_divisible
 
 Model = TypeVar("Model")
 
@@ -70,7 +69,7 @@ class TrainingConfig:
     global_batch_size: int = 8
     """Rows per optimizer step, over all data-parallel ranks."""
     micro_batch_size: int = 8
-    """Rows per forward pass on each rank; must divide the global batch size.
+    """Rows per forward pass on each rank, at most; a rank with fewer rows per step uses all of them.
     The other rows of a step are gradient accumulation steps, or the micro-batches of a pipeline schedule."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device type; `auto` selects CUDA if available."""
@@ -99,8 +98,10 @@ class TrainingConfig:
             raise ValueError(
                 f"training.sequence-length must be at least 2 (one input token, one label), got {self.sequence_length}"
             )
-        batch, micro = self.global_batch_size, self.micro_batch_size
-        check_divisible("training.global-batch-size", batch, "training.micro-batch-size", micro, "micro-batch sizes")
+
+    def rows_per_forward(self, rows: int) -> int:
+        """Return the rows of each forward pass on a rank that has `rows` rows per step."""
+        return min(self.micro_batch_size, rows)
 
 
 SCHEDULES = Literal[

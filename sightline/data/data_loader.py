@@ -104,7 +104,7 @@ def open_validation(
         return []
     options: dict[str, Any] = {
         "rows": validation.rows,
-        "rows_per_batch": training.micro_batch_size,
+        "rows_per_batch": training.rows_per_forward(training.global_batch_size // world),
         "sequence_length": training.sequence_length,
         "rank": rank,
         "world": world,

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future, wait
 from dataclasses import replace
-from typing import Any, TypeVar
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,17 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sightline.config import ParallelConfig
 from sightline.numbers import divisors
-from sightline.parallel.torch_private import flatten
-
-T = TypeVar("T")
+from sightline.parallel.torch_private import flatten, set_timeout
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 """Outermost first: neighbors along the last axis have adjacent ranks, which have the fastest links."""
 FLATTENED = {"data": ("replicate", "shard"), "weights": ("shard", "context"), "loss": ("replicate", "shard", "context")}
 """data: ranks with different rows; weights: ranks that share one copy of the weights; loss: ranks whose token losses
 sum to the loss of all rows."""
-POLL = 1.0
-"""Seconds between two questions whether the first rank of each machine is done."""
 MAX_LISTED_RANKS = 64
 """Ranks of a pipeline stage up to which the log lists all of them."""
 
@@ -75,6 +67,14 @@ def describe_valid_degrees(degrees: dict[str, int], world: int) -> str:
     return "use one of: " + "; ".join(choices) if choices else "lower several degrees"
 
 
+def collective_timeout(parallel: ParallelConfig, device: torch.device) -> timedelta:
+    """Return the time after which a collective fails: `parallel.timeout`, and on GPUs half a minute more.
+
+    NCCL then kills the process, which by then has found the missing rank; see `wait_for_device`.
+    """
+    return timedelta(seconds=parallel.timeout + (30 if device.type == "cuda" else 0))
+
+
 class Mesh:
     """Sizes, this rank's indices, process groups and device meshes of all axes.
 
@@ -103,6 +103,10 @@ class Mesh:
             }
         if self.parallel.expert > 1:
             self._roots.append(self._lay_out("pipeline", "replicate", "expert_weights", "expert", "tensor"))
+        if self.world > 1 and dist.get_backend() != "fake":
+            for mesh in [*self._roots, *self._flattened.values()]:
+                for group in mesh.get_all_groups():
+                    set_timeout(collective_timeout(self.parallel, device), group)
 
     def _lay_out(self, *axes: str) -> DeviceMesh:
         return init_device_mesh(self.device.type, tuple(self._sizes[axis] for axis in axes), mesh_dim_names=axes)
@@ -145,60 +149,8 @@ class Mesh:
             layout[f"stage {stage}" if len(ranks) > 1 else "ranks"] = " | ".join(cells)
         return layout
 
-    def from_rank_zero(self, make: Callable[[], T]) -> T:
-        """Call `make` on rank 0 alone; return its result, or raise its error, on every rank."""
-        if self.world == 1:
-            return make()
-        outcome: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                outcome[0] = make()
-            except Exception as error:
-                outcome[1] = error
-        dist.broadcast_object_list(outcome, device=torch.device("cpu"))
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
-
-    def first_of_each_machine(self, make: Callable[[], T]) -> T:
-        """Call `make` on the first rank of each machine, then on all other ranks, and return the result of this rank.
-
-        It is for work whose result stays on disk, so that the other ranks of a machine only read it. It may take longer
-        than the timeout of a collective: the ranks ask each other every second whether it is done. An error on a first
-        rank is raised on every rank.
-        """
-        if self.world == 1:
-            return make()
-        first = os.environ["LOCAL_RANK"] == "0"
-        made: Future[Any] = Future()
-        if first:
-            threading.Thread(target=_run, args=(make, made), daemon=True).start()  # daemon: Ctrl-C does not wait for it
-        else:
-            made.set_result(None)
-        done = False
-        while not done:
-            wait([made], timeout=POLL)
-            error = made.exception() if made.done() else None
-            state = torch.tensor([int(made.done()), self.world if error is None else self.rank])
-            dist.all_reduce(state, dist.ReduceOp.MIN)
-            done, failed = bool(state[0]), int(state[1])
-            if failed < self.world:
-                errors = [error]
-                dist.broadcast_object_list(errors, src=failed, device=torch.device("cpu"))
-                assert errors[0] is not None
-                raise errors[0]
-        return made.result() if first else make()
-
     def all_reduce(self, value: torch.Tensor, axis: str) -> torch.Tensor:
         """Sum `value` over an axis in place, and return it."""
         if self._sizes[axis] > 1:
             dist.all_reduce(value, group=self.group(axis))
         return value
-
-
-def _run(make: Callable[[], Any], made: Future[Any]) -> None:
-    """Store the result of `make` or its error."""
-    try:
-        made.set_result(make())
-    except BaseException as error:
-        made.set_exception(error)

@@ -30,7 +30,7 @@ from sightline.models.hf.directory import read_pretrained
 from sightline.models.hf.files import holds_weights
 from sightline.parallel.apply import build_parallel, check_rows
 from sightline.parallel.host import HostGroup
-from sightline.parallel.launch import distributed_session, sync_stop_signal
+from sightline.parallel.launch import distributed_session, record_step, wait_for_device
 from sightline.parallel.mesh import Mesh
 from sightline.training.checkpoint import (
     TOKENIZER,
@@ -113,13 +113,13 @@ class Trainer:
         if batches is not None:
             documents = Documents.from_texts([], source="your batches")
         elif is_dataset(run.data):
-            documents = mesh.first_of_each_machine(lambda: load_documents(run.data))
+            documents = self.host.first_of_each_machine(lambda: load_documents(run.data))
         else:
             documents = load_documents(run.data)
         training, held_out = split_documents(documents, run.data.validation_fraction if documents else 0)
         path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or run.model_from, run.model.vocab_size
         log_data(terminal, run.output_dir, documents, held_out, path, vocab_size, start)
-        self.tokenizer = mesh.from_rank_zero(lambda: get_tokenizer(path, training, vocab_size))
+        self.tokenizer = self.host.from_rank_zero(lambda: get_tokenizer(path, training, vocab_size))
         self.model = build_parallel(run.model, run.training, mesh, attention_backend=run.attention.backend)
         if run.model_from and not start:
             read_pretrained(self.model.full_model, run.model_from, self.model.state_dict())
@@ -139,6 +139,8 @@ class Trainer:
             metrics = Metrics(self.directory.path, run.logging, self.step, run_settings)
             self.metrics = opened.enter_context(closing(metrics))
             self.saver.before_save = metrics.file.sync
+        self.stop_requested = False
+        """Whether a rank had received a stop signal when the last read step ended."""
         self.last_read = 0.0
         self.reads_immediately = device.type == "cpu"  # a CPU step is finished when it returns
         terminal.table({"epoch": self.loader.describe()})
@@ -182,7 +184,7 @@ class Trainer:
         def open_training() -> DataLoader:
             return open_loader(run.data, run.training, training, tokenizer, batches=batches, seed=run.seed, **shared)
 
-        loader = self.mesh.first_of_each_machine(open_training) if batches is None else open_training()
+        loader = self.host.first_of_each_machine(open_training) if batches is None else open_training()
         self.loader = opened.enter_context(closing(loader))
         self.validation = open_validation(run.data, run.training, run.validation, held_out, tokenizer, **shared)
 
@@ -191,8 +193,8 @@ class Trainer:
         steps = self.steps
         with StopRequest() as stop, self.terminal.progress(self.step, steps):
             pending: PendingStep | None = None
-            while self.step < steps and not self.should_stop(stop):
-                launched = self.launch_step()
+            while self.step < steps and not self.stop_requested:
+                launched = self.launch_step(stop)
                 if pending:
                     self.write(self.read(pending))  # while the device computes the next step
                 pending = launched
@@ -204,8 +206,9 @@ class Trainer:
             self.saver.save_last(*self.checkpoint_state())
         if self.mesh.rank == 0:
             plot_losses(self.terminal, self.directory, self.run.data.source)
-        if stop.received is not None and self.step < steps:
-            raise Stopped(stop.received, self.step, self.saver.latest())
+        if self.step < steps:
+            signal = self.host.broadcast(max(self.host.gather(stop.received or 0), default=0))
+            raise Stopped(signal, self.step, self.saver.latest())
         if self.run.checkpoint.export:
             self.export()
         self.write_sample()
@@ -214,15 +217,9 @@ class Trainer:
             more_text = f'{family_option(self.run.model)} --prompt "{self.run.logging.sample_prompt}"'
             log_summary(self.terminal, self.directory, more_text, seconds)
 
-    def should_stop(self, stop: StopRequest) -> bool:
-        """Return whether any rank has received a signal: all ranks stop after the same step."""
-        received = sync_stop_signal(self.step, stop.received)
-        if received is not None:  # a signal that arrived since then is noticed at the next step
-            stop.received = received
-        return received is not None
-
-    def launch_step(self) -> PendingStep:
+    def launch_step(self, stop: StopRequest) -> PendingStep:
         """Launch the next step on the device, without waiting for its result."""
+        record_step(self.step)
         started = time.perf_counter()
         batch = next(self.loader)
         if self.step == self.first_step and self.mesh.rank == 0:
@@ -240,6 +237,7 @@ class Trainer:
             self.tokenizer,
             micro_batch_size=self.run.training.micro_batch_size,
             max_grad_norm=self.run.optimizer.max_grad_norm,
+            stop=stop,
         )
         if self.step == self.first_step + 1:
             log_kernels(self.terminal, self.model.attention_kernels)
@@ -248,11 +246,15 @@ class Trainer:
     def read(self, pending: PendingStep) -> dict[str, Any]:
         """Return the metrics of a step, after waiting for the device.
 
+        All ranks read the same number of stop requests of the same step, so they stop after the same step.
+
         Raises:
             NonFiniteLoss: if the loss or the gradient norm is not finite.
         """
         result = pending.result
+        wait_for_device(self.device)
         sums, grad_norm = result.sums.read(), result.grad_norm.item()
+        self.stop_requested = self.stop_requested or sums["stop_requests"] > 0
         loss, tokens = sums["loss"], round(sums["tokens"])
         now = time.perf_counter()
         seconds = now - max(pending.started, self.last_read)

@@ -1,9 +1,5 @@
 """Valid and invalid degrees, and the rank layout."""
 
-import os
-import time
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -87,47 +83,11 @@ def test_describe_layout_lists_every_rank() -> None:
     }
 
 
-def make_on_first_of_each_machine(rank: int, directory: Path, fails: bool) -> str:
-    """Make a file on the first of each two ranks, and read it on both."""
-    os.environ["LOCAL_RANK"] = str(rank % 2)
-    file = directory / str(rank // 2)
-
-    def make() -> str:
-        if rank % 2:
-            return file.read_text()
-        time.sleep(0.2 * rank)
-        assert not file.exists(), "made twice"
-        if fails and rank == 2:
-            raise ValueError("no space")
-        file.write_text(f"made by {rank}")
-        return "made"
-
-    try:
-        return Mesh(ParallelConfig(), torch.device("cpu")).first_of_each_machine(make)
-    except ValueError as error:
-        return f"error: {error}"
+def timeouts(rank: int, degrees: dict[str, int]) -> set[float]:
+    mesh = Mesh(ParallelConfig(**degrees, timeout=7), torch.device("cpu"))
+    groups = [mesh.group(axis) for axis in ("pipeline", "replicate", "shard", "context", "tensor", "data", "loss")]
+    return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
 
 
-def test_first_of_each_machine_makes_what_the_others_read(tmp_path: Path) -> None:
-    (tmp_path / "fails").mkdir()
-    made = run_on_ranks(4, make_on_first_of_each_machine, tmp_path, False)
-    assert made == ["made", "made by 0", "made", "made by 2"]
-    assert run_on_ranks(4, make_on_first_of_each_machine, tmp_path / "fails", True) == ["error: no space"] * 4
-
-
-def make_on_rank_zero(rank: int, fails: bool) -> str:
-    def make() -> str:
-        assert rank == 0, "called on another rank"
-        if fails:
-            raise ValueError("no such file")
-        return "made"
-
-    try:
-        return Mesh(ParallelConfig(), torch.device("cpu")).from_rank_zero(make)
-    except ValueError as error:
-        return f"error: {error}"
-
-
-def test_from_rank_zero_returns_the_result_or_raises_the_error_on_every_rank() -> None:
-    assert run_on_ranks(2, make_on_rank_zero, False) == ["made", "made"]
-    assert run_on_ranks(2, make_on_rank_zero, True) == ["error: no such file"] * 2
+def test_collectives_of_every_axis_have_the_timeout_of_the_run() -> None:
+    assert run_on_ranks(4, timeouts, {"shard": 2, "tensor": 2})[1] == {7.0}
