@@ -43,7 +43,8 @@ def check_values(config: Any, prefix: str) -> None:
     Raises:
         ValueError: if a value has another type than its field or is too large; the message has the name of the option.
     """
-    for name, kind in types_of(type(config)).items():
+    owner: Any = type(config)
+    for name, kind in types_of(owner).items():
         check_value(kind, getattr(config, name), f"{prefix}.{name.replace('_', '-')}")
         check_limit(name, getattr(config, name), f"{prefix}.{name.replace('_', '-')}")
 
@@ -72,8 +73,20 @@ def check_limit(field: str, value: Any, name: str) -> None:
             raise ValueError(f"{name} is {value}; expected at most {LIMITS[field]}: no model is larger, correct it")
 
 
+def check_text(name: str, text: str) -> None:
+    """Check that text can be encoded for a tokenizer; `name` is that of its option.
+
+    Raises:
+        ValueError: if it contains bytes of the command line that are no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} {text!r} contains bytes that are not UTF-8; write it in UTF-8") from None
+
+
 @cache
-def types_of(kind: type) -> dict[str, Any]:
+def types_of(kind: Any) -> dict[str, Any]:
     """Return {name: type} of the fields of a dataclass."""
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}

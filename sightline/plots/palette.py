@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sightline.paths import printable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -27,7 +29,9 @@ def tick_step(least: float) -> int:
 
 def finish(axes: Axes, title: str, fontsize: float = 10, pad: float | None = None) -> None:
     """Set a bold left-aligned title, and style labels, ticks and spines; pad: points between axes and title."""
-    axes.set_title(title, loc="left", pad=pad, fontsize=fontsize, fontweight="bold", color=TEXT)
+    axes.set_title(
+        printable(title), loc="left", pad=pad, fontsize=fontsize, fontweight="bold", color=TEXT, parse_math=False
+    )
     axes.xaxis.label.set(size=9, color=TEXT)
     axes.yaxis.label.set(size=9, color=TEXT)
     axes.tick_params(labelsize=8, colors=TEXT, length=3, width=0.6)

@@ -34,8 +34,7 @@ COPIED_FILES = (
 """Files that are copied from the source directory to the saved one."""
 
 
-HUB_FILES = (CONFIG, INDEX, "*.safetensors", *COPIED_FILES)
-"""Files that are downloaded of a model on the Hub."""
+WEIGHT_FILES = (INDEX, "*.safetensors")
 
 
 def find_pretrained(directory: str | Path, families: Iterable[Family] = FAMILIES) -> Path:
@@ -50,13 +49,15 @@ def find_pretrained(directory: str | Path, families: Iterable[Family] = FAMILIES
     return fetch(directory)
 
 
-def fetch(directory: Path) -> Path:
-    """Return the directory, or if it is the name of a model on the Hub, the downloaded copy.
+def fetch(directory: Path, *, weights: bool = True) -> Path:
+    """Return the directory, or if it is the name of a model on the Hub, the downloaded copy, maybe without weights.
 
     Raises:
         ValueError: if the model cannot be downloaded.
     """
-    return download(str(directory), HUB_FILES) if is_hub_name(directory) else directory
+    if not is_hub_name(directory):
+        return directory
+    return download(str(directory), (CONFIG, *COPIED_FILES, *(WEIGHT_FILES if weights else ())))
 
 
 def is_pretrained(directory: Path) -> bool:
@@ -134,15 +135,15 @@ def read_model_config(directory: Path, families: Iterable[Family] = FAMILIES) ->
         raise ValueError(f"{directory / CONFIG} has no field {error}, which {hf['architectures'][0]} needs") from error
 
 
-def read_copied_fields(source: Path) -> dict[str, Any]:
-    """Return the fields of a directory's config.json that are copied; none without a config.json.
+def read_copied_fields(source: Path, name: str = CONFIG) -> dict[str, Any]:
+    """Return the fields of a directory's config.json, or a file of another name, that are copied; none without it.
 
     Raises:
-        ValueError: if config.json is not a JSON object inside the directory.
+        ValueError: if the file is not a JSON object inside the directory.
     """
-    if not (source / CONFIG).exists():
+    if not (source / name).exists():
         return {}
-    theirs = read_json(source, CONFIG)
+    theirs = read_json(source, name)
     return {name: theirs[name] for name in COPIED_FIELDS if name in theirs}
 
 
