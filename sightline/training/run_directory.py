@@ -176,9 +176,8 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         if value is None:
             return None
         return decode(next(part for part in arguments if part is not type(None)), value, where)
-    if isinstance(value, list):
-        item = arguments[0] if arguments else Any
-        value = (origin or list)(decode(item, part, where) for part in value)
+    if isinstance(value, list) and origin is tuple:
+        value = tuple(decode(arguments[0], part, where) for part in value)
     if kind is Path:
         check_value(str, value, where)
         return Path(value)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sightline.models.hf.format import Group, Weight, group_weights, identity
 from sightline.models.weight_init import local_shard
-from sightline.paths import file_inside, read_json
+from sightline.paths import file_inside, printable, read_json
 from sightline.torch_private import is_dtensor
 
 SINGLE = "model.safetensors"
@@ -162,6 +162,10 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
+        if printable(str(file)) != str(file):
+            raise ValueError(
+                f"{file} cannot be read ({error}): the library safetensors reads only paths in UTF-8; rename it"
+            ) from error
         raise ValueError(f"{file} cannot be read ({error}); it is truncated or not a safetensors file") from error
 
 

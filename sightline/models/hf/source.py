@@ -41,12 +41,15 @@ def find_pretrained(directory: str | Path, families: Iterable[Family] = FAMILIES
     """Return a Hugging Face directory: the one that is given, or the local copy of the Hub model of that name.
 
     Raises:
-        ValueError: if the model cannot be downloaded, or none of `families` supports it.
+        ValueError: if the model cannot be downloaded, none of `families` supports it, or a file is not a plain one.
     """
     directory = Path(directory).expanduser()
     if is_hub_name(directory):
         read_model_config(directory, families)  # refuses a model that is not supported before its weights are read
-    return fetch(directory)
+    directory = fetch(directory)
+    for name in (CONFIG, *COPIED_FILES):
+        file_inside(directory, name)
+    return directory
 
 
 def fetch(directory: Path, *, weights: bool = True) -> Path:

@@ -186,7 +186,7 @@ def edit_config(directory: Path, **fields: Any) -> None:
         (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "index.json is damaged"),
         (
             lambda d: [file.unlink() for file in d.glob("model*")],
-            "contains no weights; expected model.safetensors, or model.safetensors.index.json and its files: download it",
+            "contains no weights; expected model.safetensors, or .*index.json and its files: download it again",
         ),
         (
             lambda d: (d / "model-00003-of-00003.safetensors").write_bytes(b"short"),
