@@ -240,3 +240,39 @@ def test_every_integer_of_a_model_config_has_a_limit_that_leaves_room() -> None:
         for field, kind in types_of(type(config)).items():
             if int in (kind, *typing.get_args(kind)):
                 assert 10 * (getattr(config, field) or 0) <= LIMITS[field], f"{type(config).__name__}.{field}"
+
+
+def test_export_reads_no_directory_that_the_config_of_a_run_names(
+    directory: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A run copies the tokenizer files of --model-from when the user names it; later commands use the copies."""
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    edit(directory, max_position_embeddings=77, eos_token_id=[1, 2])
+    train = commands(directory, tmp_path, corpus)[2]
+    short = ["--training.steps", "1", "--training.sequence-length", "16", "--logging.sample-tokens", "0"]
+    assert run([*train, *short, "--logging.no-tensorboard"]) == 0
+    moved = tmp_path / "moved"
+    next((tmp_path / "run" / "checkpoints").iterdir()).rename(moved)
+    (directory / "chat_template.jinja").write_text("TOP-SECRET")
+    (directory / "generation_config.json").write_text("{}")
+    assert run(["convert", str(moved), str(tmp_path / "out")]) == 0
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    assert written == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["max_position_embeddings"], config["eos_token_id"]) == (77, [1, 2])
+
+    config = json.loads((moved / "config.json").read_text())
+    for hidden_size, message in ((6400, "MiB of weights; expected the config.json"), (2**40, "model.hidden-size is")):
+        (moved / "config.json").write_text(json.dumps(with_value(config, ("model", "hidden_size"), hidden_size)))
+        sizes = json.loads((moved / "manifest.json").read_text())
+        sizes["files"]["config.json"] = (moved / "config.json").stat().st_size
+        (moved / "manifest.json").write_text(json.dumps(sizes))
+        assert run(["generate", str(moved), "--device", "cpu"]) == 2
+        assert message in capsys.readouterr().err

@@ -39,8 +39,6 @@ EXAMPLES = """examples:
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 success, 1 failure, 2 wrong input, 128 + n stopped by signal n."""
     argv = sys.argv[1:] if argv is None else argv
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks ends no command
     try:
         sys.exit(run(argv))
     except BrokenPipeError:  # `sightline generate ... | head` closed the pipe: no error message
@@ -50,6 +48,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 def run(argv: list[str]) -> int:
     """Run one command and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks ends no command
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0

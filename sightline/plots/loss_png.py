@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sightline.paths import printable
-from sightline.plots.palette import GRID, RATE, TRAIN, VALIDATION
+from sightline.plots.palette import GRID, RATE, TRAIN, VALIDATION, save
 
 
 def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
@@ -40,7 +40,7 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") ->
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color=GRID, linewidth=0.7)
         axes.margins(x=0.02)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sightline.paths import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TEXT = "#1b2130"
 EDGE = "#8a94a6"  # axes, and frames around segments
@@ -25,6 +28,13 @@ def tick_step(least: float) -> int:
     while step < least:
         step *= 2
     return step
+
+
+def save(figure: Figure, path: Path, **options: Any) -> None:
+    """Write a figure. Characters that the font lacks, as of a Chinese name, become boxes without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(path, **options)
 
 
 def finish(axes: Axes, title: str, fontsize: float = 10, pad: float | None = None) -> None:

@@ -54,15 +54,13 @@ class RunDirectory:
                 the fields of its config that an export needs, so that no later command reads other directories
 
         Raises:
-            ValueError: if a file of the source is a link that leaves it, or the source is this directory.
+            ValueError: if a file of the source is a link that leaves it.
         """
         pretrained = self.path / PRETRAINED_CONFIG
         pretrained.unlink(missing_ok=True)
         if source is None:
             tokenizer.save(self.tokenizer)
             return tokenizer
-        if source.resolve() == self.path.resolve():
-            raise ValueError(f"{source} is model_from and the output directory; choose another --output-dir")
         copy_files(source, self.path)
         name = PRETRAINED_CONFIG if (source / PRETRAINED_CONFIG).exists() else "config.json"
         fields = read_copied_fields(source, name)
