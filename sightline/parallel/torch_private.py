@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.attention.varlen  # registers torch.ops.torch_attn
 from torch import Tensor
-from torch.distributed import _functional_collectives
+from torch.distributed import _functional_collectives, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import SAC_IGNORED_OPS
 
@@ -28,6 +28,8 @@ all_to_all_single_autograd = _functional_collectives.all_to_all_single_autograd
 wait = torch.ops._c10d_functional.wait_tensor
 flatten = DeviceMesh._flatten
 """Returns a mesh of several axes as a mesh with one axis."""
+default_store = distributed_c10d._get_default_store
+"""Returns the store that `init_process_group` was given or created."""
 foreach_norm = torch._foreach_norm
 foreach_multiply_ = torch._foreach_mul_
 
