@@ -85,11 +85,7 @@ class ImageLoader:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if images is None:
-            raise ValueError(
-                f"data.source {SYNTHETIC_IMAGES!r} contains images, but this model is text-only; use a recipe of the "
-                "family vlm, or another --data.source"
-            )
+        images = check_images(images)
         if tokenizer.vocab_size > images.image_token_id:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, so the image token {images.image_token_id} may also "
@@ -168,6 +164,20 @@ class ImageLoader:
             image = [self._images.image_token_id] * (height * width)
             ids += [*(caption[:begin] if not ids else ()), *image, *caption[begin:-1]]
         return [*ids, self._tokenizer.eos_id], images
+
+
+def check_images(images: ImageSizes | None) -> ImageSizes:
+    """Return the image properties of a model.
+
+    Raises:
+        ValueError: if it has none, because it is text-only.
+    """
+    if images is None:
+        raise ValueError(
+            f"data.source {SYNTHETIC_IMAGES!r} contains images, but this model is text-only; use a recipe of the "
+            "family vlm, or another --data.source"
+        )
+    return images
 
 
 def validation_images(

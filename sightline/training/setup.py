@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from sightline import config
-from sightline.data import Documents, Tokenizer, load_tokenizer, train_tokenizer
+from sightline.config import LoggingConfig, Run, TrainingConfig
+from sightline.data import SYNTHETIC_IMAGES, Tokenizer, load_tokenizer
+from sightline.data.synthetic_images import check_images
+from sightline.data.tokenizer import check_vocab_size
+from sightline.models import build_skeleton, family_of
+from sightline.models.hf.directory import read_pretrained
+from sightline.training.metrics import check_wandb
 
 
-def choose_device(options: config.TrainingConfig) -> torch.device:
+def choose_device(options: TrainingConfig) -> torch.device:
     """Return the device for `training.device`.
 
     Raises:
@@ -34,19 +40,46 @@ def make_reproducible(seed: int, deterministic: bool) -> None:
     torch.manual_seed(seed)
 
 
-def get_tokenizer(path: Path | None, documents: Documents, vocab_size: int) -> Tokenizer:
-    """Load the tokenizer at `path`; without a path, train one on the documents.
+def check_options(run: Run) -> None:
+    """Check the options that are used after the data are read, some of them only at the end of the run.
 
     Raises:
-        ValueError: if the tokenizer is larger than `vocab_size`, or there are no documents to train on.
+        ValueError: if one of them cannot work with this model or on this machine.
+    """
+    if run.checkpoint.export:
+        family = family_of(run.model)
+        if family.hf is None:
+            raise ValueError(
+                f"checkpoint.export writes a Hugging Face directory, but the family {family.name} has no Hugging Face "
+                "format; use --checkpoint.no-export, or pass hf=HuggingFace(...) to the Family"
+            )
+        family.hf.config_to_hf(run.model)  # raises if the format has no field for an option of the model
+    check_wandb(run.logging)
+    if run.data.source == SYNTHETIC_IMAGES:
+        check_images(build_skeleton(run.model).image_sizes)
+
+
+def check_pretrained(model: Any, directory: Path) -> None:
+    """Check that the weights of a Hugging Face directory fit a model config, without reading them.
+
+    Raises:
+        ValueError: if the directory is missing or incomplete, or a name or shape differs.
+    """
+    try:
+        read_pretrained(build_skeleton(model), directory, {})  # with no tensors to fill, it only checks
+    except ValueError as error:
+        raise ValueError(f"model_from {directory} cannot be used: {error}") from error
+
+
+def open_tokenizer(path: Path | None, vocab_size: int) -> Tokenizer | None:
+    """Load the tokenizer at `path`; without a path, return None: one is trained on the documents.
+
+    Raises:
+        ValueError: if it is missing, or the vocabulary of the model is too small for it or to train one.
     """
     if path is None:
-        if not documents:
-            raise ValueError(
-                f"{documents.source} have no text to train a tokenizer on; set the tokenizer they were encoded with: "
-                "data.tokenizer or model_from"
-            )
-        return train_tokenizer(documents, vocab_size)
+        check_vocab_size(vocab_size)
+        return None
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
@@ -54,3 +87,16 @@ def get_tokenizer(path: Path | None, documents: Documents, vocab_size: int) -> T
             f"use --model.vocab-size {tokenizer.vocab_size}"
         )
     return tokenizer
+
+
+def check_prompt(logging: LoggingConfig, tokenizer: Tokenizer) -> None:
+    """Check that the prompt of the final sample has tokens.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    if logging.sample_tokens and not tokenizer.encode_prompt(logging.sample_prompt):
+        raise ValueError(
+            f"logging.sample-prompt {logging.sample_prompt!r} has no tokens in the run's tokenizer; expected at least "
+            'one character: use --logging.sample-prompt "The", or --logging.sample-tokens 0 for no sample'
+        )

@@ -13,13 +13,24 @@ import torch
 from rich.console import Console
 
 from sightline.config import Run
-from sightline.data import Batches, Documents, load_documents, open_loader, open_validation, split_documents
+from sightline.data import (
+    Batches,
+    Documents,
+    Tokenizer,
+    load_documents,
+    open_loader,
+    open_validation,
+    split_documents,
+    train_tokenizer,
+)
 from sightline.errors import NonFiniteLoss, RunFailed, Stopped
 from sightline.generation import SamplingConfig, generate
 from sightline.masks import named_masks
 from sightline.models.hf.directory import read_pretrained
 from sightline.models.hf.files import holds_weights
-from sightline.parallel.apply import build_parallel, check_rows
+from sightline.parallel.apply import build_parallel
+from sightline.parallel.checks import check_run
+from sightline.parallel.host import HostGroup
 from sightline.parallel.launch import distributed_session, sync_stop_signal
 from sightline.parallel.mesh import Mesh
 from sightline.training.checkpoint import TOKENIZER, CannotSave, Progress, load_checkpoint, remove_partial, tensors
@@ -36,11 +47,19 @@ from sightline.training.report import (
     plot_first_masks,
     plot_losses,
 )
-from sightline.training.resume import check_continues, find_start
+from sightline.training.resume import check_continues, find_start, flat
 from sightline.training.run_directory import RunDirectory, settings
+from sightline.training.same_on_all_ranks import check_same, data_digest, versions
 from sightline.training.saver import Saver
 from sightline.training.schedule import learning_rate
-from sightline.training.setup import choose_device, get_tokenizer, make_reproducible
+from sightline.training.setup import (
+    check_options,
+    check_pretrained,
+    check_prompt,
+    choose_device,
+    make_reproducible,
+    open_tokenizer,
+)
 from sightline.training.signals import StopRequest
 from sightline.training.step import StepResult, train_step, validate
 from sightline.training.terminal import Terminal
@@ -81,20 +100,25 @@ class Trainer:
         self, run: Run, device: torch.device, terminal: Terminal, opened: ExitStack, batches: Batches | None = None
     ) -> None:
         self.run, self.device = run, device
+        host = HostGroup()
+        run_settings = settings(run)
+        check_same(host, {**versions(), **flat(run_settings)})
+        check_run(run, host.world, device)
+        check_options(run)
         self.mesh = mesh = Mesh(run.parallel, device)
         self.terminal = terminal = terminal if mesh.rank == 0 else Terminal(Console(quiet=True))
         self.start_time = time.perf_counter()
-        check_rows(run.training, mesh)
         make_reproducible(run.seed, run.training.deterministic)
         self.directory = RunDirectory(run.output_dir)
-        run_settings = settings(run)
         start, changes = mesh.from_rank_zero(lambda: self.acquire_directory(opened, run_settings))
 
+        path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or run.model_from, run.model.vocab_size
+        tokenizer = mesh.from_rank_zero(lambda: self.check_inputs(start, path))
         documents = load_documents(run.data) if batches is None else Documents.from_texts([], source="your batches")
         training, held_out = split_documents(documents, run.data.validation_fraction if documents else 0)
-        path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or run.model_from, run.model.vocab_size
         log_data(terminal, run.output_dir, documents, held_out, path, vocab_size, start)
-        self.tokenizer = mesh.from_rank_zero(lambda: get_tokenizer(path, training, vocab_size))
+        self.tokenizer = tokenizer or mesh.from_rank_zero(lambda: train_tokenizer(training, vocab_size))
+        check_same(host, {"data": data_digest(documents), "tokenizer": self.tokenizer.fingerprint})
         self.model = build_parallel(run.model, run.training, mesh, attention_backend=run.attention.backend)
         if run.model_from and not start:
             read_pretrained(self.model.full_model, run.model_from, self.model.state_dict())
@@ -121,11 +145,21 @@ class Trainer:
 
     def acquire_directory(self, opened: ExitStack, run_settings: dict[str, Any]) -> tuple[Path | None, list[str]]:
         """Lock the directory; return the checkpoint to resume from, and warnings about changed options."""
+        self.directory.check_writable()
         start = find_start(self.run.checkpoint.resume, self.directory)
         changes = check_continues(start, run_settings) if start else []
         opened.enter_context(self.directory.lock())
         remove_partial(self.directory.checkpoints)
         return start, changes
+
+    def check_inputs(self, start: Path | None, tokenizer: Path | None) -> Tokenizer | None:
+        """Check the files that the run starts from, and return the tokenizer, or None to train one."""
+        opened = open_tokenizer(tokenizer, self.run.model.vocab_size)
+        if opened is not None:
+            check_prompt(self.run.logging, opened)
+        if self.run.model_from and not start:
+            check_pretrained(self.run.model, self.run.model_from)
+        return opened
 
     def open_batches(
         self, training: Documents, held_out: Documents, batches: Batches | None, opened: ExitStack
