@@ -14,7 +14,12 @@ from sightline.data.synthetic_images import check_images
 from sightline.data.tokenizer import check_vocab_size
 from sightline.models import build_skeleton, family_of
 from sightline.models.hf.directory import read_pretrained
+from sightline.parallel.checks import check_run
+from sightline.parallel.host import HostGroup
 from sightline.training.metrics import check_wandb
+from sightline.training.resume import flat
+from sightline.training.run_directory import settings
+from sightline.training.same_on_all_ranks import check_same, versions
 
 
 def choose_device(options: TrainingConfig) -> torch.device:
@@ -40,6 +45,17 @@ def make_reproducible(seed: int, deterministic: bool) -> None:
     torch.manual_seed(seed)
 
 
+def check_start(run: Run, device: torch.device, host: HostGroup) -> None:
+    """Check all that can be checked before a file is read or a process group is made. All ranks call this.
+
+    Raises:
+        ValueError: if ranks differ in versions or options, or the run cannot work on this mesh, device or machine.
+    """
+    check_same(host, {**versions(), **flat(settings(run))})
+    check_run(run, host.world, device)
+    check_options(run)
+
+
 def check_options(run: Run) -> None:
     """Check the options that are used after the data are read, some of them only at the end of the run.
 
@@ -57,6 +73,22 @@ def check_options(run: Run) -> None:
     check_wandb(run.logging)
     if run.data.source == SYNTHETIC_IMAGES:
         check_images(build_skeleton(run.model).image_sizes)
+
+
+def open_files(run: Run, tokenizer: Path | None, start: Path | None) -> Tokenizer | None:
+    """Check the files that the run starts from, and return its tokenizer: None if one is trained on the documents.
+
+    start  the checkpoint to resume from, which replaces pretrained weights
+
+    Raises:
+        ValueError: if the tokenizer or the pretrained weights are missing, or do not fit the model and the options.
+    """
+    opened = open_tokenizer(tokenizer, run.model.vocab_size)
+    if opened is not None:
+        check_prompt(run.logging, opened)
+    if run.model_from and not start:
+        check_pretrained(run.model, run.model_from)
+    return opened
 
 
 def check_pretrained(model: Any, directory: Path) -> None:

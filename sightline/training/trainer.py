@@ -16,7 +16,6 @@ from sightline.config import Run
 from sightline.data import (
     Batches,
     Documents,
-    Tokenizer,
     load_documents,
     open_loader,
     open_validation,
@@ -29,11 +28,18 @@ from sightline.masks import named_masks
 from sightline.models.hf.directory import read_pretrained
 from sightline.models.hf.files import holds_weights
 from sightline.parallel.apply import build_parallel
-from sightline.parallel.checks import check_run
 from sightline.parallel.host import HostGroup
 from sightline.parallel.launch import distributed_session, sync_stop_signal
 from sightline.parallel.mesh import Mesh
-from sightline.training.checkpoint import TOKENIZER, CannotSave, Progress, load_checkpoint, remove_partial, tensors
+from sightline.training.checkpoint import (
+    TOKENIZER,
+    CannotSave,
+    Progress,
+    check_checkpoint,
+    load_checkpoint,
+    tensors,
+)
+from sightline.training.checkpoint_directory import remove_partial
 from sightline.training.export import export_checkpoint
 from sightline.training.flops import find_peak
 from sightline.training.metrics import Metrics
@@ -47,19 +53,12 @@ from sightline.training.report import (
     plot_first_masks,
     plot_losses,
 )
-from sightline.training.resume import check_continues, find_start, flat
+from sightline.training.resume import check_continues, find_start, pass_over_damage
 from sightline.training.run_directory import RunDirectory, settings
-from sightline.training.same_on_all_ranks import check_same, data_digest, versions
+from sightline.training.same_on_all_ranks import check_same, data_digest
 from sightline.training.saver import Saver
 from sightline.training.schedule import learning_rate
-from sightline.training.setup import (
-    check_options,
-    check_pretrained,
-    check_prompt,
-    choose_device,
-    make_reproducible,
-    open_tokenizer,
-)
+from sightline.training.setup import check_start, choose_device, make_reproducible, open_files
 from sightline.training.signals import StopRequest
 from sightline.training.step import StepResult, train_step, validate
 from sightline.training.terminal import Terminal
@@ -100,24 +99,22 @@ class Trainer:
         self, run: Run, device: torch.device, terminal: Terminal, opened: ExitStack, batches: Batches | None = None
     ) -> None:
         self.run, self.device = run, device
-        host = HostGroup()
+        self.host = host = HostGroup()
         run_settings = settings(run)
-        check_same(host, {**versions(), **flat(run_settings)})
-        check_run(run, host.world, device)
-        check_options(run)
+        check_start(run, device, host)
         self.mesh = mesh = Mesh(run.parallel, device)
         self.terminal = terminal = terminal if mesh.rank == 0 else Terminal(Console(quiet=True))
         self.start_time = time.perf_counter()
         make_reproducible(run.seed, run.training.deterministic)
         self.directory = RunDirectory(run.output_dir)
-        start, changes = mesh.from_rank_zero(lambda: self.acquire_directory(opened, run_settings))
+        start, changes = self.acquire_directory(opened, run_settings)
 
         path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or run.model_from, run.model.vocab_size
-        tokenizer = mesh.from_rank_zero(lambda: self.check_inputs(start, path))
+        tokenizer = host.from_rank_zero(lambda: open_files(run, path, start))
         documents = load_documents(run.data) if batches is None else Documents.from_texts([], source="your batches")
         training, held_out = split_documents(documents, run.data.validation_fraction if documents else 0)
         log_data(terminal, run.output_dir, documents, held_out, path, vocab_size, start)
-        self.tokenizer = tokenizer or mesh.from_rank_zero(lambda: train_tokenizer(training, vocab_size))
+        self.tokenizer = tokenizer or host.from_rank_zero(lambda: train_tokenizer(training, vocab_size))
         check_same(host, {"data": data_digest(documents), "tokenizer": self.tokenizer.fingerprint})
         self.model = build_parallel(run.model, run.training, mesh, attention_backend=run.attention.backend)
         if run.model_from and not start:
@@ -125,8 +122,10 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, run.optimizer)
         self.open_batches(training, held_out, batches, opened)
         self.peak = find_peak(device, run.training.dtype)
-        saver = Saver(self.directory.checkpoints, self.directory.kept_with_checkpoints, run.checkpoint, terminal.warn)
-        self.saver = opened.enter_context(closing(saver))
+        run_files, checkpoints = self.directory.kept_with_checkpoints, self.directory.checkpoints
+        self.saver = opened.enter_context(closing(Saver(checkpoints, run_files, run.checkpoint, terminal.warn, mesh)))
+        if run.checkpoint.verify:
+            self.saver.verified = start
         self.step = self.first_step = self.resume_from(start) if start else 0
 
         self.metrics: Metrics | None = None  # rank 0 writes for all
@@ -144,22 +143,25 @@ class Trainer:
             terminal.log(f"all {run.training.steps} steps are done (now at step {self.step}): nothing left to train")
 
     def acquire_directory(self, opened: ExitStack, run_settings: dict[str, Any]) -> tuple[Path | None, list[str]]:
-        """Lock the directory; return the checkpoint to resume from, and warnings about changed options."""
-        self.directory.check_writable()
-        start = find_start(self.run.checkpoint.resume, self.directory)
-        changes = check_continues(start, run_settings) if start else []
-        opened.enter_context(self.directory.lock())
-        remove_partial(self.directory.checkpoints)
-        return start, changes
+        """Lock the directory; return the checkpoint to resume from, and warnings about damage and changed options."""
+        options, host, directory = self.run.checkpoint, self.host, self.directory
+        host.from_rank_zero(directory.check_writable)
+        start = host.from_rank_zero(lambda: find_start(options.resume, directory))
+        warnings: list[str] = []
 
-    def check_inputs(self, start: Path | None, tokenizer: Path | None) -> Tokenizer | None:
-        """Check the files that the run starts from, and return the tokenizer, or None to train one."""
-        opened = open_tokenizer(tokenizer, self.run.model.vocab_size)
-        if opened is not None:
-            check_prompt(self.run.logging, opened)
-        if self.run.model_from and not start:
-            check_pretrained(self.run.model, self.run.model_from)
-        return opened
+        def lock() -> None:
+            opened.enter_context(directory.lock())
+            remove_partial(directory.checkpoints)
+
+        if start is None or options.resume == "auto":
+            host.from_rank_zero(lock)  # before damaged checkpoints are renamed
+            start, warnings = pass_over_damage(directory, contents=options.verify, host=host)
+        else:
+            check_checkpoint(start, contents=options.verify, host=host)
+        changes = host.from_rank_zero(lambda: check_continues(start, run_settings)) if start else []
+        if options.resume not in ("auto", "never"):
+            host.from_rank_zero(lock)
+        return start, warnings + changes
 
     def open_batches(
         self, training: Documents, held_out: Documents, batches: Batches | None, opened: ExitStack
@@ -290,7 +292,7 @@ class Trainer:
     def resume_from(self, checkpoint: Path) -> int:
         """Load tensors, random number state and loader state. Returns the step of the checkpoint."""
         state = tensors(self.model, self.optimizer, self.device)
-        progress = load_checkpoint(checkpoint, state, self.device, self.saver.group)
+        progress = load_checkpoint(checkpoint, state, self.device, self.mesh)
         self.loader.load_state_dict(progress.loader)
         return progress.step
 
@@ -300,13 +302,13 @@ class Trainer:
         Raises:
             RunFailed: if it cannot be written.
         """
-        checkpoint = self.mesh.from_rank_zero(self.saver.latest)
+        checkpoint = self.host.from_rank_zero(self.saver.latest)
         assert checkpoint is not None, "a finished run has a checkpoint"
         output = self.directory.exported / checkpoint.name
-        if self.mesh.from_rank_zero(lambda: holds_weights(output)):
+        if self.host.from_rank_zero(lambda: holds_weights(output)):
             return
         try:
-            export_checkpoint(checkpoint, output, group=self.saver.group)
+            export_checkpoint(checkpoint, output, host=self.host)
         except CannotSave as error:
             command = f"sightline convert {checkpoint} {output}{family_option(self.run.model)}"
             raise RunFailed(f"{error}. Free some space, then run: {command}") from error

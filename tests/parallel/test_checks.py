@@ -49,8 +49,8 @@ def error_of(function: Any, *args: Any) -> str | None:
     [
         (run_of("llama3-debug", {"tensor": 3}), 4, "tensor 3 is 3, which does not divide the 4 processes"),
         (run_of("llama3-debug", {"tensor": 4}), 4, "parallel.tensor 4 does not divide the 2 key/value heads"),
-        (run_of("llama3-debug", {"tensor": 2}, sequence_length=15), 2, "tensor 2 does not divide the 15 tokens of a row"),
-        (run_of("llama3-debug", {"context": 3}), 3, "training.sequence-length 64 is not divisible by parallel.context 3"),
+        (run_of("llama3-debug", {"tensor": 2}, sequence_length=15), 2, "tensor 2 does not divide the 15 tokens"),
+        (run_of("llama3-debug", {"context": 3}), 3, "sequence-length 64 is not divisible by parallel.context 3"),
         (run_of("llama3-debug", {"expert": 2}), 2, "parallel.expert 2: Llama3 has no experts"),
         (run_of("llama3-debug", {}), 8, "training.global-batch-size 4 is not divisible by"),
         (run_of("llama3-debug", {"pipeline": 4}), 4, "4 pipeline stages need at least 4 layers"),
