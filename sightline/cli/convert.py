@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from sightline.cli.options import parse_options
 from sightline.cli.source import SourceArgument, find_source
 from sightline.errors import RunFailed
 from sightline.models import load_pretrained, save_pretrained
@@ -46,11 +47,17 @@ class Convert:
     max_shard_bytes: int = MAX_SHARD_BYTES
     """Largest size of one weight file, in bytes."""
 
+    def __post_init__(self) -> None:
+        if self.max_shard_bytes < 1:
+            raise ValueError(f"--max-shard-bytes must be at least 1, got {self.max_shard_bytes}")
+
 
 def main(argv: list[str]) -> None:
-    options = tyro.cli(Convert, args=argv, prog="sightline convert")
+    options = parse_options(Convert, argv, prog="sightline convert")
     source, family = find_source(options.source, options.family)
     output, shard = options.output, options.max_shard_bytes
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; choose another OUTPUT, a directory to write the model to")
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     try:
         if options.vision or holds_weights(source):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import sightline
 from sightline import config
+from sightline.cli.options import parse_options
 from sightline.cli.source import SourceArgument, find_source
 from sightline.data import Tokenizer, pack_patches
 from sightline.data.image_files import read_image
@@ -50,7 +51,7 @@ class Generate(SamplingConfig):
 
 
 def main(argv: list[str]) -> None:
-    options = tyro.cli(Generate, args=argv, prog="sightline generate")
+    options = parse_options(Generate, argv, prog="sightline generate")
     device = choose_device(config.TrainingConfig(device=options.device))
     directory, family = find_source(options.source, options.family)
     model, tokenizer = sightline.load(directory, device=device, family=family)
