@@ -144,7 +144,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(
-            f"no tokenizer at {path}; expected a Hugging Face tokenizer.json or a folder that contains one"
+            f"no tokenizer at {path}; expected a Hugging Face tokenizer.json or a folder that contains one: use "
+            "--data.tokenizer PATH"
         )
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
