@@ -6,6 +6,7 @@ import torch
 
 from sightline.config import Run, TrainingConfig
 from sightline.models import build_skeleton
+from sightline.models.decoder import Decoder
 from sightline.numbers import divisors
 from sightline.parallel.context.apply import check_context
 from sightline.parallel.expert import check_expert
@@ -32,7 +33,24 @@ def check_run(run: Run, world: int, device: torch.device) -> None:
     check_tensor(model, degrees, run.training.sequence_length)
     check_expert(model, degrees)
     check_offload(run, degrees, device)
-    model.check_backend(device, getattr(torch, run.training.dtype), training=True)
+    check_kernels(model, run, degrees, device)
+
+
+def check_kernels(model: Decoder, run: Run, degrees: Degrees, device: torch.device) -> None:
+    """Check that the attention backend of the model supports the training and the sample text at its end.
+
+    Raises:
+        ValueError: if it does not; the message lists the backends that do.
+    """
+    dtype = getattr(torch, run.training.dtype)
+    model.check_backend(device, dtype, training=True, same_tokens=degrees.size("context") == 1)
+    if run.logging.sample_tokens:
+        try:
+            model.check_backend(device, dtype, training=False, same_tokens=False)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; or use --logging.sample-tokens 0: the sample text is generated token by token"
+            ) from error
 
 
 def check_rows(training: TrainingConfig, degrees: Degrees) -> None:

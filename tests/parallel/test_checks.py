@@ -25,6 +25,7 @@ from sightline.planning.torch_private import fake_process_group
 CPU = torch.device("cpu")
 FAMILIES = ("llama3", "llama4", "qwen3", "qwen3_next", "deepseek_v3", "gpt_oss", "vlm")
 MODELS = [*(f"{family}-debug" for family in FAMILIES), "qwen3-debug-moe"]
+VARLEN = AttentionConfig(backend="varlen")
 SCHEDULES = get_args(config.SCHEDULES)
 
 
@@ -75,6 +76,16 @@ def error_of(function: Any, *args: Any) -> str | None:
             run_of("llama3-debug", {}, device="cuda", attention=AttentionConfig(backend="tiled")),
             1,
             "--attention.backend.* 'tiled': tiled runs on a CPU only",
+        ),
+        (
+            run_of("llama3-debug", {"context": 2}, device="cuda", dtype="bfloat16", attention=VARLEN),
+            2,
+            "'varlen': varlen needs queries and keys to be the same tokens; supported backends: flex, sdpa, reference$",
+        ),
+        (
+            run_of("llama3-debug", {}, device="cuda", dtype="bfloat16", attention=VARLEN),
+            1,
+            "'varlen': varlen needs queries and keys to be the same tokens; .*--logging.sample-tokens 0",
         ),
     ],
 )  # fmt: skip
