@@ -15,7 +15,7 @@ from sightline.config import Run
 from sightline.data import Documents, train_tokenizer
 from sightline.models import Family, Llama3Config
 from sightline.models.llama3 import Llama3
-from sightline.training import metrics, trainer
+from sightline.training import metrics, setup
 
 TRAIN = "train llama3-debug --output-dir {out} "
 BAD_INPUT: dict[str, tuple[str, list[str]]] = {
@@ -142,8 +142,8 @@ def test_bad_input_is_rejected_in_one_line(
             return load_documents(data)
         raise AssertionError("data were read before the bad input was rejected")
 
-    load_documents = trainer.load_documents
-    monkeypatch.setattr(trainer, "load_documents", read_documents)
+    load_documents = setup.load_documents
+    monkeypatch.setattr(setup, "load_documents", read_documents)
     monkeypatch.setattr(metrics, "wandb", None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "file.txt").write_text("a file")
@@ -184,7 +184,7 @@ def test_plan_and_train_reject_the_same_backends(backend, tmp_path, monkeypatch,
     def stop(*args: object) -> None:
         raise Accepted
 
-    monkeypatch.setattr(trainer, "load_documents", stop)
+    monkeypatch.setattr(setup, "load_documents", stop)
     monkeypatch.setattr("sightline.planning.estimate.build_skeleton", stop)
     lines = []
     for command in ("train", "plan"):

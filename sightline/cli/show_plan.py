@@ -111,7 +111,8 @@ def show_context(console: Console, title: str, run: Run, found: Estimate, rows: 
     """Print work and received keys of the recipe's data in every order, for the run's context degree and for others."""
     model, masks = read_masks(title, run, rows)
     layers = {name: model.attention_shape(name)[0] for name in masks}
-    length, micro_batch_size = run.training.sequence_length, run.training.micro_batch_size
+    length, training = run.training.sequence_length, run.training
+    micro_batch_size = training.rows_per_forward(training.global_batch_size // found.mesh.size("data"))
     degrees = dict.fromkeys((run.parallel.context, *(d for d in DEGREES if length % d == 0)))
     table = Table(box=None, padding=(0, 2), header_style="bold")
     for heading in ("context", "order", "max/mean work", *(f"{name} keys" for name in masks), "bytes/step"):

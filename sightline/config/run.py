@@ -12,7 +12,6 @@ from typing import Generic, Literal, TypeVar
 
 from sightline.config.checks import check_fields, check_not_negative, check_positive, check_seed
 from sightline.config.renamed import RenamedFields
-from sightline.numbers import check_divisible
 
 Model = TypeVar("Model")
 
@@ -38,6 +37,12 @@ class DataConfig(RenamedFields):
     `best_fit` splits only documents longer than a row, and pads rows."""
     validation_fraction: float = 0.05
     """Fraction of the documents held out for validation."""
+    epochs: int | None = None
+    """Number of epochs to train, instead of --training.steps; each has every training document once.
+    The last step is padded. Without it, the run has --training.steps steps and repeats the documents as needed."""
+    cache_dir: Path | None = None
+    """Directory in which the tokens of the documents are kept for later runs.
+    By default, `sightline` in the user's cache directory ($XDG_CACHE_HOME or ~/.cache)."""
 
     def __post_init__(self) -> None:
         check_fields("data", self)
@@ -46,6 +51,8 @@ class DataConfig(RenamedFields):
                 "data.source is empty; expected `python-stdlib`, `synthetic-images`, `hf:NAME` or a path: use "
                 "--data.source PATH"
             )
+        if self.epochs is not None:
+            check_positive("data", self, "epochs")
         if not 0.0 <= self.validation_fraction < 1.0:
             raise ValueError(
                 f"data.validation-fraction must be at least 0 and less than 1, got {self.validation_fraction}"
@@ -57,13 +64,13 @@ class TrainingConfig:
     """Training length, batch size, precision, loss and activation checkpointing."""
 
     steps: int = 1000
-    """Number of optimizer steps."""
+    """Number of optimizer steps. --data.epochs sets it from the number of documents."""
     sequence_length: int = 2048
     """Tokens per row (S)."""
     global_batch_size: int = 8
     """Rows per optimizer step, over all data-parallel ranks."""
     micro_batch_size: int = 8
-    """Rows per forward pass on each rank; must divide the global batch size.
+    """Rows per forward pass on each rank, at most; a rank with fewer rows per step uses all of them.
     The other rows of a step are gradient accumulation steps, or the micro-batches of a pipeline schedule."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device type; `auto` selects CUDA if available."""
@@ -92,8 +99,10 @@ class TrainingConfig:
             raise ValueError(
                 f"training.sequence-length must be at least 2 (one input token, one label), got {self.sequence_length}"
             )
-        batch, micro = self.global_batch_size, self.micro_batch_size
-        check_divisible("training.global-batch-size", batch, "training.micro-batch-size", micro, "micro-batch sizes")
+
+    def rows_per_forward(self, rows: int) -> int:
+        """Return the rows of each forward pass on a rank that has `rows` rows per step."""
+        return min(self.micro_batch_size, rows)
 
 
 SCHEDULES = Literal[

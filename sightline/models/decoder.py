@@ -106,7 +106,7 @@ class Decoder(nn.Module):
         self.context_group: ProcessGroup | None = None  # ranks that share each row; None without context parallelism
         # Factor of the auxiliary losses. They are sums over tokens, like the default loss; a training step that does
         # not divide by its valid tokens sets the factor to the weight of one token.
-        self.aux_loss_scale = 1.0
+        self.aux_loss_scale: float | Tensor = 1.0
 
     def build_block(self, index: int) -> nn.Module:
         """Build the layer of an index, counted from 0."""

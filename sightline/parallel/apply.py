@@ -36,7 +36,8 @@ def build_parallel(
     init_model_weights(*stages)
     if mesh.size("pipeline") == 1:
         return ParallelModel(mesh, full_model, stages, dtype=training.dtype)
-    return PipelinedModel(mesh, full_model, stages, dtype=training.dtype, micro_batch_size=training.micro_batch_size)
+    rows = training.rows_per_forward(training.global_batch_size // mesh.size("data"))
+    return PipelinedModel(mesh, full_model, stages, dtype=training.dtype, micro_batch_size=rows)
 
 
 def parallelize(model: Decoder, mesh: Mesh, training: config.TrainingConfig) -> None:

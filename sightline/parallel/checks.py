@@ -64,11 +64,11 @@ def check_rows(training: TrainingConfig, degrees: Degrees) -> None:
     if rows % ranks:
         raise ValueError(
             f"training.global-batch-size {rows} is not divisible by {named} = {ranks}, the number of data "
-            f"ranks; use {rows // ranks * ranks or ranks} or {(rows // ranks + 1) * ranks}"
+            f"ranks; use {f'{rows // ranks * ranks} or ' if rows > ranks else ''}{(rows // ranks + 1) * ranks}"
         )
     if degrees.size("pipeline") > 1:
         count_microbatches(degrees.parallel, training, rows // ranks)
-    elif rows // ranks % training.micro_batch_size:
+    elif rows // ranks % training.rows_per_forward(rows // ranks):
         raise ValueError(
             f"each of {named} = {ranks} data ranks has {rows // ranks} rows per step, which is not divisible by "
             f"training.micro-batch-size {training.micro_batch_size}; sizes that divide it: {divisors(rows // ranks)}"

@@ -112,12 +112,13 @@ def estimate(run: Run, world: int) -> Estimate:
     check_run(run, world, torch.device("cpu" if run.training.device == "cpu" else "cuda"))
     parallel = replace(run.parallel, offload=False)  # offload moves the shards but does not change their size
     training = replace(run.training, compile=False)
-    run = replace(run, parallel=parallel, training=training)
     full_model = build_skeleton(run.model)
     with fake_process_group(world, 0):
         mesh = Mesh(parallel, torch.device("cpu"))
     pipeline_size = mesh.size("pipeline")
     rows = training.global_batch_size // mesh.size("data")
+    training = replace(training, micro_batch_size=training.rows_per_forward(rows))
+    run = replace(run, parallel=parallel, training=training)
     microbatches = rows // training.micro_batch_size
     times = timeline(mesh.parallel, microbatches) if pipeline_size > 1 else Timeline(0.0, [{0: 1}])
     ranks = []

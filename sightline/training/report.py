@@ -48,7 +48,8 @@ def log_model(
     """Log model, pretrained weights, device, rank layout and batch size."""
     mesh, device = model.mesh, model.mesh.device
     where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    accumulation = training.global_batch_size // mesh.size("data") // training.micro_batch_size
+    rows = training.global_batch_size // mesh.size("data")
+    accumulation = rows // training.rows_per_forward(rows)
     micro = f" in {accumulation} forwards" if accumulation > 1 else ""
     parameters = sum(p.numel() for p in model.full_model.parameters())
     weights = f", initialized from {pretrained}" if pretrained else ""

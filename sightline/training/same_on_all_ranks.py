@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from typing import Any
 
 import torch
 
 from sightline import __version__
-from sightline.data import Documents
 from sightline.parallel.host import HostGroup
 
 REMEDIES = {
@@ -49,11 +47,6 @@ def versions() -> dict[str, str]:
     """Return the versions that affect results, by name."""
     found = {"sightline": __version__, "PyTorch": torch.__version__, "Python": platform.python_version()}
     return {f"version of {name}": version for name, version in found.items()}
-
-
-def data_digest(documents: Documents) -> str:
-    """Return a digest of the number, order and lengths of the documents."""
-    return hashlib.sha256(documents.lengths.astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def _remedy(name: str) -> str:

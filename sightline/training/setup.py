@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from sightline.config import LoggingConfig, Run, TrainingConfig
-from sightline.data import SYNTHETIC_IMAGES, Tokenizer, load_tokenizer
+from sightline.config import DataConfig, LoggingConfig, Run, TrainingConfig
+from sightline.data import SYNTHETIC_IMAGES, Documents, Tokenizer, is_dataset, load_documents, load_tokenizer
 from sightline.data.synthetic_images import check_images
 from sightline.data.tokenizer import check_vocab_size
 from sightline.models import build_skeleton, family_of
@@ -101,6 +101,13 @@ def check_pretrained(model: Any, directory: Path) -> None:
         read_pretrained(build_skeleton(model), directory, {})  # with no tensors to fill, it only checks
     except ValueError as error:
         raise ValueError(f"model_from {directory} cannot be used: {error}") from error
+
+
+def read_documents(data: DataConfig, host: HostGroup) -> Documents:
+    """Read the documents on every rank; those of a Hugging Face dataset first on one rank of each machine."""
+    if is_dataset(data):
+        return host.first_of_each_machine(lambda: load_documents(data))
+    return load_documents(data)
 
 
 def open_tokenizer(path: Path | None, vocab_size: int) -> Tokenizer | None:

@@ -15,8 +15,8 @@ from rich.console import Console
 from sightline.config import Run
 from sightline.data import (
     Batches,
+    DataLoader,
     Documents,
-    load_documents,
     open_loader,
     open_validation,
     split_documents,
@@ -29,7 +29,7 @@ from sightline.models.hf.directory import read_pretrained
 from sightline.models.hf.files import holds_weights
 from sightline.parallel.apply import build_parallel
 from sightline.parallel.host import HostGroup
-from sightline.parallel.launch import distributed_session, sync_stop_signal
+from sightline.parallel.launch import distributed_session, record_step, wait_for_device
 from sightline.parallel.mesh import Mesh
 from sightline.training.checkpoint import (
     TOKENIZER,
@@ -55,10 +55,10 @@ from sightline.training.report import (
 )
 from sightline.training.resume import check_continues, find_start, pass_over_damage
 from sightline.training.run_directory import RunDirectory, settings
-from sightline.training.same_on_all_ranks import check_same, data_digest
+from sightline.training.same_on_all_ranks import check_same
 from sightline.training.saver import Saver
 from sightline.training.schedule import learning_rate
-from sightline.training.setup import check_start, choose_device, make_reproducible, open_files
+from sightline.training.setup import check_start, choose_device, make_reproducible, open_files, read_documents
 from sightline.training.signals import StopRequest
 from sightline.training.step import StepResult, train_step, validate
 from sightline.training.terminal import Terminal
@@ -88,6 +88,7 @@ class PendingStep:
 
     step: int
     started: float
+    epoch: float | None
     learning_rate: float
     result: StepResult
 
@@ -98,24 +99,16 @@ class Trainer:
     def __init__(
         self, run: Run, device: torch.device, terminal: Terminal, opened: ExitStack, batches: Batches | None = None
     ) -> None:
-        self.run, self.device = run, device
-        self.host = host = HostGroup()
+        self.run, self.device, self.host = run, device, HostGroup()
         run_settings = settings(run)
-        check_start(run, device, host)
+        check_start(run, device, self.host)
         self.mesh = mesh = Mesh(run.parallel, device)
         self.terminal = terminal = terminal if mesh.rank == 0 else Terminal(Console(quiet=True))
         self.start_time = time.perf_counter()
         make_reproducible(run.seed, run.training.deterministic)
         self.directory = RunDirectory(run.output_dir)
         start, changes = self.acquire_directory(opened, run_settings)
-
-        path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or run.model_from, run.model.vocab_size
-        tokenizer = host.from_rank_zero(lambda: open_files(run, path, start))
-        documents = load_documents(run.data) if batches is None else Documents.from_texts([], source="your batches")
-        training, held_out = split_documents(documents, run.data.validation_fraction if documents else 0)
-        log_data(terminal, run.output_dir, documents, held_out, path, vocab_size, start)
-        self.tokenizer = tokenizer or host.from_rank_zero(lambda: train_tokenizer(training, vocab_size))
-        check_same(host, {"data": data_digest(documents), "tokenizer": self.tokenizer.fingerprint})
+        training, held_out = self.read_data(start, batches)
         self.model = build_parallel(run.model, run.training, mesh, attention_backend=run.attention.backend)
         if run.model_from and not start:
             read_pretrained(self.model.full_model, run.model_from, self.model.state_dict())
@@ -127,6 +120,7 @@ class Trainer:
         if run.checkpoint.verify:
             self.saver.verified = start
         self.step = self.first_step = self.resume_from(start) if start else 0
+        self.steps = run.training.steps if self.loader.steps is None else self.loader.steps
 
         self.metrics: Metrics | None = None  # rank 0 writes for all
         if mesh.rank == 0:
@@ -134,13 +128,16 @@ class Trainer:
             metrics = Metrics(self.directory.path, run.logging, self.step, run_settings)
             self.metrics = opened.enter_context(closing(metrics))
             self.saver.before_save = metrics.file.sync
+        self.stop_requested = False
+        """Whether a rank had received a stop signal when the last read step ended."""
         self.last_read = 0.0
         self.reads_immediately = device.type == "cpu"  # a CPU step is finished when it returns
+        terminal.table({"epoch": self.loader.describe()})
         log_model(terminal, run.training, self.model, run.model_from, self.peak)
         for change in changes:
             terminal.warn(change)
-        if self.step >= run.training.steps:
-            terminal.log(f"all {run.training.steps} steps are done (now at step {self.step}): nothing left to train")
+        if self.step >= self.steps:
+            terminal.log(f"all {self.steps} steps are done (now at step {self.step}): nothing left to train")
 
     def acquire_directory(self, opened: ExitStack, run_settings: dict[str, Any]) -> tuple[Path | None, list[str]]:
         """Lock the directory; return the checkpoint to resume from, and warnings about damage and changed options."""
@@ -163,6 +160,20 @@ class Trainer:
             host.from_rank_zero(lock)
         return start, warnings + changes
 
+    def read_data(self, start: Path | None, batches: Batches | None) -> tuple[Documents, Documents]:
+        """Open or train the tokenizer; return the training and the held-out documents."""
+        run, host = self.run, self.host
+        path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or run.model_from, run.model.vocab_size
+        tokenizer = host.from_rank_zero(lambda: open_files(run, path, start))
+        documents = Documents.from_texts([], source="your batches")
+        if batches is None:
+            documents = read_documents(run.data, host)
+        training, held_out = split_documents(documents, run.data.validation_fraction if documents else 0)
+        log_data(self.terminal, run.output_dir, documents, held_out, path, vocab_size, start)
+        self.tokenizer = tokenizer or host.from_rank_zero(lambda: train_tokenizer(training, vocab_size))
+        check_same(host, {"data": training.digest, "tokenizer": self.tokenizer.fingerprint})
+        return training, held_out
+
     def open_batches(
         self, training: Documents, held_out: Documents, batches: Batches | None, opened: ExitStack
     ) -> None:
@@ -173,17 +184,21 @@ class Trainer:
             "rank": self.mesh.index("data"),
             "world": self.mesh.size("data"),
         }
-        loader = open_loader(run.data, run.training, training, tokenizer, batches=batches, seed=run.seed, **shared)
+
+        def open_training() -> DataLoader:
+            return open_loader(run.data, run.training, training, tokenizer, batches=batches, seed=run.seed, **shared)
+
+        loader = self.host.first_of_each_machine(open_training) if batches is None else open_training()
         self.loader = opened.enter_context(closing(loader))
         self.validation = open_validation(run.data, run.training, run.validation, held_out, tokenizer, **shared)
 
     def train(self) -> None:
         """Train until the last step or the first signal."""
-        steps = self.run.training.steps
+        steps = self.steps
         with StopRequest() as stop, self.terminal.progress(self.step, steps):
             pending: PendingStep | None = None
-            while self.step < steps and not self.should_stop(stop):
-                launched = self.launch_step()
+            while self.step < steps and not self.stop_requested:
+                launched = self.launch_step(stop)
                 if pending:
                     self.write(self.read(pending))  # while the device computes the next step
                 pending = launched
@@ -195,8 +210,9 @@ class Trainer:
             self.saver.save_last(*self.checkpoint_state())
         if self.mesh.rank == 0:
             plot_losses(self.terminal, self.directory, self.run.data.source)
-        if stop.received is not None and self.step < steps:
-            raise Stopped(stop.received, self.step, self.saver.latest())
+        if self.step < steps:
+            signal = self.host.broadcast(max(self.host.gather(stop.received or 0), default=0))
+            raise Stopped(signal, self.step, self.saver.latest())
         if self.run.checkpoint.export:
             self.export()
         self.write_sample()
@@ -205,15 +221,9 @@ class Trainer:
             more_text = f'{family_option(self.run.model)} --prompt "{self.run.logging.sample_prompt}"'
             log_summary(self.terminal, self.directory, more_text, seconds)
 
-    def should_stop(self, stop: StopRequest) -> bool:
-        """Return whether any rank has received a signal: all ranks stop after the same step."""
-        received = sync_stop_signal(self.step, stop.received)
-        if received is not None:  # a signal that arrived since then is noticed at the next step
-            stop.received = received
-        return received is not None
-
-    def launch_step(self) -> PendingStep:
+    def launch_step(self, stop: StopRequest) -> PendingStep:
         """Launch the next step on the device, without waiting for its result."""
+        record_step(self.step)
         started = time.perf_counter()
         batch = next(self.loader)
         if self.step == self.first_step and self.mesh.rank == 0:
@@ -221,7 +231,7 @@ class Trainer:
             plot_first_masks(self.terminal, self.directory, masks)
             started = time.perf_counter()
         self.step += 1
-        rate = learning_rate(self.step, self.run.optimizer, self.run.training.steps)
+        rate = learning_rate(self.step, self.run.optimizer, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         result = train_step(
@@ -231,19 +241,24 @@ class Trainer:
             self.tokenizer,
             micro_batch_size=self.run.training.micro_batch_size,
             max_grad_norm=self.run.optimizer.max_grad_norm,
+            stop=stop,
         )
         if self.step == self.first_step + 1:
             log_kernels(self.terminal, self.model.attention_kernels)
-        return PendingStep(self.step, started, rate, result)
+        return PendingStep(self.step, started, self.loader.epoch, rate, result)
 
     def read(self, pending: PendingStep) -> dict[str, Any]:
         """Return the metrics of a step, after waiting for the device.
+
+        All ranks read the same number of stop requests of the same step, so they stop after the same step.
 
         Raises:
             NonFiniteLoss: if the loss or the gradient norm is not finite.
         """
         result = pending.result
+        wait_for_device(self.device)
         sums, grad_norm = result.sums.read(), result.grad_norm.item()
+        self.stop_requested = self.stop_requested or sums["stop_requests"] > 0
         loss, tokens = sums["loss"], round(sums["tokens"])
         now = time.perf_counter()
         seconds = now - max(pending.started, self.last_read)
@@ -253,6 +268,7 @@ class Trainer:
         flops = self.model.full_model.flops_per_token() * tokens + sums["attention_flops"]
         return {
             "step": pending.step,
+            **({} if pending.epoch is None else {"epoch": pending.epoch}),
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": pending.learning_rate,
@@ -283,7 +299,7 @@ class Trainer:
     def validation_is_due(self) -> bool:
         """Whether validation is due after the current step."""
         every = self.run.validation.every
-        return bool(self.validation) and (self.step % every == 0 or self.step == self.run.training.steps)
+        return bool(self.validation) and (self.step % every == 0 or self.step == self.steps)
 
     def checkpoint_state(self) -> tuple[dict[str, Any], Progress]:
         """Return the tensors and the progress for a checkpoint of the current step."""
@@ -293,7 +309,9 @@ class Trainer:
         """Load tensors, random number state and loader state. Returns the step of the checkpoint."""
         state = tensors(self.model, self.optimizer, self.device)
         progress = load_checkpoint(checkpoint, state, self.device, self.mesh)
-        self.loader.load_state_dict(progress.loader)
+        warning = self.loader.load_state_dict(progress.loader)
+        if warning:
+            self.terminal.warn(warning)
         return progress.step
 
     def export(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 from sightline.config import Run
 from sightline.errors import AnotherRankEnded
 from sightline.parallel.host import HostGroup
-from sightline.training import trainer
+from sightline.training import setup
 from sightline.training.same_on_all_ranks import check_same, versions
 from tests.support.processes import run_on_ranks
 from tests.support.small_runs import small_run, train_quietly, write_corpus
@@ -46,9 +46,9 @@ def test_other_data_are_rejected(tmp_path: Path) -> None:
 
 
 def lose_a_file(rank: int, run: Run) -> str:
-    load_documents = trainer.load_documents
+    load_documents = setup.load_documents
     if rank == 1:
-        trainer.load_documents = lambda data: load_documents(data).select(np.arange(19))  # type: ignore[assignment]
+        setup.load_documents = lambda data: load_documents(data).select(np.arange(19))  # type: ignore[assignment]
     return train_on(rank, run, run)
 
 
