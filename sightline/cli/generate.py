@@ -13,6 +13,7 @@ from torch import Tensor
 
 import sightline
 from sightline import config
+from sightline.cli.options import parse_options
 from sightline.cli.source import SourceArgument, find_source
 from sightline.config.values import check_text
 from sightline.data import Tokenizer, pack_patches
@@ -52,7 +53,7 @@ class Generate(SamplingConfig):
 
 
 def main(argv: list[str]) -> None:
-    options = tyro.cli(Generate, args=argv, prog="sightline generate")
+    options = parse_options(Generate, argv, prog="sightline generate")
     check_text("--prompt", options.prompt)
     device = choose_device(config.TrainingConfig(device=options.device))
     directory, family = find_source(options.source, options.family)

@@ -18,20 +18,19 @@ from sightline.data import (
     Batches,
     DataLoader,
     Documents,
-    is_dataset,
-    load_documents,
     open_loader,
     open_validation,
     split_documents,
+    train_tokenizer,
 )
 from sightline.errors import NonFiniteLoss, RunFailed, Stopped
 from sightline.generation import SamplingConfig, generate
 from sightline.masks import named_masks
 from sightline.models import family_of
-from sightline.models.hf.directory import check_pretrained, read_pretrained
+from sightline.models.hf.directory import read_pretrained
 from sightline.models.hf.files import holds_weights
 from sightline.models.hf.source import find_pretrained
-from sightline.parallel.apply import build_parallel, check_rows
+from sightline.parallel.apply import build_parallel
 from sightline.parallel.host import HostGroup
 from sightline.parallel.launch import distributed_session, record_step, wait_for_device
 from sightline.parallel.mesh import Mesh
@@ -59,9 +58,10 @@ from sightline.training.report import (
 )
 from sightline.training.resume import check_continues, find_start, pass_over_damage
 from sightline.training.run_directory import RunDirectory, settings
+from sightline.training.same_on_all_ranks import check_same
 from sightline.training.saver import Saver
 from sightline.training.schedule import learning_rate
-from sightline.training.setup import choose_device, get_tokenizer, make_reproducible
+from sightline.training.setup import check_start, choose_device, make_reproducible, open_files, read_documents
 from sightline.training.signals import StopRequest
 from sightline.training.step import StepResult, train_step, validate
 from sightline.training.terminal import Terminal
@@ -104,33 +104,16 @@ class Trainer:
     def __init__(
         self, run: Run, device: torch.device, terminal: Terminal, opened: ExitStack, batches: Batches | None = None
     ) -> None:
-        self.run, self.device = run, device
+        self.run, self.device, self.host = run, device, HostGroup()
+        run_settings = settings(run)
+        check_start(run, device, self.host)
         self.mesh = mesh = Mesh(run.parallel, device)
         self.terminal = terminal = terminal if mesh.rank == 0 else Terminal(Console(quiet=True))
         self.start_time = time.perf_counter()
-        check_rows(run.training, mesh)
         make_reproducible(run.seed, run.training.deterministic)
         self.directory = RunDirectory(run.output_dir)
-        run_settings = settings(run)
-        self.host = HostGroup()
         start, changes = self.acquire_directory(opened, run_settings)
-
-        if batches is not None:
-            documents = Documents.from_texts([], source="your batches")
-        elif is_dataset(run.data):
-            documents = self.host.first_of_each_machine(lambda: load_documents(run.data))
-        else:
-            documents = load_documents(run.data)
-        training, held_out = split_documents(documents, run.data.validation_fraction if documents else 0)
-        pretrained = find_pretrained(run.model_from, (family_of(run.model),)) if run.model_from and not start else None
-        path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or pretrained, run.model.vocab_size
-        log_data(terminal, run.output_dir, documents, held_out, path, vocab_size, start)
-        source = start or (None if run.data.tokenizer else pretrained)
-        self.tokenizer = self.host.from_rank_zero(
-            lambda: self.directory.keep_tokenizer(get_tokenizer(path, training, vocab_size), source)
-        )
-        if pretrained:
-            self.host.from_rank_zero(lambda: check_pretrained(run.model, pretrained))
+        training, held_out, pretrained = self.read_data(start, batches)
         self.model = build_parallel(run.model, run.training, mesh, attention_backend=run.attention.backend)
         if pretrained:
             read_pretrained(self.model.full_model, pretrained, self.model.state_dict)
@@ -164,6 +147,7 @@ class Trainer:
     def acquire_directory(self, opened: ExitStack, run_settings: dict[str, Any]) -> tuple[Path | None, list[str]]:
         """Lock the directory; return the checkpoint to resume from, and warnings about damage and changed options."""
         options, host, directory = self.run.checkpoint, self.host, self.directory
+        host.from_rank_zero(directory.check_writable)
         start = host.from_rank_zero(lambda: find_start(options.resume, directory))
         warnings: list[str] = []
 
@@ -180,6 +164,24 @@ class Trainer:
         if options.resume not in ("auto", "never"):
             host.from_rank_zero(lock)
         return start, warnings + changes
+
+    def read_data(self, start: Path | None, batches: Batches | None) -> tuple[Documents, Documents, Path | None]:
+        """Open or train the tokenizer; return training and held-out documents, and the pretrained model to read."""
+        run, host = self.run, self.host
+        pretrained = find_pretrained(run.model_from, (family_of(run.model),)) if run.model_from and not start else None
+        path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or pretrained, run.model.vocab_size
+        tokenizer = host.from_rank_zero(lambda: open_files(run, path, pretrained))
+        documents = Documents.from_texts([], source="your batches")
+        if batches is None:
+            documents = read_documents(run.data, host)
+        training, held_out = split_documents(documents, run.data.validation_fraction if documents else 0)
+        log_data(self.terminal, run.output_dir, documents, held_out, path, vocab_size, start)
+        source = start or (None if run.data.tokenizer else pretrained)
+        self.tokenizer = host.from_rank_zero(
+            lambda: self.directory.keep_tokenizer(tokenizer or train_tokenizer(training, vocab_size), source)
+        )
+        check_same(host, {"data": training.digest, "tokenizer": self.tokenizer.fingerprint})
+        return training, held_out, pretrained
 
     def open_batches(
         self, training: Documents, held_out: Documents, batches: Batches | None, opened: ExitStack
