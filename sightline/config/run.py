@@ -42,8 +42,16 @@ class DataConfig(RenamedFields):
     `best_fit` splits only documents longer than a row, and pads rows."""
     validation_fraction: float = 0.05
     """Fraction of the documents held out for validation."""
+    epochs: int | None = None
+    """Number of epochs to train, instead of --training.steps; each has every training document once.
+    The last step is padded. Without it, the run has --training.steps steps and repeats the documents as needed."""
+    cache_dir: Path | None = None
+    """Directory in which the tokens of the documents are kept for later runs.
+    By default, `sightline` in the user's cache directory ($XDG_CACHE_HOME or ~/.cache)."""
 
     def __post_init__(self) -> None:
+        if self.epochs is not None:
+            _positive("data", epochs=self.epochs)
         if not 0.0 <= self.validation_fraction < 1.0:
             raise ValueError(
                 f"data.validation-fraction must be at least 0 and less than 1, got {self.validation_fraction}"
@@ -55,7 +63,7 @@ class TrainingConfig:
     """Training length, batch size, precision, loss and activation checkpointing."""
 
     steps: int = 1000
-    """Number of optimizer steps."""
+    """Number of optimizer steps. --data.epochs sets it from the number of documents."""
     sequence_length: int = 2048
     """Tokens per row (S)."""
     global_batch_size: int = 8

@@ -63,6 +63,12 @@ class Tokenizer:
         """Return the ids of a complete document: [begin] + text + [end]."""
         return [*self.encode_prompt(text), self.eos_id]
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of complete documents, which are encoded in parallel."""
+        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        begin = [] if self.bos_id is None else [self.bos_id]
+        return [[*begin, *encoding.ids, self.eos_id] for encoding in encoded]
+
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of the beginning of a document: [begin] + text."""
         ids = self._encode_text(text)

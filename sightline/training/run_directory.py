@@ -19,6 +19,7 @@ from sightline.data import Tokenizer
 from sightline.models import FAMILIES, Family
 from sightline.models.families import named_family, reference_of
 from sightline.training.checkpoint_directory import find_latest
+from sightline.training.manifest import MANIFEST
 
 
 class RunDirectory:
@@ -79,6 +80,11 @@ def find_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         problem = "is a file" if path.exists() else "does not exist"
         raise ValueError(f"{path} {problem}; expected the directory of a run or one of its checkpoints")
+    if not path.name.startswith("step-") and not (path / MANIFEST).exists():
+        raise ValueError(
+            f"{path} is not a checkpoint: it has no {MANIFEST}. A checkpoint is a directory named step-N in the "
+            "`checkpoints` of a run"
+        )
     return path
 
 

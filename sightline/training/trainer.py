@@ -13,7 +13,16 @@ import torch
 from rich.console import Console
 
 from sightline.config import Run
-from sightline.data import Batches, Documents, load_documents, open_loader, open_validation, split_documents
+from sightline.data import (
+    Batches,
+    DataLoader,
+    Documents,
+    is_dataset,
+    load_documents,
+    open_loader,
+    open_validation,
+    split_documents,
+)
 from sightline.errors import NonFiniteLoss, RunFailed, Stopped
 from sightline.generation import SamplingConfig, generate
 from sightline.masks import named_masks
@@ -79,12 +88,16 @@ class PendingStep:
 
     step: int
     started: float
+    epoch: float | None
     learning_rate: float
     result: StepResult
 
 
 class Trainer:
     """Runs one training run. Resources that it opens are closed with the exit stack `opened`."""
+
+    stop_requested = False
+    """Whether a rank had received a stop signal when the newest step that was read ended."""
 
     def __init__(
         self, run: Run, device: torch.device, terminal: Terminal, opened: ExitStack, batches: Batches | None = None
@@ -100,7 +113,12 @@ class Trainer:
         self.host = HostGroup()
         start, changes = self.acquire_directory(opened, run_settings)
 
-        documents = load_documents(run.data) if batches is None else Documents.from_texts([], source="your batches")
+        if batches is not None:
+            documents = Documents.from_texts([], source="your batches")
+        elif is_dataset(run.data):
+            documents = self.host.first_of_each_machine(lambda: load_documents(run.data))
+        else:
+            documents = load_documents(run.data)
         training, held_out = split_documents(documents, run.data.validation_fraction if documents else 0)
         path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or run.model_from, run.model.vocab_size
         log_data(terminal, run.output_dir, documents, held_out, path, vocab_size, start)
@@ -116,6 +134,7 @@ class Trainer:
         if run.checkpoint.verify:
             self.saver.verified = start
         self.step = self.first_step = self.resume_from(start) if start else 0
+        self.steps = run.training.steps if self.loader.steps is None else self.loader.steps
 
         self.metrics: Metrics | None = None  # rank 0 writes for all
         if mesh.rank == 0:
@@ -123,15 +142,14 @@ class Trainer:
             metrics = Metrics(self.directory.path, run.logging, self.step, run_settings)
             self.metrics = opened.enter_context(closing(metrics))
             self.saver.before_save = metrics.file.sync
-        self.stop_requested = False
-        """Whether a rank had received a stop signal when the last read step ended."""
         self.last_read = 0.0
         self.reads_immediately = device.type == "cpu"  # a CPU step is finished when it returns
+        terminal.table({"epoch": self.loader.describe()})
         log_model(terminal, run.training, self.model, run.model_from, self.peak)
         for change in changes:
             terminal.warn(change)
-        if self.step >= run.training.steps:
-            terminal.log(f"all {run.training.steps} steps are done (now at step {self.step}): nothing left to train")
+        if self.step >= self.steps:
+            terminal.log(f"all {self.steps} steps are done (now at step {self.step}): nothing left to train")
 
     def acquire_directory(self, opened: ExitStack, run_settings: dict[str, Any]) -> tuple[Path | None, list[str]]:
         """Lock the directory; return the checkpoint to resume from, and warnings about damage and changed options."""
@@ -163,13 +181,17 @@ class Trainer:
             "rank": self.mesh.index("data"),
             "world": self.mesh.size("data"),
         }
-        loader = open_loader(run.data, run.training, training, tokenizer, batches=batches, seed=run.seed, **shared)
+
+        def open_training() -> DataLoader:
+            return open_loader(run.data, run.training, training, tokenizer, batches=batches, seed=run.seed, **shared)
+
+        loader = self.host.first_of_each_machine(open_training) if batches is None else open_training()
         self.loader = opened.enter_context(closing(loader))
         self.validation = open_validation(run.data, run.training, run.validation, held_out, tokenizer, **shared)
 
     def train(self) -> None:
         """Train until the last step or the first signal."""
-        steps = self.run.training.steps
+        steps = self.steps
         with StopRequest() as stop, self.terminal.progress(self.step, steps):
             pending: PendingStep | None = None
             while self.step < steps and not self.stop_requested:
@@ -206,7 +228,7 @@ class Trainer:
             plot_first_masks(self.terminal, self.directory, masks)
             started = time.perf_counter()
         self.step += 1
-        rate = learning_rate(self.step, self.run.optimizer, self.run.training.steps)
+        rate = learning_rate(self.step, self.run.optimizer, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         result = train_step(
@@ -220,7 +242,7 @@ class Trainer:
         )
         if self.step == self.first_step + 1:
             log_kernels(self.terminal, self.model.attention_kernels)
-        return PendingStep(self.step, started, rate, result)
+        return PendingStep(self.step, started, self.loader.epoch, rate, result)
 
     def read(self, pending: PendingStep) -> dict[str, Any]:
         """Return the metrics of a step, after waiting for the device.
@@ -243,6 +265,7 @@ class Trainer:
         flops = self.model.full_model.flops_per_token() * tokens + sums["attention_flops"]
         return {
             "step": pending.step,
+            **({} if pending.epoch is None else {"epoch": pending.epoch}),
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": pending.learning_rate,
@@ -273,7 +296,7 @@ class Trainer:
     def validation_is_due(self) -> bool:
         """Whether validation is due after the current step."""
         every = self.run.validation.every
-        return bool(self.validation) and (self.step % every == 0 or self.step == self.run.training.steps)
+        return bool(self.validation) and (self.step % every == 0 or self.step == self.steps)
 
     def checkpoint_state(self) -> tuple[dict[str, Any], Progress]:
         """Return the tensors and the progress for a checkpoint of the current step."""
@@ -283,7 +306,9 @@ class Trainer:
         """Load tensors, random number state and loader state. Returns the step of the checkpoint."""
         state = tensors(self.model, self.optimizer, self.device)
         progress = load_checkpoint(checkpoint, state, self.device, self.mesh)
-        self.loader.load_state_dict(progress.loader)
+        warning = self.loader.load_state_dict(progress.loader)
+        if warning:
+            self.terminal.warn(warning)
         return progress.step
 
     def export(self) -> None:
