@@ -26,7 +26,7 @@ from sightline.planning.torch_private import fake_process_group
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("scripts/**/*.*"), *ROOT.glob("sightline/cli/*.py")]
 LINE = re.compile(r"^[ #$]*((?:sightline|torchrun .*-m sightline|sbatch|make|python -m) .*)$", re.MULTILINE)
-PROSE = re.compile(r"`((?:sightline \S+|torchrun .*-m sightline|make|python -m) [^`]+)`")
+PROSE = re.compile(r"`((?:sightline [^` ]+|torchrun [^`]*-m sightline|make|python -m) [^`\n]+)`")
 SYNOPSIS = re.compile(r"\.\.\.|\[|\$|\.$|\b(RECIPE|DIR|PATH|OUT|OUTPUT|N)\b|package\.module")
 """A placeholder, an optional part or the end of a sentence: no command to run as it is."""
 GPUS_OF_A_NODE = 8

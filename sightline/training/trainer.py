@@ -98,6 +98,8 @@ class Trainer:
 
     stop_requested = False
     """Whether a rank had received a stop signal when the newest step that was read ended."""
+    last_read = 0.0
+    """Time when it was read."""
 
     def __init__(
         self, run: Run, device: torch.device, terminal: Terminal, opened: ExitStack, batches: Batches | None = None
@@ -142,7 +144,6 @@ class Trainer:
             metrics = Metrics(self.directory.path, run.logging, self.step, run_settings)
             self.metrics = opened.enter_context(closing(metrics))
             self.saver.before_save = metrics.file.sync
-        self.last_read = 0.0
         self.reads_immediately = device.type == "cpu"  # a CPU step is finished when it returns
         terminal.table({"epoch": self.loader.describe()})
         log_model(terminal, run.training, self.model, run.model_from, self.peak)
