@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from sightline.config.renamed import RenamedFields
+from sightline.config.values import check_text
 
 Model = TypeVar("Model")
 
@@ -275,6 +276,9 @@ class LoggingConfig:
     """Prompt of the sample text generated at the end of the run."""
     sample_tokens: int = 120
     """Maximum number of tokens of the sample text; 0 generates none."""
+
+    def __post_init__(self) -> None:
+        check_text("logging.sample-prompt", self.sample_prompt)
 
 
 @dataclass(frozen=True, kw_only=True)

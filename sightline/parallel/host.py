@@ -87,13 +87,13 @@ class HostGroup:
         """Call `make` on the first rank of each machine, then on all other ranks, and return the result of this rank.
 
         It is for work whose result stays on disk, so that the other ranks of a machine only read it. It may take longer
-        than the timeout of the store: the ranks ask each other every second whether it is done. An error on a first
+        than the timeout of a collective: the ranks ask each other every second whether it is done. An error on a first
         rank is raised on every rank.
         """
         if self.world == 1:
             return make()
         first = os.environ["LOCAL_RANK"] == "0"
-        made: Future[Any] = Future()
+        made: Future[T | None] = Future()
         if first:
             threading.Thread(target=_run, args=(make, made), daemon=True).start()  # daemon: Ctrl-C does not wait for it
         else:
@@ -101,12 +101,12 @@ class HostGroup:
         done = False
         while not done:
             wait([made], timeout=POLL)
-            states = self.gather((made.done(), made.exception() if made.done() else None))
-            errors = [error for _, error in states if error is not None]
-            done, error = self.broadcast((all(is_done for is_done, _ in states), errors[0] if errors else None))
-            if error is not None:
-                raise error
-        return made.result() if first else make()
+            reports = self.gather((made.done(), made.exception() if made.done() else None))
+            failure = next((error for _, error in reports if error is not None), None)
+            done, failure = self.broadcast((all(finished for finished, _ in reports), failure))
+            if failure is not None:
+                raise failure
+        return made.result() if first else make()  # type: ignore[return-value]
 
     def first_error(self, error: Exception | None) -> tuple[int, Exception] | None:
         """Return the lowest rank that passed an error, and its error, on every rank; None if all ranks passed None."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -26,8 +27,10 @@ from sightline.data import (
 from sightline.errors import NonFiniteLoss, RunFailed, Stopped
 from sightline.generation import SamplingConfig, generate
 from sightline.masks import named_masks
-from sightline.models.hf.directory import read_pretrained
+from sightline.models import family_of
+from sightline.models.hf.directory import check_pretrained, read_pretrained
 from sightline.models.hf.files import holds_weights
+from sightline.models.hf.source import find_pretrained
 from sightline.parallel.apply import build_parallel, check_rows
 from sightline.parallel.host import HostGroup
 from sightline.parallel.launch import distributed_session, record_step, wait_for_device
@@ -77,6 +80,8 @@ def train(run: Run, terminal: Terminal | None = None, *, batches: Batches | None
         Stopped: after a signal; see `sightline.errors`.
         RunFailed: if the run cannot continue.
     """
+    if run.model_from:
+        find_pretrained(run.model_from, (family_of(run.model),))  # before ranks wait for each other with a timeout
     with distributed_session(run.parallel, choose_device(run.training)) as device, ExitStack() as opened:
         Trainer(run, device, terminal or Terminal(), opened, batches).train()
     return run.output_dir
@@ -122,12 +127,18 @@ class Trainer:
         else:
             documents = load_documents(run.data)
         training, held_out = split_documents(documents, run.data.validation_fraction if documents else 0)
-        path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or run.model_from, run.model.vocab_size
+        pretrained = find_pretrained(run.model_from, (family_of(run.model),)) if run.model_from and not start else None
+        path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or pretrained, run.model.vocab_size
         log_data(terminal, run.output_dir, documents, held_out, path, vocab_size, start)
-        self.tokenizer = self.host.from_rank_zero(lambda: get_tokenizer(path, training, vocab_size))
+        source = start or (None if run.data.tokenizer else pretrained)
+        self.tokenizer = self.host.from_rank_zero(
+            lambda: self.directory.keep_tokenizer(get_tokenizer(path, training, vocab_size), source)
+        )
+        if pretrained:
+            self.host.from_rank_zero(lambda: check_pretrained(run.model, pretrained))
         self.model = build_parallel(run.model, run.training, mesh, attention_backend=run.attention.backend)
-        if run.model_from and not start:
-            read_pretrained(self.model.full_model, run.model_from, self.model.state_dict())
+        if pretrained:
+            read_pretrained(self.model.full_model, pretrained, self.model.state_dict)
         self.optimizer = build_optimizer(self.model, run.optimizer)
         self.open_batches(training, held_out, batches, opened)
         self.peak = find_peak(device, run.training.dtype)
@@ -140,7 +151,7 @@ class Trainer:
 
         self.metrics: Metrics | None = None  # rank 0 writes for all
         if mesh.rank == 0:
-            self.directory.write(run_settings, self.tokenizer)
+            self.directory.write_config(run_settings)
             metrics = Metrics(self.directory.path, run.logging, self.step, run_settings)
             self.metrics = opened.enter_context(closing(metrics))
             self.saver.before_save = metrics.file.sync
@@ -216,7 +227,7 @@ class Trainer:
         self.write_sample()
         if self.mesh.rank == 0:
             seconds = time.perf_counter() - self.start_time
-            more_text = f'{family_option(self.run.model)} --prompt "{self.run.logging.sample_prompt}"'
+            more_text = f"{family_option(self.run.model)} --prompt {shlex.quote(self.run.logging.sample_prompt)}"
             log_summary(self.terminal, self.directory, more_text, seconds)
 
     def launch_step(self, stop: StopRequest) -> PendingStep:
@@ -326,7 +337,8 @@ class Trainer:
         try:
             export_checkpoint(checkpoint, output, host=self.host)
         except CannotSave as error:
-            command = f"sightline convert {checkpoint} {output}{family_option(self.run.model)}"
+            paths = shlex.join([str(checkpoint), str(output)])
+            command = f"sightline convert {paths}{family_option(self.run.model)}"
             raise RunFailed(f"{error}. Free some space, then run: {command}") from error
         self.terminal.log(f"exported for transformers: {output}")
 
