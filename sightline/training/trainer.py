@@ -101,10 +101,8 @@ class PendingStep:
 class Trainer:
     """Runs one training run. Resources that it opens are closed with the exit stack `opened`."""
 
-    stop_requested = False
-    """Whether a rank had received a stop signal when the newest step that was read ended."""
-    last_read = 0.0
-    """Time when it was read."""
+    stop_requested = False  # whether a rank had received a stop signal when the newest step that was read ended
+    last_read = 0.0  # time when it was read
 
     def __init__(
         self, run: Run, device: torch.device, terminal: Terminal, opened: ExitStack, batches: Batches | None = None
@@ -346,10 +344,6 @@ class Trainer:
         """Generate a text sample."""
         logging = self.run.logging
         if logging.sample_tokens:
-            text = generate(
-                self.model.generation_model,
-                self.tokenizer,
-                logging.sample_prompt,
-                SamplingConfig(max_new_tokens=logging.sample_tokens, seed=self.run.seed),
-            )
+            sampling = SamplingConfig(max_new_tokens=logging.sample_tokens, seed=self.run.seed)
+            text = generate(self.model.generation_model, self.tokenizer, logging.sample_prompt, sampling)
             self.terminal.sample(logging.sample_prompt, text)
