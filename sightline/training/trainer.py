@@ -101,6 +101,9 @@ class PendingStep:
 class Trainer:
     """Runs one training run. Resources that it opens are closed with the exit stack `opened`."""
 
+    stop_requested = False  # whether a rank had received a stop signal when the newest step that was read ended
+    last_read = 0.0  # time when it was read
+
     def __init__(
         self, run: Run, device: torch.device, terminal: Terminal, opened: ExitStack, batches: Batches | None = None
     ) -> None:
@@ -133,9 +136,6 @@ class Trainer:
             metrics = Metrics(self.directory.path, run.logging, self.step, run_settings)
             self.metrics = opened.enter_context(closing(metrics))
             self.saver.before_save = metrics.file.sync
-        self.stop_requested = False
-        """Whether a rank had received a stop signal when the last read step ended."""
-        self.last_read = 0.0
         self.reads_immediately = device.type == "cpu"  # a CPU step is finished when it returns
         terminal.table({"epoch": self.loader.describe()})
         log_model(terminal, run.training, self.model, run.model_from, self.peak)
@@ -346,10 +346,6 @@ class Trainer:
         """Generate a text sample."""
         logging = self.run.logging
         if logging.sample_tokens:
-            text = generate(
-                self.model.generation_model,
-                self.tokenizer,
-                logging.sample_prompt,
-                SamplingConfig(max_new_tokens=logging.sample_tokens, seed=self.run.seed),
-            )
+            sampling = SamplingConfig(max_new_tokens=logging.sample_tokens, seed=self.run.seed)
+            text = generate(self.model.generation_model, self.tokenizer, logging.sample_prompt, sampling)
             self.terminal.sample(logging.sample_prompt, text)
