@@ -15,7 +15,7 @@ from sightline.training.terminal import Terminal
 from sightline.training.trainer import train
 from tests.support.small_runs import small_run, train_quietly, write_corpus
 
-NAMES = ["${X}_${Y} it's \"q\"", "[red]a[bold]\n:smile:", "caf\udce9 \x1b[31m 日本"]
+NAMES = ['${X}_${Y} it\'s "q"', "[red]a[bold]\n:smile:", "caf\udce9 \x1b[31m 日本"]
 ROW = {"step": 1, "loss": 2.0, "learning_rate": 0.1}
 
 
