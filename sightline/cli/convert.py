@@ -32,7 +32,7 @@ class Convert:
     """
 
     source: SourceArgument
-    """A run directory, for its newest checkpoint; a checkpoint; or a Hugging Face directory.
+    """A run directory, for its newest checkpoint; a checkpoint; a Hugging Face directory, or the name of a Hub model.
     Or package.module:NAME, a Run of your own, for its output directory."""
     output: Annotated[Path, tyro.conf.Positional]
     """Directory to write. It must not contain weights yet."""

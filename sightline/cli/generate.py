@@ -38,7 +38,7 @@ class Generate(SamplingConfig):
     """
 
     source: SourceArgument
-    """A run directory, for its newest checkpoint; a checkpoint; or a Hugging Face directory.
+    """A run directory, for its newest checkpoint; a checkpoint; a Hugging Face directory, or the name of a Hub model.
     Or package.module:NAME, a Run of your own, for its output directory."""
     family: str | None = None
     """The family of the directory's model, if it is your own: package.module:NAME, a Family or a Run."""

@@ -304,7 +304,7 @@ class Run(Generic[Model]):
     model: Model
     """Model architecture."""
     model_from: Path | None = None
-    """Hugging Face directory (config.json, safetensors) with pretrained weights to start from.
+    """Pretrained weights to start from: a Hugging Face directory, or the name of a model on the Hub: Qwen/Qwen3-0.6B.
     Its config.json sets the model architecture. Its tokenizer is used unless --data.tokenizer is given."""
     output_dir: Path = Path("runs/default")
     """Directory of the run. The same command with the same directory resumes an interrupted run."""

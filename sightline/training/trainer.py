@@ -42,7 +42,7 @@ from sightline.training.checkpoint import (
     load_checkpoint,
     tensors,
 )
-from sightline.training.checkpoint_directory import remove_partial
+from sightline.training.checkpoint_directory import find_latest, remove_partial
 from sightline.training.export import export_checkpoint
 from sightline.training.flops import find_peak
 from sightline.training.metrics import Metrics
@@ -80,8 +80,8 @@ def train(run: Run, terminal: Terminal | None = None, *, batches: Batches | None
         Stopped: after a signal; see `sightline.errors`.
         RunFailed: if the run cannot continue.
     """
-    if run.model_from:
-        find_pretrained(run.model_from, (family_of(run.model),))  # before ranks wait for each other with a timeout
+    if run.model_from and find_latest(RunDirectory(run.output_dir).checkpoints) is None:
+        find_pretrained(run.model_from, (family_of(run.model),))  # a download may take longer than parallel.timeout
     with distributed_session(run.parallel, choose_device(run.training)) as device, ExitStack() as opened:
         Trainer(run, device, terminal or Terminal(), opened, batches).train()
     return run.output_dir
