@@ -43,7 +43,7 @@ BAD_INPUT: dict[str, tuple[str, list[str]]] = {
     "resume nowhere": ("--checkpoint.resume {out}/x", ["/x does not exist; expected the directory of a run"]),
     "keep zero": ("--checkpoint.keep 0", ["checkpoint.keep must be greater than 0, got 0"]),
     "sample tokens negative": ("--logging.sample-tokens -1", ["logging.sample-tokens must be at least 0, got -1"]),
-    "prompt not UTF-8": ("--logging.sample-prompt \udcff", ["logging.sample-prompt '\\udcff' is not valid UTF-8"]),
+    "prompt not UTF-8": ("--logging.sample-prompt \udcff", ["logging.sample-prompt '\\udcff' contains bytes"]),
     "wandb empty": ("--logging.wandb ''", ["logging.wandb is empty", "--logging.wandb NAME"]),
     "validation rows": ("--validation.rows 0", ["validation.rows must be greater than 0, got 0"]),
     "source empty": ("--data.source ''", ["data.source is empty", "--data.source PATH"]),

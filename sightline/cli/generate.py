@@ -15,7 +15,7 @@ import sightline
 from sightline import config
 from sightline.cli.options import parse_options
 from sightline.cli.source import SourceArgument, find_source
-from sightline.config.values import check_text
+from sightline.config.checks import check_text
 from sightline.data import Tokenizer, pack_patches
 from sightline.data.image_files import read_image
 from sightline.generation import SamplingConfig, stream

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from sightline.config.checks import check_fields, check_not_negative, check_positive, check_seed
+from sightline.config.checks import check_not_negative, check_positive, check_seed, check_text, check_values
 from sightline.config.renamed import RenamedFields
-from sightline.config.values import check_text
 
 Model = TypeVar("Model")
 
@@ -46,7 +45,7 @@ class DataConfig(RenamedFields):
     By default, `sightline` in the user's cache directory ($XDG_CACHE_HOME or ~/.cache)."""
 
     def __post_init__(self) -> None:
-        check_fields("data", self)
+        check_values(self, "data")
         if not self.source:
             raise ValueError(
                 "data.source is empty; expected `python-stdlib`, `synthetic-images`, `hf:NAME` or a path: use "
@@ -94,7 +93,7 @@ class TrainingConfig:
     """Apply activation checkpointing to every n-th layer; 1 means all layers."""
 
     def __post_init__(self) -> None:
-        check_fields("training", self)
+        check_values(self, "training")
         check_positive("training", self, "steps", "global_batch_size", "micro_batch_size", "recompute_every")
         if self.sequence_length < 2:
             raise ValueError(
@@ -151,7 +150,7 @@ class ParallelConfig:
     """Seconds that a rank waits for another rank before it aborts and names the missing rank."""
 
     def __post_init__(self) -> None:
-        check_fields("parallel", self)
+        check_values(self, "parallel")
         check_positive("parallel", self, "replicate", "context", "tensor", "pipeline", "expert", "timeout")
         if self.timeout > LONGEST_TIMEOUT:
             raise ValueError(
@@ -198,7 +197,7 @@ class OptimizerConfig(RenamedFields):
     """Learning rate of the last step as a fraction of the peak."""
 
     def __post_init__(self) -> None:
-        check_fields("optimizer", self)
+        check_values(self, "optimizer")
         check_positive("optimizer", self, "learning_rate", "eps", "max_grad_norm")
         check_not_negative("optimizer", self, "warmup_steps", "weight_decay")
         for name, value in (("decay-ratio", self.decay_ratio), ("min-lr-ratio", self.min_lr_ratio)):
@@ -235,7 +234,7 @@ class ValidationConfig:
     """Rows per validation; every validation uses the same rows."""
 
     def __post_init__(self) -> None:
-        check_fields("validation", self)
+        check_values(self, "validation")
         check_positive("validation", self, "rows")
         check_not_negative("validation", self, "every")
 
@@ -264,7 +263,7 @@ class CheckpointConfig:
     `sightline convert` exports any checkpoint."""
 
     def __post_init__(self) -> None:
-        check_fields("checkpoint", self)
+        check_values(self, "checkpoint")
         check_positive("checkpoint", self, "keep")
         check_not_negative("checkpoint", self, "every")
         if not self.resume:
@@ -288,7 +287,7 @@ class LoggingConfig:
     """Maximum number of tokens of the sample text; 0 generates none."""
 
     def __post_init__(self) -> None:
-        check_fields("logging", self)
+        check_values(self, "logging")
         check_not_negative("logging", self, "sample_tokens")
         if self.wandb == "":
             raise ValueError(
@@ -321,4 +320,4 @@ class Run(Generic[Model]):
 
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)
-        check_fields("model", self.model)
+        check_values(self.model, "model")

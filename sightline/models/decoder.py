@@ -15,8 +15,8 @@ from torch.distributed import ProcessGroup
 
 from sightline.attention import Exchanges, KernelRequirements, LocalExchanges, Lowered, check_backend, lower
 from sightline.batch import Batch, ImageSizes
+from sightline.config.checks import check_values
 from sightline.config.renamed import RenamedFields
-from sightline.config.values import check_values
 from sightline.layers import (
     LOSSES,
     AttentionLayer,

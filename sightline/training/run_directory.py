@@ -15,8 +15,8 @@ from types import UnionType
 from typing import Any
 
 from sightline.config import Run
+from sightline.config.checks import check_value, types_of
 from sightline.config.renamed import use_new_names
-from sightline.config.values import check_value, types_of
 from sightline.data import Tokenizer
 from sightline.models import FAMILIES, Family
 from sightline.models.families import named_family, reference_of

@@ -38,11 +38,10 @@ from sightline.training.checkpoint import (
     TOKENIZER,
     CannotSave,
     Progress,
-    check_checkpoint,
     load_checkpoint,
     tensors,
 )
-from sightline.training.checkpoint_directory import find_latest, remove_partial
+from sightline.training.checkpoint_directory import find_latest
 from sightline.training.export import export_checkpoint
 from sightline.training.flops import find_peak
 from sightline.training.metrics import Metrics
@@ -56,7 +55,7 @@ from sightline.training.report import (
     plot_first_masks,
     plot_losses,
 )
-from sightline.training.resume import check_continues, find_start, pass_over_damage
+from sightline.training.resume import acquire_start
 from sightline.training.run_directory import RunDirectory, settings
 from sightline.training.same_on_all_ranks import check_same
 from sightline.training.saver import Saver
@@ -115,7 +114,7 @@ class Trainer:
         self.start_time = time.perf_counter()
         make_reproducible(run.seed, run.training.deterministic)
         self.directory = RunDirectory(run.output_dir)
-        start, changes = self.acquire_directory(opened, run_settings)
+        start, changes = acquire_start(self.directory, run.checkpoint, run_settings, self.host, opened)
         training, held_out, pretrained = self.read_data(start, batches)
         self.model = build_parallel(run.model, run.training, mesh, attention_backend=run.attention.backend)
         if pretrained:
@@ -143,27 +142,6 @@ class Trainer:
             terminal.warn(change)
         if self.step >= self.steps:
             terminal.log(f"all {self.steps} steps are done (now at step {self.step}): nothing left to train")
-
-    def acquire_directory(self, opened: ExitStack, run_settings: dict[str, Any]) -> tuple[Path | None, list[str]]:
-        """Lock the directory; return the checkpoint to resume from, and warnings about damage and changed options."""
-        options, host, directory = self.run.checkpoint, self.host, self.directory
-        host.from_rank_zero(directory.check_writable)
-        start = host.from_rank_zero(lambda: find_start(options.resume, directory))
-        warnings: list[str] = []
-
-        def lock() -> None:
-            opened.enter_context(directory.lock())
-            remove_partial(directory.checkpoints)
-
-        if start is None or options.resume == "auto":
-            host.from_rank_zero(lock)  # before damaged checkpoints are renamed
-            start, warnings = pass_over_damage(directory, contents=options.verify, host=host)
-        else:
-            check_checkpoint(start, contents=options.verify, host=host)
-        changes = host.from_rank_zero(lambda: check_continues(start, run_settings)) if start else []
-        if options.resume not in ("auto", "never"):
-            host.from_rank_zero(lock)
-        return start, warnings + changes
 
     def read_data(self, start: Path | None, batches: Batches | None) -> tuple[Documents, Documents, Path | None]:
         """Open or train the tokenizer; return training and held-out documents, and the pretrained model to read."""
