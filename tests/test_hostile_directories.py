@@ -269,7 +269,8 @@ def test_export_reads_no_directory_that_the_config_of_a_run_names(
     assert (config["max_position_embeddings"], config["eos_token_id"]) == (77, [1, 2])
 
     config = json.loads((moved / "config.json").read_text())
-    for hidden_size, message in ((6400, "MiB of weights; expected the config.json"), (2**40, "hidden_size must be at most")):
+    refusals = {6400: "MiB of weights; expected the config.json", 2**40: "hidden_size must be at most"}
+    for hidden_size, message in refusals.items():
         (moved / "config.json").write_text(json.dumps(with_value(config, ("model", "hidden_size"), hidden_size)))
         rewrite_manifest(moved)
         assert run(["generate", str(moved), "--device", "cpu"]) == 2
