@@ -14,9 +14,11 @@ from sightline.config import Run
 from sightline.data import load_documents, open_loader, split_documents, train_tokenizer
 from sightline.masks import AttentionMask
 from sightline.models import build_model
+from sightline.models.hf.source import fetch
 from sightline.training.checkpoint import TOKENIZER
 from sightline.training.setup import open_tokenizer
 from sightline.training.step import Model, prepare_batch
+from sightline.training.terminal import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +39,9 @@ def first_batch(title: str, run: Run, directory: Path | None, sequence_length: i
     """
     if sequence_length is not None:
         run = replace(run, training=replace(run.training, sequence_length=sequence_length))
-    with Console(stderr=True).status(f"reading {run.data.source}"):
-        path = directory / TOKENIZER if directory else run.data.tokenizer or run.model_from
+    with Console(stderr=True).status(shown(f"reading {run.data.source}")):
+        pretrained = run.model_from and fetch(run.model_from, weights=False)
+        path = directory / TOKENIZER if directory else run.data.tokenizer or pretrained
         tokenizer = open_tokenizer(path, run.model.vocab_size)
         documents, _ = split_documents(load_documents(run.data), run.data.validation_fraction)
         tokenizer = tokenizer or train_tokenizer(documents, run.model.vocab_size)

@@ -20,7 +20,7 @@ from sightline.config import Run
 from sightline.config.renamed import old_names, renaming_message
 from sightline.config.run import BackendName
 from sightline.models import FAMILIES, family_of
-from sightline.models.hf.directory import read_model_config
+from sightline.models.hf.source import read_model_config
 from sightline.numbers import count
 from sightline.recipes import RECIPES, get_recipe
 

@@ -12,6 +12,7 @@ from typing import Generic, Literal, TypeVar
 
 from sightline.config.checks import check_fields, check_not_negative, check_positive, check_seed
 from sightline.config.renamed import RenamedFields
+from sightline.config.values import check_text
 
 Model = TypeVar("Model")
 
@@ -293,13 +294,7 @@ class LoggingConfig:
             raise ValueError(
                 "logging.wandb is empty; expected the name of a Weights & Biases project: --logging.wandb NAME"
             )
-        try:
-            self.sample_prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"logging.sample-prompt {self.sample_prompt!r} is not valid UTF-8 text ({error.reason}); use another "
-                "--logging.sample-prompt"
-            ) from None
+        check_text("logging.sample-prompt", self.sample_prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +304,7 @@ class Run(Generic[Model]):
     model: Model
     """Model architecture."""
     model_from: Path | None = None
-    """Hugging Face directory (config.json, safetensors) with pretrained weights to start from.
+    """Pretrained weights to start from: a Hugging Face directory, or the name of a model on the Hub: Qwen/Qwen3-0.6B.
     Its config.json sets the model architecture. Its tokenizer is used unless --data.tokenizer is given."""
     output_dir: Path = Path("runs/default")
     """Directory of the run. The same command with the same directory resumes an interrupted run."""

@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from sightline.attention import Exchanges, KernelRequirements, LocalExchanges, Lowered, check_backend, lower
 from sightline.batch import Batch, ImageSizes
 from sightline.config.renamed import RenamedFields
+from sightline.config.values import check_values
 from sightline.layers import (
     LOSSES,
     AttentionLayer,
@@ -61,6 +62,7 @@ class DecoderConfig(RenamedFields):
     """Share one weight between the embedding and the output projection."""
 
     def __post_init__(self) -> None:
+        check_values(self, "model")
         check_positive(self, "vocab_size", "hidden_size", "num_layers", "rope_theta", "norm_eps")
 
 

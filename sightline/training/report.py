@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,4 +122,4 @@ def log_summary(terminal: Terminal, directory: RunDirectory, more_text: str, sec
         "TensorBoard": directory.tensorboard,
     }
     terminal.table({name: str(path) for name, path in outputs.items() if path and path.exists()})
-    terminal.table({"more text": f"sightline generate {directory.path}{more_text}"})
+    terminal.table({"more text": f"sightline generate {shlex.quote(str(directory.path))}{more_text}"})

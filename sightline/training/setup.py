@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from sightline.data import SYNTHETIC_IMAGES, Documents, Tokenizer, is_dataset, l
 from sightline.data.synthetic_images import check_images
 from sightline.data.tokenizer import check_vocab_size
 from sightline.models import build_skeleton, family_of
-from sightline.models.hf.directory import read_pretrained
+from sightline.models.hf.directory import check_pretrained
 from sightline.parallel.checks import check_run
 from sightline.parallel.host import HostGroup
 from sightline.training.metrics import check_wandb
@@ -75,10 +74,10 @@ def check_options(run: Run) -> None:
         check_images(build_skeleton(run.model).image_sizes)
 
 
-def open_files(run: Run, tokenizer: Path | None, start: Path | None) -> Tokenizer | None:
+def open_files(run: Run, tokenizer: Path | None, pretrained: Path | None) -> Tokenizer | None:
     """Check the files that the run starts from, and return its tokenizer: None if one is trained on the documents.
 
-    start  the checkpoint to resume from, which replaces pretrained weights
+    pretrained  the directory of pretrained weights to start from
 
     Raises:
         ValueError: if the tokenizer or the pretrained weights are missing, or do not fit the model and the options.
@@ -86,21 +85,12 @@ def open_files(run: Run, tokenizer: Path | None, start: Path | None) -> Tokenize
     opened = open_tokenizer(tokenizer, run.model.vocab_size)
     if opened is not None:
         check_prompt(run.logging, opened)
-    if run.model_from and not start:
-        check_pretrained(run.model, run.model_from)
+    if pretrained is not None:
+        try:
+            check_pretrained(run.model, pretrained)
+        except ValueError as error:
+            raise ValueError(f"model_from {pretrained} cannot be used: {error}") from error
     return opened
-
-
-def check_pretrained(model: Any, directory: Path) -> None:
-    """Check that the weights of a Hugging Face directory fit a model config, without reading them.
-
-    Raises:
-        ValueError: if the directory is missing or incomplete, or a name or shape differs.
-    """
-    try:
-        read_pretrained(build_skeleton(model), directory, {})  # with no tensors to fill, it only checks
-    except ValueError as error:
-        raise ValueError(f"model_from {directory} cannot be used: {error}") from error
 
 
 def read_documents(data: DataConfig, host: HostGroup) -> Documents:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ from sightline.data import (
 from sightline.errors import NonFiniteLoss, RunFailed, Stopped
 from sightline.generation import SamplingConfig, generate
 from sightline.masks import named_masks
+from sightline.models import family_of
 from sightline.models.hf.directory import read_pretrained
 from sightline.models.hf.files import holds_weights
+from sightline.models.hf.source import find_pretrained
 from sightline.parallel.apply import build_parallel
 from sightline.parallel.host import HostGroup
 from sightline.parallel.launch import distributed_session, record_step, wait_for_device
@@ -39,7 +42,7 @@ from sightline.training.checkpoint import (
     load_checkpoint,
     tensors,
 )
-from sightline.training.checkpoint_directory import remove_partial
+from sightline.training.checkpoint_directory import find_latest, remove_partial
 from sightline.training.export import export_checkpoint
 from sightline.training.flops import find_peak
 from sightline.training.metrics import Metrics
@@ -77,6 +80,8 @@ def train(run: Run, terminal: Terminal | None = None, *, batches: Batches | None
         Stopped: after a signal; see `sightline.errors`.
         RunFailed: if the run cannot continue.
     """
+    if run.model_from and find_latest(RunDirectory(run.output_dir).checkpoints) is None:
+        find_pretrained(run.model_from, (family_of(run.model),))  # a download may take longer than parallel.timeout
     with distributed_session(run.parallel, choose_device(run.training)) as device, ExitStack() as opened:
         Trainer(run, device, terminal or Terminal(), opened, batches).train()
     return run.output_dir
@@ -96,6 +101,9 @@ class PendingStep:
 class Trainer:
     """Runs one training run. Resources that it opens are closed with the exit stack `opened`."""
 
+    stop_requested = False  # whether a rank had received a stop signal when the newest step that was read ended
+    last_read = 0.0  # time when it was read
+
     def __init__(
         self, run: Run, device: torch.device, terminal: Terminal, opened: ExitStack, batches: Batches | None = None
     ) -> None:
@@ -108,10 +116,10 @@ class Trainer:
         make_reproducible(run.seed, run.training.deterministic)
         self.directory = RunDirectory(run.output_dir)
         start, changes = self.acquire_directory(opened, run_settings)
-        training, held_out = self.read_data(start, batches)
+        training, held_out, pretrained = self.read_data(start, batches)
         self.model = build_parallel(run.model, run.training, mesh, attention_backend=run.attention.backend)
-        if run.model_from and not start:
-            read_pretrained(self.model.full_model, run.model_from, self.model.state_dict())
+        if pretrained:
+            read_pretrained(self.model.full_model, pretrained, self.model.state_dict)
         self.optimizer = build_optimizer(self.model, run.optimizer)
         self.open_batches(training, held_out, batches, opened)
         self.peak = find_peak(device, run.training.dtype)
@@ -124,13 +132,10 @@ class Trainer:
 
         self.metrics: Metrics | None = None  # rank 0 writes for all
         if mesh.rank == 0:
-            self.directory.write(run_settings, self.tokenizer)
+            self.directory.write_config(run_settings)
             metrics = Metrics(self.directory.path, run.logging, self.step, run_settings)
             self.metrics = opened.enter_context(closing(metrics))
             self.saver.before_save = metrics.file.sync
-        self.stop_requested = False
-        """Whether a rank had received a stop signal when the last read step ended."""
-        self.last_read = 0.0
         self.reads_immediately = device.type == "cpu"  # a CPU step is finished when it returns
         terminal.table({"epoch": self.loader.describe()})
         log_model(terminal, run.training, self.model, run.model_from, self.peak)
@@ -160,19 +165,23 @@ class Trainer:
             host.from_rank_zero(lock)
         return start, warnings + changes
 
-    def read_data(self, start: Path | None, batches: Batches | None) -> tuple[Documents, Documents]:
-        """Open or train the tokenizer; return the training and the held-out documents."""
+    def read_data(self, start: Path | None, batches: Batches | None) -> tuple[Documents, Documents, Path | None]:
+        """Open or train the tokenizer; return training and held-out documents, and the pretrained model to read."""
         run, host = self.run, self.host
-        path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or run.model_from, run.model.vocab_size
-        tokenizer = host.from_rank_zero(lambda: open_files(run, path, start))
+        pretrained = find_pretrained(run.model_from, (family_of(run.model),)) if run.model_from and not start else None
+        path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or pretrained, run.model.vocab_size
+        tokenizer = host.from_rank_zero(lambda: open_files(run, path, pretrained))
         documents = Documents.from_texts([], source="your batches")
         if batches is None:
             documents = read_documents(run.data, host)
         training, held_out = split_documents(documents, run.data.validation_fraction if documents else 0)
         log_data(self.terminal, run.output_dir, documents, held_out, path, vocab_size, start)
-        self.tokenizer = tokenizer or host.from_rank_zero(lambda: train_tokenizer(training, vocab_size))
+        source = start or (None if run.data.tokenizer else pretrained)
+        self.tokenizer = host.from_rank_zero(
+            lambda: self.directory.keep_tokenizer(tokenizer or train_tokenizer(training, vocab_size), source)
+        )
         check_same(host, {"data": training.digest, "tokenizer": self.tokenizer.fingerprint})
-        return training, held_out
+        return training, held_out, pretrained
 
     def open_batches(
         self, training: Documents, held_out: Documents, batches: Batches | None, opened: ExitStack
@@ -218,7 +227,7 @@ class Trainer:
         self.write_sample()
         if self.mesh.rank == 0:
             seconds = time.perf_counter() - self.start_time
-            more_text = f'{family_option(self.run.model)} --prompt "{self.run.logging.sample_prompt}"'
+            more_text = f"{family_option(self.run.model)} --prompt {shlex.quote(self.run.logging.sample_prompt)}"
             log_summary(self.terminal, self.directory, more_text, seconds)
 
     def launch_step(self, stop: StopRequest) -> PendingStep:
@@ -328,7 +337,8 @@ class Trainer:
         try:
             export_checkpoint(checkpoint, output, host=self.host)
         except CannotSave as error:
-            command = f"sightline convert {checkpoint} {output}{family_option(self.run.model)}"
+            paths = shlex.join([str(checkpoint), str(output)])
+            command = f"sightline convert {paths}{family_option(self.run.model)}"
             raise RunFailed(f"{error}. Free some space, then run: {command}") from error
         self.terminal.log(f"exported for transformers: {output}")
 
@@ -336,10 +346,6 @@ class Trainer:
         """Generate a text sample."""
         logging = self.run.logging
         if logging.sample_tokens:
-            text = generate(
-                self.model.generation_model,
-                self.tokenizer,
-                logging.sample_prompt,
-                SamplingConfig(max_new_tokens=logging.sample_tokens, seed=self.run.seed),
-            )
+            sampling = SamplingConfig(max_new_tokens=logging.sample_tokens, seed=self.run.seed)
+            text = generate(self.model.generation_model, self.tokenizer, logging.sample_prompt, sampling)
             self.terminal.sample(logging.sample_prompt, text)

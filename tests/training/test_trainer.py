@@ -75,7 +75,7 @@ def test_the_log_shows_the_model_and_the_output_files(run, output) -> None:
         "step 8 reached, loss",
         str(run.output_dir / "checkpoints" / "step-8"),
         str(run.output_dir / "loss.png"),
-        f'sightline generate {run.output_dir} --prompt "def "',
+        f"sightline generate {run.output_dir} --prompt 'def '",
     ):
         assert words in output, words
     assert "warning" not in output
