@@ -233,11 +233,14 @@ class CheckpointConfig:
     """Save a checkpoint every n steps; 0 saves only at the end of the run.
     The end of a run, SIGTERM and Ctrl-C always save one."""
     keep: int = 2
-    """Number of checkpoints to keep; older ones are deleted."""
+    """Number of checkpoints to keep; older ones are deleted, except the newest that was verified at a start."""
     resume: str = "auto"
     """Checkpoint to resume from: `auto`, `never` or a path.
     `auto` resumes from the newest checkpoint in the output directory, or starts a new run if there is none.
     `never` starts a new run and needs an empty output directory. A path is a checkpoint or a run directory."""
+    verify: bool = True
+    """Verify the checksums of a checkpoint before resuming from it, with the work shared between ranks.
+    `auto` passes over a damaged checkpoint, renames it and resumes from the one before; a path refuses damage."""
     asynchronous: bool = False
     """Write checkpoints in the background while training continues.
     Each rank keeps a copy of its weights and optimizer state in CPU memory until the checkpoint is written."""

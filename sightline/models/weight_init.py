@@ -80,16 +80,23 @@ def fill_parameter(target: Tensor, fill: Callable[[Tensor], Tensor]) -> None:
 
 def local_shard(full: Tensor, target: DTensor) -> Tensor:
     """Return a view of the part of a full tensor that this rank stores if it is sharded like `target`."""
+    return full[local_slices(target)]
+
+
+def local_slices(target: DTensor) -> tuple[slice, ...]:
+    """Return the part of a sharded tensor that this rank stores: a slice of each dimension."""
     coordinate = target.device_mesh.get_coordinate()
     assert coordinate is not None, "this rank is not in the DTensor's device mesh"
     axes = list(zip(target.placements, coordinate, target.device_mesh.shape, strict=True))
     # FSDP over tensor parallelism is a strided shard: it shards what the inner axes have sharded already.
     axes.sort(key=lambda axis: hasattr(axis[0], "split_factor"))
+    slices = [slice(0, size) for size in target.shape]
     for placement, index, size in axes:
         if placement.is_replicate():
             continue
         dim = placement.dim  # type: ignore[attr-defined]
-        step = -(-full.shape[dim] // size)  # as torch.chunk: the last shards may be smaller or empty
-        first = min(index * step, full.shape[dim])
-        full = full.narrow(dim, first, min(step, full.shape[dim] - first))
-    return full
+        start, stop = slices[dim].start, slices[dim].stop
+        step = -(-(stop - start) // size)  # as torch.chunk: the last shards may be smaller or empty
+        first = min(start + index * step, stop)
+        slices[dim] = slice(first, min(first + step, stop))
+    return tuple(slices)

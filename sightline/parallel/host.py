@@ -24,10 +24,13 @@ class HostGroup:
 
     Each instance has a connection of its own, so that a thread may wait in one while the main thread uses another. All
     ranks create their instances in the same order.
+
+    alone  this process only, even if it is one of several ranks
     """
 
-    def __init__(self) -> None:
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    def __init__(self, *, alone: bool = False) -> None:
+        several = dist.is_initialized() and not alone
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         self._calls = 0
         self._read_by_all: list[str] = []
         """Keys that no rank needs once all ranks have made the next `gather`."""
@@ -73,6 +76,11 @@ class HostGroup:
         if error is not None:
             raise error
         return result  # type: ignore[return-value]
+
+    def first_error(self, error: Exception | None) -> tuple[int, Exception] | None:
+        """Return the lowest rank that passed an error, and its error, on every rank; None if all ranks passed None."""
+        errors = enumerate(self.gather(error))
+        return self.broadcast(next(((rank, error) for rank, error in errors if error is not None), None))
 
     def barrier(self) -> None:
         """Return when all ranks have called this."""

@@ -1,40 +1,52 @@
-"""Checkpoints, written to a temporary directory and renamed, so that the newest checkpoint is always complete.
+"""Checkpoints, written to a temporary directory and renamed, so that a kill leaves no incomplete checkpoint.
 
 checkpoints/.step-120.partial/     being written, or left by a killed process: removed at the next start
 checkpoints/step-120/              complete
-    .metadata, *.distcp            weights, optimizer state, random number state: torch.distributed.checkpoint
+    rank-00000.safetensors, ...    weights, optimizer state, random number state: a file per rank, see `shards`
     state.json                     step and loader state
     config.json, tokenizer.json    copies of the run's files
-    manifest.json                  name and size of every file, written last
+    manifest.json                  size and checksum of every file, written last
+checkpoints/step-100.damaged/      found damaged at a start, and kept for its owner to look at
 
-All ranks write their shards into the same directory. Tensors are stored under their names in the full model, so a
-checkpoint does not depend on the device mesh, and each rank reads the shards that it needs.
+All ranks write into the same directory. Tensors are stored under their names in the full model, so a checkpoint does
+not depend on the device mesh, and each rank reads the shards that it needs.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import os
-import pickle
-import re
 import shutil
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
+from safetensors import SafetensorError
+from torch import Tensor
 
 from sightline.data import join_states
+from sightline.parallel.host import HostGroup
+from sightline.parallel.mesh import AXES, Mesh
+from sightline.paths import file_inside
+from sightline.training.checkpoint_directory import list_checkpoints, remove_checkpoint, sync
+from sightline.training.manifest import (
+    VERSION,
+    Damaged,
+    FileSum,
+    Manifest,
+    find_damage,
+    rank_of,
+    read_manifest,
+    shard_file,
+    write_file,
+)
+from sightline.training.old_checkpoints import read_index, read_old_tensors
 from sightline.training.optimizer import Optimizer, optimizer_state
+from sightline.training.shards import RANDOM, count_elements, flatten, read_shards, shards_to_write, write_shards
 
-MANIFEST = "manifest.json"
 STATE = "state.json"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -54,7 +66,7 @@ class CannotSave(OSError):
 
 
 def tensors(model: Any, optimizer: Optimizer, device: torch.device) -> dict[str, Any]:
-    """Return the state dict that torch.distributed.checkpoint writes, and reads in place: the local shards.
+    """Return the tensors of a checkpoint, which reading fills in place: this rank's shards.
 
     The random number state is stored once, because it is the same on all ranks: weight initialization has a generator
     per weight, and training uses no random numbers.
@@ -65,55 +77,117 @@ def tensors(model: Any, optimizer: Optimizer, device: torch.device) -> dict[str,
     return {"model": model.state_dict(), "optimizer": optimizer_state(model, optimizer), "random": random}
 
 
+class LocalState(NamedTuple):
+    """The part of a checkpoint that this rank writes.
+
+    shards    tensors by their name in the file
+    elements  see `count_elements`
+    mesh      degree of each parallelism
+    progress  step, and the loader's state on one rank of those that read the same rows
+    """
+
+    shards: dict[str, Tensor]
+    elements: int
+    mesh: dict[str, int]
+    step: int
+    loader: dict[str, Any] | None
+
+    def copied(self) -> LocalState:
+        """Return the state with copies of the tensors in CPU memory, which the next steps do not change."""
+        return self._replace(shards={name: tensor.to("cpu", copy=True) for name, tensor in self.shards.items()})
+
+
+def local_state(state: dict[str, Any], progress: Progress, mesh: Mesh | None = None) -> LocalState:
+    """Return the part of `tensors(...)` that this rank writes."""
+    axes = ("context", "tensor", "pipeline")
+    reports_loader = mesh is None or all(mesh.index(axis) == 0 for axis in axes)
+    return LocalState(
+        shards=shards_to_write(state, mesh),
+        elements=count_elements(state, mesh),
+        mesh=degrees(mesh),
+        step=progress.step,
+        loader=progress.loader if reports_loader else None,
+    )
+
+
+def degrees(mesh: Mesh | None) -> dict[str, int]:
+    """Return the degree of each parallelism that decides which rank writes which shard."""
+    return {axis: mesh.size(axis) if mesh else 1 for axis in (*AXES, "expert")}
+
+
 def save_checkpoint(
     directory: Path,
-    state: dict[str, Any],
-    progress: Progress,
+    local: LocalState,
     run_files: list[Path],
     *,
     keep: int,
-    group: dist.ProcessGroup | None = None,
+    verified: Path | None = None,
+    host: HostGroup | None = None,
 ) -> Path:
-    """Write `directory/step-N` from `tensors(...)`, then remove all but the newest `keep` checkpoints.
+    """Write `directory/step-N`, then remove all but the newest `keep` checkpoints.
 
-    group  all ranks of the run, each of which calls this function; None for one process
+    verified  checkpoint to keep in addition: the newest whose contents a start has verified
+    host      all ranks of the run, each of which calls this function; None for one process
 
     Raises:
         CannotSave: on every rank, if one of them cannot write, for example because the disk is full.
     """
-    final = directory / f"step-{progress.step}"
+    host = host or HostGroup(alone=True)
+    final = directory / f"step-{local.step}"
     partial = directory / f".{final.name}.partial"
-    first = group is None or dist.get_rank(group) == 0
-    loader = join_states(_gather(progress.loader, group))
+    with on_all_ranks(host):
+        if host.rank == 0:
+            partial.mkdir(parents=True)
+    written, failure = FileSum(0, None), None
     try:
-        with on_all_processes(group):
-            if first:
-                partial.mkdir(parents=True)
-        with on_all_processes(group):
-            if not partial.is_dir():
-                raise FileNotFoundError(
-                    errno.ENOENT,
-                    f"{partial} does not exist, although rank 0 created it: the output directory of a multi-node run "
-                    "must be on a file system that all nodes share",
-                )
-        _write_tensors(state, partial, group)
-        with on_all_processes(group):
-            if first:
-                _write_files(partial, {"step": progress.step, "loader": loader}, run_files)
-                partial.rename(final)
-                sync(directory)
+        if not partial.is_dir():
+            raise FileNotFoundError(
+                errno.ENOENT,
+                f"{partial} does not exist, although rank 0 created it: the output directory of a multi-node run "
+                "must be on a file system that all nodes share",
+            )
+        written = write_shards(partial / shard_file(host.rank), local.shards)
+    except OSError as error:
+        failure = error
+    count = sum(tensor.numel() for tensor in local.shards.values())
+    reports = host.gather((written, count, local.elements, local.loader, failure))
+    try:
+        with on_all_ranks(host):
+            for rank, (*_, failed) in enumerate(reports):
+                if failed is not None:
+                    raise OSError(failed.errno, _on_rank(host, rank, failed.strerror or str(failed)))
+            if reports:  # on rank 0
+                _commit(partial, final, local, reports, run_files)
     except CannotSave:
-        if first:
+        if host.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    if first:
+    if host.rank == 0:
         for old in list_checkpoints(directory)[:-keep]:
-            remove_checkpoint(old)
+            if old != verified:
+                remove_checkpoint(old)
     return final
 
 
+def _commit(
+    partial: Path, final: Path, local: LocalState, reports: list[tuple[Any, ...]], run_files: list[Path]
+) -> None:
+    """Write all files except the shards, which are already on disk, and rename the directory."""
+    sums, counts, elements, loaders, _ = zip(*reports, strict=True)
+    assert sum(counts) == sum(elements), f"{sum(counts)} of {sum(elements)} elements were written"
+    files = {shard_file(rank): written for rank, written in enumerate(sums)}
+    for file in run_files:
+        files[file.name] = write_file(partial / file.name, file.read_bytes())
+    loader = join_states([state for state in loaders if state is not None])
+    files[STATE] = write_file(partial / STATE, json.dumps({"step": local.step, "loader": loader}).encode())
+    Manifest(files, local.mesh).write(partial)
+    sync(partial)
+    partial.rename(final)
+    sync(final.parent)
+
+
 @contextmanager
-def on_all_processes(group: dist.ProcessGroup | None) -> Iterator[None]:
+def on_all_ranks(host: HostGroup) -> Iterator[None]:
     """Run the `with` block on every rank, and raise an error on all of them if it fails on one.
 
     Raises:
@@ -124,188 +198,101 @@ def on_all_processes(group: dist.ProcessGroup | None) -> Iterator[None]:
         yield
     except OSError as error:
         failure = error
-    failures = _gather(failure and (failure.errno, failure.strerror or str(failure)), group)
-    for rank, failed in enumerate(failures):
-        if failed:
-            number, reason = failed
-            raise _cannot_save(number, reason, rank, group) from failure
+    found = host.first_error(failure)
+    if found is not None:
+        rank, raised = found
+        assert isinstance(raised, OSError)
+        raise CannotSave(raised.errno, _on_rank(host, rank, raised.strerror or str(raised))) from failure
 
 
-def _write_files(directory: Path, state: dict[str, Any], run_files: list[Path]) -> None:
-    """Write all files except the tensors, which are already there, and flush everything to disk."""
-    for file in run_files:
-        shutil.copyfile(file, directory / file.name)
-    (directory / STATE).write_text(json.dumps(state))
-    sizes = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
-    (directory / MANIFEST).write_text(json.dumps({"files": sizes}, indent=2))
-    for file in directory.iterdir():
-        sync(file)
-    sync(directory)
+def _on_rank(host: HostGroup, rank: int, reason: str) -> str:
+    return reason if host.world == 1 or reason.startswith("rank ") else f"rank {rank}: {reason}"
 
 
 def load_checkpoint(
-    checkpoint: Path, state: dict[str, Any], device: torch.device, group: dist.ProcessGroup | None = None
+    checkpoint: Path, state: dict[str, Any], device: torch.device, mesh: Mesh | None = None
 ) -> Progress:
     """Read a checkpoint into `tensors(...)` in place and set the random number state. Raises like `read_tensors`."""
-    read_tensors(checkpoint, state, group)
-    torch.set_rng_state(state["random"]["cpu"])
-    if "cuda" in state["random"]:
+    missing = read_tensors(checkpoint, state, mesh)
+    if f"{RANDOM}cpu" not in missing:
+        torch.set_rng_state(state["random"]["cpu"])
+    if "cuda" in state["random"] and f"{RANDOM}cuda" not in missing:
         torch.cuda.set_rng_state(state["random"]["cuda"], device)
-    written = json.loads((checkpoint / STATE).read_text())
-    return Progress(step=written["step"], loader=written["loader"])
+    return read_progress(checkpoint)
 
 
-def read_tensors(checkpoint: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
-    """Read the tensors of `state` in place. The checkpoint may have more tensors. All ranks of `group` call this.
+def read_tensors(checkpoint: Path, state: dict[str, Any], mesh: Mesh | None = None) -> set[str]:
+    """Read the tensors of `state` in place; return the names of random number states that the checkpoint lacks.
 
-    Raises:
-        ValueError: if the directory is not a checkpoint, is incomplete, or belongs to another model.
-    """
-    check_checkpoint(checkpoint)
-    reader = dcp.FileSystemReader(checkpoint)
-    try:
-        renamed = _names_in_0_2(state.get("model", {}))
-        stored = reader.read_metadata().state_dict_metadata if renamed or "random" in state else {}
-        if "random" in state:
-            # A run may resume on another device, whose random number state the checkpoint may lack.
-            state["random"] = {name: value for name, value in state["random"].items() if f"random.{name}" in stored}
-        old = {name: old for name, old in renamed.items() if f"model.{old}" in stored}
-        if old:
-            state = {**state, "model": {old.get(name, name): tensor for name, tensor in state["model"].items()}}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, storage_reader=reader, process_group=group, no_dist=group is None)
-    except (CheckpointException, Exception) as error:  # CheckpointException is not an Exception
-        raise ValueError(
-            f"{checkpoint} cannot be read: {_reason(error)}; expected a complete checkpoint of this model. "
-            f"{_remedy(checkpoint)}"
-        ) from error
-
-
-def _names_in_0_2(tensors: Iterable[str]) -> dict[str, str]:
-    """Return {name: name in version 0.2} of the model's renamed tensors: `expert_bias` was called balance."""
-    return {name: re.sub("expert_bias$", "balance", name) for name in tensors if name.endswith(".expert_bias")}
-
-
-def check_checkpoint(checkpoint: Path) -> None:
-    """Check that a directory is a complete checkpoint, by the sizes of its files.
+    The checkpoint may have more tensors. It may have been written on another device, whose random number state differs.
 
     Raises:
-        ValueError: if it is not a checkpoint, or if a file is missing or has another size than in the manifest.
+        ValueError: if the directory is not a checkpoint, is damaged, or belongs to another model.
+        OSError: if the file system has an error.
     """
-    manifest = checkpoint / MANIFEST
-    if not manifest.is_file():
-        raise ValueError(
-            f"{checkpoint} is not a checkpoint: it has no {MANIFEST}. A checkpoint is a directory named step-N in "
-            "the `checkpoints` of a run"
-        )
+    manifest = read_manifest(checkpoint)
+    wanted = flatten(state)
     try:
-        sizes = json.loads(manifest.read_text())["files"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{manifest} is damaged: {error}. {_remedy(checkpoint)}") from error
-    for name, size in sizes.items():
-        file = checkpoint / name
-        actual = file.stat().st_size if file.is_file() else None
-        if actual != size:
-            problem = "is missing" if actual is None else f"has {actual} bytes"
-            raise ValueError(
-                f"{checkpoint} is incomplete: {name} {problem}, expected {size} bytes. {_remedy(checkpoint)}"
-            )
-
-
-def list_checkpoints(directory: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
-    found = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=step_of)
-
-
-def find_latest(directory: Path) -> Path | None:
-    """Return the newest checkpoint in a run's `checkpoints`, or None."""
-    found = list_checkpoints(directory)
-    return found[-1] if found else None
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return N of `step-N`."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Remove a checkpoint; it is renamed to a partial one first, so that a kill leaves no incomplete checkpoint."""
-    partial = checkpoint.with_name(f".{checkpoint.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    checkpoint.rename(partial)
-    shutil.rmtree(partial, ignore_errors=True)
-
-
-def remove_partial(directory: Path) -> None:
-    """Remove the partial checkpoints that a killed process left."""
-    for partial in directory.glob(".step-*.partial"):
-        shutil.rmtree(partial)
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or the entries of a directory, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class _Writer(dcp.FileSystemWriter):
-    """Writer that raises the original OSError: torch wraps it, and reports only the outermost error to other ranks."""
-
-    def write_data(self, plan: Any, planner: Any) -> Any:
-        try:
-            return super().write_data(plan, planner)
-        except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None:
-                if isinstance(cause, OSError):
-                    raise OSError(cause.errno, cause.strerror) from error
-                cause = cause.__cause__ or cause.__context__
+        if manifest.version < VERSION:
+            return read_old_tensors(checkpoint, wanted, optional=RANDOM)
+        ranks = sum(rank_of(name) is not None for name in manifest.files)
+        on_equal_mesh = mesh if mesh is not None and degrees(mesh) == manifest.mesh else None
+        return read_shards(checkpoint, wanted, ranks, optional=RANDOM, mesh=on_equal_mesh)
+    except FileNotFoundError as error:
+        raise Damaged(checkpoint, f"{Path(error.filename or '').name} is missing") from error
+    except (ValueError, SafetensorError) as error:
+        if isinstance(error, Damaged):
             raise
+        raise ValueError(f"{checkpoint} cannot be read: {error}; expected a checkpoint of this model") from error
 
 
-def _write_tensors(state: dict[str, Any], directory: Path, group: dist.ProcessGroup | None) -> None:
-    """Call dcp.save. Errors are raised on all ranks."""
+def read_progress(checkpoint: Path) -> Progress:
+    """Return the progress of a checkpoint.
+
+    Raises:
+        Damaged: if state.json cannot be read.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(state, storage_writer=_Writer(directory), process_group=group, no_dist=group is None)
-    except OSError as error:
-        raise _cannot_save(error.errno, error.strerror, 0, group) from error
-    except CheckpointException as exception:
-        for rank, (failure, _) in exception.failures.items():
-            if isinstance(failure, OSError):
-                raise _cannot_save(failure.errno, failure.strerror, rank, group) from exception
-        raise
+        written = json.loads(file_inside(checkpoint, STATE).read_bytes())
+        return Progress(step=int(written["step"]), loader=dict(written["loader"]))
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise Damaged(checkpoint, f"{STATE} is not the state of a run ({type(error).__name__}: {error})") from error
 
 
-def _cannot_save(number: int | None, reason: str | None, rank: int, group: dist.ProcessGroup | None) -> CannotSave:
-    return CannotSave(number, reason if group is None else f"rank {rank}: {reason}")
+def check_checkpoint(checkpoint: Path, *, contents: bool = True, host: HostGroup | None = None) -> None:
+    """Compare the files of a checkpoint with its manifest.
+
+    contents  also verify the checksums, which reads every byte; otherwise only sizes
+    host      all ranks, each of which calls this function and verifies some of the files; None for this process alone
+
+    Raises:
+        Damaged: on every rank, if a file is missing or is not as it was written.
+        ValueError: if a newer version of Sightline has written it.
+        OSError: if the file system has an error, which says nothing about the checkpoint.
+    """
+    host = host or HostGroup(alone=True)
+    manifest = host.from_rank_zero(lambda: read_manifest(checkpoint))
+    failure: Exception | None = None
+    try:
+        problem = find_damage(checkpoint, manifest, contents=contents, rank=host.rank, world=host.world)
+        if problem is not None:
+            raise Damaged(checkpoint, problem)
+        if manifest.version < VERSION and host.rank == 0:
+            _check_old_contents(checkpoint, manifest)
+    except (OSError, ValueError) as error:
+        failure = error
+    found = host.first_error(failure)
+    if found is not None:
+        raise found[1]
 
 
-def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """Return the values of all ranks, on every rank."""
-    if group is None:
-        return [value]
-    values = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    if isinstance(error, pickle.UnpicklingError):
-        return "its contents are damaged"  # the message of torch recommends unsafe loading
-    return f"{type(error).__name__}: {error}"
-
-
-def _remedy(checkpoint: Path) -> str:
-    older = [other for other in list_checkpoints(checkpoint.parent) if step_of(other) < step_of(checkpoint)]
-    if not older:
-        return f"Delete {checkpoint} and start again"
-    return f"Delete it to continue from {older[-1]}, the one before"
+def _check_old_contents(checkpoint: Path, manifest: Manifest) -> None:
+    """Parse the small files of a checkpoint of version 0.2, whose manifest has no checksums."""
+    for name in manifest.files:
+        if name.endswith(".json"):
+            try:
+                json.loads(file_inside(checkpoint, name).read_bytes())
+            except (ValueError, RecursionError) as error:
+                raise Damaged(checkpoint, f"{name} is not JSON ({error})") from error
+    read_index(checkpoint)
+    read_progress(checkpoint)

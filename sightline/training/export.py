@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sightline.data import load_tokenizer
 from sightline.models import Family, build_skeleton
 from sightline.models.hf.directory import MAX_SHARD_BYTES, PretrainedWriter
+from sightline.parallel.host import HostGroup
 from sightline.training.checkpoint import (
     CONFIG,
     TOKENIZER,
     CannotSave,
     check_checkpoint,
-    on_all_processes,
+    on_all_ranks,
     read_tensors,
 )
 from sightline.training.run_directory import find_checkpoint, load_config
@@ -30,12 +30,12 @@ def export_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    group: dist.ProcessGroup | None = None,
+    host: HostGroup | None = None,
     family: Family | None = None,
 ) -> Path:
     """Write a checkpoint, or the newest one of a run, to `output` in the format of `save_pretrained`.
 
-    group   ranks that share the work, each of which calls this function and writes some of the files; None for one
+    host    ranks that share the work, each of which calls this function and writes some of the files; None for one
             process
     family  as in `load_config`
 
@@ -45,12 +45,12 @@ def export_checkpoint(
         ValueError: if the checkpoint is incomplete, or `output` already has weights.
         CannotSave: on every rank, if one of them cannot write.
     """
+    host = host or HostGroup(alone=True)
     checkpoint = find_checkpoint(checkpoint)
-    check_checkpoint(checkpoint)
+    check_checkpoint(checkpoint, host=host)
     run = load_config(checkpoint / CONFIG, family)
     model = build_skeleton(run.model)
     state = model.state_dict()
-    rank, world = (0, 1) if group is None else (group.rank(), group.size())
 
     def read(names: list[str]) -> Mapping[str, Tensor]:
         tensors = {name: torch.empty_like(state[name], device="cpu") for name in names}
@@ -59,19 +59,19 @@ def export_checkpoint(
 
     writer = PretrainedWriter(model, output, dtype=dtype, max_shard_bytes=max_shard_bytes)
     try:
-        with on_all_processes(group):
-            if rank == 0:
+        with on_all_ranks(host):
+            if host.rank == 0:
                 # A pretrained source may have more tokenizer files than the checkpoint, such as a chat template.
                 source = run.model_from if run.data.tokenizer is None else None
                 fields = _fields_of_config(checkpoint, run.training.sequence_length)
                 writer.begin(source if source is not None and source.is_dir() else checkpoint, fields)
-        with on_all_processes(group):
-            writer.write(read, rank, world)
-        with on_all_processes(group):
-            if rank == 0:
+        with on_all_ranks(host):
+            writer.write(read, host.rank, host.world)
+        with on_all_ranks(host):
+            if host.rank == 0:
                 writer.finish()
     except CannotSave:
-        if rank == 0:
+        if host.rank == 0:
             writer.abandon()
         raise
     return checkpoint

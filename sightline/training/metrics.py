@@ -12,7 +12,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from sightline import config
-from sightline.training.checkpoint import CannotSave, sync
+from sightline.training.checkpoint import CannotSave
+from sightline.training.checkpoint_directory import sync
 
 try:
     import wandb

@@ -16,7 +16,7 @@ from sightline.numbers import count, duration
 from sightline.parallel.parallel_model import ParallelModel
 from sightline.plots.loss_png import plot_loss
 from sightline.plots.mask_png import plot_masks
-from sightline.training.checkpoint import find_latest
+from sightline.training.checkpoint_directory import find_latest
 from sightline.training.flops import Peak
 from sightline.training.metrics import read_metrics
 from sightline.training.run_directory import RunDirectory

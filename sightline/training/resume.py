@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sightline.training.checkpoint import CONFIG, check_checkpoint, find_latest, step_of
+from sightline.parallel.host import HostGroup
+from sightline.training.checkpoint import CONFIG, check_checkpoint
+from sightline.training.checkpoint_directory import find_latest, set_aside, step_of
+from sightline.training.manifest import Damaged
 from sightline.training.run_directory import RunDirectory, find_checkpoint, load_config, settings
 
 MUST_MATCH = (
@@ -38,7 +42,6 @@ def find_start(resume: str, directory: RunDirectory) -> Path | None:
             load_config(directory.config)  # raises if the config.json is not that of a run
         return latest
     start = find_checkpoint(Path(resume).expanduser())
-    check_checkpoint(start)
     if latest is not None and step_of(latest) > step_of(start):
         raise ValueError(
             f"checkpoint.resume {start} is of step {step_of(start)}, but {directory.path} already has step "
@@ -46,6 +49,25 @@ def find_start(resume: str, directory: RunDirectory) -> Path | None:
             f"continue from {latest}"
         )
     return start
+
+
+def pass_over_damage(directory: RunDirectory, *, contents: bool, host: HostGroup) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that is not damaged, or None, and a warning for each damaged one.
+
+    A damaged checkpoint is renamed, so that it is not found again, and kept. All ranks call this function; see
+    `check_checkpoint` for the arguments and for errors other than damage.
+    """
+    warnings: list[str] = []
+    while (checkpoint := host.from_rank_zero(lambda: find_latest(directory.checkpoints))) is not None:
+        try:
+            check_checkpoint(checkpoint, contents=contents, host=host)
+            break
+        except Damaged as error:
+            aside = host.from_rank_zero(partial(set_aside, checkpoint))
+            warnings.append(f"{checkpoint.name} is damaged: {error.problem}. It was passed over and renamed to {aside}")
+    if warnings and checkpoint is None:
+        warnings.append(f"no older checkpoint in {directory.checkpoints} is whole: the run starts again from step 0")
+    return checkpoint, warnings
 
 
 def check_continues(checkpoint: Path, run_settings: dict[str, Any]) -> list[str]:

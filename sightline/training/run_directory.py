@@ -18,7 +18,7 @@ from sightline.config.renamed import use_new_names
 from sightline.data import Tokenizer
 from sightline.models import FAMILIES, Family
 from sightline.models.families import named_family, reference_of
-from sightline.training.checkpoint import find_latest
+from sightline.training.checkpoint_directory import find_latest
 
 
 class RunDirectory:
@@ -77,7 +77,8 @@ def find_checkpoint(path: Path) -> Path:
             raise ValueError(f"the run in {path} has no checkpoint yet; run its training command again to get one")
         return latest
     if not path.is_dir():
-        raise ValueError(f"{path} does not exist; expected the directory of a run or one of its checkpoints")
+        problem = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {problem}; expected the directory of a run or one of its checkpoints")
     return path
 
 

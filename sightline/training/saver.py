@@ -7,45 +7,44 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
-
 from sightline import config
 from sightline.errors import SaveFailed
-from sightline.training.checkpoint import (
-    CannotSave,
-    Progress,
-    find_latest,
-    on_all_processes,
-    save_checkpoint,
-    step_of,
-)
+from sightline.parallel.host import HostGroup
+from sightline.parallel.mesh import Mesh
+from sightline.training.checkpoint import CannotSave, LocalState, Progress, local_state, on_all_ranks, save_checkpoint
+from sightline.training.checkpoint_directory import find_latest, step_of
 
 
 class Saver:
     """Writes the checkpoints of a run to `directory`, one at a time. All ranks make the same calls.
 
-    With `options.asynchronous` the tensors are copied to CPU memory, which must hold a second copy of the local weights
-    and optimizer state, and are written by a thread during the next steps.
+    With `options.asynchronous` this rank's shards are copied to CPU memory, which must hold a second copy of the local
+    weights and optimizer state, and are written by a thread during the next steps.
 
     warn  logs a warning if a checkpoint could not be written
     """
 
     def __init__(
-        self, directory: Path, run_files: list[Path], options: config.CheckpointConfig, warn: Callable[[str], None]
+        self,
+        directory: Path,
+        run_files: list[Path],
+        options: config.CheckpointConfig,
+        warn: Callable[[str], None],
+        mesh: Mesh | None = None,
     ) -> None:
-        self.directory, self.run_files, self.options, self.warn = directory, run_files, options, warn
-        # A separate group, so that collectives of the thread and of a step do not mix; gloo, so that no GPU is needed.
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.directory, self.run_files, self.options, self.warn, self.mesh = directory, run_files, options, warn, mesh
+        self.host = HostGroup()  # of its own, because the thread waits in it during a step
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sightline-saver")
         self._pending: Future[None] | None = None
-        latest = self.latest()
+        latest = self.host.from_rank_zero(self.latest)  # other ranks may see an old listing of a network file system
         self.newest_step = step_of(latest) if latest else 0
         """Step of the newest complete checkpoint."""
         self.last_started = self.newest_step
         """Step of the last save that was started."""
         self.before_save: Callable[[], None] = lambda: None
-        """Called before each save, to flush files that a checkpoint depends on."""
+        """Called on rank 0 before each save, to flush files that a checkpoint depends on."""
+        self.verified: Path | None = None
+        """Newest checkpoint whose contents a start has verified: kept until a later start verifies another."""
 
     def latest(self) -> Path | None:
         """Return the newest complete checkpoint, or None."""
@@ -89,12 +88,14 @@ class Saver:
         """
         self.wait()
         self.last_started = progress.step
-        with on_all_processes(self.group):
-            self.before_save()
+        with on_all_ranks(self.host):
+            if self.host.rank == 0:
+                self.before_save()
+        local = local_state(state, progress, self.mesh)
         if self.options.asynchronous:
-            self._pending = self._thread.submit(self._write, BlockingAsyncStager().stage(state), progress)
+            self._pending = self._thread.submit(self._write, local.copied())
         else:
-            self._write(state, progress)
+            self._write(local)
 
     def wait(self) -> None:
         """Wait for an asynchronous save.
@@ -110,9 +111,10 @@ class Saver:
         """Wait for an asynchronous save and stop the thread."""
         self._thread.shutdown()
 
-    def _write(self, state: dict[str, Any], progress: Progress) -> None:
-        save_checkpoint(self.directory, state, progress, self.run_files, keep=self.options.keep, group=self.group)
-        self.newest_step = progress.step
+    def _write(self, local: LocalState) -> None:
+        keep, verified = self.options.keep, self.verified
+        save_checkpoint(self.directory, local, self.run_files, keep=keep, verified=verified, host=self.host)
+        self.newest_step = local.step
 
     def _warn_on_error(self, save: Callable[[], None]) -> None:
         try:

@@ -20,9 +20,18 @@ from sightline.masks import named_masks
 from sightline.models.hf.directory import read_pretrained
 from sightline.models.hf.files import holds_weights
 from sightline.parallel.apply import build_parallel, check_rows
+from sightline.parallel.host import HostGroup
 from sightline.parallel.launch import distributed_session, sync_stop_signal
 from sightline.parallel.mesh import Mesh
-from sightline.training.checkpoint import TOKENIZER, CannotSave, Progress, load_checkpoint, remove_partial, tensors
+from sightline.training.checkpoint import (
+    TOKENIZER,
+    CannotSave,
+    Progress,
+    check_checkpoint,
+    load_checkpoint,
+    tensors,
+)
+from sightline.training.checkpoint_directory import remove_partial
 from sightline.training.export import export_checkpoint
 from sightline.training.flops import find_peak
 from sightline.training.metrics import Metrics
@@ -36,7 +45,7 @@ from sightline.training.report import (
     plot_first_masks,
     plot_losses,
 )
-from sightline.training.resume import check_continues, find_start
+from sightline.training.resume import check_continues, find_start, pass_over_damage
 from sightline.training.run_directory import RunDirectory, settings
 from sightline.training.saver import Saver
 from sightline.training.schedule import learning_rate
@@ -88,7 +97,8 @@ class Trainer:
         make_reproducible(run.seed, run.training.deterministic)
         self.directory = RunDirectory(run.output_dir)
         run_settings = settings(run)
-        start, changes = mesh.from_rank_zero(lambda: self.acquire_directory(opened, run_settings))
+        self.host = HostGroup()
+        start, changes = self.acquire_directory(opened, run_settings)
 
         documents = load_documents(run.data) if batches is None else Documents.from_texts([], source="your batches")
         training, held_out = split_documents(documents, run.data.validation_fraction if documents else 0)
@@ -101,8 +111,10 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, run.optimizer)
         self.open_batches(training, held_out, batches, opened)
         self.peak = find_peak(device, run.training.dtype)
-        saver = Saver(self.directory.checkpoints, self.directory.kept_with_checkpoints, run.checkpoint, terminal.warn)
-        self.saver = opened.enter_context(closing(saver))
+        run_files, checkpoints = self.directory.kept_with_checkpoints, self.directory.checkpoints
+        self.saver = opened.enter_context(closing(Saver(checkpoints, run_files, run.checkpoint, terminal.warn, mesh)))
+        if run.checkpoint.verify:
+            self.saver.verified = start
         self.step = self.first_step = self.resume_from(start) if start else 0
 
         self.metrics: Metrics | None = None  # rank 0 writes for all
@@ -120,12 +132,24 @@ class Trainer:
             terminal.log(f"all {run.training.steps} steps are done (now at step {self.step}): nothing left to train")
 
     def acquire_directory(self, opened: ExitStack, run_settings: dict[str, Any]) -> tuple[Path | None, list[str]]:
-        """Lock the directory; return the checkpoint to resume from, and warnings about changed options."""
-        start = find_start(self.run.checkpoint.resume, self.directory)
-        changes = check_continues(start, run_settings) if start else []
-        opened.enter_context(self.directory.lock())
-        remove_partial(self.directory.checkpoints)
-        return start, changes
+        """Lock the directory; return the checkpoint to resume from, and warnings about damage and changed options."""
+        options, host, directory = self.run.checkpoint, self.host, self.directory
+        start = host.from_rank_zero(lambda: find_start(options.resume, directory))
+        warnings: list[str] = []
+
+        def lock() -> None:
+            opened.enter_context(directory.lock())
+            remove_partial(directory.checkpoints)
+
+        if start is None or options.resume == "auto":
+            host.from_rank_zero(lock)  # before damaged checkpoints are renamed
+            start, warnings = pass_over_damage(directory, contents=options.verify, host=host)
+        else:
+            check_checkpoint(start, contents=options.verify, host=host)
+        changes = host.from_rank_zero(lambda: check_continues(start, run_settings)) if start else []
+        if options.resume not in ("auto", "never"):
+            host.from_rank_zero(lock)
+        return start, warnings + changes
 
     def open_batches(
         self, training: Documents, held_out: Documents, batches: Batches | None, opened: ExitStack
@@ -256,7 +280,7 @@ class Trainer:
     def resume_from(self, checkpoint: Path) -> int:
         """Load tensors, random number state and loader state. Returns the step of the checkpoint."""
         state = tensors(self.model, self.optimizer, self.device)
-        progress = load_checkpoint(checkpoint, state, self.device, self.saver.group)
+        progress = load_checkpoint(checkpoint, state, self.device, self.mesh)
         self.loader.load_state_dict(progress.loader)
         return progress.step
 
@@ -266,13 +290,13 @@ class Trainer:
         Raises:
             RunFailed: if it cannot be written.
         """
-        checkpoint = self.mesh.from_rank_zero(self.saver.latest)
+        checkpoint = self.host.from_rank_zero(self.saver.latest)
         assert checkpoint is not None, "a finished run has a checkpoint"
         output = self.directory.exported / checkpoint.name
-        if self.mesh.from_rank_zero(lambda: holds_weights(output)):
+        if self.host.from_rank_zero(lambda: holds_weights(output)):
             return
         try:
-            export_checkpoint(checkpoint, output, group=self.saver.group)
+            export_checkpoint(checkpoint, output, host=self.host)
         except CannotSave as error:
             command = f"sightline convert {checkpoint} {output}{family_option(self.run.model)}"
             raise RunFailed(f"{error}. Free some space, then run: {command}") from error

@@ -18,8 +18,10 @@ from sightline.models import build_model, load_pretrained, save_pretrained
 from sightline.models.hf import files
 from sightline.models.hf.directory import read_pretrained
 from sightline.parallel.apply import build_parallel
+from sightline.parallel.host import HostGroup
 from sightline.parallel.mesh import Mesh
-from sightline.training.checkpoint import CannotSave, Progress, list_checkpoints, load_checkpoint, tensors
+from sightline.training.checkpoint import CannotSave, Progress, check_checkpoint, tensors
+from sightline.training.checkpoint_directory import list_checkpoints
 from sightline.training.export import export_checkpoint
 from sightline.training.metrics import read_metrics
 from sightline.training.optimizer import build_optimizer
@@ -159,7 +161,7 @@ def export_with_recorded_files(rank: int, checkpoint: Path, output: Path) -> lis
         safetensors.torch.save_file(tensors, path, metadata)
 
     files.save_file = save_file
-    export_checkpoint(checkpoint, output, max_shard_bytes=60_000, group=torch.distributed.new_group(backend="gloo"))
+    export_checkpoint(checkpoint, output, max_shard_bytes=60_000, host=HostGroup())
     return written
 
 
@@ -179,9 +181,10 @@ def equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 def build_all(run: Run) -> tuple[Any, Any, Saver]:
     """Return (model, optimizer, saver) of this rank."""
     torch.manual_seed(0)
-    model = build_parallel(run.model, run.training, Mesh(run.parallel, CPU))
+    mesh = Mesh(run.parallel, CPU)
+    model = build_parallel(run.model, run.training, mesh)
     run.output_dir.mkdir(exist_ok=True)
-    saver = Saver(run.output_dir / "checkpoints", [], run.checkpoint, warn=print)
+    saver = Saver(run.output_dir / "checkpoints", [], run.checkpoint, print, mesh)
     return model, build_optimizer(model, run.optimizer), saver
 
 
@@ -224,13 +227,13 @@ def test_full_disk_on_one_rank_fails_on_all_and_keeps_older_checkpoints(asynchro
     state = json.loads((checkpoints / "step-3" / "state.json").read_text())
     assert state["loader"]["shards"] == {"0": {"next_document": 3}, "10": {"next_document": 3}}
     manifest = json.loads((checkpoints / "step-3" / "manifest.json").read_text())
-    assert {"__0_0.distcp", "__1_0.distcp"} <= set(manifest["files"])
+    assert {"rank-00000.safetensors", "rank-00001.safetensors"} <= set(manifest["files"])
 
 
 def load_damaged_checkpoint(rank: int, run: Run) -> str:
-    model, optimizer, saver = build_all(run)
+    _, _, saver = build_all(run)
     try:
-        load_checkpoint(run.output_dir / "checkpoints" / "step-1", tensors(model, optimizer, CPU), CPU, saver.group)
+        check_checkpoint(run.output_dir / "checkpoints" / "step-1", host=saver.host)
     except ValueError as error:
         return str(error)
     return "loaded"
@@ -240,10 +243,10 @@ def test_damaged_file_of_one_rank_is_an_error_on_all_ranks(source, tmp_path) -> 
     run = run_of(tmp_path / "run", source, "llama3", {"shard": 2})
     run_on_ranks(2, save_with_a_full_disk_on_rank_1, run)
     checkpoint = run.output_dir / "checkpoints" / "step-1"
-    file = checkpoint / "__1_0.distcp"
+    file = checkpoint / "rank-00001.safetensors"
     file.write_bytes(b"\0" * file.stat().st_size)
     for error in run_on_ranks(2, load_damaged_checkpoint, run):
-        assert "step-1 cannot be read: its contents are damaged" in error
+        assert "step-1 is damaged: rank-00001.safetensors has other contents" in error
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -2,28 +2,30 @@
 
 import dataclasses
 import errno
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sightline import Batch
-from sightline.config import OptimizerConfig
+from sightline.config import CheckpointConfig, OptimizerConfig
 from sightline.models import build_model
 from sightline.parallel.parallel_model import single_process_model
 from sightline.training import checkpoint as checkpoints
 from sightline.training.checkpoint import (
     CannotSave,
     Progress,
-    find_latest,
-    list_checkpoints,
+    check_checkpoint,
     load_checkpoint,
-    remove_partial,
+    local_state,
     save_checkpoint,
     tensors,
 )
+from sightline.training.checkpoint_directory import find_latest, list_checkpoints, remove_partial
+from sightline.training.manifest import checksum_of, read_manifest
 from sightline.training.optimizer import build_optimizer, optimizer_state
+from sightline.training.saver import Saver
 from sightline.training.step import train_step
 from tests.support.small_runs import MODEL
 
@@ -48,9 +50,8 @@ def trained(seed: int = 0, config=MODEL):
 def save(directory: Path, model, optimizer, step: int = 2, keep: int = 2) -> Path:
     run_file = directory.parent / "config.json"
     run_file.write_text("{}")
-    return save_checkpoint(
-        directory, tensors(model, optimizer, CPU), Progress(step, LOADER), [run_file], keep=keep
-    )  # fmt: skip
+    local = local_state(tensors(model, optimizer, CPU), Progress(step, LOADER))
+    return save_checkpoint(directory, local, [run_file], keep=keep)
 
 
 @pytest.mark.parametrize("config", [MODEL, dataclasses.replace(MODEL, tied_embeddings=True)], ids=["untied", "tied"])
@@ -94,80 +95,42 @@ def test_partial_directories_are_no_checkpoints_and_are_removed(tmp_path) -> Non
     directory = tmp_path / "checkpoints"
     saved = save(directory, *trained())
     (directory / ".step-5.partial").mkdir()
-    (directory / ".step-5.partial" / "__0_0.distcp").write_bytes(b"half")
+    (directory / ".step-5.partial" / "rank-00000.safetensors").write_bytes(b"half")
     assert find_latest(directory) == saved
     remove_partial(directory)
     assert [path.name for path in directory.iterdir()] == ["step-2"]
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json", "config.json"])
-@pytest.mark.parametrize("how", ["missing", "short"])
-def test_truncated_checkpoint_is_refused(name, how, tmp_path) -> None:
-    saved = save(tmp_path / "checkpoints", *trained())
-    file = saved / name
-    size = file.stat().st_size
-    if how == "missing":
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[:-1])
-    problem = "is missing" if how == "missing" else f"has {size - 1} bytes"
-    model, optimizer = build(1)
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    with pytest.raises(
-        ValueError, match=rf"step-2 is incomplete: {name} {problem}, expected {size} bytes.*start again"
-    ):
-        load_checkpoint(saved, tensors(model, optimizer, CPU), CPU)
-    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
-
-
-def test_the_remedy_names_the_previous_checkpoint(tmp_path) -> None:
-    directory = tmp_path / "checkpoints"
-    model, optimizer = trained()
-    save(directory, model, optimizer, 2)
-    saved = save(directory, model, optimizer, 4)
-    (saved / "state.json").unlink()
-    with pytest.raises(ValueError, match=r"step-4 is incomplete.* Delete it to continue from .*step-2"):
-        load_checkpoint(saved, tensors(model, optimizer, CPU), CPU)
-
-
-@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
-def test_damage_that_keeps_the_size_is_refused(name, tmp_path) -> None:
-    saved = save(tmp_path / "checkpoints", *trained())
-    file = saved / name
-    file.write_bytes(b"\0" * file.stat().st_size)
-    with pytest.raises(
-        ValueError, match=r"step-2 cannot be read: its contents are damaged; expected a complete checkpoint.*Delete"
-    ):
-        load_checkpoint(saved, tensors(*build(1), CPU), CPU)
-
-
-def test_a_damaged_manifest_is_refused(tmp_path) -> None:
-    saved = save(tmp_path / "checkpoints", *trained())
-    (saved / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
-        load_checkpoint(saved, tensors(*build(1), CPU), CPU)
-
-
 def test_not_a_checkpoint_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"is not a checkpoint: it has no manifest\.json"):
-        load_checkpoint(tmp_path, tensors(*build(1), CPU), CPU)
+    with pytest.raises(ValueError, match=r"manifest\.json is missing"):
+        check_checkpoint(tmp_path)
 
 
 def test_another_shape_is_refused(tmp_path) -> None:
     saved = save(tmp_path / "checkpoints", *trained())
     wider = dataclasses.replace(MODEL, intermediate_size=96)
-    with pytest.raises(ValueError, match=r"cannot be read: .*expected a complete checkpoint of this model"):
+    expected = r"cannot be read: model.*has the shape \[32, 64\], expected \[32, 96\]; expected a checkpoint"
+    with pytest.raises(ValueError, match=expected):
         load_checkpoint(saved, tensors(*build(1, wider), CPU), CPU)
 
 
 def test_the_manifest_lists_every_file(tmp_path) -> None:
     saved = save(tmp_path / "checkpoints", *trained())
-    listed = json.loads((saved / "manifest.json").read_text())["files"]
-    there = {file.name: file.stat().st_size for file in saved.iterdir() if file.name != "manifest.json"}
-    assert listed == there and len(there) == 4
+    listed = read_manifest(saved).files
+    there = {file.name: file for file in saved.iterdir() if file.name != "manifest.json"}
+    assert {name: entry.bytes for name, entry in listed.items()} == {n: f.stat().st_size for n, f in there.items()}
+    assert {name: entry.xxh3 for name, entry in listed.items()} == {n: checksum_of(f) for n, f in there.items()}
+    assert sorted(listed) == ["config.json", "rank-00000.safetensors", "state.json"]
 
 
-@pytest.mark.parametrize("where", ["dcp.save", "shutil.copyfile", "sync"])
+def test_safetensors_reads_the_shards(tmp_path) -> None:
+    model, optimizer = trained()
+    stored = load_file(save(tmp_path / "checkpoints", model, optimizer) / "rank-00000.safetensors")
+    assert {name for name in stored if name.startswith("model.")} == {f"model.{name}" for name in model.state_dict()}
+    assert all(torch.equal(stored[f"model.{name}"], weight) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("where", ["write_shards", "write_file", "sync"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
 def test_a_full_disk_leaves_the_old_checkpoints(where, number, tmp_path, monkeypatch) -> None:
     directory = tmp_path / "checkpoints"
@@ -177,9 +140,7 @@ def test_a_full_disk_leaves_the_old_checkpoints(where, number, tmp_path, monkeyp
     def full(*_, **__):
         raise OSError(number, "no room")
 
-    owner, _, name = f"checkpoints.{where}".rpartition(".")
-    target = {"checkpoints": checkpoints, "checkpoints.dcp": checkpoints.dcp, "checkpoints.shutil": checkpoints.shutil}
-    monkeypatch.setattr(target[owner], name, full)
+    monkeypatch.setattr(checkpoints, where, full)
     with pytest.raises(CannotSave, match="no room") as error:
         save(directory, model, optimizer, 4)
     assert error.value.errno == number
@@ -188,3 +149,13 @@ def test_a_full_disk_leaves_the_old_checkpoints(where, number, tmp_path, monkeyp
     load_checkpoint(saved, tensors(*build(1), CPU), CPU)
     save(directory, model, optimizer, 4)
     assert find_latest(directory).name == "step-4"
+
+
+def test_the_verified_checkpoint_is_kept_besides_the_newest(tmp_path) -> None:
+    directory = tmp_path / "checkpoints"
+    model, optimizer = trained()
+    saver = Saver(directory, [], CheckpointConfig(every=1, keep=1), print)
+    saver.verified = directory / "step-2"
+    for step in (1, 2, 3, 4):
+        saver.save(tensors(model, optimizer, CPU), Progress(step, LOADER))
+    assert [path.name for path in list_checkpoints(directory)] == ["step-2", "step-4"]

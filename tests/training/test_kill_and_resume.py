@@ -11,7 +11,7 @@ import torch
 
 from sightline.errors import Stopped
 from sightline.training import trainer
-from sightline.training.checkpoint import find_latest, list_checkpoints
+from sightline.training.checkpoint_directory import find_latest, list_checkpoints
 from tests.support.small_runs import (
     STEPS,
     open_trainer,
@@ -71,9 +71,9 @@ MOMENTS = {
     "in the backward pass": ("sightline.training.step:clip_gradients", 5),
     "a step taken but not noted": ("sightline.training.metrics:MetricsFile.append", 5),
     "steps noted but not saved": ("sightline.training.saver:save_checkpoint", 2),
-    "before the tensors are written": ("sightline.training.checkpoint:dcp.save", 2),
-    "while a checkpoint is copied together": ("sightline.training.checkpoint:shutil.copyfile", 5),
-    "while the first checkpoint is brought to the disk": ("sightline.training.checkpoint:sync", 4),
+    "before the tensors are written": ("sightline.training.checkpoint:write_shards", 2),
+    "while a checkpoint is copied together": ("sightline.training.checkpoint:write_file", 5),
+    "while the first checkpoint is brought to the disk": ("sightline.training.checkpoint:sync", 1),
     "after a checkpoint was renamed": ("sightline.training.checkpoint:list_checkpoints", 5),
     "while an old checkpoint is removed": ("sightline.training.checkpoint:remove_checkpoint", 1),
     "after the last checkpoint": ("sightline.training.trainer:plot_losses", 1),
@@ -90,7 +90,7 @@ def test_killed_and_resumed_run_equals_uninterrupted_run(name, call, source, und
 
 def test_killed_while_a_checkpoint_is_written_asynchronously(source, undisturbed, tmp_path) -> None:
     run = small_run(tmp_path / "run", source, checkpoint__asynchronous=True)
-    kill(run, "sightline.training.checkpoint:shutil.copyfile", 5)
+    kill(run, "sightline.training.checkpoint:write_file", 5)
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-3"]
     train_quietly(run)
     assert_same_run(tmp_path / "run", undisturbed)

@@ -12,7 +12,7 @@ from sightline.config import OptimizerConfig
 from sightline.data import Documents, load_tokenizer, train_tokenizer
 from sightline.errors import NonFiniteLoss, SaveFailed
 from sightline.training import saver
-from sightline.training.checkpoint import list_checkpoints
+from sightline.training.checkpoint_directory import list_checkpoints
 from sightline.training.loading import load
 from sightline.training.resume import check_continues
 from sightline.training.run_directory import settings

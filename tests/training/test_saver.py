@@ -8,7 +8,8 @@ import torch
 from sightline.config import CheckpointConfig
 from sightline.errors import SaveFailed
 from sightline.training import saver as savers
-from sightline.training.checkpoint import CannotSave, Progress, find_latest, load_checkpoint, tensors
+from sightline.training.checkpoint import CannotSave, Progress, load_checkpoint, tensors
+from sightline.training.checkpoint_directory import find_latest
 from sightline.training.saver import Saver
 from tests.training.test_checkpoint import CPU, LOADER, build, trained
 

@@ -11,7 +11,7 @@ import torch
 
 from sightline.config import LoggingConfig
 from sightline.training import step, trainer
-from sightline.training.checkpoint import list_checkpoints
+from sightline.training.checkpoint_directory import list_checkpoints
 from sightline.training.loading import load
 from sightline.training.metrics import read_metrics
 from sightline.training.run_directory import load_config
