@@ -11,6 +11,7 @@ loss is compared with a run that has one in the same step. The exit code is 1 if
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -30,6 +31,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="directory for the runs; default: a temporary directory")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the jobs too
     begin = time.monotonic()
     output = arguments.output or Path(tempfile.mkdtemp(prefix="soak-"))
     soak = Soak(output.absolute(), arguments.processes, arguments.seed)

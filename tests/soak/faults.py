@@ -36,7 +36,7 @@ class Faults:
         """
         if not self.wait_for_moment():
             return False
-        before = self.run.progress()[0]
+        before, restarts = self.run.progress()[0], self.run.restarts()
         if kind in SIGNALS:
             injected = self.send_signal(kind)
         elif kind in (CUT, FLIP):
@@ -50,7 +50,7 @@ class Faults:
         else:
             injected = self.ask_ranks(kind, rank=self.draw.randrange(self.world))
         if injected:
-            self.run.injected.append((kind, max(before, 1) - 1))
+            self.run.injected.append((kind, restarts))
             self.wait_for_reaction(kind, before)
         return injected
 
@@ -58,7 +58,6 @@ class Faults:
         """Wait until the job has restarted, if the fault ends it. `attempts` is their number before the fault."""
         if kind == DISK_FULL or (kind == STOP and self.world == 1):
             return  # the run may continue
-        self.run.failures_expected += 1
         seconds = START_SECONDS
         if kind == STOP:
             other = ((self.run.job.stopped or 0) + 1) % self.world

@@ -21,6 +21,10 @@ START_SECONDS = 60.0
 """Limit for the start of a job on a busy machine."""
 
 
+SPARE_RESTARTS = 3
+"""Restarts without a fault after which a run is given up."""
+
+
 class CannotComplete(Exception):
     """The run hangs, or fails again and again."""
 
@@ -77,8 +81,6 @@ class SoakRun:
         self.record = Record(directory / "record")
         launch = Launch(setting.arguments(self.directory, source), setting.world, self.record.directory, self.log)
         self.job = TorchrunJob(launch) if setting.torchrun else ForkedJob(launch)
-        self.failures = self.failures_expected = 0
-        """Failures of the job, and those that faults explain; a full disk may fail it or not."""
         self.injected: list[tuple[str, int]] = []
         """Kind of each fault so far, and the restarts before it."""
         self.non_finite_step = 0
@@ -99,10 +101,9 @@ class SoakRun:
             if code == 0:
                 return False
             if code is not None:
-                self.failures += 1
-                if self.failures > len(self.injected) + 3:
-                    raise CannotComplete(f"failed {self.failures} times after {len(self.injected)} faults")
                 self.job.start()
+            if self.restarts() > len(self.injected) + SPARE_RESTARTS:
+                raise CannotComplete(f"{self.restarts()} restarts after {len(self.injected)} faults")
             if self.progress() != progress:
                 progress, since = self.progress(), time.monotonic()
             if time.monotonic() > since + seconds:
@@ -114,6 +115,10 @@ class SoakRun:
         """Return how many processes have been rank 0, and how many steps the last of them has finished."""
         attempts = len(self.record.attempts())
         return attempts, len(self.record.steps(attempts - 1)) if attempts else 0
+
+    def restarts(self) -> int:
+        """Return the number of processes that have been rank 0 after the first one."""
+        return max(self.progress()[0] - 1, 0)
 
     def step(self) -> int:
         """Return the number of the last step that the current process of rank 0 has finished, 0 before."""

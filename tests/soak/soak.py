@@ -74,7 +74,7 @@ class Soak:
         finally:
             run.job.kill()
         before = [restarts for _, restarts in run.injected]
-        after = [*before[1:], run.progress()[0] - 1]
+        after = [*before[1:], run.restarts()]
         restarts = [stop - start for start, stop in zip(before, after, strict=True)]
         result = Result([kind for kind, _ in run.injected], restarts, comparison, problems + find_problems(run))
         self.results.append(result)
@@ -118,7 +118,7 @@ class Soak:
 def find_problems(run: SoakRun) -> list[str]:
     """Return what was wrong while the run was disturbed, whatever its results are."""
     problems = [run.job.late] if run.job.late else []
-    restarts, faults = run.progress()[0] - 1, len(run.injected)
+    restarts, faults = run.restarts(), len(run.injected)
     if restarts > faults:
         problems.append(f"{faults} faults took {restarts} restarts; expected at most one for each")
     if run.non_finite_step and f"step {run.non_finite_step}: loss" not in run.log.read_text():
