@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sightline.training.checkpoint import list_checkpoints
+from sightline.training.checkpoint_directory import list_checkpoints
 from tests.soak.jobs import LATEST_END
 from tests.soak.record import CUT, DISK_FULL, FLIP, KILL, NON_FINITE, STOP, TERM
 from tests.soak.runs import START_SECONDS, STEPS, SoakRun
