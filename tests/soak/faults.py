@@ -12,7 +12,7 @@ from typing import Any
 from sightline.training.checkpoint_directory import list_checkpoints
 from tests.soak.jobs import LATEST_END
 from tests.soak.record import CUT, DISK_FULL, FLIP, KILL, NON_FINITE, STOP, TERM
-from tests.soak.runs import START_SECONDS, STEPS, SoakRun
+from tests.soak.runs import START_SECONDS, STEPS, Fault, SoakRun
 
 NON_FINITE_STEPS = range(4, STEPS, 4)
 """Steps with a non-finite loss: few, because each needs a reference in which the same step has one."""
@@ -36,7 +36,7 @@ class Faults:
         """
         if not self.wait_for_moment():
             return False
-        before, restarts = self.run.progress()[0], self.run.restarts()
+        attempts, step, restarts = self.run.progress()[0], self.run.step(), self.run.restarts()
         if kind in SIGNALS:
             injected = self.send_signal(kind)
         elif kind in (CUT, FLIP):
@@ -50,8 +50,8 @@ class Faults:
         else:
             injected = self.ask_ranks(kind, rank=self.draw.randrange(self.world))
         if injected:
-            self.run.injected.append((kind, restarts))
-            self.wait_for_reaction(kind, before)
+            self.run.injected.append(Fault(kind, step, restarts))
+            self.wait_for_reaction(kind, attempts)
         return injected
 
     def wait_for_reaction(self, kind: str, attempts: int) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -69,6 +70,14 @@ def write_documents(directory: Path) -> Path:
     return directory
 
 
+class Fault(NamedTuple):
+    """An injected fault: its kind, and the last step and the number of restarts before it."""
+
+    kind: str
+    step: int
+    restarts: int
+
+
 class SoakRun:
     """A run in `directory`, which `wait` restarts as often as it fails, like a scheduler."""
 
@@ -81,8 +90,7 @@ class SoakRun:
         self.record = Record(directory / "record")
         launch = Launch(setting.arguments(self.directory, source), setting.world, self.record.directory, self.log)
         self.job = TorchrunJob(launch) if setting.torchrun else ForkedJob(launch)
-        self.injected: list[tuple[str, int]] = []
-        """Kind of each fault so far, and the restarts before it."""
+        self.injected: list[Fault] = []
         self.non_finite_step = 0
         """Step with an injected non-finite loss, 0 if there is none."""
         self.job.start()

@@ -66,17 +66,17 @@ class Soak:
         try:
             while len(run.injected) < FAULTS_PER_RUN and self.inject_next(waiting, faults, run):
                 injected = sum(len(result.faults) for result in self.results) + len(run.injected)
-                print(f"  fault {injected}: {run.injected[-1][0]}, at step {run.step()}", flush=True)
+                print(f"  fault {injected}: {run.injected[-1].kind} after step {run.injected[-1].step}", flush=True)
             run.complete()
             comparison = compare(run, self.reference(setting, run.non_finite_step))
         except (CannotComplete, ValueError) as error:
             problems.append(str(error))
         finally:
             run.job.kill()
-        before = [restarts for _, restarts in run.injected]
-        after = [*before[1:], run.restarts()]
-        restarts = [stop - start for start, stop in zip(before, after, strict=True)]
-        result = Result([kind for kind, _ in run.injected], restarts, comparison, problems + find_problems(run))
+        before = [*(fault.restarts for fault in run.injected), run.restarts()]
+        restarts = [stop - start for start, stop in itertools.pairwise(before)]
+        kinds = [fault.kind for fault in run.injected]
+        result = Result(kinds, restarts, comparison, problems + find_problems(run))
         self.results.append(result)
         state = "equal to its reference" if result.good else f"WRONG, see {run.log}: {result}"
         print(f"  {state}, {sum(restarts)} restarts, {time.monotonic() - begin:.0f} s", flush=True)
