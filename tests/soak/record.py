@@ -45,7 +45,7 @@ class Record:
     def steps(self, attempt: int) -> list[int]:
         """Return the steps that rank 0 has finished in its n-th process, which may not have started yet."""
         files = self.attempts()
-        return [line["step"] for line in _lines(files[attempt])] if attempt < len(files) else []
+        return [line["step"] for line in _lines(files[attempt])] if 0 <= attempt < len(files) else []
 
     def surviving_documents(self, world: int) -> dict[int, Counter[str]]:
         """Return the documents' parts of each step, over all ranks, that the final weights were trained on.
