@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -98,7 +99,8 @@ class ForkedJob:
     def signal_all(self, number: int) -> None:
         for process in self.processes:
             if process.is_alive():
-                os.kill(process.pid, number)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(process.pid, number)
 
     def kill(self) -> None:
         """Kill all ranks."""
