@@ -37,7 +37,7 @@ from sightline.batch import IGNORE, PADDING, Batch
 from sightline.config import OptimizerConfig
 from sightline.data import Tokenizer, load_documents, open_loader
 from sightline.models import VLM, VLMConfig, build_model, build_skeleton, config_of, load_pretrained, save_pretrained
-from sightline.models.hf.directory import read_config
+from sightline.models.hf.source import read_config
 from sightline.parallel.parallel_model import single_process_model
 from sightline.recipes import get_recipe
 from sightline.training.optimizer import build_optimizer

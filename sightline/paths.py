@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
+from typing import Any
+
+MAX_CONFIG_BYTES = 2**24
+"""Largest config that is read, 16 MiB; the largest published ones have less than 1 MiB."""
 
 
 def file_inside(directory: Path, name: str) -> Path:
@@ -35,3 +41,30 @@ def file_inside(directory: Path, name: str) -> Path:
     if target.exists() and not target.is_file():
         raise ValueError(f"{path} is not a regular file; expected a file: remove it, or download it again")
     return path
+
+
+def read_json(directory: Path, name: str, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Return the JSON object in a file of a directory that others wrote; see `file_inside`.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not a file inside the directory, larger than `max_bytes`, or not a JSON object.
+    """
+    path = file_inside(directory, name)
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise ValueError(f"{path} has {size:,} bytes; expected at most {max_bytes:,}: download it again")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = "too deeply nested" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{path} is not JSON ({reason}); it is damaged: download or write it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} contains a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+def printable(text: str) -> str:
+    """Return text that any terminal, plot and encoding can show: control characters, and the surrogates that stand for
+    bytes of file names that are no UTF-8, are replaced by escapes such as `\\x1b` and `\\udce9`."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda c: c[0].encode("unicode_escape").decode(), text)

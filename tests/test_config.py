@@ -9,10 +9,6 @@ from sightline.config import CheckpointConfig, DataConfig, OptimizerConfig, Trai
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (
-            lambda: TrainingConfig(global_batch_size=6, micro_batch_size=4),
-            r"6 is not divisible by .* 4; .*\[1, 2, 3, 6\]",
-        ),
         (lambda: TrainingConfig(sequence_length=1), "sequence-length must be at least 2"),
         (lambda: TrainingConfig(steps=0), "training.steps must be greater than 0, got 0"),
         (lambda: DataConfig(validation_fraction=1.0), "validation-fraction"),

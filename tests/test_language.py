@@ -64,7 +64,6 @@ WORDS_IN = {
     },
     r"sightline/training": {r"tells?|told": "log, report"},
     r"sightline/planning|cli/show_plan": {r"moments|at work": "optimizer state, workspace, in flight"},
-    r"sightline/data/loader": {r"places?": "cursor"},
     r"sightline/config": {r"moments": "optimizer state"},
 }
 """Words that are private only in these files."""
@@ -74,8 +73,7 @@ EXCEPTIONS = {
 }
 """Files that are not searched, and why."""
 ALLOWED = {
-    ("sightline/data/loader.py", "lanes"): "the name in checkpoints of version 0.2",
-    ("sightline/data/loader.py", "place"): "the name in checkpoints of version 0.2",
+    ("sightline/data/data_loader.py", "lanes"): "the name in checkpoints of version 0.2",
 }
 """Single words that a file keeps, and why."""
 

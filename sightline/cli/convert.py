@@ -11,10 +11,9 @@ import torch
 import tyro
 
 from sightline.cli.source import SourceArgument, find_source
-from sightline.errors import RunFailed
-from sightline.models import load_pretrained, save_pretrained
+from sightline.models import FAMILIES, load_pretrained, save_pretrained
 from sightline.models.hf.directory import MAX_SHARD_BYTES
-from sightline.models.hf.files import holds_weights
+from sightline.models.hf.source import find_pretrained, is_pretrained
 from sightline.models.hf.vision_pair import load_vision_pair
 
 
@@ -52,15 +51,11 @@ def main(argv: list[str]) -> None:
     source, family = find_source(options.source, options.family)
     output, shard = options.output, options.max_shard_bytes
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    try:
-        if options.vision or holds_weights(source):
-            model = (
-                load_vision_pair(options.vision, source) if options.vision else load_pretrained(source, family=family)
-            )
-            save_pretrained(model, output, dtype=dtype, source=source, max_shard_bytes=shard)
-        else:
-            export = importlib.import_module("sightline.training.export")  # imported here so that --help is fast
-            source = export.export_checkpoint(source, output, dtype=dtype, max_shard_bytes=shard, family=family)
-    except OSError as error:
-        raise RunFailed(str(error)) from error
+    source = find_pretrained(source, FAMILIES if family is None else (family,))
+    if options.vision or is_pretrained(source):
+        model = load_vision_pair(options.vision, source) if options.vision else load_pretrained(source, family=family)
+        save_pretrained(model, output, dtype=dtype, source=source, max_shard_bytes=shard)
+    else:
+        export = importlib.import_module("sightline.training.export")  # imported here so that --help is fast
+        source = export.export_checkpoint(source, output, dtype=dtype, max_shard_bytes=shard, family=family)
     print(f"wrote the model of {source} to {output}")

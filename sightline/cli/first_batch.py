@@ -14,9 +14,11 @@ from sightline.config import Run
 from sightline.data import load_documents, open_loader, split_documents
 from sightline.masks import AttentionMask
 from sightline.models import build_model
+from sightline.models.hf.source import fetch
 from sightline.training.checkpoint import TOKENIZER
 from sightline.training.setup import get_tokenizer
 from sightline.training.step import Model, prepare_batch
+from sightline.training.terminal import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +39,15 @@ def first_batch(title: str, run: Run, directory: Path | None, sequence_length: i
     """
     if sequence_length is not None:
         run = replace(run, training=replace(run.training, sequence_length=sequence_length))
-    with Console(stderr=True).status(f"reading {run.data.source} and packing the first batch"):
+    with Console(stderr=True).status(shown(f"reading {run.data.source}")):
         documents, _ = split_documents(load_documents(run.data), run.data.validation_fraction)
-        path = directory / TOKENIZER if directory else run.data.tokenizer or run.model_from
+        pretrained = run.model_from and fetch(run.model_from, weights=False)
+        path = directory / TOKENIZER if directory else run.data.tokenizer or pretrained
         tokenizer = get_tokenizer(path, documents, run.model.vocab_size)
         with torch.device("meta"):  # masks and FLOPs need no weights
             model = build_model(run.model)
-        images = model.image_sizes
-        with closing(open_loader(run.data, run.training, documents, tokenizer, images=images, seed=run.seed)) as loader:
-            batch = next(loader)
-        masks = prepare_batch(model, batch, tokenizer, "cpu")["attention_masks"]
+    images = model.image_sizes
+    with closing(open_loader(run.data, run.training, documents, tokenizer, images=images, seed=run.seed)) as loader:
+        batch = next(loader)
+    masks = prepare_batch(model, batch, tokenizer, "cpu")["attention_masks"]
     return MaskSource(title=f"{title}, first batch", masks=masks, model=model, batch=batch)

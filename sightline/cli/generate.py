@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 import sightline
 from sightline import config
 from sightline.cli.source import SourceArgument, find_source
+from sightline.config.values import check_text
 from sightline.data import Tokenizer, pack_patches
 from sightline.data.image_files import read_image
 from sightline.generation import SamplingConfig, stream
@@ -51,6 +53,7 @@ class Generate(SamplingConfig):
 
 def main(argv: list[str]) -> None:
     options = tyro.cli(Generate, args=argv, prog="sightline generate")
+    check_text("--prompt", options.prompt)
     device = choose_device(config.TrainingConfig(device=options.device))
     directory, family = find_source(options.source, options.family)
     model, tokenizer = sightline.load(directory, device=device, family=family)
@@ -84,7 +87,7 @@ def read_prompt(
         raise ValueError(
             f"the prompt {prompt!r} contains {IMAGE_PLACEHOLDER} {len(texts) - 1} times, but --image was given "
             f"{len(images)} times; write {IMAGE_PLACEHOLDER} at the position of each image: "
-            f'--prompt "{IMAGE_PLACEHOLDER * max(1, len(images))}a"'
+            f"--prompt {shlex.quote(IMAGE_PLACEHOLDER * max(1, len(images)) + 'a')}"
         )
     if not images:
         return prompt, {}

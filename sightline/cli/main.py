@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from typing import NamedTuple, NoReturn
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from sightline import __version__
 from sightline.errors import AnotherRankEnded, LostRank, RunEnded, Stopped, exit_code_of
+from sightline.paths import printable
 
 
 class Command(NamedTuple):
@@ -46,6 +48,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 def run(argv: list[str]) -> int:
     """Run one command and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks ends no command
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -61,7 +65,9 @@ def run(argv: list[str]) -> int:
     except Stopped as stopped:
         print_error(stopped, str(stopped), style="yellow")
         return stopped.exit_code
-    except (RunEnded, LostRank, ValueError) as error:
+    except BrokenPipeError:
+        raise
+    except (RunEnded, LostRank, ValueError, OSError) as error:
         print_error(error, f"error: {error}")
         return exit_code_of(error)
     except KeyboardInterrupt as interrupt:
@@ -81,7 +87,7 @@ def print_error(error: BaseException, message: str, style: str = "red") -> None:
     if prints:
         console = Console(stderr=True, highlight=False)
         prefix = "" if rank == "0" else f"[rank {rank}] "
-        console.print(escape(prefix + message), style=style, soft_wrap=not console.is_terminal)
+        console.print(Text(printable(prefix + message)), style=style, soft_wrap=not console.is_terminal)
 
 
 def usage() -> str:

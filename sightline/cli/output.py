@@ -9,14 +9,16 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from sightline.paths import printable
+
 
 def tabulate(columns: dict[str, dict[str, str]]) -> Table:
     """Return a table with one row per label and one column per name: {column: {label: value}}."""
     table = Table.grid(padding=(0, 3))
     labels = list(dict.fromkeys(label for column in columns.values() for label in column))
-    table.add_row("", *(Text(name, "bold") for name in columns))
+    table.add_row("", *(Text(printable(name), "bold") for name in columns))
     for label in labels:
-        table.add_row(Text(label, "dim"), *(column.get(label, "") for column in columns.values()))
+        table.add_row(Text(label, "dim"), *(Text(column.get(label, "")) for column in columns.values()))
     table.add_row()
     return table
 

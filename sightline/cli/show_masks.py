@@ -17,6 +17,7 @@ from sightline.masks import AttentionMask
 from sightline.masks.statistics import Statistics, check_row, get_statistics
 from sightline.models import Family
 from sightline.numbers import flops
+from sightline.paths import printable
 from sightline.plots.mask_page import to_html
 from sightline.plots.mask_png import plot_masks
 from sightline.plots.mask_text import to_text
@@ -83,7 +84,8 @@ def show(console: Console, name: str, mask: AttentionMask, options: Masks) -> No
     """Plot one mask in the terminal, in color if the terminal supports it."""
     rows = f", row {options.row} of {mask.shape[0]}" if mask.shape[0] > 1 else ""
     console.print(
-        Text.assemble((name, "bold"), f"{rows}: {get_statistics(mask[options.row]).describe()}"), soft_wrap=True
+        Text.assemble((printable(name), "bold"), f"{rows}: {get_statistics(mask[options.row]).describe()}"),
+        soft_wrap=True,
     )
     unicode = console.encoding.lower().startswith("utf")
     width = options.width or min(console.width, MAX_WIDTH)

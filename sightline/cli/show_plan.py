@@ -23,6 +23,7 @@ from sightline.parallel.mesh import AXES
 from sightline.planning.estimate import Estimate, RankEstimate, estimate
 from sightline.plots.context_png import plot_context_plan
 from sightline.training.flops import GPU_PEAKS
+from sightline.training.terminal import shown
 
 DEGREES = (8, 64, 512)
 """Context degrees that are shown in addition to that of the run."""
@@ -45,10 +46,12 @@ def show(console: Console, title: str, training: config.TrainingConfig, found: E
     degrees = [f"{axis} {mesh.size(axis)}" for axis in (*AXES, "expert") if mesh.size(axis) > 1]
     rows = training.global_batch_size // mesh.size("data")
     console.print(
-        f"[bold]{title}[/bold], {count(found.parameters)} parameters, on {mesh.world:,} "
+        shown(title, "bold"),
+        f", {count(found.parameters)} parameters, on {mesh.world:,} "
         f"rank{'s' * (mesh.world > 1)}{': ' * bool(degrees)}{' x '.join(degrees)}\n"
         f"global batch {training.global_batch_size:,} rows of {training.sequence_length:,} tokens; per data-parallel "
         f"rank {rows:,} rows, {found.microbatches:,} micro-batches; {training.dtype}, recompute {training.recompute}\n",
+        sep="",
         soft_wrap=True,
     )
     console.print(tabulate({f"memory of rank {largest.rank}, the largest": describe_memory(largest)}))
@@ -111,7 +114,8 @@ def show_context(console: Console, title: str, run: Run, found: Estimate, rows: 
     """Print work and received keys of the recipe's data in every order, for the run's context degree and for others."""
     model, masks = read_masks(title, run, rows)
     layers = {name: model.attention_shape(name)[0] for name in masks}
-    length, micro_batch_size = run.training.sequence_length, run.training.micro_batch_size
+    length, training = run.training.sequence_length, run.training
+    micro_batch_size = training.rows_per_forward(training.global_batch_size // found.mesh.size("data"))
     degrees = dict.fromkeys((run.parallel.context, *(d for d in DEGREES if length % d == 0)))
     table = Table(box=None, padding=(0, 2), header_style="bold")
     for heading in ("context", "order", "max/mean work", *(f"{name} keys" for name in masks), "bytes/step"):
@@ -129,9 +133,11 @@ def show_context(console: Console, title: str, run: Run, found: Estimate, rows: 
                 *(f"{fraction:.1%}" for fraction in fractions.values()), size(received_bytes * found.microbatches),
             )  # fmt: skip
     console.print(
-        f"[bold]context parallelism[/bold] of {len(next(iter(masks.values())).start)} rows of {length:,} tokens of "
-        f"{run.data.source}\nwork: visible pairs of all layers, maximum over ranks / mean; keys: those received, as a "
+        f"[bold]context parallelism[/bold] of {len(next(iter(masks.values())).start)} rows of {length:,} tokens of ",
+        shown(run.data.source),
+        "\nwork: visible pairs of all layers, maximum over ranks / mean; keys: those received, as a "
         "fraction of an all-gather\n(a ring sends as many); bytes/step: received by a rank in all layers, on average\n",
+        sep="",
         soft_wrap=True,
     )
     console.print(table)

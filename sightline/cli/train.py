@@ -19,7 +19,7 @@ from sightline.config import Run
 from sightline.config.renamed import old_names, renaming_message
 from sightline.config.run import BackendName
 from sightline.models import FAMILIES, family_of
-from sightline.models.hf.directory import read_model_config
+from sightline.models.hf.source import read_model_config
 from sightline.numbers import count
 from sightline.recipes import RECIPES, get_recipe
 
@@ -73,16 +73,33 @@ def parse(argv: list[str]) -> Run:
     if directory is not None:
         families = (family_of(recipe.model), *FAMILIES)
         recipe = dataclasses.replace(recipe, model=read_model_config(directory, families), model_from=directory)
+    options = use_new_options(recipe, argv[1:])
     kind: Any = Run[type(recipe.model)]  # type: ignore[misc]  # makes the fields of the model's config options too
-    return tyro.cli(
+    run = tyro.cli(
         kind,
         default=recipe,
-        args=use_new_options(recipe, argv[1:]),
+        args=options,
         prog=f"sightline train {argv[0]}",
         description=f"Train {argv[0]}. The defaults are those of the recipe.\n\n{EXAMPLES}",
         config=(tyro.conf.AvoidSubcommands,),
         registry=CONSTRUCTORS,
     )
+    _check_one_length(run, options)
+    return run
+
+
+def _check_one_length(run: Run, options: list[str]) -> None:
+    """Check that the options do not set the length of the run twice.
+
+    Raises:
+        ValueError: if both --data.epochs and --training.steps are given.
+    """
+    given = {option.partition("=")[0].replace("_", "-") for option in options}
+    if run.data.epochs is not None and {"--data.epochs", "--training.steps"} <= given:
+        raise ValueError(
+            f"--data.epochs {run.data.epochs} and --training.steps {run.training.steps} both set the length of a run; "
+            "use one of them: --data.epochs to train on each document N times, --training.steps for a number of steps"
+        )
 
 
 def use_new_options(recipe: Run, options: list[str]) -> list[str]:

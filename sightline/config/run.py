@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from sightline.config.renamed import RenamedFields
-from sightline.numbers import check_divisible
+from sightline.config.values import check_text
 
 Model = TypeVar("Model")
 
@@ -43,8 +43,16 @@ class DataConfig(RenamedFields):
     `best_fit` splits only documents longer than a row, and pads rows."""
     validation_fraction: float = 0.05
     """Fraction of the documents held out for validation."""
+    epochs: int | None = None
+    """Number of epochs to train, instead of --training.steps; each has every training document once.
+    The last step is padded. Without it, the run has --training.steps steps and repeats the documents as needed."""
+    cache_dir: Path | None = None
+    """Directory in which the tokens of the documents are kept for later runs.
+    By default, `sightline` in the user's cache directory ($XDG_CACHE_HOME or ~/.cache)."""
 
     def __post_init__(self) -> None:
+        if self.epochs is not None:
+            _positive("data", epochs=self.epochs)
         if not 0.0 <= self.validation_fraction < 1.0:
             raise ValueError(
                 f"data.validation-fraction must be at least 0 and less than 1, got {self.validation_fraction}"
@@ -56,13 +64,13 @@ class TrainingConfig:
     """Training length, batch size, precision, loss and activation checkpointing."""
 
     steps: int = 1000
-    """Number of optimizer steps."""
+    """Number of optimizer steps. --data.epochs sets it from the number of documents."""
     sequence_length: int = 2048
     """Tokens per row (S)."""
     global_batch_size: int = 8
     """Rows per optimizer step, over all data-parallel ranks."""
     micro_batch_size: int = 8
-    """Rows per forward pass on each rank; must divide the global batch size.
+    """Rows per forward pass on each rank, at most; a rank with fewer rows per step uses all of them.
     The other rows of a step are gradient accumulation steps, or the micro-batches of a pipeline schedule."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device type; `auto` selects CUDA if available."""
@@ -91,8 +99,10 @@ class TrainingConfig:
             raise ValueError(
                 f"training.sequence-length must be at least 2 (one input token, one label), got {self.sequence_length}"
             )
-        batch, micro = self.global_batch_size, self.micro_batch_size
-        check_divisible("training.global-batch-size", batch, "training.micro-batch-size", micro, "micro-batch sizes")
+
+    def rows_per_forward(self, rows: int) -> int:
+        """Return the rows of each forward pass on a rank that has `rows` rows per step."""
+        return min(self.micro_batch_size, rows)
 
 
 SCHEDULES = Literal[
@@ -266,6 +276,9 @@ class LoggingConfig:
     """Prompt of the sample text generated at the end of the run."""
     sample_tokens: int = 120
     """Maximum number of tokens of the sample text; 0 generates none."""
+
+    def __post_init__(self) -> None:
+        check_text("logging.sample-prompt", self.sample_prompt)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from sightline import config
 from sightline.batch import Batch, ImageSizes
 from sightline.data.documents import Documents
-from sightline.data.loader import Loader, State, check_state, rows_of_rank, use_new_names, validation_batches
+from sightline.data.epochs import State, check_state, rows_of_rank
+from sightline.data.loader import Loader, validation_batches
 from sightline.data.synthetic_images import SYNTHETIC_IMAGES, ImageLoader, validation_images
 from sightline.data.tokenizer import Tokenizer
 
@@ -20,14 +21,28 @@ Batches = Iterable[Batch] | Callable[[int, int], Iterable[Batch]]
 class DataLoader(Protocol):
     """Iterator of batches, one per optimizer step, with the rows of one data-parallel rank."""
 
+    @property
+    def steps(self) -> int | None:
+        """Number of steps of all epochs; None if the number of epochs is not limited."""
+        ...
+
+    @property
+    def epoch(self) -> float | None:
+        """Number of epochs in the batches that were returned so far; None if unknown."""
+        ...
+
     def __next__(self) -> Batch: ...
+
+    def describe(self) -> str:
+        """Return the size of an epoch as text for the log."""
+        ...
 
     def state_dict(self) -> State:
         """Return the position of the next batch, as JSON values. `join_states` merges the states of all ranks."""
         ...
 
-    def load_state_dict(self, state: State) -> None:
-        """Continue from the joined state of all ranks.
+    def load_state_dict(self, state: State) -> str | None:
+        """Continue from the joined state of all ranks. Returns a warning for the user, if any.
 
         Raises:
             ValueError: if the state was saved by another loader.
@@ -61,10 +76,16 @@ def open_loader(
         "world": world,
     }
     if batches is not None:
+        if data.epochs is not None:
+            raise ValueError(
+                f"data.epochs is {data.epochs}, but the length of an epoch of your own batches is unknown; set "
+                "training.steps, and data.epochs None"
+            )
         return IterableLoader(batches, **options)
+    options |= {"seed": seed, "epochs": data.epochs}
     if data.source == SYNTHETIC_IMAGES:
-        return ImageLoader(documents, tokenizer, images=images, seed=seed, **options)
-    return Loader(documents, tokenizer, packing=data.packing, seed=seed, **options)
+        return ImageLoader(documents, tokenizer, images=images, **options)
+    return Loader(documents, tokenizer, packing=data.packing, cache_dir=data.cache_dir, **options)
 
 
 def open_validation(
@@ -83,7 +104,7 @@ def open_validation(
         return []
     options: dict[str, Any] = {
         "rows": validation.rows,
-        "rows_per_batch": training.micro_batch_size,
+        "rows_per_batch": training.rows_per_forward(training.global_batch_size // world),
         "sequence_length": training.sequence_length,
         "rank": rank,
         "world": world,
@@ -102,6 +123,9 @@ class IterableLoader:
     Raises:
         ValueError: if there is one iterable for several ranks, which would all train on the same rows.
     """
+
+    steps: int | None = None
+    epoch: float | None = None
 
     def __init__(self, batches: Batches, *, rows: int, sequence_length: int, rank: int = 0, world: int = 1) -> None:
         if not callable(batches) and world > 1:
@@ -148,13 +172,13 @@ class IterableLoader:
             ) from error
         return {"identity": dict(self._identity), "step": self._step, "shards": state}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: State) -> str | None:
         """Continue from the joined state of all ranks.
 
         Raises:
             ValueError: if the state was saved by another loader (see `check_state`), or the batches have no state.
         """
-        state = use_new_names(state)
+        state = _use_new_names(state)
         check_state(self._identity, state)
         if not self._has_state() or self._rank not in state["shards"]:
             raise ValueError(
@@ -164,9 +188,28 @@ class IterableLoader:
             )
         self._source.load_state_dict(state["shards"][self._rank])
         self._iterator, self._step = None, state["step"]
+        return None
+
+    def describe(self) -> str:
+        """Return that the length of an epoch is unknown."""
+        return f"unknown, batches of a {type(self._source).__name__}"
 
     def close(self) -> None:
         """Do nothing: the caller owns the batches."""
 
     def _has_state(self) -> bool:
         return hasattr(self._source, "state_dict") and hasattr(self._source, "load_state_dict")
+
+
+def join_states(states: Sequence[State]) -> State:
+    """Merge the loader states of all ranks after a step into one state, which all ranks can load.
+
+    Only the states of user-provided batches differ between ranks: each has those of its own batches in `shards`.
+    """
+    shards: State = {shard: own for state in states for shard, own in state.get("shards", {}).items()}
+    return {**states[0], "shards": shards} if "shards" in states[0] else states[0]
+
+
+def _use_new_names(state: State) -> State:
+    """Return the state with the key `shards`, which version 0.2 called lanes."""
+    return {"shards" if name == "lanes" else name: value for name, value in state.items()}

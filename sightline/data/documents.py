@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
+import xxhash
 
+DIGEST_CHARACTERS = 1_000_000_000
+"""Characters up to which the digest covers the contents of all documents."""
+DIGEST_DOCUMENTS = 65_536
+"""Number of documents of a larger source whose contents the digest covers."""
+READ_DOCUMENTS = 1024  # documents that are read at a time for the digest
 SPLIT_SEED = 0  # constant, so that the seed of a run does not change which documents are held out
 
 
@@ -14,7 +21,8 @@ SPLIT_SEED = 0  # constant, so that the seed of a run does not change which docu
 class Documents:
     """Sequence of N non-empty texts in a fixed order.
 
-    texts    all texts of the source, as any sequence; it may read them from disk
+    texts    all texts of the source, as any sequence; it may read them from disk, many at a time if it has
+             `__getitems__`, as the datasets of PyTorch and of Hugging Face have
     order    int64 [N], index of each document in `texts`
     lengths  int64 [N], number of characters of each document
     source   the source, as the user named it
@@ -48,6 +56,26 @@ class Documents:
     def characters(self) -> int:
         """Total number of characters."""
         return int(self.lengths.sum())
+
+    @cached_property
+    def digest(self) -> str:
+        """XXH3-128 of the lengths and texts of all documents, in order.
+
+        If they have more than DIGEST_CHARACTERS characters, the texts of DIGEST_DOCUMENTS evenly spaced documents.
+        """
+        digest = xxhash.xxh3_128(np.ascontiguousarray(self.lengths, "<i8").data)
+        sampled = len(self) if self.characters <= DIGEST_CHARACTERS else min(len(self), DIGEST_DOCUMENTS)
+        for first in range(0, sampled, READ_DOCUMENTS):
+            numbers = np.arange(first, min(first + READ_DOCUMENTS, sampled))
+            for text in self.read(numbers * len(self) // max(sampled, 1)):
+                digest.update(text.encode())
+        return digest.hexdigest()
+
+    def read(self, index: np.ndarray) -> list[str]:
+        """Return the documents at `index` (int64 [M]), in that order."""
+        rows = self.order[index].tolist()
+        read_many = getattr(self.texts, "__getitems__", None)
+        return [self.texts[row] for row in rows] if read_many is None else read_many(rows)
 
     def select(self, index: np.ndarray) -> Documents:
         """Return the documents at `index` (int64 [M]), in that order."""

@@ -40,7 +40,7 @@ def load_documents(data: DataConfig) -> Documents:
     if data.source == "python-stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         return _read(root, _find(root, (".py",), NOT_STDLIB), data)
-    if data.source.startswith("hf:"):
+    if is_dataset(data):
         return _load_dataset(data)
     path = Path(data.source).expanduser()
     if path.is_dir():
@@ -51,6 +51,11 @@ def load_documents(data: DataConfig) -> Documents:
         f"data.source {data.source!r} does not exist: expected `python-stdlib`, a file or folder of "
         f"{', '.join(EXTENSIONS)}, `hf:NAME`, or `{SYNTHETIC_IMAGES}`; paths are relative to {Path.cwd()}"
     )
+
+
+def is_dataset(data: DataConfig) -> bool:
+    """Return whether the source is a Hugging Face dataset: the first process that loads it caches it on disk."""
+    return data.source.startswith("hf:")
 
 
 def _find(root: Path, extensions: tuple[str, ...], exclude: frozenset[str] = frozenset()) -> list[Path]:
@@ -156,7 +161,7 @@ def _measure(texts: list[str | None]) -> dict[str, list[int]]:
 
 
 class _Column(Sequence[str]):
-    """One column of a dataset, read from disk row by row."""
+    """One column of a dataset, read from disk when it is needed."""
 
     def __init__(self, dataset: Any, name: str) -> None:
         self.dataset, self.name = dataset, name
@@ -166,6 +171,9 @@ class _Column(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.dataset[index][self.name]
+
+    def __getitems__(self, rows: list[int]) -> list[str]:
+        return list(self.dataset[rows][self.name])
 
 
 def _check_not_empty(documents: Documents) -> Documents:

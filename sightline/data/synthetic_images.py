@@ -6,15 +6,19 @@ images, each followed by its caption. `to_patches` and `pack_patches` do the sam
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from sightline.batch import IGNORE, Batch, ImageSizes, Row, RowBuilder
 from sightline.data.documents import Documents
-from sightline.data.loader import State, check_state, rows_of_rank
+from sightline.data.epochs import PADDING_ROW, EpochLoader
+from sightline.data.packing import DOCUMENT_ORDER
 from sightline.data.patches import pack_patches
+from sightline.data.permutation import Permutation
 from sightline.data.tokenizer import Tokenizer
 
 SYNTHETIC_IMAGES = "synthetic-images"
@@ -35,6 +39,14 @@ MAX_IMAGES = 3
 MAX_SIDE = 4
 """Maximum height and width of an image, in image tokens."""
 VALIDATION_SEED = 0  # constant, so that the seed of a run does not change the validation images
+
+
+class Image(NamedTuple):
+    """An image before it is rendered: index of its caption, height and width in image tokens."""
+
+    caption: int
+    height: int
+    width: int
 
 
 def caption_documents() -> Documents:
@@ -65,12 +77,12 @@ def render(caption: str, height: int, width: int, rng: np.random.Generator) -> n
     return np.where(inside[..., None], COLORS[color], COLORS[background]).astype(np.uint8)
 
 
-class ImageLoader:
-    """Infinite iterator of batches: rows packed with documents of one to three images and their captions.
+class ImageLoader(EpochLoader):
+    """Iterator of batches: rows packed with documents of one to three images and their captions; see `EpochLoader`.
 
-    Documents are never split; rows are padded. An image is represented by placeholder tokens, one for every
-    `spatial_merge_size` x `spatial_merge_size` patches, which are not labels. Each row is generated from the seed and
-    the index of the row in the run, so the state is only the number of steps.
+    An epoch has each caption once. Documents are never split; rows are padded. An image is represented by placeholder
+    tokens, one for every `spatial_merge_size` x `spatial_merge_size` patches, which are not labels. The shape in an
+    image is at another position in each epoch.
     """
 
     def __init__(
@@ -84,6 +96,7 @@ class ImageLoader:
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
+        epochs: int | None = None,
     ) -> None:
         if images is None:
             raise ValueError(
@@ -96,78 +109,82 @@ class ImageLoader:
                 "be text; expected an id that the tokenizer does not use: increase --model.vocab-size and set "
                 "--model.image-token-id to the last id"
             )
-        self._captions = [tokenizer.encode(caption) for caption in captions]
+        super().__init__(rows=rows, seed=seed, rank=rank, world=world, epochs=epochs)
+        self._captions = tokenizer.encode_all(list(captions))
         needed = MAX_SIDE**2 + max(len(ids) for ids in self._captions)
         if sequence_length < needed:
             raise ValueError(
                 f"a row of {sequence_length} tokens is too short for the largest image and its caption; use "
                 f"--training.sequence-length {needed} or more"
             )
-        self._local_rows = rows_of_rank(rows, rank, world)
         self._texts, self._tokenizer, self._images = list(captions), tokenizer, images
-        self._rows, self._length, self._seed = rows, sequence_length, seed
-        self._identity: State = {
+        self._length, self._seed = sequence_length, seed
+        self._plan = self._pack(Permutation(len(captions), seed, 0, DOCUMENT_ORDER)(np.arange(len(captions))))
+        self.rows_per_epoch = len(self._plan)
+        documents = sum(map(len, self._plan))
+        self.contents = (
+            f"{documents:,} documents with {len(captions):,} images, {len(self._plan):,} rows of {sequence_length:,}"
+        )
+        self.identity = {
+            "documents": len(captions),
+            "contents": captions.digest,
             "tokenizer": tokenizer.fingerprint,
             "seed": seed,
             "rows": rows,
             "sequence_length": sequence_length,
         }
-        self._step = 0
 
-    def __iter__(self) -> ImageLoader:
-        return self
-
-    def __next__(self) -> Batch:
-        first = self._step * self._rows
-        rows, images = zip(*(self._row(first + row) for row in self._local_rows), strict=True)
-        self._step += 1
-        batch = Batch.from_rows(rows)
+    def build(self, rows: np.ndarray, plan_rows: np.ndarray) -> Batch:
+        built, images = zip(*map(self._build_row, rows.tolist(), plan_rows.tolist()), strict=True)
+        batch = Batch.from_rows(built)
         return replace(
             batch,
             labels=batch.labels.masked_fill(batch.labels == self._images.image_token_id, IGNORE),
             extra=pack_patches(images, self._images.patch_size),
         )
 
-    def state_dict(self) -> State:
-        return {"identity": dict(self._identity), "step": self._step, "shards": {}}
-
-    def load_state_dict(self, state: State) -> None:
-        """Continue from this state.
-
-        Raises:
-            ValueError: if the state was saved by another loader; see `check_state`.
-        """
-        check_state(self._identity, state)
-        self._step = state["step"]
-
-    def close(self) -> None:
-        """Do nothing; this loader has no resources."""
-
-    def _row(self, index: int) -> tuple[Row, list[np.ndarray]]:
-        """Return row `index` of the run and its images. The first document that does not fit ends the row."""
-        rng = np.random.default_rng((self._seed, index))
-        row, images = RowBuilder(self._length), []
-        while True:
-            ids, document_images = self._document(rng)
-            if len(ids) <= row.free:
-                row.add(ids)
-                images += document_images
-            elif row.tokens:
-                return row.finish(self._tokenizer.eos_id), images
-
-    def _document(self, rng: np.random.Generator) -> tuple[list[int], list[np.ndarray]]:
-        """Return the token ids [begin] image caption image caption ... [end], and the images."""
-        ids: list[int] = []
-        images = []
-        for index in rng.integers(len(self._texts), size=rng.integers(1, MAX_IMAGES, endpoint=True)).tolist():
+    def _pack(self, order: np.ndarray) -> list[list[list[Image]]]:
+        """Return the documents of each row: all captions in this order, and in a row as many documents as fit."""
+        rng = np.random.default_rng(self._seed)
+        documents: list[list[Image]] = []
+        wanted = 0
+        for caption in order.tolist():
             height, width = rng.integers(1, MAX_SIDE, size=2, endpoint=True).tolist()
-            side = self._images.spatial_merge_size * self._images.patch_size
-            images.append(render(self._texts[index], height * side, width * side, rng))
-            caption = self._captions[index]
-            begin = 0 if self._tokenizer.bos_id is None else 1
-            image = [self._images.image_token_id] * (height * width)
-            ids += [*(caption[:begin] if not ids else ()), *image, *caption[begin:-1]]
-        return [*ids, self._tokenizer.eos_id], images
+            image = Image(caption, height, width)
+            if wanted == 0 or len(self._encode([*documents[-1], image])) > self._length:
+                documents.append([])
+                wanted = int(rng.integers(1, MAX_IMAGES, endpoint=True))
+            documents[-1].append(image)
+            wanted -= 1
+        rows: list[list[list[Image]]] = []
+        free = 0
+        for document in documents:
+            size = len(self._encode(document))
+            if size > free:
+                rows.append([])
+                free = self._length
+            rows[-1].append(document)
+            free -= size
+        return rows
+
+    def _build_row(self, number: int, plan_row: int) -> tuple[Row, list[np.ndarray]]:
+        """Return row `number` of the run and its images."""
+        rng = np.random.default_rng((self._seed, number))
+        row, images = RowBuilder(self._length), []
+        side = self._images.spatial_merge_size * self._images.patch_size
+        for document in self._plan[plan_row] if plan_row != PADDING_ROW else []:
+            row.add(self._encode(document))
+            images += [render(self._texts[i.caption], i.height * side, i.width * side, rng) for i in document]
+        return row.finish(self._tokenizer.eos_id), images
+
+    def _encode(self, document: list[Image]) -> list[int]:
+        """Return the token ids [begin] image caption image caption ... [end]."""
+        ids = [] if self._tokenizer.bos_id is None else [self._tokenizer.bos_id]
+        begin = len(ids)
+        for image in document:
+            ids += [self._images.image_token_id] * (image.height * image.width)
+            ids += self._captions[image.caption][begin:-1]
+        return [*ids, self._tokenizer.eos_id]
 
 
 def validation_images(
@@ -185,10 +202,9 @@ def validation_images(
 
     All ranks have the same number of rows: if necessary, the last row is repeated without labels.
     """
-    loader = ImageLoader(
-        captions, tokenizer, rows=rows, sequence_length=sequence_length, images=images, seed=VALIDATION_SEED
-    )
-    all_rows = next(loader)
+    options: dict[str, Any] = {"sequence_length": sequence_length, "images": images, "seed": VALIDATION_SEED}
+    with closing(ImageLoader(captions, tokenizer, rows=rows, **options)) as loader:
+        all_rows = next(loader)
     per_rank = -(-rows // world)
     index = torch.arange(rank * per_rank, (rank + 1) * per_rank)
     local = all_rows[index.clamp(max=rows - 1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -13,12 +14,14 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sightline.data.documents import Documents
+from sightline.paths import file_inside, read_json
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 BYTES = 256  # the alphabet of a byte-level BPE, which can encode and decode any text without loss
 BEGIN_NAMES = (BEGIN, "<s>", "<bos>", "<|startoftext|>")
 END_NAMES = (END, "</s>", "<eos>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>")
 """Searched in this order if no tokenizer_config.json names the tokens that begin and end a document."""
+MAX_BYTES = 2**28  # of a tokenizer.json; that of Gemma 3, with 262,144 tokens, has 33 MB
 TRAINING_CHARACTERS = 200_000_000  # characters; more of them make training slower, not better
 
 
@@ -63,6 +66,12 @@ class Tokenizer:
         """Return the ids of a complete document: [begin] + text + [end]."""
         return [*self.encode_prompt(text), self.eos_id]
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of complete documents, which are encoded in parallel."""
+        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        begin = [] if self.bos_id is None else [self.bos_id]
+        return [[*begin, *encoding.ids, self.eos_id] for encoding in encoded]
+
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of the beginning of a document: [begin] + text."""
         ids = self._encode_text(text)
@@ -75,9 +84,11 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Save a tokenizer.json at `path`, and next to it a tokenizer_config.json with the begin and end tokens."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(path))
+        path.write_text(self._backend.to_str(pretty=True), encoding="utf-8")  # `save` takes only paths in UTF-8
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self._begin, "eos_token": self._end}
-        path.with_name("tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        path.with_name("tokenizer_config.json").write_text(
+            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
     def _encode_text(self, text: str) -> list[int]:
         # `encode_batch_fast` computes no character offsets: it is 25 % faster than `encode`, and releases the GIL.
@@ -127,16 +138,19 @@ def load_tokenizer(path: Path) -> Tokenizer:
         ValueError: if there is no tokenizer at `path`, or it has no token that ends a document.
     """
     path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(
             f"no tokenizer at {path}; expected a Hugging Face tokenizer.json or a folder that contains one"
         )
+    size = file_inside(path.parent, path.name).stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes; expected a tokenizer.json of at most {MAX_BYTES:,}")
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())  # `from_file` takes only paths in UTF-8
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"{path} is not a Hugging Face tokenizer.json: {error}") from error
     config_file = path.with_name("tokenizer_config.json")
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    config = read_json(path.parent, config_file.name) if config_file.exists() else {}
     begin = _special(backend, config, "bos_token", BEGIN_NAMES)
     end = _special(backend, config, "eos_token", END_NAMES)
     if end is None:
@@ -152,7 +166,9 @@ def _special(backend: tokenizers.Tokenizer, config: dict, key: str, names: Seque
     if key not in config:
         return next((name for name in names if backend.token_to_id(name) is not None), None)
     named = config[key]
-    name = named["content"] if isinstance(named, dict) else named  # older files store an object
+    name = named.get("content") if isinstance(named, dict) else named  # older files store an object
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"tokenizer_config.json has {key} {reprlib.repr(named)}; expected the text of a token")
     if name is not None and backend.token_to_id(name) is None:
         raise ValueError(f"tokenizer_config.json names {key} {name!r}, which is not in the tokenizer's vocabulary")
     return name

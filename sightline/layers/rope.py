@@ -13,6 +13,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from sightline.config.values import check_values
+
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3RopeScaling:
@@ -31,6 +33,7 @@ class Llama3RopeScaling:
     """Factor of cosine and sine."""
 
     def __post_init__(self) -> None:
+        check_values(self, "rope-scaling")
         if self.factor < 1:
             raise ValueError(f"rope-scaling.factor must be at least 1 (1 changes nothing), got {self.factor}")
         if not 0 < self.low_freq_factor <= self.high_freq_factor:
@@ -67,6 +70,7 @@ class YarnScaling:
     """... and divided by 1 + 0.1 mscale-all-dim ln(factor); the scores are multiplied by the square of this divisor."""
 
     def __post_init__(self) -> None:
+        check_values(self, "rope-scaling")
         if self.factor < 1:
             raise ValueError(f"rope-scaling.factor must be at least 1 (1 changes nothing), got {self.factor}")
         if not 0 < self.beta_slow < self.beta_fast:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sightline.attention import Lowered
 from sightline.config.renamed import RenamedFields
+from sightline.config.values import check_values
 from sightline.layers.attention import GroupedQueryAttention
 
 
@@ -43,6 +44,7 @@ class VisionConfig(RenamedFields):
     """Epsilon of the layer norms."""
 
     def __post_init__(self) -> None:
+        check_values(self, "model.vision")
         sizes = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "patch_size", "num_channels")
         for name in (*sizes, "position_grid_size", "norm_eps"):
             if getattr(self, name) <= 0:

@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from sightline.attention import Exchanges, KernelRequirements, LocalExchanges, Lowered, check_backend, lower
 from sightline.batch import Batch, ImageSizes
 from sightline.config.renamed import RenamedFields
+from sightline.config.values import check_values
 from sightline.layers import (
     LOSSES,
     AttentionLayer,
@@ -61,6 +62,7 @@ class DecoderConfig(RenamedFields):
     """Share one weight between the embedding and the output projection."""
 
     def __post_init__(self) -> None:
+        check_values(self, "model")
         check_positive(self, "vocab_size", "hidden_size", "num_layers", "rope_theta", "norm_eps")
 
 
@@ -106,7 +108,7 @@ class Decoder(nn.Module):
         self.context_group: ProcessGroup | None = None  # ranks that share each row; None without context parallelism
         # Factor of the auxiliary losses. They are sums over tokens, like the default loss; a training step that does
         # not divide by its valid tokens sets the factor to the weight of one token.
-        self.aux_loss_scale = 1.0
+        self.aux_loss_scale: float | Tensor = 1.0
 
     def build_block(self, index: int) -> nn.Module:
         """Build the layer of an index, counted from 0."""

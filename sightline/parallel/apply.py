@@ -43,7 +43,8 @@ def build_parallel(
     init_model_weights(*stages)
     if mesh.size("pipeline") == 1:
         return ParallelModel(mesh, full_model, stages, dtype=training.dtype)
-    return PipelinedModel(mesh, full_model, stages, dtype=training.dtype, micro_batch_size=training.micro_batch_size)
+    rows = training.rows_per_forward(training.global_batch_size // mesh.size("data"))
+    return PipelinedModel(mesh, full_model, stages, dtype=training.dtype, micro_batch_size=rows)
 
 
 def parallelize(model: Decoder, mesh: Mesh, training: config.TrainingConfig) -> None:
@@ -87,11 +88,11 @@ def check_rows(training: config.TrainingConfig, mesh: Mesh) -> None:
     if rows % ranks:
         raise ValueError(
             f"training.global-batch-size {rows} is not divisible by {degrees} = {ranks}, the number of data "
-            f"ranks; use {rows // ranks * ranks or ranks} or {(rows // ranks + 1) * ranks}"
+            f"ranks; use {f'{rows // ranks * ranks} or ' if rows > ranks else ''}{(rows // ranks + 1) * ranks}"
         )
     if mesh.size("pipeline") > 1:
         count_microbatches(mesh.parallel, training, rows // ranks)
-    elif rows // ranks % training.micro_batch_size:
+    elif rows // ranks % training.rows_per_forward(rows // ranks):
         raise ValueError(
             f"each of {degrees} = {ranks} data ranks has {rows // ranks} rows per step, which is not divisible by "
             f"training.micro-batch-size {training.micro_batch_size}; sizes that divide it: {divisors(rows // ranks)}"

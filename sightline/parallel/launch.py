@@ -2,6 +2,9 @@
 
 Each rank records its step in the shared store. When a collective fails, one of the waiting ranks reads the store and
 reports which rank is missing. When a rank fails by itself, it reports its error and the other ranks exit silently.
+
+torchrun keeps the store when it restarts the processes, with the addresses of the dead ones in it. Therefore the ranks
+first agree on a name for this start of the job, and all their keys begin with it.
 """
 
 from __future__ import annotations
@@ -9,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
 import time
+import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -18,12 +23,14 @@ import torch.distributed as dist
 
 from sightline.config import ParallelConfig
 from sightline.errors import AnotherRankEnded, LostRank, exit_code_of
-from sightline.parallel.mesh import AXES, resolve
+from sightline.parallel.mesh import AXES, collective_timeout, resolve
 
 GRACE = 2.0
 """Seconds within which all ranks that wait for the same rank notice that their collective has failed."""
 PRECEDENCE = 3.0
 """Seconds that the other ranks wait for rank 0 to report an error that all ranks may have."""
+STORE_DEADLINE = GRACE + PRECEDENCE + 2.0
+"""Seconds after which a store that does not answer is considered lost: longer than any report takes."""
 
 
 class Job:
@@ -32,11 +39,14 @@ class Job:
     def __init__(self, store: dist.Store, parallel: ParallelConfig, rank: int, world: int) -> None:
         self.store, self.parallel, self.rank, self.world = store, parallel, rank, world
         self.step = 0
+        self._recorded = -math.inf
 
     def record_step(self, step: int) -> None:
-        """Record this rank's step where the other ranks can read it."""
+        """Record this rank's step where the other ranks can read it, at most once a second: one store serves all."""
         self.step = step
-        self.store.set(f"step/{self.rank}", str(step))
+        if time.monotonic() - self._recorded > 1.0:
+            self.store.set(f"step/{self.rank}", str(step))
+            self._recorded = time.monotonic()
 
     def claim_report(self) -> bool:
         """Return whether this rank is the one to report why the job ends.
@@ -75,10 +85,22 @@ class Job:
             f"(--parallel.timeout {self.parallel.timeout} s, or the connection was lost)"
         )
 
+    def lost_store(self) -> LostRank | None:
+        """Return the error to report if the store does not answer: on one rank, since the ranks cannot coordinate."""
+        by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if self.rank != (0 if by_agent else 1):
+            return None
+        host = "torchrun" if by_agent else self._describe_rank(0)
+        return LostRank(
+            f"{host}, which hosts the store of the job, does not answer; {self._describe_rank(self.rank)} is at step "
+            f"{self.step} and has given up (--parallel.timeout {self.parallel.timeout} s, or the connection was lost)"
+        )
+
     def _describe_step(self, rank: int) -> str:
-        key = f"step/{rank}"
-        step = f"at step {self.store.get(key).decode()}" if self.store.check([key]) else "before its first step"
-        return f"{self._describe_rank(rank)} is {step}"
+        name, key = self._describe_rank(rank), f"step/{rank}"
+        if not self.store.check([key]):
+            return f"{name} is before its first step"
+        return f"{name} was last at step {self.store.get(key).decode()}"
 
     def _describe_rank(self, rank: int) -> str:
         return f"rank {rank}{rank_label(self.parallel, rank, self.world)}"
@@ -107,13 +129,17 @@ def distributed_session(parallel: ParallelConfig, device: torch.device) -> Itera
     timeout = timedelta(seconds=parallel.timeout)
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    _job = Job(dist.PrefixStore(f"sightline/{attempt}", store), parallel, rank, world)
+    store = dist.PrefixStore("sightline", store)
+    store = dist.PrefixStore(agree_on_start(store, rank, world, parallel.timeout), store)
+    _job = Job(store, parallel, rank, world)
     lost_gpus = False
     try:
         resolve(parallel, world)
         device = local_device(device)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if parallel.offload:  # the optimizer exchanges gradients that are in CPU memory
+            backend = "cpu:gloo,cuda:nccl"
+        timeout = collective_timeout(parallel, device)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         yield device
     except (Exception, KeyboardInterrupt) as error:
@@ -128,17 +154,68 @@ def distributed_session(parallel: ParallelConfig, device: torch.device) -> Itera
             dist.destroy_process_group()
 
 
-def sync_stop_signal(step: int, signal: int | None) -> int | None:
-    """Return the stop signal that any rank has received, so that all stop after the same step; also records the step.
+def agree_on_start(store: dist.Store, rank: int, world: int, timeout: float) -> str:
+    """Return a name for this start of the job: the same on all its ranks, and on no rank of an earlier start.
 
-    One all-reduce of an integer on the CPU between two steps. With one process, `signal` is returned unchanged.
+    TORCHELASTIC_RESTART_COUNT is not that name: each machine counts its own restarts. Rank 0 chooses the name. Another
+    rank may read the name of an earlier start before rank 0 has replaced it; that start does not answer, so it reads
+    the name again.
+
+    Raises:
+        LostRank: if a rank does not start within `timeout` seconds.
+        AnotherRankEnded: if rank 0 reports that.
     """
-    if _job is None:
-        return signal
-    _job.record_step(step)
-    received = torch.tensor(signal or 0)
-    dist.all_reduce(received, dist.ReduceOp.MAX)
-    return int(received) or None
+    process = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", process)
+        keys = [f"{process}/rank/{other}" for other in range(1, world)]
+        with contextlib.suppress(dist.DistStoreError):  # the wait timed out
+            store.wait(keys, timedelta(seconds=timeout))
+        missing = [other for other, key in enumerate(keys, start=1) if not store.check([key])]
+        for other, key in enumerate(keys, start=1):
+            if other not in missing:
+                store.set(f"{process}/answer/{store.get(key).decode()}", "not all" if missing else "all")
+        if missing:
+            raise LostRank(
+                f"{len(missing)} of {world} ranks did not start within {timeout} s (--parallel.timeout): "
+                f"rank {', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''}. "
+                "Check the log of their machine"
+            )
+        return process
+    deadline = time.monotonic() + timeout + GRACE
+    while time.monotonic() < deadline:
+        with contextlib.suppress(dist.DistStoreError):  # a wait timed out
+            name = store.get("start").decode()
+            store.set(f"{name}/rank/{rank}", process)
+            answer = f"{name}/answer/{process}"
+            store.wait([answer], timedelta(seconds=1))
+            if store.get(answer) == b"all":
+                return name
+            raise AnotherRankEnded(exit_code_of(LostRank()))
+    raise LostRank(f"rank 0 did not start within {timeout} s (--parallel.timeout). Check the log of its machine")
+
+
+def record_step(step: int) -> None:
+    """Record, at most once a second, that this rank begins the step after `step`; without other ranks do nothing."""
+    if _job is not None:
+        _job.record_step(step)
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Wait for a GPU, at most `parallel.timeout` seconds: a collective that waits for a lost rank never ends by itself.
+
+    Raises:
+        DistBackendError: if the GPU does not finish in time.
+    """
+    if _job is None or device.type != "cuda":
+        return
+    finished = torch.cuda.Event()
+    finished.record()
+    deadline = time.monotonic() + _job.parallel.timeout
+    while not finished.query():
+        if time.monotonic() > deadline:
+            raise dist.DistBackendError("a collective on the GPU does not end")
+        time.sleep(0.0005)
 
 
 def local_device(device: torch.device) -> torch.device:
@@ -173,18 +250,36 @@ def rank_label(parallel: ParallelConfig, rank: int, world: int) -> str:
 
 
 def _error_to_raise(job: Job, error: BaseException) -> BaseException:
-    """Return the error with which this rank leaves the session; a reported error has its rank as a note."""
-    reported: BaseException | None = None
-    try:
-        # A collective failed: gloo raises a plain RuntimeError, with the path of its source in the text.
-        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
-            reported = job.diagnose_hang()
-        elif job.claim_report():
-            job.store.set("reported", "")
-            reported = error
-    except dist.DistError:
-        pass  # the process that hosted the store is gone: it has reported an error or was killed
+    """Return the error with which this rank leaves the session; a reported error has its rank as a note.
+
+    A call of the store never returns if the process that hosts the store is stopped, so a thread makes the calls.
+    """
+    found: list[BaseException | None] = []
+    thread = threading.Thread(target=lambda: found.append(_find_error_to_report(job, error)), daemon=True)
+    thread.start()
+    thread.join(STORE_DEADLINE)
+    if not found:
+        found.append(job.lost_store() if _is_of_collective(error) else error)
+    reported = found[0]
     if reported is None:
         return AnotherRankEnded(exit_code_of(error))
     reported.add_note(f"rank {job.rank}")
     return reported
+
+
+def _find_error_to_report(job: Job, error: BaseException) -> BaseException | None:
+    """Return the error that this rank reports, or None if another rank reports one."""
+    try:
+        if _is_of_collective(error):
+            return job.diagnose_hang()
+        if job.claim_report():
+            job.store.set("reported", "")
+            return error
+    except dist.DistError:
+        pass  # the process that hosted the store is gone: it has reported an error or was killed
+    return None
+
+
+def _is_of_collective(error: BaseException) -> bool:
+    """Return whether a collective failed: gloo raises a plain RuntimeError, with the path of its source in the text."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,9 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sightline.config import ParallelConfig
 from sightline.numbers import divisors
-from sightline.parallel.torch_private import flatten
-
-T = TypeVar("T")
+from sightline.parallel.torch_private import flatten, set_timeout
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 """Outermost first: neighbors along the last axis have adjacent ranks, which have the fastest links."""
@@ -70,6 +67,14 @@ def describe_valid_degrees(degrees: dict[str, int], world: int) -> str:
     return "use one of: " + "; ".join(choices) if choices else "lower several degrees"
 
 
+def collective_timeout(parallel: ParallelConfig, device: torch.device) -> timedelta:
+    """Return the time after which a collective fails: `parallel.timeout`, and on GPUs half a minute more.
+
+    NCCL then kills the process, which by then has found the missing rank; see `wait_for_device`.
+    """
+    return timedelta(seconds=parallel.timeout + (30 if device.type == "cuda" else 0))
+
+
 class Mesh:
     """Sizes, this rank's indices, process groups and device meshes of all axes.
 
@@ -98,6 +103,10 @@ class Mesh:
             }
         if self.parallel.expert > 1:
             self._roots.append(self._lay_out("pipeline", "replicate", "expert_weights", "expert", "tensor"))
+        if self.world > 1 and dist.get_backend() != "fake":
+            for mesh in [*self._roots, *self._flattened.values()]:
+                for group in mesh.get_all_groups():
+                    set_timeout(collective_timeout(self.parallel, device), group)
 
     def _lay_out(self, *axes: str) -> DeviceMesh:
         return init_device_mesh(self.device.type, tuple(self._sizes[axis] for axis in axes), mesh_dim_names=axes)
@@ -139,21 +148,6 @@ class Mesh:
                 cells = [cells[0], "...", cells[-1]]
             layout[f"stage {stage}" if len(ranks) > 1 else "ranks"] = " | ".join(cells)
         return layout
-
-    def from_rank_zero(self, make: Callable[[], T]) -> T:
-        """Call `make` on rank 0 alone; return its result, or raise its error, on every rank."""
-        if self.world == 1:
-            return make()
-        outcome: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                outcome[0] = make()
-            except Exception as error:
-                outcome[1] = error
-        dist.broadcast_object_list(outcome, device=torch.device("cpu"))
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
 
     def all_reduce(self, value: torch.Tensor, axis: str) -> torch.Tensor:
         """Sum `value` over an axis in place, and return it."""

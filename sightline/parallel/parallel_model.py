@@ -63,7 +63,7 @@ class ParallelModel:
         sharded = isinstance(self.stages[0], FSDPModule)
         return to_device(shard_inputs(inputs, self.full_model, self.mesh), self.mesh.device, labels=sharded)
 
-    def forward_backward(self, inputs: Inputs, scale: float, *, last: bool = True) -> Tensor:
+    def forward_backward(self, inputs: Inputs, scale: float | Tensor, *, last: bool = True) -> Tensor:
         """Accumulate the gradients of scale * (sum of the token losses); return that value for this rank's tokens.
 
         last  whether this is the step's last call: FSDP reduces gradients across ranks only then

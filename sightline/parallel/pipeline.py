@@ -38,7 +38,7 @@ class PipelinedModel(ParallelModel):
         self.micro_batch_size = micro_batch_size
         self.stage_owners = stage_owners(mesh.parallel)
         self.local_stages = dict(zip(stages_of(mesh.parallel, mesh.index("pipeline")), stages, strict=True))
-        self.scale = 1.0  # the argument of the current forward_backward
+        self.scale: float | Tensor = 1.0  # the argument of the current forward_backward
         self._schedules: dict[torch.Size, Any] = {}  # by the shape of the rows, which determines the buffers
 
     @property
@@ -51,7 +51,7 @@ class PipelinedModel(ParallelModel):
     def rows_per_call(self, rows: int, micro_batch_size: int) -> int:
         return rows
 
-    def forward_backward(self, inputs: Inputs, scale: float, *, last: bool = True) -> Tensor:
+    def forward_backward(self, inputs: Inputs, scale: float | Tensor, *, last: bool = True) -> Tensor:
         """See `ParallelModel.forward_backward`. Runs the schedule; returns 0 on ranks without the last stage."""
         assert last, "a pipeline takes all rows of a step in one call"
         self.scale = scale
@@ -146,7 +146,7 @@ class Stage(PipelineStage):
         return attach_aux_losses(out.to(self.model.hidden_dtype), self.submod, self.model.scale)
 
 
-def attach_aux_losses(h: Tensor, stage: Any, scale: float) -> Tensor:
+def attach_aux_losses(h: Tensor, stage: Any, scale: float | Tensor) -> Tensor:
     """Return the output of a stage without a head, with the gradients of its routers' auxiliary losses attached.
 
     The decoder's head adds auxiliary losses to the token loss. Other stages have no loss, so the backward of `h` adds
@@ -160,8 +160,8 @@ class _AttachLosses(torch.autograd.Function):
     """Identity of h whose backward also gives each loss the gradient `scale`."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, scale: float, *losses: Tensor) -> Tensor:
-        ctx.scales = [torch.full_like(loss, scale) for loss in losses]
+    def forward(ctx: Any, h: Tensor, scale: float | Tensor, *losses: Tensor) -> Tensor:
+        ctx.scales = [torch.ones_like(loss) * scale for loss in losses]
         return h.clone()  # schedules detach outputs in place to free the graph, which fails for views
 
     @staticmethod

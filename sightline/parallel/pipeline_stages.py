@@ -136,7 +136,7 @@ def count_microbatches(parallel: ParallelConfig, training: TrainingConfig, rows:
         ValueError: if the rows cannot be split evenly, or the schedule does not support their number of micro-batches;
             the message names valid sizes.
     """
-    size, schedule, ranks = training.micro_batch_size, parallel.pipeline_schedule, parallel.pipeline
+    size, schedule, ranks = training.rows_per_forward(rows), parallel.pipeline_schedule, parallel.pipeline
     check_split_backward(parallel, training)
     is_valid, expected = valid_microbatch_counts(parallel)
     if rows % size == 0 and is_valid(rows // size):
@@ -147,9 +147,9 @@ def count_microbatches(parallel: ParallelConfig, training: TrainingConfig, rows:
     if not sizes:
         remedy = f"--training.global-batch-size {enough * training.global_batch_size // rows}"
     raise ValueError(
-        f"training.micro-batch-size {size} splits the {rows} rows of a data rank into "
-        f"{rows // size if rows % size == 0 else 'unequal'} micro-batches, but {schedule} on {ranks} pipeline ranks "
-        f"requires {expected}; use {remedy}"
+        f"training.micro-batch-size {training.micro_batch_size} splits the {rows} rows of a data rank into "
+        f"{'unequal' if rows % size else rows // size} micro-batch{'' if rows == size else 'es'}, but {schedule} on "
+        f"{ranks} pipeline ranks requires {expected}; use {remedy}"
     )
 
 

@@ -29,6 +29,8 @@ flatten = DeviceMesh._flatten
 """Returns a mesh of several axes as a mesh with one axis."""
 default_store = distributed_c10d._get_default_store
 """Returns the store that `init_process_group` was given or created."""
+set_timeout = distributed_c10d._set_pg_timeout
+"""Sets the timeout of a process group; DeviceMesh gives its groups one of 10 or 30 minutes."""
 foreach_norm = torch._foreach_norm
 foreach_multiply_ = torch._foreach_mul_
 

@@ -111,7 +111,6 @@ def estimate(run: Run, world: int) -> Estimate:
     """
     parallel = replace(run.parallel, offload=False)  # offload moves the shards but does not change their size
     training = replace(run.training, compile=False)
-    run = replace(run, parallel=parallel, training=training)
     full_model = build_skeleton(run.model)
     with fake_process_group(world, 0):
         mesh = Mesh(parallel, torch.device("cpu"))
@@ -119,6 +118,8 @@ def estimate(run: Run, world: int) -> Estimate:
         check_rows(training, mesh)
     pipeline_size = mesh.size("pipeline")
     rows = training.global_batch_size // mesh.size("data")
+    training = replace(training, micro_batch_size=training.rows_per_forward(rows))
+    run = replace(run, parallel=parallel, training=training)
     microbatches = rows // training.micro_batch_size
     times = timeline(mesh.parallel, microbatches) if pipeline_size > 1 else Timeline(0.0, [{0: 1}])
     ranks = []

@@ -12,7 +12,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sightline.plots.palette import BLUE, PALE_BLUE, TEXT, THOUSANDS, finish
+from sightline.plots.palette import BLUE, PALE_BLUE, TEXT, THOUSANDS, finish, save
 
 KEYS = LinearSegmentedColormap.from_list("keys", [PALE_BLUE, BLUE, TEXT])
 COLUMNS = 1600  # samples per row, more than it has pixels
@@ -33,7 +33,7 @@ def plot_context_plan(plan: Plan, path: Path) -> None:
     _plot_owners(figure.add_subplot(grid[0, :]), plan, colors)
     _plot_sent(figure.add_subplot(grid[1, 0]), plan)
     _plot_work(figure.add_subplot(grid[1, 1]), plan, colors)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _plot_owners(axes: Axes, plan: Plan, colors: Colormap) -> None:

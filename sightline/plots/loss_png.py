@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from sightline.plots.palette import GRID, RATE, TRAIN, VALIDATION
+from sightline.paths import printable
+from sightline.plots.palette import GRID, RATE, TRAIN, VALIDATION, save
 
 
 def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
@@ -28,7 +29,7 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") ->
             f"{loss:.2f}", (step, loss), xytext=(0, 7), textcoords="offset points", color=VALIDATION, ha="center"
         )
     above.set_ylabel("loss per token (nats)")
-    above.set_title(title, loc="left", fontsize=11)
+    above.set_title(printable(title), loc="left", fontsize=11, parse_math=False)  # a name may have a $
     above.legend(frameon=False)
     below.plot(steps, [row["learning_rate"] for row in rows], color=RATE, linewidth=1.2)
     below.set_ylabel("learning\nrate", color=RATE, fontsize=8)
@@ -39,7 +40,7 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") ->
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color=GRID, linewidth=0.7)
         axes.margins(x=0.02)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:

@@ -16,7 +16,7 @@ from matplotlib.ticker import MultipleLocator
 
 from sightline.masks import AttentionMask
 from sightline.masks.statistics import check_row, get_statistics, occupancy, segment_boundaries
-from sightline.plots.palette import BLUE, EDGE, GRID, PALE_BLUE, TEXT, THOUSANDS, finish, tick_step
+from sightline.plots.palette import BLUE, EDGE, GRID, PALE_BLUE, TEXT, THOUSANDS, finish, save, tick_step
 
 PANEL = 5.2  # inches per side
 MAX_CELLS = 700  # per side of a panel, about one per pixel
@@ -41,7 +41,7 @@ def plot_masks(masks: Mapping[str, AttentionMask], path: Path, row: int = 0) -> 
         _plot_mask(axes, name, mask[row])
     for axes in panels[len(masks) :]:
         axes.set_axis_off()
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
+    save(figure, path, bbox_inches="tight", pad_inches=0.15)
 
 
 def _plot_mask(axes: Axes, name: str, mask: AttentionMask) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sightline.paths import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TEXT = "#1b2130"
 EDGE = "#8a94a6"  # axes, and frames around segments
@@ -25,9 +30,18 @@ def tick_step(least: float) -> int:
     return step
 
 
+def save(figure: Figure, path: Path, **options: Any) -> None:
+    """Write a figure. Characters that the font lacks, as of a Chinese name, become boxes without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(path, **options)
+
+
 def finish(axes: Axes, title: str, fontsize: float = 10, pad: float | None = None) -> None:
     """Set a bold left-aligned title, and style labels, ticks and spines; pad: points between axes and title."""
-    axes.set_title(title, loc="left", pad=pad, fontsize=fontsize, fontweight="bold", color=TEXT)
+    axes.set_title(
+        printable(title), loc="left", pad=pad, fontsize=fontsize, fontweight="bold", color=TEXT, parse_math=False
+    )
     axes.xaxis.label.set(size=9, color=TEXT)
     axes.yaxis.label.set(size=9, color=TEXT)
     axes.tick_params(labelsize=8, colors=TEXT, length=3, width=0.6)

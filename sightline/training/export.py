@@ -12,6 +12,7 @@ from torch import Tensor
 from sightline.data import load_tokenizer
 from sightline.models import Family, build_skeleton
 from sightline.models.hf.directory import MAX_SHARD_BYTES, PretrainedWriter
+from sightline.models.hf.source import read_copied_fields
 from sightline.parallel.host import HostGroup
 from sightline.training.checkpoint import (
     CONFIG,
@@ -21,7 +22,7 @@ from sightline.training.checkpoint import (
     on_all_ranks,
     read_tensors,
 )
-from sightline.training.run_directory import find_checkpoint, load_config
+from sightline.training.run_directory import PRETRAINED_CONFIG, find_checkpoint, load_config
 
 
 def export_checkpoint(
@@ -61,10 +62,8 @@ def export_checkpoint(
     try:
         with on_all_ranks(host):
             if host.rank == 0:
-                # A pretrained source may have more tokenizer files than the checkpoint, such as a chat template.
-                source = run.model_from if run.data.tokenizer is None else None
-                fields = _fields_of_config(checkpoint, run.training.sequence_length)
-                writer.begin(source if source is not None and source.is_dir() else checkpoint, fields)
+                # Never from run.model_from: the config of a run from elsewhere could name any directory.
+                writer.begin(checkpoint, _fields_of_config(checkpoint, run.training.sequence_length))
         with on_all_ranks(host):
             writer.write(read, host.rank, host.world)
         with on_all_ranks(host):
@@ -84,4 +83,5 @@ def _fields_of_config(checkpoint: Path, sequence_length: int) -> dict[str, Any]:
         "max_position_embeddings": sequence_length,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
+        **read_copied_fields(checkpoint, PRETRAINED_CONFIG),
     }

@@ -91,7 +91,10 @@ class Metrics:
         self._board: SummaryWriter | None = None
         self._wandb: Any = None
         if options.tensorboard:
-            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)
+            try:
+                self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)
+            except UnicodeEncodeError:
+                log.warning("TensorBoard takes no directory whose name is not UTF-8; metrics are in metrics.jsonl only")
         if options.wandb:
             self._wandb = start_wandb(directory, options.wandb, settings)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def log_model(
     """Log model, pretrained weights, device, rank layout and batch size."""
     mesh, device = model.mesh, model.mesh.device
     where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    accumulation = training.global_batch_size // mesh.size("data") // training.micro_batch_size
+    rows = training.global_batch_size // mesh.size("data")
+    accumulation = rows // training.rows_per_forward(rows)
     micro = f" in {accumulation} forwards" if accumulation > 1 else ""
     parameters = sum(p.numel() for p in model.full_model.parameters())
     weights = f", initialized from {pretrained}" if pretrained else ""
@@ -120,4 +122,4 @@ def log_summary(terminal: Terminal, directory: RunDirectory, more_text: str, sec
         "TensorBoard": directory.tensorboard,
     }
     terminal.table({name: str(path) for name, path in outputs.items() if path and path.exists()})
-    terminal.table({"more text": f"sightline generate {directory.path}{more_text}"})
+    terminal.table({"more text": f"sightline generate {shlex.quote(str(directory.path))}{more_text}"})

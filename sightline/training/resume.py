@@ -17,8 +17,10 @@ MUST_MATCH = (
     "optimizer.name",
 )
 """Fields that must not change on resume, because they define the weights, documents, batches and optimizer state."""
-MAY_CHANGE_SILENTLY = ("output_dir", "logging", "checkpoint", "parallel.timeout")
-"""Fields that do not affect results. Fields in neither list may change on resume, with a warning."""
+MAY_CHANGE = ("data.epochs", "data.cache_dir")
+"""Fields of a section in MUST_MATCH that may change nevertheless."""
+MAY_CHANGE_SILENTLY = ("output_dir", "logging", "checkpoint", "parallel.timeout", "data.cache_dir")
+"""Fields that do not affect results. Fields in no list may change on resume, with a warning."""
 
 
 def find_start(resume: str, directory: RunDirectory) -> Path | None:
@@ -78,7 +80,7 @@ def check_continues(checkpoint: Path, run_settings: dict[str, Any]) -> list[str]
     """
     before, now = flat(settings(load_config(checkpoint / CONFIG))), flat(run_settings)
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    refused = [name for name in changed if name.startswith(MUST_MATCH)]
+    refused = [name for name in changed if name.startswith(MUST_MATCH) and name not in MAY_CHANGE]
     if refused:
         differences = "; ".join(f"{name} is {now.get(name)!r}, expected {before.get(name)!r}" for name in refused)
         options = " ".join(option(name, before.get(name)) for name in refused if name != "family")
@@ -93,8 +95,10 @@ def check_continues(checkpoint: Path, run_settings: dict[str, Any]) -> list[str]
     ]
 
 
+NEW_SCHEDULE = ": the learning rate follows the schedule of the new number of steps from here on"
 CONSEQUENCES = {
-    "training.steps": ": the learning rate follows the schedule of the new number of steps from here on",
+    "training.steps": NEW_SCHEDULE,
+    "data.epochs": NEW_SCHEDULE,
     "training.micro_batch_size": ": the same gradients up to rounding",
     "parallel.": ": the same numbers up to rounding",
 }

@@ -8,17 +8,24 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
-import types
 import typing
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from sightline.config import Run
 from sightline.config.renamed import use_new_names
+from sightline.config.values import check_value, types_of
 from sightline.data import Tokenizer
 from sightline.models import FAMILIES, Family
 from sightline.models.families import named_family, reference_of
+from sightline.models.hf.source import COPIED_FILES, copy_files, read_copied_fields
+from sightline.paths import read_json
 from sightline.training.checkpoint_directory import find_latest
+from sightline.training.manifest import MANIFEST
+
+PRETRAINED_CONFIG = "pretrained_config.json"
+"""Fields of the config.json of the pretrained model, in a run that started from one, and in its checkpoints."""
 
 
 class RunDirectory:
@@ -38,14 +45,35 @@ class RunDirectory:
     @property
     def kept_with_checkpoints(self) -> list[Path]:
         """Files that are copied into each checkpoint, so that it can be used without the run."""
-        return [self.config, self.tokenizer, self.path / "tokenizer_config.json"]
+        names = ("config.json", *COPIED_FILES, PRETRAINED_CONFIG)
+        return [self.path / name for name in names if name == "config.json" or (self.path / name).exists()]
 
-    def write(self, run_settings: dict[str, Any], tokenizer: Tokenizer) -> None:
-        """Write config.json and the tokenizer. `load_config` reads the config."""
+    def keep_tokenizer(self, tokenizer: Tokenizer, source: Path | None) -> Tokenizer:
+        """Write the tokenizer, and return it.
+
+        source  the pretrained model or the checkpoint that the run starts from: all its tokenizer files are copied, and
+                the fields of its config that an export needs, so that no later command reads other directories
+
+        Raises:
+            ValueError: if a file of the source is a link that leaves it.
+        """
+        pretrained = self.path / PRETRAINED_CONFIG
+        pretrained.unlink(missing_ok=True)
+        if source is None:
+            tokenizer.save(self.tokenizer)
+            return tokenizer
+        copy_files(source, self.path)
+        name = PRETRAINED_CONFIG if (source / PRETRAINED_CONFIG).exists() else "config.json"
+        fields = read_copied_fields(source, name)
+        if fields:
+            pretrained.write_text(json.dumps(fields, indent=2) + "\n")
+        return tokenizer
+
+    def write_config(self, run_settings: dict[str, Any]) -> None:
+        """Write config.json, which `load_config` reads."""
         temporary = self.config.with_name(".config.json.partial")
         temporary.write_text(json.dumps(run_settings, indent=2) + "\n")
         temporary.rename(self.config)  # atomic, so that a kill leaves no incomplete file
-        tokenizer.save(self.tokenizer)
 
     def lock(self) -> typing.IO[str]:
         """Lock the directory until the returned file is closed or the process ends.
@@ -79,6 +107,11 @@ def find_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         problem = "is a file" if path.exists() else "does not exist"
         raise ValueError(f"{path} {problem}; expected the directory of a run or one of its checkpoints")
+    if not path.name.startswith("step-") and not (path / MANIFEST).exists():
+        raise ValueError(
+            f"{path} is not a checkpoint: it has no {MANIFEST}. A checkpoint is a directory named step-N in the "
+            "`checkpoints` of a run"
+        )
     return path
 
 
@@ -97,12 +130,12 @@ def load_config(path: Path, family: Family | None = None) -> Run:
         ValueError: if the file is not the config of a run, has unknown fields, or names an unknown family.
     """
     try:
-        written = json.loads(path.read_text())
-        named = str(written.pop("family"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        written = read_json(path.parent, path.name)
+        named = written.pop("family", None)
+        check_value(str, named, "family")
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path} is not the config of a run ({type(error).__name__}: {error}); expected a config.json that "
-            "`sightline train` wrote"
+            f"{path} is not the config of a run ({error}); expected a config.json that `sightline train` wrote"
         ) from error
     family = family or named_family(named)
     if family is None:
@@ -132,22 +165,26 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     """Inverse of `encode` for a value of type `kind`. Missing fields get their defaults.
 
     Raises:
-        ValueError: if `value` has an unknown field; the message names it and `where` it is.
+        ValueError: if `value` has an unknown field or another type; the message names it and `where` it is.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        types_of = typing.get_type_hints(kind)
+        check_value(dict, value, where)
+        types: dict[str, Any] = types_of(kind)  # type: ignore[arg-type]
         value = use_new_names(kind, value)  # type: ignore[arg-type]
-        unknown = sorted(value.keys() - types_of.keys())
+        unknown = sorted(value.keys() - types.keys())
         if unknown:
             raise ValueError(f"{where} has the field {unknown[0]!r}, which this version does not know")
-        fields = {name: decode(types_of[name], item, f"{where}: {name}") for name, item in value.items()}
+        fields = {name: decode(types[name], item, f"{where}: {name}") for name, item in value.items()}
         return kind(**fields)  # type: ignore[operator]
-    if origin in (typing.Union, types.UnionType):
+    if origin in (typing.Union, UnionType):
         if value is None:
             return None
         return decode(next(part for part in arguments if part is not type(None)), value, where)
-    if isinstance(value, list):
-        item = arguments[0] if arguments else Any
-        return (origin or list)(decode(item, part, where) for part in value)
-    return Path(value) if kind is Path else value
+    if isinstance(value, list) and origin is tuple:
+        value = tuple(decode(arguments[0], part, where) for part in value)
+    if kind is Path:
+        check_value(str, value, where)
+        return Path(value)
+    check_value(kind, value, where)
+    return value

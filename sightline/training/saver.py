@@ -33,7 +33,7 @@ class Saver:
         mesh: Mesh | None = None,
     ) -> None:
         self.directory, self.run_files, self.options, self.warn, self.mesh = directory, run_files, options, warn, mesh
-        self.host = HostGroup()  # of its own, because the thread waits in it during a step
+        self.host = HostGroup(for_thread=options.asynchronous)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sightline-saver")
         self._pending: Future[None] | None = None
         latest = self.host.from_rank_zero(self.latest)  # other ranks may see an old listing of a network file system

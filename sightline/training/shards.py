@@ -88,7 +88,7 @@ def owner(name: str, tensor: Tensor, mesh: Mesh | None) -> int:
     sharding = {"pipeline"}
     if is_dtensor(tensor):
         for axis, placement in zip(tensor.device_mesh.mesh_dim_names or (), tensor.placements, strict=True):
-            if placement.is_shard():
+            if not placement.is_replicate():  # a strided shard is no Shard
                 sharding |= set(EXPANDED.get(axis, (axis,)))
     rank, choice = 0, zlib.crc32(name.encode())
     for axis in AXES:

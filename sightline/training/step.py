@@ -16,6 +16,7 @@ from sightline.parallel.gradients import clip_gradients
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.parallel_model import ParallelModel, to_device
 from sightline.training.optimizer import Optimizer
+from sightline.training.signals import StopRequest
 
 Model = Any
 """A model of sightline.models, or a ParallelModel; Any, because nn.Module declares unknown attributes as Tensor."""
@@ -56,18 +57,23 @@ class StepSums:
     """Number of tokens, without padding."""
     padded_tokens: Tensor
     """Number of tokens, with padding."""
+    stop_requests: Tensor
+    """Number of ranks that have received a stop signal."""
 
     @classmethod
-    def of_all_processes(cls, mesh: Mesh, loss: Tensor, **counts: float) -> StepSums:
+    def of_all_processes(cls, mesh: Mesh, loss: Tensor, *, stop_requested: bool, **counts: float) -> StepSums:
         """Sum over all ranks, all fields in one tensor.
 
-        loss    loss of the local tokens; ranks that share rows have different tokens
-        counts  values of the local rows by field; ranks that share rows count them once
+        loss            loss of the local tokens; ranks that share rows have different tokens
+        stop_requested  whether this rank has received a stop signal
+        counts          values of the local rows by field; ranks that share rows count them once
         """
         counted = float(mesh.index("context") == 0 and mesh.index("pipeline") == 0)
-        local = torch.tensor([counts[field.name] * counted for field in fields(cls)[1:]], dtype=torch.float64)
-        sums = torch.cat([loss.double()[None], local.to(mesh.device, non_blocking=True)])
-        return cls(*mesh.all_reduce(mesh.all_reduce(sums, "loss"), "pipeline"))
+        local = [*(counts[field.name] * counted for field in fields(cls)[1:-1]), float(stop_requested)]
+        on_device = torch.tensor(local, dtype=torch.float64).to(mesh.device, non_blocking=True)
+        sums = mesh.all_reduce(mesh.all_reduce(torch.cat([loss.double()[None], on_device]), "loss"), "pipeline")
+        mesh.all_reduce(sums[-1:], "tensor")  # the other sums are equal on all tensor ranks
+        return cls(*sums)
 
     def read(self) -> dict[str, float]:
         """Return the sums by name. Synchronizes with the device."""
@@ -99,19 +105,23 @@ def train_step(
     *,
     micro_batch_size: int,
     max_grad_norm: float,
+    stop: StopRequest | None = None,
 ) -> StepResult:
     """Run one optimizer step on `batch`, the local rows. The learning rate must be set in the optimizer.
 
     The loss is divided by the weight of the rows of all ranks (by default their valid tokens), counted before the first
     forward, so the gradient does not depend on the micro-batch size or the number of ranks. A step with a non-finite
     loss or gradient norm does not change weights and optimizer state.
+
+    stop  the stop signals of this rank, to be counted in the step's sums
     """
     mesh = model.mesh
     optimizer.zero_grad(set_to_none=True)
     local = torch.tensor([model.loss.weight(batch), batch.valid_tokens()], dtype=torch.float64)
-    weight, valid_tokens = (number or 1.0 for number in mesh.all_reduce(local, "data").tolist())
+    weight, valid_tokens = non_zero(mesh.all_reduce(local.to(mesh.device, non_blocking=True), "data"))
+    scale = (1 / weight).float()  # a tensor, so that the host does not wait for the sum
     for stage in model.stages:
-        stage.aux_loss_scale = weight / valid_tokens
+        stage.aux_loss_scale = (weight / valid_tokens).float()
     loss = torch.zeros((), device=mesh.device)
     pairs, flops = 0, 0.0
     rows = model.rows_per_call(batch.shape[0], micro_batch_size)
@@ -121,7 +131,7 @@ def train_step(
             visible = int(mask.visible_pairs().sum())
             pairs += visible
             flops += visible * model.full_model.flops_per_pair(name)
-        loss += model.forward_backward(model.local_inputs(inputs), 1 / weight, last=first + rows >= batch.shape[0])
+        loss += model.forward_backward(model.local_inputs(inputs), scale, last=first + rows >= batch.shape[0])
     grad_norm = clip_gradients((p for _, p in model.named_parameters()), max_grad_norm, mesh)
     sums = StepSums.of_all_processes(
         mesh,
@@ -130,6 +140,7 @@ def train_step(
         attention_flops=flops,
         tokens=int((batch.document_ids != PADDING).sum()),
         padded_tokens=batch.tokens.numel(),
+        stop_requested=stop is not None and stop.received is not None,
     )
     optimizer.found_inf = (~(sums.loss.isfinite() & grad_norm.isfinite())).float()
     optimizer.step()
@@ -144,11 +155,16 @@ def validate(model: ParallelModel, batches: Iterable[Batch], tokenizer: Tokenize
     """
     mesh = model.mesh
     loss = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    weight = torch.zeros((), dtype=torch.float64)
+    weight = torch.zeros((), dtype=torch.float64, device=mesh.device)
     model.train(False)
     for batch in batches:
         loss += model.evaluate(model.local_inputs(prepare_batch(model, batch, tokenizer, "cpu")))
         weight += model.loss.weight(batch)
     model.train()
     mesh.all_reduce(mesh.all_reduce(loss, "loss"), "pipeline")
-    return loss.item() / (float(mesh.all_reduce(weight, "data")) or 1.0)
+    return (loss / non_zero(mesh.all_reduce(weight, "data"))).item()
+
+
+def non_zero(numbers: Tensor) -> Tensor:
+    """Return the numbers with each 0 replaced by 1, to divide by them."""
+    return torch.where(numbers == 0, 1.0, numbers)

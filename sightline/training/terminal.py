@@ -7,14 +7,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from sightline.numbers import duration
+from sightline.paths import printable
 
 EVERY = 10  # steps between lines if the output is not a terminal
+
+
+def shown(text: str, style: str = "") -> Text:
+    """Return text of users for a console, which must not interpret `[red]` or `:smile:` in it as markup."""
+    return Text(printable(text), style)
 
 
 class Terminal:
@@ -29,7 +35,7 @@ class Terminal:
 
     def log(self, text: str, style: str | None = None) -> None:
         """Write one line, without wrapping if the output is not a terminal."""
-        self.console.print(escape(text), style=style, soft_wrap=not self.console.is_terminal)
+        self.console.print(shown(text), style=style, soft_wrap=not self.console.is_terminal)
 
     def warn(self, text: str) -> None:
         self.log(f"warning: {text}", style="yellow")
@@ -74,8 +80,8 @@ class Terminal:
         """Show a text sample of the model, with the prompt in bold on a terminal."""
         self.log("")
         if self.console.is_terminal:
-            shown = f"[bold]{escape(prompt)}[/bold]{escape(text)}"
-            self.console.print(Panel(shown, title="a sample", title_align="left", border_style="dim"))
+            sample = Text.assemble(shown(prompt, "bold"), shown(text))
+            self.console.print(Panel(sample, title="a sample", title_align="left", border_style="dim"))
         else:
             self.log(f"a sample:\n{prompt}{text}\n")
 
@@ -86,7 +92,7 @@ class Terminal:
         table.add_column()
         for name, value in rows.items():
             if self.console.is_terminal:
-                table.add_row(f"[dim]{escape(name)}[/dim]", escape(value))
+                table.add_row(shown(name, "dim"), shown(value))
             else:
                 self.log(f"{name:<12} {value}")
         if self.console.is_terminal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -13,15 +14,26 @@ import torch
 from rich.console import Console
 
 from sightline.config import Run
-from sightline.data import Batches, Documents, load_documents, open_loader, open_validation, split_documents
+from sightline.data import (
+    Batches,
+    DataLoader,
+    Documents,
+    is_dataset,
+    load_documents,
+    open_loader,
+    open_validation,
+    split_documents,
+)
 from sightline.errors import NonFiniteLoss, RunFailed, Stopped
 from sightline.generation import SamplingConfig, generate
 from sightline.masks import named_masks
-from sightline.models.hf.directory import read_pretrained
+from sightline.models import family_of
+from sightline.models.hf.directory import check_pretrained, read_pretrained
 from sightline.models.hf.files import holds_weights
+from sightline.models.hf.source import find_pretrained
 from sightline.parallel.apply import build_parallel, check_rows
 from sightline.parallel.host import HostGroup
-from sightline.parallel.launch import distributed_session, sync_stop_signal
+from sightline.parallel.launch import distributed_session, record_step, wait_for_device
 from sightline.parallel.mesh import Mesh
 from sightline.training.checkpoint import (
     TOKENIZER,
@@ -68,6 +80,8 @@ def train(run: Run, terminal: Terminal | None = None, *, batches: Batches | None
         Stopped: after a signal; see `sightline.errors`.
         RunFailed: if the run cannot continue.
     """
+    if run.model_from:
+        find_pretrained(run.model_from, (family_of(run.model),))  # before ranks wait for each other with a timeout
     with distributed_session(run.parallel, choose_device(run.training)) as device, ExitStack() as opened:
         Trainer(run, device, terminal or Terminal(), opened, batches).train()
     return run.output_dir
@@ -79,6 +93,7 @@ class PendingStep:
 
     step: int
     started: float
+    epoch: float | None
     learning_rate: float
     result: StepResult
 
@@ -100,14 +115,25 @@ class Trainer:
         self.host = HostGroup()
         start, changes = self.acquire_directory(opened, run_settings)
 
-        documents = load_documents(run.data) if batches is None else Documents.from_texts([], source="your batches")
+        if batches is not None:
+            documents = Documents.from_texts([], source="your batches")
+        elif is_dataset(run.data):
+            documents = self.host.first_of_each_machine(lambda: load_documents(run.data))
+        else:
+            documents = load_documents(run.data)
         training, held_out = split_documents(documents, run.data.validation_fraction if documents else 0)
-        path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or run.model_from, run.model.vocab_size
+        pretrained = find_pretrained(run.model_from, (family_of(run.model),)) if run.model_from and not start else None
+        path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or pretrained, run.model.vocab_size
         log_data(terminal, run.output_dir, documents, held_out, path, vocab_size, start)
-        self.tokenizer = mesh.from_rank_zero(lambda: get_tokenizer(path, training, vocab_size))
+        source = start or (None if run.data.tokenizer else pretrained)
+        self.tokenizer = self.host.from_rank_zero(
+            lambda: self.directory.keep_tokenizer(get_tokenizer(path, training, vocab_size), source)
+        )
+        if pretrained:
+            self.host.from_rank_zero(lambda: check_pretrained(run.model, pretrained))
         self.model = build_parallel(run.model, run.training, mesh, attention_backend=run.attention.backend)
-        if run.model_from and not start:
-            read_pretrained(self.model.full_model, run.model_from, self.model.state_dict())
+        if pretrained:
+            read_pretrained(self.model.full_model, pretrained, self.model.state_dict)
         self.optimizer = build_optimizer(self.model, run.optimizer)
         self.open_batches(training, held_out, batches, opened)
         self.peak = find_peak(device, run.training.dtype)
@@ -116,20 +142,24 @@ class Trainer:
         if run.checkpoint.verify:
             self.saver.verified = start
         self.step = self.first_step = self.resume_from(start) if start else 0
+        self.steps = run.training.steps if self.loader.steps is None else self.loader.steps
 
         self.metrics: Metrics | None = None  # rank 0 writes for all
         if mesh.rank == 0:
-            self.directory.write(run_settings, self.tokenizer)
+            self.directory.write_config(run_settings)
             metrics = Metrics(self.directory.path, run.logging, self.step, run_settings)
             self.metrics = opened.enter_context(closing(metrics))
             self.saver.before_save = metrics.file.sync
+        self.stop_requested = False
+        """Whether a rank had received a stop signal when the last read step ended."""
         self.last_read = 0.0
         self.reads_immediately = device.type == "cpu"  # a CPU step is finished when it returns
+        terminal.table({"epoch": self.loader.describe()})
         log_model(terminal, run.training, self.model, run.model_from, self.peak)
         for change in changes:
             terminal.warn(change)
-        if self.step >= run.training.steps:
-            terminal.log(f"all {run.training.steps} steps are done (now at step {self.step}): nothing left to train")
+        if self.step >= self.steps:
+            terminal.log(f"all {self.steps} steps are done (now at step {self.step}): nothing left to train")
 
     def acquire_directory(self, opened: ExitStack, run_settings: dict[str, Any]) -> tuple[Path | None, list[str]]:
         """Lock the directory; return the checkpoint to resume from, and warnings about damage and changed options."""
@@ -161,17 +191,21 @@ class Trainer:
             "rank": self.mesh.index("data"),
             "world": self.mesh.size("data"),
         }
-        loader = open_loader(run.data, run.training, training, tokenizer, batches=batches, seed=run.seed, **shared)
+
+        def open_training() -> DataLoader:
+            return open_loader(run.data, run.training, training, tokenizer, batches=batches, seed=run.seed, **shared)
+
+        loader = self.host.first_of_each_machine(open_training) if batches is None else open_training()
         self.loader = opened.enter_context(closing(loader))
         self.validation = open_validation(run.data, run.training, run.validation, held_out, tokenizer, **shared)
 
     def train(self) -> None:
         """Train until the last step or the first signal."""
-        steps = self.run.training.steps
+        steps = self.steps
         with StopRequest() as stop, self.terminal.progress(self.step, steps):
             pending: PendingStep | None = None
-            while self.step < steps and not self.should_stop(stop):
-                launched = self.launch_step()
+            while self.step < steps and not self.stop_requested:
+                launched = self.launch_step(stop)
                 if pending:
                     self.write(self.read(pending))  # while the device computes the next step
                 pending = launched
@@ -183,25 +217,20 @@ class Trainer:
             self.saver.save_last(*self.checkpoint_state())
         if self.mesh.rank == 0:
             plot_losses(self.terminal, self.directory, self.run.data.source)
-        if stop.received is not None and self.step < steps:
-            raise Stopped(stop.received, self.step, self.saver.latest())
+        if self.step < steps:
+            signal = self.host.broadcast(max(self.host.gather(stop.received or 0), default=0))
+            raise Stopped(signal, self.step, self.saver.latest())
         if self.run.checkpoint.export:
             self.export()
         self.write_sample()
         if self.mesh.rank == 0:
             seconds = time.perf_counter() - self.start_time
-            more_text = f'{family_option(self.run.model)} --prompt "{self.run.logging.sample_prompt}"'
+            more_text = f"{family_option(self.run.model)} --prompt {shlex.quote(self.run.logging.sample_prompt)}"
             log_summary(self.terminal, self.directory, more_text, seconds)
 
-    def should_stop(self, stop: StopRequest) -> bool:
-        """Return whether any rank has received a signal: all ranks stop after the same step."""
-        received = sync_stop_signal(self.step, stop.received)
-        if received is not None:  # a signal that arrived since then is noticed at the next step
-            stop.received = received
-        return received is not None
-
-    def launch_step(self) -> PendingStep:
+    def launch_step(self, stop: StopRequest) -> PendingStep:
         """Launch the next step on the device, without waiting for its result."""
+        record_step(self.step)
         started = time.perf_counter()
         batch = next(self.loader)
         if self.step == self.first_step and self.mesh.rank == 0:
@@ -209,7 +238,7 @@ class Trainer:
             plot_first_masks(self.terminal, self.directory, masks)
             started = time.perf_counter()
         self.step += 1
-        rate = learning_rate(self.step, self.run.optimizer, self.run.training.steps)
+        rate = learning_rate(self.step, self.run.optimizer, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         result = train_step(
@@ -219,19 +248,24 @@ class Trainer:
             self.tokenizer,
             micro_batch_size=self.run.training.micro_batch_size,
             max_grad_norm=self.run.optimizer.max_grad_norm,
+            stop=stop,
         )
         if self.step == self.first_step + 1:
             log_kernels(self.terminal, self.model.attention_kernels)
-        return PendingStep(self.step, started, rate, result)
+        return PendingStep(self.step, started, self.loader.epoch, rate, result)
 
     def read(self, pending: PendingStep) -> dict[str, Any]:
         """Return the metrics of a step, after waiting for the device.
+
+        All ranks read the same number of stop requests of the same step, so they stop after the same step.
 
         Raises:
             NonFiniteLoss: if the loss or the gradient norm is not finite.
         """
         result = pending.result
+        wait_for_device(self.device)
         sums, grad_norm = result.sums.read(), result.grad_norm.item()
+        self.stop_requested = self.stop_requested or sums["stop_requests"] > 0
         loss, tokens = sums["loss"], round(sums["tokens"])
         now = time.perf_counter()
         seconds = now - max(pending.started, self.last_read)
@@ -241,6 +275,7 @@ class Trainer:
         flops = self.model.full_model.flops_per_token() * tokens + sums["attention_flops"]
         return {
             "step": pending.step,
+            **({} if pending.epoch is None else {"epoch": pending.epoch}),
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": pending.learning_rate,
@@ -271,7 +306,7 @@ class Trainer:
     def validation_is_due(self) -> bool:
         """Whether validation is due after the current step."""
         every = self.run.validation.every
-        return bool(self.validation) and (self.step % every == 0 or self.step == self.run.training.steps)
+        return bool(self.validation) and (self.step % every == 0 or self.step == self.steps)
 
     def checkpoint_state(self) -> tuple[dict[str, Any], Progress]:
         """Return the tensors and the progress for a checkpoint of the current step."""
@@ -281,7 +316,9 @@ class Trainer:
         """Load tensors, random number state and loader state. Returns the step of the checkpoint."""
         state = tensors(self.model, self.optimizer, self.device)
         progress = load_checkpoint(checkpoint, state, self.device, self.mesh)
-        self.loader.load_state_dict(progress.loader)
+        warning = self.loader.load_state_dict(progress.loader)
+        if warning:
+            self.terminal.warn(warning)
         return progress.step
 
     def export(self) -> None:
@@ -298,7 +335,8 @@ class Trainer:
         try:
             export_checkpoint(checkpoint, output, host=self.host)
         except CannotSave as error:
-            command = f"sightline convert {checkpoint} {output}{family_option(self.run.model)}"
+            paths = shlex.join([str(checkpoint), str(output)])
+            command = f"sightline convert {paths}{family_option(self.run.model)}"
             raise RunFailed(f"{error}. Free some space, then run: {command}") from error
         self.terminal.log(f"exported for transformers: {output}")
 

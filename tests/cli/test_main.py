@@ -106,6 +106,7 @@ def test_wrong_input_prints_one_message_and_exits_with_2(argv, words, capsys) ->
         ("--model.num-kv-heads", "3", "not divisible by"),
         ("--training.stepz", "3", "--training.steps"),
         ("--data.packing", "dense", "best_fit"),
+        ("--data.epochs", "0", "data.epochs must be greater than 0, got 0"),
         ("--attention.backend", "magic", "reference"),
     ],
 )
@@ -114,6 +115,15 @@ def test_error_of_a_wrong_option_names_the_remedy(option, value, words, capsys) 
     assert code == 2
     assert words in " ".join(err.replace("│", " ").split())
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("steps", [["--training.steps", "300"], ["--training.steps=300"]])
+def test_the_length_of_a_run_is_given_once(steps: list[str], capsys) -> None:
+    code, _, err = call(capsys, "train", "llama3-tiny", "--data.epochs", "2", *steps)
+    assert code == 2
+    assert "--data.epochs 2 and --training.steps 300 both set the length of a run; use one of them" in err
+    assert parse(["llama3-tiny", "--data.epochs", "2"]).data.epochs == 2
+    assert parse(["llama3-tiny", *steps, "--data.epochs", "None"]).training.steps == 300
 
 
 @pytest.mark.parametrize(

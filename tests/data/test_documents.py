@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from sightline.data import Documents, split_documents
+from sightline.data import documents as documents_module
 
 
 def documents(count: int) -> Documents:
@@ -16,6 +17,45 @@ def test_selection_is_a_sequence() -> None:
     assert (len(chosen), chosen.characters, chosen[-1]) == (2, 12, "text 7")
     with pytest.raises(IndexError):
         chosen[2]
+
+
+def test_digest_covers_texts_order_and_lengths() -> None:
+    texts = [f"text {number}" for number in range(5000)]
+    one = Documents.from_texts(texts)
+    assert one.digest == Documents.from_texts(list(texts), source="elsewhere").digest
+    others = [
+        [text[::-1] for text in texts],
+        texts[::-1],
+        [*texts[:-1], "text 499", "9"],
+        [*texts[:-2], texts[-2] + texts[-1][0], texts[-1][1:]],
+        [*texts[:2500], "text 250x", *texts[2501:]],
+    ]
+    assert len({one.digest, *(Documents.from_texts(other).digest for other in others)}) == 6
+    chosen = one.select(np.array([7, 2, 4]))
+    assert chosen.digest == Documents.from_texts([texts[7], texts[2], texts[4]]).digest != one.digest
+    assert Documents.from_texts([]).digest
+
+
+def test_digest_of_a_large_source_reads_some_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All lengths, and evenly spaced documents, which are read many at a time."""
+    monkeypatch.setattr(documents_module, "DIGEST_CHARACTERS", 10_000)
+    monkeypatch.setattr(documents_module, "DIGEST_DOCUMENTS", 100)
+    monkeypatch.setattr(documents_module, "READ_DOCUMENTS", 40)
+    read: list[list[int]] = []
+
+    class OnDisk(list):
+        def __getitems__(self, rows: list[int]) -> list[str]:
+            read.append(rows)
+            return [self[row] for row in rows]
+
+    texts = [f"text {number:04}" for number in range(2000)]
+    digest = Documents.from_texts(OnDisk(texts)).digest
+    assert [len(rows) for rows in read] == [40, 40, 20]
+    assert [row for rows in read for row in rows] == list(range(0, 2000, 20))
+    edited = [*texts[:-1], texts[-1] + "!"]
+    assert Documents.from_texts(edited).digest != digest, "a length changed"
+    edited = [*texts[:20], "text 002x", *texts[21:]]
+    assert Documents.from_texts(edited).digest != digest
 
 
 def test_description_lists_three_skipped_names() -> None:

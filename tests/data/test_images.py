@@ -96,6 +96,29 @@ def test_resumed_batches_are_the_same() -> None:
         loader(seed=6).load_state_dict(state)
 
 
+def test_an_epoch_has_each_caption_once() -> None:
+    """The images of the second epoch are others, and the rows after the last epoch are padding."""
+    source = loader(rows=4, epochs=2)
+    assert source.steps == -(-2 * source.rows_per_epoch // 4)
+    rows = [batch[torch.tensor([row])] for batch in islice(source, source.steps) for row in range(4)]
+    epochs = [rows[: source.rows_per_epoch], rows[source.rows_per_epoch :][: source.rows_per_epoch]]
+    for epoch in epochs:
+        assert sorted(caption for row in epoch for caption, _ in captions_and_images(row)) == sorted(CAPTIONS)
+    padding = rows[2 * source.rows_per_epoch :]
+    assert len(padding) == -2 * source.rows_per_epoch % 4 > 0
+    assert all(row.fill() == 0 and not row.extra["patches"].any() for row in padding)
+    first, second = ([row.tokens.tolist() for row in epoch] for epoch in epochs)
+    assert first != second and sorted(first) == sorted(second)
+
+
+def test_state_of_an_older_version_continues_with_a_warning() -> None:
+    state = loader().state_dict()
+    old = {"identity": {name: state["identity"][name] for name in ("tokenizer", "seed", "rows", "sequence_length")}}
+    source, expected = loader(), loader()
+    assert "older version" in (source.load_state_dict({**old, "step": 2, "shards": {}}) or "")
+    assert_same(next(source), list(islice(expected, 3))[2])
+
+
 def test_rows_of_a_step_are_divided_over_ranks() -> None:
     single, ranks = loader(rows=4), [loader(rows=4, rank=rank, world=2) for rank in range(2)]
     for _ in range(3):
@@ -107,7 +130,7 @@ def test_rows_of_a_step_are_divided_over_ranks() -> None:
             assert torch.equal(patches, expected[:, : patches.shape[1]]) and not expected[:, patches.shape[1] :].any()
     resumed = [loader(rows=4, rank=rank, world=4) for rank in range(4)]
     for source in resumed:
-        source.load_state_dict(join_states([source.state_dict() for source in ranks]))
+        source.load_state_dict(join_states([other.state_dict() for other in ranks]))
     assert torch.equal(next(single).tokens, torch.cat([next(source).tokens for source in resumed]))
 
 

@@ -4,6 +4,7 @@ import json
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sightline.config import DataConfig
@@ -141,7 +142,8 @@ def test_dataset_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     lines = [{"body": text, "id": index} for index, text in enumerate(["one", "", None, "  ", "four", "é"])]
     folder = write(tmp_path / "set", train_DOT_jsonl="\n".join(map(json.dumps, lines)))
     documents = load(f"hf:{folder}", text_field="body")
-    assert list(documents) == ["one", "four", "é"]
+    assert list(documents) == documents.read(np.arange(3)) == ["one", "four", "é"]
+    assert documents.digest == Documents.from_texts(["one", "four", "é"]).digest
     assert documents.lengths.tolist() == [3, 4, 1]
     assert documents.skipped == {"empty": ["row 1", "row 2", "row 3"]}
     with pytest.raises(ValueError, match=r"no text in the field 'id', only body \(string\), id \(int64\)"):

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sightline.training.signals import StopRequest
-from sightline.training.trainer import Trainer
-from tests.support.small_runs import rows_of, write_corpus
+from sightline.errors import AnotherRankEnded, Stopped, exit_code_of
+from sightline.training import trainer
+from tests.support.processes import run_on_ranks
+from tests.support.small_runs import rows_of, small_run, train_quietly, write_corpus
 
 STEPS = 40
+FORMS = {
+    "static": ("--master-port", "{port}"),
+    "standalone": ("--standalone",),
+    "c10d": ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:{port}"),
+}
+"""Options of torchrun for each form of its rendezvous."""
 
 
-def start(directory: Path, source: Path, *options: str) -> subprocess.Popen[str]:
+def start(directory: Path, source: Path, *options: str, form: str = "static") -> subprocess.Popen[str]:
     """Start a job of two ranks that restarts at most once; its log is next to its directory."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launch = [option.format(port=port) for option in FORMS[form]]
     arguments = [
         "train", "llama3-debug", "--output-dir", str(directory), "--data.source", str(source),
         "--model.hidden-size", "32", "--model.vocab-size", "320", "--training.steps", str(STEPS),
@@ -27,13 +40,13 @@ def start(directory: Path, source: Path, *options: str) -> subprocess.Popen[str]
         "--training.micro-batch-size", "2", "--training.device", "cpu", "--checkpoint.every", "5",
         "--validation.every", "0", "--logging.sample-tokens", "0", "--logging.no-tensorboard", *options,
     ]  # fmt: skip
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *launch, "--nproc-per-node", "2"]
     return subprocess.Popen(
         [*torchrun, "--max-restarts", "1", "-m", "sightline", *arguments],
         stdout=directory.with_suffix(".log").open("w"),
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -57,19 +70,36 @@ def process_of(job: subprocess.Popen[str], rank: int) -> int:
     raise AssertionError(f"no rank {rank} among {children}")
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
-def test_job_restarts_after_a_killed_rank_with_the_same_losses(tmp_path: Path) -> None:
-    source = write_corpus(tmp_path / "texts")
-    uninterrupted = start(tmp_path / "uninterrupted", source)
-    assert uninterrupted.wait(timeout=400) == 0, log_of(tmp_path / "uninterrupted")
-    rows = rows_of(tmp_path / "uninterrupted")
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The data, and the metrics of a job that nobody kills."""
+    base = tmp_path_factory.mktemp("uninterrupted")
+    source = write_corpus(base / "texts")
+    job = start(base / "run", source)
+    assert job.wait(timeout=400) == 0, log_of(base / "run")
+    rows = rows_of(base / "run")
     assert len(rows) == STEPS
+    return source, rows
 
-    job = start(tmp_path / "killed", source)
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
+@pytest.mark.parametrize(
+    ("form", "rank"),
+    [
+        pytest.param(form, rank, marks=[] if (form, rank) == ("static", 0) else pytest.mark.slow)
+        for form in FORMS
+        for rank in range(2)
+    ],
+)
+def test_job_restarts_once_after_a_killed_rank_with_the_same_losses(
+    form: str, rank: int, uninterrupted: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    source, rows = uninterrupted
+    job = start(tmp_path / "killed", source, form=form)  # torchrun ends a job that needs two restarts
     wait_for_lines(tmp_path / "killed", job, 8)
-    os.kill(process_of(job, 1), signal.SIGKILL)
+    os.kill(process_of(job, rank), signal.SIGKILL)
     assert job.wait(timeout=400) == 0, log_of(tmp_path / "killed")
-    assert "continued from step-" in log_of(tmp_path / "killed")
+    assert log_of(tmp_path / "killed").count("continued from step-") == 1
     assert rows_of(tmp_path / "killed") == rows
 
 
@@ -86,17 +116,26 @@ def test_stop_signal_saves_a_checkpoint_and_is_logged_once(tmp_path: Path) -> No
     assert len(rows_of(tmp_path / "run")) == int(checkpoint.name.removeprefix("step-"))
 
 
-def test_signal_during_sync_stop_signal_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    stop, trainer = StopRequest(), Trainer.__new__(Trainer)
-    trainer.step = 3
+def stop_rank_1_in_step_3(rank: int, directory: Path, source: Path) -> tuple[int, int]:
+    """Return the step after which this rank stopped, and the signal."""
+    original, calls = trainer.train_step, []
 
-    def sync(step: int, signum: int | None) -> int | None:
-        stop.received = signal.SIGTERM  # as the signal handler would during the all-reduce
-        return signum
+    def step(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if rank == 1 and len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr("sightline.training.trainer.sync_stop_signal", sync)
-    assert not trainer.should_stop(stop) and stop.received == signal.SIGTERM
-    assert trainer.should_stop(stop)
+    trainer.train_step = step
+    with pytest.raises((Stopped, AnotherRankEnded)) as stopped:
+        train_quietly(small_run(directory / "run", source))
+    return len(calls), exit_code_of(stopped.value) - 128
+
+
+def test_all_ranks_stop_after_the_step_in_which_one_receives_a_signal(tmp_path: Path) -> None:
+    source = write_corpus(tmp_path / "texts")
+    assert run_on_ranks(2, stop_rank_1_in_step_3, tmp_path, source, join=False) == [(3, signal.SIGTERM)] * 2
+    assert len(rows_of(tmp_path / "run")) == 3
 
 
 @pytest.mark.slow

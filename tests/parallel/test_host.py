@@ -1,6 +1,9 @@
 """Values exchanged between ranks through the store."""
 
+import os
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -31,7 +34,7 @@ def test_ranks_exchange_values() -> None:
 
 def use_in_two_threads(rank: int) -> list:
     """Wait in one group while the main thread uses another, first on one rank and then on the other."""
-    main, background = HostGroup(), HostGroup()
+    main, background = HostGroup(), HostGroup(for_thread=True)
     received = []
     thread = threading.Thread(target=lambda: received.append(background.broadcast(rank)))
     if rank == 1:
@@ -44,7 +47,7 @@ def use_in_two_threads(rank: int) -> list:
     return received
 
 
-def test_a_thread_can_wait_in_a_group_of_its_own() -> None:
+def test_a_thread_can_wait_while_the_main_thread_uses_the_store() -> None:
     assert run_on_ranks(2, use_in_two_threads) == [[0], [0]]
 
 
@@ -71,3 +74,31 @@ def test_one_process_exchanges_with_itself() -> None:
     assert group.gather(1) == [1]
     assert group.broadcast(2) == 2
     assert group.from_rank_zero(lambda: 3) == 3
+
+
+def make_on_first_of_each_machine(rank: int, directory: Path, fails: bool) -> str:
+    """Make a file on the first of each two ranks, and read it on both."""
+    os.environ["LOCAL_RANK"] = str(rank % 2)
+    file = directory / str(rank // 2)
+
+    def make() -> str:
+        if rank % 2:
+            return file.read_text()
+        time.sleep(0.2 * rank)
+        assert not file.exists(), "made twice"
+        if fails and rank == 2:
+            raise ValueError("no space")
+        file.write_text(f"made by {rank}")
+        return "made"
+
+    try:
+        return HostGroup().first_of_each_machine(make)
+    except ValueError as error:
+        return f"error: {error}"
+
+
+def test_first_of_each_machine_makes_what_the_others_read(tmp_path: Path) -> None:
+    (tmp_path / "fails").mkdir()
+    made = run_on_ranks(4, make_on_first_of_each_machine, tmp_path, False)
+    assert made == ["made", "made by 0", "made", "made by 2"]
+    assert run_on_ranks(4, make_on_first_of_each_machine, tmp_path / "fails", True) == ["error: no space"] * 4

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -15,15 +18,19 @@ import torch.distributed as dist
 
 from sightline.config import ParallelConfig
 from sightline.errors import AnotherRankEnded, LostRank, exit_code_of
-from sightline.parallel.launch import distributed_session, rank_label, sync_stop_signal
+from sightline.parallel.launch import agree_on_start, distributed_session, rank_label, record_step
 from sightline.parallel.mesh import Mesh
-from tests.support.processes import CONTEXT
+from sightline.training.step import StepSums
+from tests.support.processes import CONTEXT, run_on_ranks
 
 CPU = torch.device("cpu")
 
 
-def run_ranks(world: int, body: Callable[[int], object], parallel: ParallelConfig) -> list[object]:
-    """Run `body(rank)` inside `distributed_session`; return each rank's result or error, or "dead" if it died."""
+def run_ranks(world: int, body: Callable[[int], object], parallel: ParallelConfig, stopped: int = -1) -> list[object]:
+    """Run `body(rank)` inside `distributed_session`; return each rank's result or error, or "dead" if it died.
+
+    stopped  a rank that stops itself by SIGSTOP, of which there is no result
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -35,7 +42,11 @@ def run_ranks(world: int, body: Callable[[int], object], parallel: ParallelConfi
     for process in processes:
         process.start()
     try:
-        return [receive(pipe, process) for (pipe, _), process in zip(pipes, processes, strict=True)]
+        return [
+            receive(pipe, process)
+            for rank, ((pipe, _), process) in enumerate(zip(pipes, processes, strict=True))
+            if rank != stopped
+        ]
     finally:
         for process in processes:
             process.kill()
@@ -68,7 +79,7 @@ def test_one_process_has_no_process_group(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with distributed_session(ParallelConfig(tensor=4), CPU) as device:  # Mesh checks the degrees
         assert device == CPU and not dist.is_initialized()
-        assert sync_stop_signal(7, None) is None and sync_stop_signal(7, 15) == 15
+        record_step(7)
 
 
 def sum_of_ranks(rank: int) -> object:
@@ -81,19 +92,29 @@ def test_session_of_two_ranks() -> None:
     assert run_ranks(2, sum_of_ranks, ParallelConfig(tensor=2)) == [(1, 0, True), (1, 1, True)]
 
 
-def collect_stop_signals(rank: int) -> object:
-    return [sync_stop_signal(step, 15 if rank == 1 and step >= 2 else None) for step in range(4)]
+def count_stop_requests(rank: int) -> list[float]:
+    mesh = Mesh(ParallelConfig(shard=2, tensor=2), CPU)
+    counts = dict.fromkeys(("visible_pairs", "attention_flops", "tokens", "padded_tokens"), 1.0)
+    return [
+        StepSums.of_all_processes(mesh, torch.ones(()), stop_requested=rank == asks, **counts).read()["stop_requests"]
+        for asks in range(5)
+    ]
 
 
-def test_stop_signal_of_one_rank_reaches_all_at_the_same_step() -> None:
-    assert run_ranks(2, collect_stop_signals, ParallelConfig()) == [[None, None, 15, 15]] * 2
+def test_all_ranks_read_the_stop_request_of_any_rank() -> None:
+    assert run_on_ranks(4, count_stop_requests) == [[1.0, 1.0, 1.0, 1.0, 0.0]] * 4
+
+
+def meet(step: int) -> None:
+    record_step(step)
+    dist.all_reduce(torch.ones(1))
 
 
 def fail_on_rank_1(rank: int) -> object:
-    sync_stop_signal(1, None)
+    meet(1)
     if rank == 1:
         raise FileNotFoundError("no such file")
-    return [sync_stop_signal(step, None) for step in range(2, 5)]
+    meet(2)
 
 
 def test_only_the_failing_rank_reports_an_error() -> None:
@@ -118,42 +139,96 @@ def test_invalid_degrees_are_reported_once() -> None:
 
 
 def sleep_before_step_2(rank: int) -> object:
-    sync_stop_signal(1, None)
+    meet(1)
     if rank == 2:
-        time.sleep(15)
-    sync_stop_signal(2, None)
+        time.sleep(11)
+    meet(2)
     return None
 
 
 def sleep_inside_step_1(rank: int) -> object:
-    sync_stop_signal(1, None)
+    mesh = Mesh(ParallelConfig(pipeline=2, shard=2, timeout=3), CPU)
+    meet(1)
     if rank == 2:
-        time.sleep(15)
-    dist.all_reduce(torch.ones(3))
+        time.sleep(11)
+    mesh.all_reduce(mesh.all_reduce(torch.ones(3), "pipeline"), "shard")
     return None
 
 
 @pytest.mark.parametrize(("body", "waiting_step"), [(sleep_before_step_2, 2), (sleep_inside_step_1, 1)])
 def test_missing_rank_is_named_once(body: Callable[[int], object], waiting_step: int) -> None:
-    results = run_ranks(4, body, ParallelConfig(pipeline=2, shard=2, timeout=4))
+    results = run_ranks(4, body, ParallelConfig(pipeline=2, shard=2, timeout=3))
     lost = [error for error in results if error[0] == "LostRank"]  # type: ignore[index]
     assert len(lost) == 1 and sum(error[0] == "AnotherRankEnded" for error in results) == 3  # type: ignore[index]
-    assert lost[0][1].startswith("rank 2 (pipeline 1, shard 0) is at step 1; rank ")  # type: ignore[index]
-    assert f"waits at step {waiting_step} and has given up (--parallel.timeout 4 s" in lost[0][1]  # type: ignore[index]
+    assert lost[0][1].startswith("rank 2 (pipeline 1, shard 0) was last at step 1; rank ")  # type: ignore[index]
+    assert f"waits at step {waiting_step} and has given up (--parallel.timeout 3 s" in lost[0][1]  # type: ignore[index]
 
 
 def die(rank: int) -> object:
-    sync_stop_signal(1, None)
+    meet(1)
     if rank == 1:
         os._exit(1)
-    return [sync_stop_signal(step, None) for step in range(2, 5)]
+    meet(2)
 
 
 def test_dead_rank_is_named() -> None:
     results = run_ranks(2, die, ParallelConfig())
     assert results[1] == "dead"
     assert results[0][0] == "LostRank"  # type: ignore[index]
-    assert results[0][1].startswith("rank 1 (shard 1) is at step 1; rank 0 (shard 0) waits at step 2")  # type: ignore[index]
+    assert results[0][1].startswith("rank 1 (shard 1) was last at step 1; rank 0 (shard 0) waits at step 2")  # type: ignore[index]
+
+
+def stop_rank_0(rank: int) -> object:
+    meet(1)
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist.all_reduce(torch.ones(3))
+    return None
+
+
+def test_stopped_rank_that_hosts_the_store_is_named() -> None:
+    lost, other = run_ranks(3, stop_rank_0, ParallelConfig(timeout=2), stopped=0)
+    assert lost[0] == "LostRank" and lost[2] == ["rank 1"]  # type: ignore[index]
+    assert lost[1].startswith("rank 0 (shard 0), which hosts the store of the job, does not answer; rank 1")  # type: ignore[index]
+    assert other == ("AnotherRankEnded", "", [], 1)
+
+
+def agree(store: dist.Store, world: int, ranks: set[int], timeout: float = 20) -> list[object]:
+    """Call `agree_on_start` on these ranks, on rank 0 last; return their names or errors, and None for other ranks."""
+    results: list[object] = [None] * world
+
+    def join(rank: int) -> None:
+        try:
+            results[rank] = agree_on_start(store, rank, world, timeout)
+        except Exception as error:
+            results[rank] = str(error) if isinstance(error, LostRank) else error
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in ranks - {0}]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)  # the other ranks find the name of the earlier start
+    if 0 in ranks:
+        join(0)
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_every_start_gets_its_own_name() -> None:
+    store = dist.HashStore()
+    first, second = agree(store, 3, {0, 1, 2}), agree(store, 3, {0, 1, 2})
+    assert len(set(first)) == len(set(second)) == 1 and first[0] != second[0]
+    assert isinstance(first[0], str)
+
+
+def test_ranks_that_do_not_start_are_named_once() -> None:
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=1))
+    zero, one, two, three = agree(store, 4, {0, 1}, timeout=1)
+    assert str(zero).startswith("2 of 4 ranks did not start within 1 s (--parallel.timeout): rank 2, 3. Check")
+    assert isinstance(one, AnotherRankEnded) and two is three is None
+    missing = agree(store, 3, {1}, timeout=1)
+    assert str(missing[1]).startswith("rank 0 did not start within 1 s")
 
 
 def test_rank_label() -> None:

@@ -83,19 +83,11 @@ def test_describe_layout_lists_every_rank() -> None:
     }
 
 
-def make_on_rank_zero(rank: int, fails: bool) -> str:
-    def make() -> str:
-        assert rank == 0, "called on another rank"
-        if fails:
-            raise ValueError("no such file")
-        return "made"
-
-    try:
-        return Mesh(ParallelConfig(), torch.device("cpu")).from_rank_zero(make)
-    except ValueError as error:
-        return f"error: {error}"
+def timeouts(rank: int, degrees: dict[str, int]) -> set[float]:
+    mesh = Mesh(ParallelConfig(**degrees, timeout=7), torch.device("cpu"))
+    groups = [mesh.group(axis) for axis in ("pipeline", "replicate", "shard", "context", "tensor", "data", "loss")]
+    return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
 
 
-def test_from_rank_zero_returns_the_result_or_raises_the_error_on_every_rank() -> None:
-    assert run_on_ranks(2, make_on_rank_zero, False) == ["made", "made"]
-    assert run_on_ranks(2, make_on_rank_zero, True) == ["error: no such file"] * 2
+def test_collectives_of_every_axis_have_the_timeout_of_the_run() -> None:
+    assert run_on_ranks(4, timeouts, {"shard": 2, "tensor": 2})[1] == {7.0}

@@ -90,6 +90,7 @@ def test_models_that_need_embedding_and_head_on_one_stage() -> None:
     ("schedule", "pipeline", "rows", "size", "microbatches"),
     [
         ("GPipe", 4, 3, 3, 1),
+        ("GPipe", 4, 3, 8, 1),
         ("1F1B", 4, 8, 2, 4),
         ("LoopedBFS", 4, 6, 2, 3),
         ("Interleaved1F1B", 4, 10, 1, 10),  # two rounds of five
@@ -114,6 +115,7 @@ def test_count_microbatches(schedule: Any, pipeline: int, rows: int, size: int, 
             4,
             "8 rows of a data rank into 2 micro-batches, but 1F1B on 4 pipeline ranks requires at least 4 .* 2$",
         ),
+        ("1F1B", 4, 8, 16, "size 16 splits the 8 rows of a data rank into 1 micro-batch, .*micro-batch-size 2$"),
         ("1F1B", 4, 8, 3, "into unequal micro-batches, .*use --training.micro-batch-size 2$"),
         ("1F1B", 4, 3, 1, "into 3 micro-batches, .*use --training.global-batch-size 8$"),
         ("DualPipeV", 4, 16, 4, "4 micro-batches, .*requires at least 8 .*use --training.micro-batch-size 2$"),

@@ -74,7 +74,7 @@ MOMENTS = {
     "before the tensors are written": ("sightline.training.checkpoint:write_shards", 2),
     "while a checkpoint is copied together": ("sightline.training.checkpoint:write_file", 5),
     "while the first checkpoint is brought to the disk": ("sightline.training.checkpoint:sync", 1),
-    "after a checkpoint was renamed": ("sightline.training.checkpoint:list_checkpoints", 5),
+    "after a checkpoint was renamed": ("sightline.training.checkpoint:list_checkpoints", 2),
     "while an old checkpoint is removed": ("sightline.training.checkpoint:remove_checkpoint", 1),
     "after the last checkpoint": ("sightline.training.trainer:plot_losses", 1),
 }

@@ -195,8 +195,8 @@ def test_a_temporarily_full_disk_costs_one_checkpoint(
     save, saved = saver.save_checkpoint, []
 
     def save_on_a_full_disk(*args, **kwargs):
-        saved.append(args[2].step)
-        small_files_only(args[2].step == 6)
+        saved.append(args[1].step)
+        small_files_only(args[1].step == 6)
         try:
             return save(*args, **kwargs)
         finally:
@@ -216,7 +216,7 @@ def test_a_full_disk_at_the_end_keeps_the_old_checkpoint(
     save = saver.save_checkpoint
 
     def save_on_a_full_disk(*args, **kwargs):
-        small_files_only(args[2].step > 3)
+        small_files_only(args[1].step > 3)
         try:
             return save(*args, **kwargs)
         finally:

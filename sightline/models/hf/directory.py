@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,31 +14,23 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sightline.models.families import FAMILIES, family_of
+from sightline.models.families import FAMILIES, build_skeleton, family_of
 from sightline.models.family import Family
-from sightline.models.hf.files import holds_weights, read_weights, write_weights
-from sightline.models.hf.format import HuggingFace
+from sightline.models.hf.files import check_names, check_weights, holds_weights, read_weights, write_weights
+from sightline.models.hf.format import HuggingFace, read_field
+from sightline.models.hf.source import (
+    CONFIG,
+    copy_files,
+    find_family,
+    find_pretrained,
+    read_config,
+    read_copied_fields,
+    read_model_config,
+)
 from sightline.torch_private import is_dtensor
 
-CONFIG = "config.json"
 MAX_SHARD_BYTES = 5_000_000_000
 """Default maximum size of a safetensors file."""
-COPIED_FIELDS = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-"""Fields of config.json that the models do not use, copied because readers of the directory need them."""
-COPIED_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
-"""Files that are copied from the source directory to the saved one."""
 
 
 def load_pretrained(
@@ -50,39 +42,63 @@ def load_pretrained(
 ) -> Any:
     """Load a model from a Hugging Face directory, on the default device.
 
-    dtype   dtype of the parameters; default: the dtype in config.json, else float32
-    family  model family; default: the one of FAMILIES that supports the architecture in config.json
+    directory  a directory, or the name of a model on the Hugging Face Hub, which is downloaded
+    dtype      dtype of the parameters; default: the dtype in config.json, else float32
+    family     model family; default: the one of FAMILIES that supports the architecture in config.json
 
-    Peak memory is the model plus about one safetensors file.
+    Peak memory is the model plus about one safetensors file. Names and shapes of all tensors are compared with the
+    config before memory is allocated.
 
     Raises:
         ValueError: if this is not a Hugging Face directory, no family supports the model, or the weights do not match.
     """
-    directory = Path(directory)
-    hf = read_config(directory)
-    config = read_model_config(directory, FAMILIES if family is None else (family,))
+    families = FAMILIES if family is None else (family,)
+    directory = find_pretrained(directory, families)
+    config = read_model_config(directory, families)
+    dtype = dtype or _dtype_of(read_config(directory))
     device = torch.get_default_device()
-    with torch.device("meta"):
-        model = family_of(config).model(config, attention_backend=attention_backend)
+    model = _check_names_and_build(config, directory, attention_backend)
     for parameter in model.parameters():  # buffers keep their dtype: they are small, and some need the precision
-        parameter.data = parameter.data.to(dtype or _dtype_of(hf))
-    model.check_backend(device, dtype or _dtype_of(hf), training=False)
-    model.to_empty(device=device)
-    read_pretrained(model, directory)
+        parameter.data = parameter.data.to(dtype)
+    model.check_backend(device, dtype, training=False)
+    read_pretrained(model, directory, lambda: model.to_empty(device=device).state_dict())
     return model
 
 
-def read_pretrained(model: Any, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """Load the weights of a Hugging Face directory into an existing model.
-
-    state  {name in the model: tensor to fill}; see `read_weights`
+def check_pretrained(config: Any, directory: Path) -> None:
+    """Check that the weights of a Hugging Face directory are those of a model config, without memory for the model.
 
     Raises:
         ValueError: as `load_pretrained`.
     """
-    hf_format = find_family(read_config(directory), directory, (family_of(model.config),)).hf
-    assert hf_format is not None, "find_family returns only families with a Hugging Face format"
+    model, hf_format = _check_names_and_build(config, directory), _format_in(directory, config)
+    check_weights(model, directory, hf_format.weights(config), ignored=hf_format.ignored)
+
+
+def read_pretrained(model: Any, directory: Path, state: Callable[[], Mapping[str, Tensor]] | None = None) -> None:
+    """Load the weights of a Hugging Face directory into an existing model.
+
+    state  returns {name in the model: tensor to fill}; see `read_weights`
+
+    Raises:
+        ValueError: as `load_pretrained`.
+    """
+    hf_format = _format_in(directory, model.config)
     read_weights(model, directory, hf_format.weights(model.config), ignored=hf_format.ignored, state=state)
+
+
+def _check_names_and_build(config: Any, directory: Path, attention_backend: str = "auto") -> Any:
+    """Build the model on the meta device; the names are checked before, since thousands of layers take seconds."""
+    hf_format = _format_in(directory, config)
+    check_names(directory, hf_format.weights(config), ignored=hf_format.ignored)
+    return build_skeleton(config, attention_backend=attention_backend)
+
+
+def _format_in(directory: Path, config: Any) -> HuggingFace:
+    """Return the format of the config's family, after a check that the directory has a model of this family."""
+    hf_format = find_family(read_config(directory), directory, (family_of(config),)).hf
+    assert hf_format is not None, "find_family returns only families with a Hugging Face format"
+    return hf_format
 
 
 def save_pretrained(
@@ -120,7 +136,7 @@ def save_pretrained(
         writer.begin(None if source is None else Path(source), config_fields or {})
         writer.write(lambda names: state)
         writer.finish()
-    except OSError:
+    except BaseException:
         writer.abandon()
         raise
 
@@ -150,15 +166,13 @@ class PretrainedWriter:
         saved_dtype = self.dtype or next(self.model.parameters()).dtype
         hf = {**self.format.config_to_hf(self.model.config), "dtype": str(saved_dtype).removeprefix("torch.")}
         hf |= config_fields
-        if source is not None and (source / CONFIG).is_file():
-            theirs = json.loads((source / CONFIG).read_text())
-            hf |= {name: theirs[name] for name in COPIED_FIELDS if name in theirs}
+        if source is not None:
+            hf |= read_copied_fields(source)
         with self._reporting_errors():
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
-            for name in COPIED_FILES:
-                if source is not None and (source / name).is_file():
-                    shutil.copyfile(source / name, self.partial / name)
+            if source is not None:
+                copy_files(source, self.partial)
             (self.partial / CONFIG).write_text(json.dumps(hf, indent=2) + "\n")
 
     def write(self, read: Callable[[list[str]], Mapping[str, Tensor]], rank: int = 0, world: int = 1) -> None:
@@ -206,65 +220,6 @@ class PretrainedWriter:
             ) from error
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """Return the fields of a directory's config.json.
-
-    Raises:
-        ValueError: if there is no config.json, or it is not the config of a Hugging Face model.
-    """
-    path = directory / CONFIG
-    try:
-        hf = json.loads(path.read_text())
-        hf["architectures"][0]
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path} does not exist; expected a Hugging Face directory: {CONFIG} and safetensors files"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"{path} is not the config of a Hugging Face model ({type(error).__name__}: {error}); expected a JSON "
-            'object with "architectures"'
-        ) from error
-    return hf
-
-
-def find_family(hf: Mapping[str, Any], directory: Path, families: Iterable[Family]) -> Family:
-    """Return the one of `families` that supports the architecture of a config.json.
-
-    Raises:
-        ValueError: if none does, or the weights are quantized.
-    """
-    known: list[str] = []
-    for family in families:
-        architectures = family.hf.architectures if family.hf else ()
-        if hf["architectures"][0] in architectures:
-            if hf.get("quantization_config"):
-                method = hf["quantization_config"].get("quant_method")
-                raise ValueError(
-                    f"the weights in {directory} are quantized ({method}); expected float32, bfloat16 or float16: "
-                    "use an unquantized model, or dequantize this one with transformers and save it"
-                )
-            return family
-        known.extend(architectures)
-    raise ValueError(
-        f"{directory} contains a {hf['architectures'][0]}, which is not supported; the supported architectures are: "
-        f"{', '.join(dict.fromkeys(known)) or 'none'}; for a family of your own, use --family package.module:NAME"
-    )
-
-
-def read_model_config(directory: Path, families: Iterable[Family] = FAMILIES) -> Any:
-    """Return the model config for a Hugging Face directory.
-
-    Raises:
-        ValueError: if no family supports the model, or config.json lacks a field or asks for an unsupported feature.
-    """
-    hf = read_config(directory)
-    try:
-        return find_family(hf, directory, families).config_from_hf(hf)
-    except KeyError as error:
-        raise ValueError(f"{directory / CONFIG} has no field {error}, which {hf['architectures'][0]} needs") from error
-
-
 def _format_of(model: Any) -> HuggingFace:
     if not hasattr(model, "config"):
         known = ", ".join(family.model.__name__ for family in FAMILIES)
@@ -279,7 +234,7 @@ def _format_of(model: Any) -> HuggingFace:
 
 
 def _dtype_of(hf: dict[str, Any]) -> torch.dtype:
-    name = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+    name = read_field(hf, "dtype", str) or read_field(hf, "torch_dtype", str, "float32")
     dtype = getattr(torch, name, None)
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"config.json has dtype {name!r}; expected float32, bfloat16 or float16")

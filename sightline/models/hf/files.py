@@ -15,10 +15,15 @@ from torch import Tensor, nn
 
 from sightline.models.hf.format import Group, Weight, group_weights, identity
 from sightline.models.weight_init import local_shard
+from sightline.paths import file_inside, printable, read_json
 from sightline.torch_private import is_dtensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 2**28
+"""Largest index that is read: DeepSeek V3 has 91,991 tensors in 9 MB."""
+MOST_MISSING = 1000
+"""Missing tensors that are counted."""
 
 
 def read_weights(
@@ -27,29 +32,72 @@ def read_weights(
     weights: Iterable[Weight],
     *,
     ignored: str,
-    state: Mapping[str, Tensor] | None = None,
+    state: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Load the safetensors files of a directory into a model. All names and shapes are checked before any copy.
 
     ignored  regular expression for the full names of tensors that the files may contain in addition
-    state    {name in the model: tensor to fill}: the full or sharded (DTensor) tensors of this rank; default: the
-             model's state dict. The files are memory-mapped, so a rank reads only its shard of a tensor that is
-             renamed without any other change.
+    state    returns {name in the model: tensor to fill}: the full or sharded (DTensor) tensors of this rank; default:
+             the model's state dict. It is called after the checks, so it may allocate the tensors. The files are
+             memory-mapped, so a rank reads only its shard of a tensor that is renamed without any other change.
+
+    Raises:
+        ValueError: as `check_weights`.
+    """
+    weights = list(weights)
+    files = check_weights(model, directory, weights, ignored=ignored)
+    weights_by_name: dict[str, list[Weight]] = {}
+    for weight in weights:
+        weights_by_name.setdefault(weight.ours, []).append(weight)
+    with torch.no_grad():
+        for name, tensor in (model.state_dict() if state is None else state()).items():
+            _fill(tensor, weights_by_name[name], files)
+
+
+def check_weights(model: nn.Module, directory: Path, weights: Iterable[Weight], *, ignored: str) -> dict[str, Path]:
+    """Check that the safetensors files of a directory have the tensors of a model, and return {tensor name: file}.
+
+    model  may be on the meta device
 
     Raises:
         ValueError: if a tensor is missing, unexpected or has another shape, or a file cannot be read; it is named.
     """
     weights = list(weights)
-    groups = group_weights(model, weights)
+    files = check_names(directory, weights, ignored=ignored)
+    _check_shapes(group_weights(model, weights), files)
+    return files
+
+
+def check_names(directory: Path, weights: Iterable[Weight], *, ignored: str) -> dict[str, Path]:
+    """Check the names of the tensors only, and return {tensor name: file}. This needs no model.
+
+    Ends after `MOST_MISSING` missing names: a config.json can ask for billions of tensors that are not there.
+
+    Raises:
+        ValueError: if a tensor is missing or unexpected.
+    """
     files = _find_files(directory)
-    _check_names(groups, files, ignored, directory)
-    _check_shapes(groups, files)
-    weights_by_name: dict[str, list[Weight]] = {}
+    wanted: dict[str, None] = {}
+    missing: list[str] = []
     for weight in weights:
-        weights_by_name.setdefault(weight.ours, []).append(weight)
-    with torch.no_grad():
-        for name, tensor in (model.state_dict() if state is None else state).items():
-            _fill(tensor, weights_by_name[name], files)
+        if weight.theirs not in files and weight.theirs not in wanted:
+            missing.append(weight.theirs)
+        wanted[weight.theirs] = None
+        if len(missing) == MOST_MISSING:
+            break
+    unexpected = [name for name in files if name not in wanted and not re.fullmatch(ignored, name)]
+    if len(missing) == MOST_MISSING:
+        unexpected = []
+    if missing or unexpected:
+        problems = [
+            f"{problem} {names[0]}" + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+            for problem, names in (("lack", missing), ("have the unexpected", unexpected))
+            if names
+        ]
+        raise ValueError(
+            f"the weights in {directory} {' and '.join(problems)}; expected the tensors of the model in its config.json"
+        )
+    return files
 
 
 def _fill(ours: Tensor, weights: list[Weight], files: dict[str, Path]) -> None:
@@ -79,46 +127,46 @@ def holds_weights(directory: Path) -> bool:
 
 def _find_files(directory: Path) -> dict[str, Path]:
     """Return {tensor name: file}."""
-    index, single = directory / INDEX, directory / SINGLE
-    if index.is_file():
-        try:
-            named = {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is damaged ({type(error).__name__}: {error}); download it again") from error
-        absent = sorted({file for file in named.values() if not file.is_file()})
-        if absent:
-            raise ValueError(
-                f"{directory} is incomplete: {INDEX} lists {absent[0].name}, which does not exist; download it"
+    if (directory / INDEX).is_file():
+        return _read_index(directory)
+    if not (directory / SINGLE).is_file():
+        pickled = sorted(file.name for file in directory.glob("*.bin"))
+        remedy = "download it again"
+        if pickled:
+            remedy = (
+                f"{pickled[0]} is not read, because loading it can run arbitrary code. If you trust it, convert it: "
+                "load it with from_pretrained of transformers, and write it with save_pretrained"
             )
-        return named
-    if not single.is_file():
-        raise ValueError(
-            f"{directory} contains no weights; expected {SINGLE}, or {INDEX} and the files it lists. The older "
-            "pytorch_model.bin is not read, because loading it can run arbitrary code: convert it to safetensors"
-        )
+        raise ValueError(f"{directory} contains no weights; expected {SINGLE}, or {INDEX} and its files: {remedy}")
+    single = file_inside(directory, SINGLE)
     with _open(single) as opened:
         return dict.fromkeys(opened.keys(), single)
+
+
+def _read_index(directory: Path) -> dict[str, Path]:
+    """Return {tensor name: file} of the index of several files."""
+    named = read_json(directory, INDEX, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise ValueError(
+            f"{directory / INDEX} is damaged: expected the name of a file for each tensor in weight_map; download it "
+            "again"
+        )
+    paths = {name: file_inside(directory, name) for name in sorted(set(named.values()))}
+    absent = [name for name, path in paths.items() if not path.is_file()]
+    if absent:
+        raise ValueError(f"{directory} is incomplete: {INDEX} lists {absent[0]}, which does not exist; download it")
+    return {tensor: paths[name] for tensor, name in named.items()}
 
 
 def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
+        if printable(str(file)) != str(file):
+            raise ValueError(
+                f"{file} cannot be read ({error}): the library safetensors reads only paths in UTF-8; rename it"
+            ) from error
         raise ValueError(f"{file} cannot be read ({error}); it is truncated or not a safetensors file") from error
-
-
-def _check_names(groups: dict[str, Group], files: dict[str, Path], ignored: str, directory: Path) -> None:
-    missing = [name for name in groups if name not in files]
-    unexpected = [name for name in files if name not in groups and not re.fullmatch(ignored, name)]
-    if missing or unexpected:
-        problems = [
-            f"{problem} {names[0]}" + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
-            for problem, names in (("lack", missing), ("have the unexpected", unexpected))
-            if names
-        ]
-        raise ValueError(
-            f"the weights in {directory} {' and '.join(problems)}; expected the tensors of the model in its config.json"
-        )
 
 
 def _check_shapes(groups: dict[str, Group], files: dict[str, Path]) -> None:

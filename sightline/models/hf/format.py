@@ -39,6 +39,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sightline.config.values import check_limit, check_value
+
 View = Callable[[Tensor], Tensor]
 
 
@@ -100,12 +102,30 @@ HEADS = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_head
 def read_fields(hf: Mapping[str, Any], names: Mapping[str, str], **missing: Any) -> dict[str, Any]:
     """Return fields of our config, by a table {ours: theirs}. `missing` has the values of fields that are optional.
 
+    Sizes are compared with their limits here already, because a family may build a list of that length from them.
+
     Raises:
         KeyError: if config.json lacks a required field.
+        ValueError: if a size is absurdly large.
     """
-    return {
+    fields = {
         ours: hf[theirs] if theirs in hf or ours not in missing else missing[ours] for ours, theirs in names.items()
     }
+    for ours, value in fields.items():
+        check_limit(ours, value, f"{names[ours]} in config.json")
+    return fields
+
+
+def read_field(hf: Mapping[str, Any], name: str, kind: Any, default: Any = None) -> Any:
+    """Return one field of config.json, or `default` if it is missing or null.
+
+    Raises:
+        ValueError: if it has another type than `kind`.
+    """
+    value = default if hf.get(name) is None else hf[name]
+    if value is not default:
+        check_value(kind, value, f"{name} in config.json")
+    return value
 
 
 def write_fields(config: Any, names: Mapping[str, str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from sightline.models.hf.format import (
     Weight,
     decoder_weights,
     expect,
+    read_field,
     read_fields,
     rename,
     rename_fused_experts,
@@ -37,7 +38,8 @@ HALVES: dict[str, View] = {"gate": lambda t: t[..., 0::2], "up": lambda t: t[...
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     expect(hf, hidden_act="silu", attention_bias=True, swiglu_alpha=1.702, swiglu_limit=7.0)
     fields = read_fields(hf, FIELDS, aux_loss_coef=0.001, norm_eps=1e-5, tied_embeddings=False)
-    expect(hf, layer_types=["full_attention" if i % 2 else "sliding_attention" for i in range(fields["num_layers"])])
+    layers = range(read_field(hf, "num_hidden_layers", int, 0))
+    expect(hf, layer_types=["full_attention" if i % 2 else "sliding_attention" for i in layers])
     return {**fields, **rope_fields(hf, "yarn")}
 
 

@@ -15,6 +15,7 @@ from sightline.models.hf.format import (
     Weight,
     decoder_weights,
     expect,
+    read_field,
     read_fields,
     rename,
     rename_fused_experts,
@@ -48,7 +49,9 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     fields |= rope_fields(hf, "llama3")
     if not hf.get("attn_temperature_tuning", True):
         fields["temperature_scale"] = 0.0
-    layers, no_rope, moe = range(fields["num_layers"]), fields["no_rope_layer_interval"], fields["moe_layer_interval"]
+    layers = range(read_field(hf, "num_hidden_layers", int, 0))
+    intervals = ("no_rope_layer_interval", 4), ("interleave_moe_layer_step", 1)
+    no_rope, moe = (max(1, read_field(hf, name, int, missing)) for name, missing in intervals)  # the config refuses 0
     full = layers[no_rope - 1 :: no_rope]
     if hf.get("no_rope_layers"):  # [] in published files, which give only the interval
         expect(hf, no_rope_layers=[int(i not in full) for i in layers])

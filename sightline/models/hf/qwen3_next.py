@@ -14,6 +14,7 @@ from sightline.models.hf.format import (
     Weight,
     decoder_weights,
     expect,
+    read_field,
     read_fields,
     rename,
     rename_experts,
@@ -44,7 +45,8 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     rope = read_rope(hf)
     fields = read_fields(hf, FIELDS, aux_loss_coef=0.001, norm_eps=1e-6, tied_embeddings=False)
     interval = _full_attention_interval(hf)
-    expect(hf, layer_types=_layer_types(fields["num_layers"], interval))
+    if hf.get("layer_types") is not None:
+        expect(hf, layer_types=_layer_types(read_field(hf, "num_hidden_layers", int, 0), interval))
     return {
         **fields,
         "full_attention_interval": interval,
@@ -55,9 +57,9 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 def _full_attention_interval(hf: dict[str, Any]) -> int:
     """Return the interval of attention layers, which config.json gives as such or by the type of every layer."""
-    types = hf.get("layer_types")
+    types = read_field(hf, "layer_types", list)
     if types is None:
-        return hf.get("full_attention_interval", 4)
+        return read_field(hf, "full_attention_interval", int, 4)
     return types.index("full_attention") + 1 if "full_attention" in types else len(types) + 1
 
 

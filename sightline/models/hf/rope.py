@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sightline.layers import Llama3RopeScaling, YarnScaling
-from sightline.models.hf.format import read_fields, write_fields
+from sightline.models.hf.format import read_field, read_fields, write_fields
 
 CONTEXT = {"original_context": "original_max_position_embeddings"}
 LLAMA3 = {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")} | CONTEXT
@@ -32,7 +32,7 @@ def read_rope(hf: Mapping[str, Any], *known: str) -> dict[str, Any]:
     Raises:
         ValueError: if the type is neither "default" nor in `known`.
     """
-    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    scaling = read_field(hf, "rope_parameters", dict) or read_field(hf, "rope_scaling", dict, {})
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ("default", *known):
         raise ValueError(
@@ -58,7 +58,7 @@ def _read_yarn(rope: dict[str, Any]) -> YarnScaling:
         mscales = {}
     betas = {"beta_fast": rope.get("beta_fast") or 32.0, "beta_slow": rope.get("beta_slow") or 1.0}
     scaling = YarnScaling(**read_fields({**rope, **betas}, YARN, truncate=True), **mscales)
-    actual = rope.get("attention_factor")
+    actual = read_field(rope, "attention_factor", float)
     if actual is not None and abs(actual - scaling.rotation_factor) > 1e-6:
         raise ValueError(
             f"config.json has the YaRN attention_factor {actual}; expected {scaling.rotation_factor}, which follows "

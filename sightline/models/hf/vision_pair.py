@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from sightline.models.families import build_model
-from sightline.models.hf.directory import read_config, read_model_config
-from sightline.models.hf.files import read_weights
+from sightline.models.families import build_model, build_skeleton
+from sightline.models.hf.files import check_names, check_weights, read_weights
+from sightline.models.hf.format import read_field
 from sightline.models.hf.llama3 import LLAMA3_HF
+from sightline.models.hf.source import fetch, read_config, read_model_config
 from sightline.models.hf.vlm import vision_from_hf, vision_weights
 from sightline.models.llama3 import Llama3Config
 from sightline.models.vlm import VLM, add_vision
@@ -49,11 +50,26 @@ def load_vision_pair(
     if architecture not in ENCODERS:
         raise ValueError(f"{vision_directory} contains a {architecture}; expected one of {', '.join(ENCODERS)}")
     prefix, ignored = ENCODERS[architecture]
-    vision = vision_from_hf({**hf.get("vision_config", hf), "architectures": [architecture]})
-    model = build_model(add_vision(text, vision=vision, **fields), attention_backend=attention_backend)
-    names = ("embedding", "layers", "norm", "output")
-    decoder = nn.ModuleDict({name: module for name, module in model.named_children() if name in names})
-    read_weights(decoder, text_directory, LLAMA3_HF.weights(text), ignored=LLAMA3_HF.ignored)
-    encoder = nn.ModuleDict({"vision": model.vision})
-    read_weights(encoder, vision_directory, vision_weights(vision, prefix), ignored=ignored)
+    vision = vision_from_hf({**read_field(hf, "vision_config", dict, hf), "architectures": [architecture]})
+    config = add_vision(text, vision=vision, **fields)
+    text_directory, vision_directory = fetch(text_directory), fetch(vision_directory)
+    text_weights, image_weights = list(LLAMA3_HF.weights(text)), list(vision_weights(vision, prefix))
+    check_names(text_directory, text_weights, ignored=LLAMA3_HF.ignored)
+    check_names(vision_directory, image_weights, ignored=ignored)
+    skeleton = build_skeleton(config)
+    check_weights(_decoder(skeleton), text_directory, text_weights, ignored=LLAMA3_HF.ignored)
+    check_weights(_encoder(skeleton), vision_directory, image_weights, ignored=ignored)
+    model = build_model(config, attention_backend=attention_backend)
+    read_weights(_decoder(model), text_directory, text_weights, ignored=LLAMA3_HF.ignored)
+    read_weights(_encoder(model), vision_directory, image_weights, ignored=ignored)
     return model
+
+
+def _decoder(model: VLM) -> nn.Module:
+    names = ("embedding", "layers", "norm", "output")
+    return nn.ModuleDict({name: module for name, module in model.named_children() if name in names})
+
+
+def _encoder(model: VLM) -> nn.Module:
+    assert model.vision is not None, "only a pipeline stage has no encoder"
+    return nn.ModuleDict({"vision": model.vision})

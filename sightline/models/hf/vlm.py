@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from sightline.layers.vision import VisionConfig
 from sightline.models.hf import llama3
-from sightline.models.hf.format import HuggingFace, Weight, expect, read_fields, rename, write_fields
+from sightline.models.hf.format import HuggingFace, Weight, expect, read_field, read_fields, rename, write_fields
 
 FIELDS = {
     "spatial_merge_size": "downsample_factor",
@@ -38,11 +39,12 @@ VISION_LAYER = {
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     expect(hf, projector_hidden_act="gelu", projector_bias=True, projector_use_layernorm=True)
     architectures, tied = hf["architectures"], hf.get("tie_word_embeddings", True)
-    text = {**hf["text_config"], "architectures": architectures, "tie_word_embeddings": tied}
+    text, vision = read_field(hf, "text_config", dict, {}), read_field(hf, "vision_config", dict, {})
+    text = {**text, "architectures": architectures, "tie_word_embeddings": tied}
     expect(text, model_type="llama")
     return {
         **llama3.config_from_hf(text),
-        "vision": vision_from_hf({**hf["vision_config"], "architectures": architectures}),
+        "vision": vision_from_hf({**vision, "architectures": architectures}),
         **read_fields(hf, FIELDS, spatial_merge_size=2, projector_hidden_size=2560, image_token_id=396),
     }
 
@@ -59,7 +61,8 @@ def vision_from_hf(hf: dict[str, Any]) -> VisionConfig:
         "num_channels": 3,
         "norm_eps": 1e-6,
     }
-    grid_size = round(hf.get("num_patches", 256) ** 0.5)
+    patches = read_field(hf, "num_patches", int, 256)
+    grid_size = math.isqrt(patches) if patches > 0 else patches
     return VisionConfig(position_grid_size=grid_size, **read_fields(hf, VISION_FIELDS, **missing))
 
 

@@ -14,8 +14,9 @@ from safetensors import safe_open
 from torch.distributed.fsdp import fully_shard
 
 from sightline.models import FAMILIES, MODELS, Family, build_model, load_pretrained, save_pretrained
-from sightline.models.hf.directory import find_family, read_model_config, read_pretrained
+from sightline.models.hf.directory import read_pretrained
 from sightline.models.hf.format import HuggingFace, Weight, group_weights
+from sightline.models.hf.source import find_family, read_model_config
 from sightline.models.llama3 import LLAMA3
 
 DEBUG = [name for name in MODELS if "-debug" in name]
@@ -172,7 +173,7 @@ def edit_config(directory: Path, **fields: Any) -> None:
     ("damage", "message"),
     [
         (lambda d: (d / "config.json").unlink(), "config.json does not exist; expected a Hugging Face directory"),
-        (lambda d: (d / "config.json").write_text("{"), "is not the config of a Hugging Face model"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON .*; it is damaged"),
         (lambda d: edit_config(d, architectures="absent"), "is not the config of a Hugging Face model"),
         (
             lambda d: edit_config(d, architectures=["Gpt2"]),
@@ -185,7 +186,7 @@ def edit_config(directory: Path, **fields: Any) -> None:
         (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "index.json is damaged"),
         (
             lambda d: [file.unlink() for file in d.glob("model*")],
-            "contains no weights; expected model.safetensors, .* pytorch_model.bin is not read",
+            "contains no weights; expected model.safetensors, or .*index.json and its files: download it again",
         ),
         (
             lambda d: (d / "model-00003-of-00003.safetensors").write_bytes(b"short"),
