@@ -122,9 +122,9 @@ def install(rank: Rank) -> None:
     launch_step, train_step = trainer.Trainer.launch_step, trainer.train_step
     encode, clip_gradients = Tokenizer.encode, step_module.clip_gradients
 
-    def recorded_launch(self: trainer.Trainer) -> trainer.PendingStep:
+    def recorded_launch(self: trainer.Trainer, *arguments: Any) -> trainer.PendingStep:
         rank.before_step(self.step + 1)
-        launched = launch_step(self)
+        launched = launch_step(self, *arguments)
         rank.after_step(self.step)
         return launched
 
