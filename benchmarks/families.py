@@ -35,13 +35,12 @@ from benchmarks.timing import in_turn, machine, save
 from benchmarks.training_step import cycle
 from sightline.batch import IGNORE, PADDING, Batch
 from sightline.config import OptimizerConfig
-from sightline.data import Tokenizer, load_documents, open_loader
+from sightline.data import Tokenizer, load_documents, open_loader, train_tokenizer
 from sightline.models import VLM, VLMConfig, build_model, build_skeleton, config_of, load_pretrained, save_pretrained
 from sightline.models.hf.source import read_config
 from sightline.parallel.parallel_model import single_process_model
 from sightline.recipes import get_recipe
 from sightline.training.optimizer import build_optimizer
-from sightline.training.setup import get_tokenizer
 from sightline.training.step import prepare_batch, train_step
 
 MODELS = [
@@ -237,7 +236,7 @@ def rows_of(name: str, length: int, tokenizers: dict[tuple[str, int], Tokenizer]
     documents = load_documents(run.data)
     key = (run.data.source, run.model.vocab_size)
     if key not in tokenizers:
-        tokenizers[key] = get_tokenizer(run.data.tokenizer, documents, run.model.vocab_size)
+        tokenizers[key] = train_tokenizer(documents, run.model.vocab_size)
     images = build_skeleton(run.model).image_sizes
     with closing(open_loader(run.data, training, documents, tokenizers[key], images=images, seed=run.seed)) as loader:
         rows = [batch for batch in islice(loader, 60) if int(batch.document_ids.max()) >= 2]

@@ -100,13 +100,17 @@ class PlainModel(nn.Module):
 
 
 def rows_of(length: int) -> tuple[Tokenizer, list[Batch]]:
-    """Tokenizer, and rows of the corpus with at least three documents, the same for every contestant."""
+    """Tokenizer, and rows of the corpus with at least three documents, the same for every contestant.
+
+    If rows are too short for three documents, those with the most documents.
+    """
     documents = load_documents(DataConfig())
     tokenizer = train_tokenizer(documents, 8192)
     loader = Loader(documents, tokenizer, rows=1, sequence_length=length, seed=1)
-    rows = [batch for batch in (next(loader) for _ in range(60)) if int(batch.document_ids.max()) >= 2]
+    drawn = [next(loader) for _ in range(60)]
     loader.close()
-    return tokenizer, rows
+    last_ids = [int(batch.document_ids.max()) for batch in drawn]
+    return tokenizer, [row for row, last in zip(drawn, last_ids, strict=True) if last >= min(2, max(last_ids))]
 
 
 def ours(length: int, threads: int) -> Callable[[], float]:

@@ -17,12 +17,12 @@ import safetensors.torch
 import torch
 
 from sightline.cli.main import run
-from sightline.config.values import LIMITS, types_of
+from sightline.config.checks import LIMITS, types_of
 from sightline.data import Documents, train_tokenizer
 from sightline.models import MODELS, build_model, load_pretrained, save_pretrained
 from sightline.models.hf.source import COPIED_FILES, read_model_config
 from sightline.training.run_directory import load_config, settings
-from tests.support.small_runs import small_run, write_corpus
+from tests.support.small_runs import rewrite_manifest, small_run, write_corpus
 
 INDEX = "model.safetensors.index.json"
 DEBUG = [name for name in MODELS if name.endswith("-debug")]
@@ -127,7 +127,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: edit(d, num_hidden_layers=True),
         "num_hidden_layers in config.json is True; expected an integer",
     ),
-    "infinite": (lambda d: edit(d, rms_norm_eps=math.inf), "model.norm-eps is inf; expected a number of at most 1e"),
+    "infinite": (lambda d: edit(d, rms_norm_eps=math.inf), "model.norm-eps must be a finite number, got inf"),
     "architectures": (lambda d: edit(d, architectures=3), "architectures is 3; expected a list such as"),
     "RoPE": (lambda d: edit(d, rope_scaling=[1]), r"rope_scaling in config.json is \[1\]; expected an object"),
     "quantization": (lambda d: edit(d, quantization_config="x"), "quantization_config in config.json is 'x'"),
@@ -269,10 +269,9 @@ def test_export_reads_no_directory_that_the_config_of_a_run_names(
     assert (config["max_position_embeddings"], config["eos_token_id"]) == (77, [1, 2])
 
     config = json.loads((moved / "config.json").read_text())
-    for hidden_size, message in ((6400, "MiB of weights; expected the config.json"), (2**40, "model.hidden-size is")):
+    refusals = {6400: "MiB of weights; expected the config.json", 2**40: "hidden_size must be at most"}
+    for hidden_size, message in refusals.items():
         (moved / "config.json").write_text(json.dumps(with_value(config, ("model", "hidden_size"), hidden_size)))
-        sizes = json.loads((moved / "manifest.json").read_text())
-        sizes["files"]["config.json"] = (moved / "config.json").stat().st_size
-        (moved / "manifest.json").write_text(json.dumps(sizes))
+        rewrite_manifest(moved)
         assert run(["generate", str(moved), "--device", "cpu"]) == 2
         assert message in capsys.readouterr().err

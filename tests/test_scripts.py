@@ -11,6 +11,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from sightline.cli.train import parse
+from tests.test_commands import check_trainable
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -21,20 +22,20 @@ def read(name: str) -> Any:
 
 def container_of(template: dict[str, Any]) -> dict[str, Any]:
     (container,) = template["spec"]["containers"]
-    assert {"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"} in container["env"]
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in template["spec"]["volumes"]}
     return container
 
 
-def check(container: dict[str, Any]) -> Any:
-    """Parse the command as torchrun and `sightline train` do; return the options of torchrun."""
+def check(container: dict[str, Any], world: int) -> Any:
+    """Parse the command as torchrun and `sightline train` do, for `world` ranks; return the options of torchrun."""
     program, *words = [*container["command"], *container["args"]]
     options = get_args_parser().parse_args(words)
     assert program == "torchrun" and options.module and options.training_script == "sightline"
     command, *rest = options.training_script_args
     run = parse(rest)
     assert command == "train" and run.output_dir.is_relative_to("/shared")
+    check_trainable(run, world)
     return options
 
 
@@ -43,7 +44,7 @@ def test_slurm() -> None:
     script = SCRIPTS / "slurm.sbatch"
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text()
-    for words in ("#SBATCH --signal=TERM@300", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", '-m sightline train "$@"'):
+    for words in ("#SBATCH --signal=TERM@300", '-m sightline train "$@"'):
         assert words in text
 
 
@@ -51,7 +52,8 @@ def test_pytorchjob() -> None:
     job = read("pytorchjob.yaml")
     worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
     container = container_of(worker["template"])
-    assert check(container).shutdown_timeout < worker["template"]["spec"]["terminationGracePeriodSeconds"]
+    world = worker["replicas"] * int(job["spec"]["nprocPerNode"])
+    assert check(container, world).shutdown_timeout < worker["template"]["spec"]["terminationGracePeriodSeconds"]
     assert container["name"] == "pytorch"  # the operator requires this name
     assert job["spec"]["elasticPolicy"]["maxReplicas"] == worker["replicas"]
     assert int(job["spec"]["nprocPerNode"]) == container["resources"]["limits"]["nvidia.com/gpu"]
@@ -62,7 +64,7 @@ def test_jobset() -> None:
     (workers,) = jobset["spec"]["replicatedJobs"]
     job = workers["template"]["spec"]
     container = container_of(job["template"])
-    options = check(container)
+    options = check(container, job["parallelism"] * container["resources"]["limits"]["nvidia.com/gpu"])
     assert options.shutdown_timeout < job["template"]["spec"]["terminationGracePeriodSeconds"]
     assert options.nnodes == str(job["parallelism"]) == str(job["completions"])
     assert options.nproc_per_node == str(container["resources"]["limits"]["nvidia.com/gpu"])

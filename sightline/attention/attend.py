@@ -92,7 +92,9 @@ def check_backend(backend: str, requirements: KernelRequirements) -> None:
     unsupported = [candidate.supports(requirements) for candidate in find_backends(backend, requirements.device)]
     if all(unsupported):
         reasons = "; ".join(map(str, unsupported))
-        raise ValueError(f"attention backend {backend!r}: {reasons}; {_alternatives(requirements)}")
+        raise ValueError(
+            f"attention backend (--attention.backend) {backend!r}: {reasons}; {_alternatives(requirements)}"
+        )
 
 
 def find_backends(backend: str, device: torch.device) -> list[Backend]:

@@ -19,6 +19,8 @@ class KernelRequirements:
     training       whether the backward pass will run
     sinks          whether heads have learned sink logits
     head_dim       D, channels per head; None if not known yet
+    same_tokens    whether queries and keys are always the same tokens; they are not under context parallelism, nor in
+                   generation with a cache
     """
 
     device: torch.device
@@ -26,6 +28,7 @@ class KernelRequirements:
     training: bool = False
     sinks: bool = False
     head_dim: int | None = None
+    same_tokens: bool = True
 
 
 class Unsupported(NamedTuple):

@@ -33,6 +33,8 @@ class Varlen:
             return f"varlen needs bfloat16 or float16, got {requirements.dtype}"
         if requirements.head_dim is not None and requirements.head_dim > MAX_HEAD_DIM:
             return f"varlen supports a head_dim of at most {MAX_HEAD_DIM}, got {requirements.head_dim}"
+        if not requirements.same_tokens:
+            return "varlen needs queries and keys to be the same tokens"
         return None
 
     def lower(self, mask: AttentionMask, requirements: KernelRequirements) -> VarlenLayout | Unsupported:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from sightline.cli.options import parse_options
 from sightline.cli.source import SourceArgument, find_source
 from sightline.models import FAMILIES, load_pretrained, save_pretrained
 from sightline.models.hf.directory import MAX_SHARD_BYTES
@@ -31,7 +32,7 @@ class Convert:
     """
 
     source: SourceArgument
-    """A run directory, for its newest checkpoint; a checkpoint; or a Hugging Face directory.
+    """A run directory, for its newest checkpoint; a checkpoint; a Hugging Face directory, or the name of a Hub model.
     Or package.module:NAME, a Run of your own, for its output directory."""
     output: Annotated[Path, tyro.conf.Positional]
     """Directory to write. It must not contain weights yet."""
@@ -45,11 +46,17 @@ class Convert:
     max_shard_bytes: int = MAX_SHARD_BYTES
     """Largest size of one weight file, in bytes."""
 
+    def __post_init__(self) -> None:
+        if self.max_shard_bytes < 1:
+            raise ValueError(f"--max-shard-bytes must be at least 1, got {self.max_shard_bytes}")
+
 
 def main(argv: list[str]) -> None:
-    options = tyro.cli(Convert, args=argv, prog="sightline convert")
+    options = parse_options(Convert, argv, prog="sightline convert")
     source, family = find_source(options.source, options.family)
     output, shard = options.output, options.max_shard_bytes
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; choose another OUTPUT, a directory to write the model to")
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     source = find_pretrained(source, FAMILIES if family is None else (family,))
     if options.vision or is_pretrained(source):

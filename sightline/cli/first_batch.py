@@ -11,12 +11,12 @@ from rich.console import Console
 
 from sightline.batch import Batch
 from sightline.config import Run
-from sightline.data import load_documents, open_loader, split_documents
+from sightline.data import load_documents, open_loader, split_documents, train_tokenizer
 from sightline.masks import AttentionMask
 from sightline.models import build_model
 from sightline.models.hf.source import fetch
 from sightline.training.checkpoint import TOKENIZER
-from sightline.training.setup import get_tokenizer
+from sightline.training.setup import open_tokenizer
 from sightline.training.step import Model, prepare_batch
 from sightline.training.terminal import shown
 
@@ -40,10 +40,11 @@ def first_batch(title: str, run: Run, directory: Path | None, sequence_length: i
     if sequence_length is not None:
         run = replace(run, training=replace(run.training, sequence_length=sequence_length))
     with Console(stderr=True).status(shown(f"reading {run.data.source}")):
-        documents, _ = split_documents(load_documents(run.data), run.data.validation_fraction)
         pretrained = run.model_from and fetch(run.model_from, weights=False)
         path = directory / TOKENIZER if directory else run.data.tokenizer or pretrained
-        tokenizer = get_tokenizer(path, documents, run.model.vocab_size)
+        tokenizer = open_tokenizer(path, run.model.vocab_size)
+        documents, _ = split_documents(load_documents(run.data), run.data.validation_fraction)
+        tokenizer = tokenizer or train_tokenizer(documents, run.model.vocab_size)
         with torch.device("meta"):  # masks and FLOPs need no weights
             model = build_model(run.model)
     images = model.image_sizes

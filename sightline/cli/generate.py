@@ -13,8 +13,9 @@ from torch import Tensor
 
 import sightline
 from sightline import config
+from sightline.cli.options import parse_options
 from sightline.cli.source import SourceArgument, find_source
-from sightline.config.values import check_text
+from sightline.config.checks import check_text
 from sightline.data import Tokenizer, pack_patches
 from sightline.data.image_files import read_image
 from sightline.generation import SamplingConfig, stream
@@ -37,7 +38,7 @@ class Generate(SamplingConfig):
     """
 
     source: SourceArgument
-    """A run directory, for its newest checkpoint; a checkpoint; or a Hugging Face directory.
+    """A run directory, for its newest checkpoint; a checkpoint; a Hugging Face directory, or the name of a Hub model.
     Or package.module:NAME, a Run of your own, for its output directory."""
     family: str | None = None
     """The family of the directory's model, if it is your own: package.module:NAME, a Family or a Run."""
@@ -52,7 +53,7 @@ class Generate(SamplingConfig):
 
 
 def main(argv: list[str]) -> None:
-    options = tyro.cli(Generate, args=argv, prog="sightline generate")
+    options = parse_options(Generate, argv, prog="sightline generate")
     check_text("--prompt", options.prompt)
     device = choose_device(config.TrainingConfig(device=options.device))
     directory, family = find_source(options.source, options.family)

@@ -65,11 +65,14 @@ def run(argv: list[str]) -> int:
     except Stopped as stopped:
         print_error(stopped, str(stopped), style="yellow")
         return stopped.exit_code
-    except BrokenPipeError:
-        raise
-    except (RunEnded, LostRank, ValueError, OSError) as error:
+    except (RunEnded, LostRank, ValueError) as error:
         print_error(error, f"error: {error}")
         return exit_code_of(error)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a file that cannot be read or written, and that no command expects
+        print_error(error, f"error: {error.filename or argv[0]}: {error.strerror or error}")
+        return 1
     except KeyboardInterrupt as interrupt:
         print_error(interrupt, "interrupted; existing checkpoints are unchanged", style="yellow")
         return 130

@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from sightline.cli.expression import HELPERS, RULES
+from sightline.cli.options import parse_options
 
 DESCRIPTION = """Plot what each token may attend to.
 
@@ -50,7 +51,12 @@ class Masks:
     family: str | None = None
     """The family of the run's model, if it is your own: package.module:NAME, a Family or a Run."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("row", 0), ("block_size", 1), ("width", 24), ("sequence_length", 2)):
+            if (number := getattr(self, name)) is not None and number < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {number}")
+
 
 def main(argv: list[str]) -> None:
-    options = tyro.cli(Masks, args=argv, prog="sightline masks", description=DESCRIPTION)
+    options = parse_options(Masks, argv, prog="sightline masks", description=DESCRIPTION)
     importlib.import_module("sightline.cli.show_masks").show_masks(options)

@@ -7,6 +7,7 @@ import importlib
 from pathlib import Path
 
 from sightline.cli.train import parse
+from sightline.config.checks import LARGEST
 from sightline.recipes import RECIPES
 from sightline.training.flops import GPU_PEAKS
 
@@ -15,7 +16,8 @@ HELP = """usage: sightline plan RECIPE [--processes N] [options of sightline tra
 RECIPE is a recipe of `sightline train`, or package.module:RUN for one of your own.
 
 Estimate what a run needs on a mesh: memory and communication of each rank, pipeline bubble, FLOPs. Runs on one CPU
-process, without torchrun, for any number of ranks. Rejects what training would reject, with the same message.
+process, without torchrun, for any number of ranks. Rejects what training would reject, with the same message. The
+ranks are GPUs, unless --training.device is cpu.
 
   --processes N    number of ranks of the run (default: the product of the degrees)
   --gpu NAME       GPU whose peak FLOP/s give the shortest step (default: H100), one of:
@@ -61,7 +63,7 @@ def main(argv: list[str]) -> None:
 def _parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Split the arguments into the options of this command and those of `sightline train`."""
     parser = argparse.ArgumentParser(prog="sightline plan", add_help=False, allow_abbrev=False)
-    parser.add_argument("--processes", type=int, default=0)
+    parser.add_argument("--processes", type=int)
     parser.add_argument("--gpu", default="H100")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--picture", type=Path)
@@ -69,6 +71,6 @@ def _parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if not others:
         raise ValueError(f"the recipe is missing: sightline plan RECIPE ...; recipes: {', '.join(RECIPES)}")
     for name in ("processes", "rows"):
-        if getattr(options, name) < 0:
-            raise ValueError(f"--{name} must be greater than 0, got {getattr(options, name)}")
+        if (number := getattr(options, name)) is not None and not 0 < number <= LARGEST:
+            raise ValueError(f"--{name} must be greater than 0 and at most {LARGEST}, got {number}")
     return options, others

@@ -29,8 +29,8 @@ DEGREES = (8, 64, 512)
 """Context degrees that are shown in addition to that of the run."""
 
 
-def show_plan(title: str, run: Run, *, processes: int, gpu: str, rows: int, picture: Path | None) -> None:
-    """Print the estimate of `run` on `processes` ranks; if that is 0, on the product of its degrees."""
+def show_plan(title: str, run: Run, *, processes: int | None, gpu: str, rows: int, picture: Path | None) -> None:
+    """Print the estimate of `run` on `processes` ranks; if that is None, on the product of its degrees."""
     world = processes or math.prod(max(1, getattr(run.parallel, axis)) for axis in AXES)
     console = Console(highlight=False)
     with Console(stderr=True).status("tracing the model"):

@@ -15,6 +15,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 import sightline
 from sightline.attention import CHOICES
+from sightline.cli.options import parse_options
 from sightline.config import Run
 from sightline.config.renamed import old_names, renaming_message
 from sightline.config.run import BackendName
@@ -75,10 +76,10 @@ def parse(argv: list[str]) -> Run:
         recipe = dataclasses.replace(recipe, model=read_model_config(directory, families), model_from=directory)
     options = use_new_options(recipe, argv[1:])
     kind: Any = Run[type(recipe.model)]  # type: ignore[misc]  # makes the fields of the model's config options too
-    run = tyro.cli(
+    run = parse_options(
         kind,
+        options,
         default=recipe,
-        args=options,
         prog=f"sightline train {argv[0]}",
         description=f"Train {argv[0]}. The defaults are those of the recipe.\n\n{EXAMPLES}",
         config=(tyro.conf.AvoidSubcommands,),

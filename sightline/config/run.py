@@ -10,16 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
+from sightline.config.checks import check_not_negative, check_positive, check_seed, check_text, check_values
 from sightline.config.renamed import RenamedFields
-from sightline.config.values import check_text
 
 Model = TypeVar("Model")
-
-
-def _positive(owner: str, **values: int | float) -> None:
-    for name, value in values.items():
-        if value <= 0:
-            raise ValueError(f"{owner}.{name} must be greater than 0, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +45,14 @@ class DataConfig(RenamedFields):
     By default, `sightline` in the user's cache directory ($XDG_CACHE_HOME or ~/.cache)."""
 
     def __post_init__(self) -> None:
+        check_values(self, "data")
+        if not self.source:
+            raise ValueError(
+                "data.source is empty; expected `python-stdlib`, `synthetic-images`, `hf:NAME` or a path: use "
+                "--data.source PATH"
+            )
         if self.epochs is not None:
-            _positive("data", epochs=self.epochs)
+            check_positive("data", self, "epochs")
         if not 0.0 <= self.validation_fraction < 1.0:
             raise ValueError(
                 f"data.validation-fraction must be at least 0 and less than 1, got {self.validation_fraction}"
@@ -93,8 +93,8 @@ class TrainingConfig:
     """Apply activation checkpointing to every n-th layer; 1 means all layers."""
 
     def __post_init__(self) -> None:
-        _positive("training", steps=self.steps, global_batch_size=self.global_batch_size)
-        _positive("training", micro_batch_size=self.micro_batch_size, recompute_every=self.recompute_every)
+        check_values(self, "training")
+        check_positive("training", self, "steps", "global_batch_size", "micro_batch_size", "recompute_every")
         if self.sequence_length < 2:
             raise ValueError(
                 f"training.sequence-length must be at least 2 (one input token, one label), got {self.sequence_length}"
@@ -108,6 +108,10 @@ class TrainingConfig:
 SCHEDULES = Literal[
     "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
 ]
+
+
+LONGEST_TIMEOUT = 7 * 24 * 60 * 60
+"""Longest `parallel.timeout` in seconds. Parts of PyTorch count milliseconds in 32 bits, which is 24 days."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +150,12 @@ class ParallelConfig:
     """Seconds that a rank waits for another rank before it aborts and names the missing rank."""
 
     def __post_init__(self) -> None:
-        for name in ("replicate", "context", "tensor", "pipeline", "expert", "timeout"):
-            _positive("parallel", **{name: getattr(self, name)})
+        check_values(self, "parallel")
+        check_positive("parallel", self, "replicate", "context", "tensor", "pipeline", "expert", "timeout")
+        if self.timeout > LONGEST_TIMEOUT:
+            raise ValueError(
+                f"parallel.timeout must be at most {LONGEST_TIMEOUT} seconds (one week), got {self.timeout}"
+            )
         if self.shard < 1 and self.shard != -1:
             raise ValueError(
                 f"parallel.shard must be at least 1, or -1 for all ranks that the other degrees leave, got {self.shard}"
@@ -189,11 +197,9 @@ class OptimizerConfig(RenamedFields):
     """Learning rate of the last step as a fraction of the peak."""
 
     def __post_init__(self) -> None:
-        if self.name not in OPTIMIZER_STATE:
-            raise ValueError(f"optimizer.name must be one of {', '.join(OPTIMIZER_STATE)}, got {self.name!r}")
-        _positive("optimizer", learning_rate=self.learning_rate, eps=self.eps, max_grad_norm=self.max_grad_norm)
-        if self.warmup_steps < 0:
-            raise ValueError(f"optimizer.warmup-steps must be at least 0, got {self.warmup_steps}")
+        check_values(self, "optimizer")
+        check_positive("optimizer", self, "learning_rate", "eps", "max_grad_norm")
+        check_not_negative("optimizer", self, "warmup_steps", "weight_decay")
         for name, value in (("decay-ratio", self.decay_ratio), ("min-lr-ratio", self.min_lr_ratio)):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"optimizer.{name} must be between 0 and 1, got {value}")
@@ -202,8 +208,6 @@ class OptimizerConfig(RenamedFields):
                 raise ValueError(f"optimizer.betas must be in [0, 1), got {self.betas}")
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"optimizer.momentum must be in [0, 1), got {self.momentum}")
-        if self.weight_decay < 0:
-            raise ValueError(f"optimizer.weight-decay must be at least 0, got {self.weight_decay}")
 
 
 class BackendName(str):
@@ -230,9 +234,9 @@ class ValidationConfig:
     """Rows per validation; every validation uses the same rows."""
 
     def __post_init__(self) -> None:
-        _positive("validation", rows=self.rows)
-        if self.every < 0:
-            raise ValueError(f"validation.every must be at least 0, got {self.every}")
+        check_values(self, "validation")
+        check_positive("validation", self, "rows")
+        check_not_negative("validation", self, "every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,9 +263,14 @@ class CheckpointConfig:
     `sightline convert` exports any checkpoint."""
 
     def __post_init__(self) -> None:
-        _positive("checkpoint", keep=self.keep)
-        if self.every < 0:
-            raise ValueError(f"checkpoint.every must be at least 0, got {self.every}")
+        check_values(self, "checkpoint")
+        check_positive("checkpoint", self, "keep")
+        check_not_negative("checkpoint", self, "every")
+        if not self.resume:
+            raise ValueError(
+                "checkpoint.resume is empty; expected `auto`, `never` or the path of a checkpoint or a run directory: "
+                "use --checkpoint.resume auto"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +287,12 @@ class LoggingConfig:
     """Maximum number of tokens of the sample text; 0 generates none."""
 
     def __post_init__(self) -> None:
+        check_values(self, "logging")
+        check_not_negative("logging", self, "sample_tokens")
+        if self.wandb == "":
+            raise ValueError(
+                "logging.wandb is empty; expected the name of a Weights & Biases project: --logging.wandb NAME"
+            )
         check_text("logging.sample-prompt", self.sample_prompt)
 
 
@@ -288,7 +303,7 @@ class Run(Generic[Model]):
     model: Model
     """Model architecture."""
     model_from: Path | None = None
-    """Hugging Face directory (config.json, safetensors) with pretrained weights to start from.
+    """Pretrained weights to start from: a Hugging Face directory, or the name of a model on the Hub: Qwen/Qwen3-0.6B.
     Its config.json sets the model architecture. Its tokenizer is used unless --data.tokenizer is given."""
     output_dir: Path = Path("runs/default")
     """Directory of the run. The same command with the same directory resumes an interrupted run."""
@@ -302,3 +317,7 @@ class Run(Generic[Model]):
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
+        check_values(self.model, "model")

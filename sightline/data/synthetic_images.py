@@ -98,11 +98,7 @@ class ImageLoader(EpochLoader):
         world: int = 1,
         epochs: int | None = None,
     ) -> None:
-        if images is None:
-            raise ValueError(
-                f"data.source {SYNTHETIC_IMAGES!r} contains images, but this model is text-only; use a recipe of the "
-                "family vlm, or another --data.source"
-            )
+        images = check_images(images)
         if tokenizer.vocab_size > images.image_token_id:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, so the image token {images.image_token_id} may also "
@@ -185,6 +181,20 @@ class ImageLoader(EpochLoader):
             ids += [self._images.image_token_id] * (image.height * image.width)
             ids += self._captions[image.caption][begin:-1]
         return [*ids, self._tokenizer.eos_id]
+
+
+def check_images(images: ImageSizes | None) -> ImageSizes:
+    """Return the image properties of a model.
+
+    Raises:
+        ValueError: if it has none, because it is text-only.
+    """
+    if images is None:
+        raise ValueError(
+            f"data.source {SYNTHETIC_IMAGES!r} contains images, but this model is text-only; use a recipe of the "
+            "family vlm, or another --data.source"
+        )
+    return images
 
 
 def validation_images(

@@ -101,13 +101,13 @@ def train_tokenizer(documents: Documents, vocab_size: int) -> Tokenizer:
     Training is deterministic. It reads every n-th document of sources with more than 200 million characters.
 
     Raises:
-        ValueError: if `vocab_size` is too small for all bytes and the special tokens.
+        ValueError: if there are no documents, or `vocab_size` is too small for all bytes and the special tokens.
     """
-    smallest = BYTES + len((BEGIN, END))
-    if vocab_size < smallest:
+    check_vocab_size(vocab_size)
+    if not documents:
         raise ValueError(
-            f"a vocabulary of {vocab_size} tokens is too small for a byte-level tokenizer; "
-            f"expected at least {smallest} ({BYTES} bytes, {BEGIN} and {END})"
+            f"{documents.source} have no text to train a tokenizer on; set the tokenizer they were encoded with: "
+            "data.tokenizer or model_from"
         )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -121,6 +121,21 @@ def train_tokenizer(documents: Documents, vocab_size: int) -> Tokenizer:
     )
     backend.train_from_iterator(_sample(documents), trainer)
     return Tokenizer(backend, begin=BEGIN, end=END)
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Check that a byte-level tokenizer of this size can be trained.
+
+    Raises:
+        ValueError: if it is too small for all bytes and the special tokens.
+    """
+    smallest = BYTES + len((BEGIN, END))
+    if vocab_size < smallest:
+        raise ValueError(
+            f"a vocabulary of {vocab_size} tokens is too small for a byte-level tokenizer; expected at least "
+            f"{smallest} ({BYTES} bytes, {BEGIN} and {END}): use --model.vocab-size {smallest} or more, or give a "
+            "tokenizer with --data.tokenizer"
+        )
 
 
 def _sample(documents: Documents) -> Iterator[str]:
@@ -140,7 +155,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.exists():
         raise ValueError(
-            f"no tokenizer at {path}; expected a Hugging Face tokenizer.json or a folder that contains one"
+            f"no tokenizer at {path}; expected a Hugging Face tokenizer.json or a folder that contains one: use "
+            "--data.tokenizer PATH"
         )
     size = file_inside(path.parent, path.name).stat().st_size
     if size > MAX_BYTES:

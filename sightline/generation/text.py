@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sightline.batch import IGNORE, Batch
+from sightline.config.checks import check_seed
 from sightline.masks import AttentionMask, named_masks
 from sightline.models.decoder import Decoder, Masks
 
@@ -54,6 +55,7 @@ class SamplingConfig:
             raise ValueError(f"top-k must be at least 1 token, got {self.top_k}; omit it to sample from all tokens")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top-p must be greater than 0 and at most 1 (all tokens), got {self.top_p}")
+        check_seed("seed", self.seed)
 
 
 DEFAULTS = SamplingConfig()

@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from sightline.config.values import check_values
+from sightline.config.checks import check_values
 
 
 @dataclass(frozen=True, kw_only=True)

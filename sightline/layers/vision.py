@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sightline.attention import Lowered
+from sightline.config.checks import check_values
 from sightline.config.renamed import RenamedFields
-from sightline.config.values import check_values
 from sightline.layers.attention import GroupedQueryAttention
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from sightline import numbers
-
-
-def option(field: str) -> str:
-    """Return the command line name of a model config field: `model.num-kv-heads` for `num_kv_heads`."""
-    return f"model.{field.replace('_', '-')}"
+from sightline.config import checks
 
 
 def check_positive(config: Any, *fields: str) -> None:
     """Raise ValueError if one of the fields is not greater than 0."""
-    for name in fields:
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{option(name)} must be greater than 0, got {getattr(config, name)}")
+    checks.check_positive("model", config, *fields)
+
+
+def option(field: str) -> str:
+    """Return the command line name of a model config field: `model.num-kv-heads` for `num_kv_heads`."""
+    return checks.option("model", field)
 
 
 def check_divisible(config: Any, dividend: str, divisor: str, noun: str) -> None:

@@ -15,8 +15,8 @@ from torch.distributed import ProcessGroup
 
 from sightline.attention import Exchanges, KernelRequirements, LocalExchanges, Lowered, check_backend, lower
 from sightline.batch import Batch, ImageSizes
+from sightline.config.checks import check_values
 from sightline.config.renamed import RenamedFields
-from sightline.config.values import check_values
 from sightline.layers import (
     LOSSES,
     AttentionLayer,
@@ -259,13 +259,19 @@ class Decoder(nn.Module):
             "head_dim": max((need["head_dim"] for need in needs), default=None),
         }
 
-    def check_backend(self, device: torch.device, dtype: torch.dtype, *, training: bool) -> None:
+    def check_backend(
+        self, device: torch.device, dtype: torch.dtype, *, training: bool, same_tokens: bool = True
+    ) -> None:
         """Check that the attention backend can run the attention layers with at least some masks.
+
+        The arguments are those of `KernelRequirements`.
 
         Raises:
             ValueError: if it cannot; the message gives the reason and the backends that can.
         """
-        needs = KernelRequirements(device=device, dtype=dtype, training=training, **self.kernel_requirements)
+        needs = KernelRequirements(
+            device=device, dtype=dtype, training=training, same_tokens=same_tokens, **self.kernel_requirements
+        )
         check_backend(self.attention_backend, needs)
 
     def lower_masks(self, masks: Mapping[str, Any], h: Tensor) -> dict[str, Lowered]:

@@ -17,7 +17,7 @@ from sightline.layers import Experts
 from sightline.layers.precision import autocast_dtype
 from sightline.models.decoder import Decoder
 from sightline.numbers import divisors, nearest
-from sightline.parallel.mesh import Mesh
+from sightline.parallel.mesh import Degrees, Mesh
 from sightline.parallel.patch import expose_local_parameters, identity_view, replace_forward, replace_parameter
 from sightline.parallel.torch_private import all_to_all_single_autograd
 
@@ -28,13 +28,10 @@ def apply_expert(model: Decoder, mesh: Mesh) -> None:
     The stacked weights [E, ...] become DTensors: this rank stores E / degree experts, and of each expert its tensor
     parallel shard. Their gradients are sums over the tokens of all ranks of `expert`.
 
-    Raises:
-        ValueError: if the model has no experts, or if the degree does not divide their number.
+    `check_expert` has checked the degree.
     """
-    degree = mesh.size("expert")
-    if degree == 1:
+    if mesh.size("expert") == 1:
         return
-    check_degree(model, mesh)
     group = mesh.group("expert")
     for experts in model.modules():
         if isinstance(experts, Experts):
@@ -46,13 +43,19 @@ def apply_expert(model: Decoder, mesh: Mesh) -> None:
             replace_forward(experts, lambda run: functools.partial(dispatch, run, group))
 
 
-def check_degree(model: Decoder, mesh: Mesh) -> None:
-    """Check that the degree divides the number of experts; errors as in `apply_expert`."""
-    degree, family = mesh.size("expert"), type(model).__name__
+def check_expert(model: Decoder, degrees: Degrees) -> None:
+    """Check that the degree of `expert` divides the number of experts.
+
+    Raises:
+        ValueError: if it does not, or if the model has no experts.
+    """
+    degree, family = degrees.size("expert"), type(model).__name__
+    if degree == 1:
+        return
     if not model.num_experts:
         raise ValueError(f"parallel.expert {degree}: {family} has no experts with these sizes; use parallel.expert 1")
     if model.num_experts % degree:
-        valid = [d for d in divisors(model.num_experts) if mesh.size("weights") % d == 0]
+        valid = [d for d in divisors(model.num_experts) if degrees.size("weights") % d == 0]
         raise ValueError(
             f"parallel.expert {degree} does not divide the {model.num_experts} experts of a layer of {family}; "
             f"use parallel.expert {nearest(degree, valid)}"

@@ -75,24 +75,38 @@ def collective_timeout(parallel: ParallelConfig, device: torch.device) -> timede
     return timedelta(seconds=parallel.timeout + (30 if device.type == "cuda" else 0))
 
 
-class Mesh:
-    """Sizes, this rank's indices, process groups and device meshes of all axes.
-
-    A single process has no process groups: every axis has size 1. Otherwise torch.distributed must be initialized.
+class Degrees:
+    """Number of ranks along each axis, which needs no process groups.
 
     An axis is one of AXES or FLATTENED, `expert` (the ranks that share a layer's experts, neighbors in shard x context)
     or `expert_weights` (the ranks that store the same experts and share their weights).
+
+    Raises:
+        ValueError: if `world` ranks cannot have these degrees; see `resolve`.
     """
 
-    def __init__(self, parallel: ParallelConfig, device: torch.device) -> None:
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.parallel = resolve(parallel, self.world)
-        self.device = device
+    def __init__(self, parallel: ParallelConfig, world: int) -> None:
+        self.world, self.parallel = world, resolve(parallel, world)
         self._sizes = {axis: getattr(self.parallel, axis) for axis in AXES}
         self._sizes |= {name: math.prod(self._sizes[axis] for axis in axes) for name, axes in FLATTENED.items()}
         self._sizes["expert"] = self.parallel.expert
         self._sizes["expert_weights"] = self._sizes["weights"] // self.parallel.expert
+
+    def size(self, axis: str) -> int:
+        """Return the number of ranks along an axis."""
+        return self._sizes[axis]
+
+
+class Mesh(Degrees):
+    """Degrees, and this rank's indices, process groups and device meshes of all axes.
+
+    A single process has no process groups: every axis has size 1. Otherwise torch.distributed must be initialized.
+    """
+
+    def __init__(self, parallel: ParallelConfig, device: torch.device) -> None:
+        super().__init__(parallel, dist.get_world_size() if dist.is_initialized() else 1)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.device = device
         self._roots: list[DeviceMesh] = []
         self._flattened: dict[str, DeviceMesh] = {}
         if self.world > 1:
@@ -110,10 +124,6 @@ class Mesh:
 
     def _lay_out(self, *axes: str) -> DeviceMesh:
         return init_device_mesh(self.device.type, tuple(self._sizes[axis] for axis in axes), mesh_dim_names=axes)
-
-    def size(self, axis: str) -> int:
-        """Return the number of ranks along an axis."""
-        return self._sizes[axis]
 
     def index(self, axis: str) -> int:
         """Return this rank's index along an axis, from 0."""

@@ -50,16 +50,8 @@ def split_stages(full_model: Decoder, stages: int) -> list[range]:
     Work is measured as FLOPs per token in matrix products, without attention scores. The embedding is a lookup and
     costs nothing. The output projection of Llama 3 8B (vocabulary 128k, hidden size 4096) costs as much as 2.4 layers,
     so the last stage gets fewer layers.
-
-    Raises:
-        ValueError: if there are more stages than layers.
     """
-    if stages > len(full_model.layers):
-        raise ValueError(
-            f"{stages} pipeline stages need at least {stages} layers, but the model has {len(full_model.layers)}; use "
-            f"at most {len(full_model.layers)} stages: --parallel.pipeline times one with the schedules "
-            f"{' and '.join(ONE_STAGE)}, times two with the others"
-        )
+    assert stages <= len(full_model.layers), "check_pipeline checks the number of stages"
     total = list(accumulate((flops_per_token(layer) for layer in full_model.layers.values()), initial=0.0))
     end = len(full_model.layers)
     head = full_model.output_flops_per_token()
@@ -86,14 +78,9 @@ def split_stages(full_model: Decoder, stages: int) -> list[range]:
 
 
 def build_local_stages(full_model: Decoder, mesh: Mesh) -> list[Decoder]:
-    """Return this rank's stages of a model on the meta device: copies without the remote modules, names unchanged.
-
-    Raises:
-        ValueError: if there are more stages than layers, or if embedding and head must be on one stage.
-    """
+    """Return this rank's stages of a model on the meta device: copies without the remote modules, names unchanged."""
     if mesh.size("pipeline") == 1:
         return [deepcopy(full_model)]
-    check_pipeline_support(full_model)
     parallel = mesh.parallel
     ranges = split_stages(full_model, count_stages(parallel))
     return [
@@ -102,12 +89,21 @@ def build_local_stages(full_model: Decoder, mesh: Mesh) -> list[Decoder]:
     ]
 
 
-def check_pipeline_support(full_model: Decoder) -> None:
-    """Check that embedding and head of a model can be on different stages.
+def check_pipeline(full_model: Decoder, parallel: ParallelConfig) -> None:
+    """Check that the model can be split into the stages of `parallel`.
 
     Raises:
-        ValueError: if they cannot.
+        ValueError: if there are more stages than layers, or if embedding and head must be on one stage.
     """
+    if parallel.pipeline == 1:
+        return
+    stages, layers = count_stages(parallel), len(full_model.layers)
+    if stages > layers:
+        raise ValueError(
+            f"{stages} pipeline stages need at least {stages} layers, but the model has {layers}; use at most {layers} "
+            f"stages: --parallel.pipeline times one with the schedules {' and '.join(ONE_STAGE)}, times two with the "
+            "others"
+        )
     if full_model.pipeline_unsupported_reason:
         raise ValueError(
             f"{full_model.pipeline_unsupported_reason}, or --parallel.pipeline 1: a pipeline has the embedding on its "

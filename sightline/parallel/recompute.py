@@ -14,7 +14,12 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from sightline.config import TrainingConfig
 from sightline.layers import Router, routers_of
 from sightline.parallel.patch import replace_forward
-from sightline.parallel.torch_private import ATTENTION_OPS, GROUPED_MM, RECEIVING_OPS
+from sightline.parallel.torch_private import (
+    ATTENTION_OPS,
+    GROUPED_MM,
+    RECEIVING_OPS,
+    ignore_profiler_ops_of_recompute,
+)
 
 ops = torch.ops.aten
 SAVED_OPS: list[Any] = [
@@ -50,6 +55,7 @@ def recompute(layer: nn.Module, selective: bool) -> None:
     # Layers use no random numbers, so their state need not be restored.
     compiled: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if selective:
+        ignore_profiler_ops_of_recompute()
         compiled["context_fn"] = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
     eager = compiled
     if routers:

@@ -33,7 +33,7 @@ from sightline.layers import TensorParallelLayer, routers_of
 from sightline.models.decoder import Decoder
 from sightline.numbers import divisors, nearest
 from sightline.parallel import vocab_parallel
-from sightline.parallel.mesh import Mesh
+from sightline.parallel.mesh import Degrees, Mesh
 from sightline.parallel.patch import (
     View,
     after_forward,
@@ -52,13 +52,11 @@ def apply_tensor(model: Decoder, mesh: Mesh) -> None:
     Every parameter becomes a DTensor of the same name on that axis; layers compute with its local shard. Models declare
     what to shard in `Decoder.hidden_state_modules` and `TensorParallelLayer.SHARD_DIMS`.
 
-    Raises:
-        ValueError: if the degree does not divide the vocabulary, or the heads or channels of a layer.
+    `check_tensor` has checked the degree.
     """
     degree = mesh.size("tensor")
     if degree == 1:
         return
-    check_degree(model, degree)
     tensor = mesh["tensor"]
     shard_parameters(model, tensor)
     for module in model.hidden_state_modules():
@@ -87,8 +85,14 @@ def tensor_parallel_layers(module: nn.Module, prefix: str = "") -> Iterator[tupl
         yield from tensor_parallel_layers(child, f"{prefix}.{name}" if prefix else name)
 
 
-def check_degree(model: Decoder, degree: int) -> None:
-    """Check that the degree divides the vocabulary and the units of all layers; errors as in `apply_tensor`."""
+def check_tensor(model: Decoder, degrees: Degrees, length: int) -> None:
+    """Check that the degree of `tensor` divides the units of all layers, and the tokens of rows of `length` tokens.
+
+    Raises:
+        ValueError: if it does not divide the vocabulary, the heads or channels of a layer, or the tokens of a row that
+            each rank of `context` has.
+    """
+    degree, context = degrees.size("tensor"), degrees.size("context")
     units = [("tokens of the vocabulary", model.config.vocab_size)]
     units += [
         unit
@@ -101,6 +105,15 @@ def check_degree(model: Decoder, degree: int) -> None:
         raise ValueError(
             f"parallel.tensor {degree} does not divide {' nor '.join(indivisible)} of {type(model).__name__}; "
             f"use parallel.tensor {nearest(degree, divisors(math.gcd(*(count for _, count in units))))}"
+        )
+    local, multiple = length // context, degree * context
+    if local % degree:
+        lengths = sorted({max(multiple, length // multiple * multiple), (length // multiple + 1) * multiple})
+        per_rank = f" that each of {context} ranks of parallel.context has" if context > 1 else ""
+        raise ValueError(
+            f"parallel.tensor {degree} does not divide the {local} tokens of a row{per_rank}, which it shards between "
+            f"layers; use --training.sequence-length {' or '.join(map(str, lengths))}, or parallel.tensor "
+            f"{nearest(degree, divisors(math.gcd(local, *(count for _, count in units))))}"
         )
 
 
@@ -160,13 +173,7 @@ def shard_tokens(mesh: DeviceMesh, module: nn.Module, args: tuple[Any, ...]) -> 
 
 
 def _shard(h: Tensor, mesh: DeviceMesh) -> Tensor:
-    length, degree = h.shape[1], mesh.size()
-    if length % degree:
-        raise ValueError(
-            f"parallel.tensor {degree} does not divide the {length} tokens of a row, which it shards between "
-            f"layers; use {length // degree * degree or degree} or {(length // degree + 1) * degree} tokens (per rank "
-            f"of parallel.context), or parallel.tensor {nearest(degree, divisors(length))}"
-        )
+    assert h.shape[1] % mesh.size() == 0, "check_tensor checks the length of the rows"
     return redistribute(h, mesh, Replicate(), Shard(1))
 
 

@@ -8,6 +8,7 @@ import torch.nn.attention.varlen  # registers torch.ops.torch_attn
 from torch import Tensor
 from torch.distributed import _functional_collectives, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import SAC_IGNORED_OPS
 
 GROUPED_MM = torch.ops.aten._grouped_mm.default
 ATTENTION_OPS = (
@@ -38,6 +39,20 @@ foreach_multiply_ = torch._foreach_mul_
 def all_to_all(rows: Tensor, sizes: list[int], received_sizes: list[int], group: dist.ProcessGroup) -> Tensor:
     """Start an asynchronous all-to-all of `rows`; call `wait` on the result before reading it."""
     return torch.ops._c10d_functional.all_to_all_single(rows, received_sizes, sizes, group.group_name)
+
+
+def ignore_profiler_ops_of_recompute() -> None:
+    """Let selective checkpointing run the profiler's marks of FSDP without looking for a saved result.
+
+    FSDP marks the all-gather of weights that are not gathered yet. Within a layer, experts have their own: the
+    recomputation gathers others than the forward did, and checkpointing requires equal numbers of all other operations.
+    """
+    SAC_IGNORED_OPS.update(
+        (
+            torch.ops.profiler._record_function_enter_new.default,
+            torch.ops.profiler._record_function_exit._RecordFunction,
+        )
+    )
 
 
 def skip_side_effects_of_recompute() -> None:

@@ -18,8 +18,8 @@ from sightline.layers.base import Role, attention_layers, parameter_info
 from sightline.layers.loss import CHUNK_SIZE
 from sightline.models import build_skeleton
 from sightline.models.decoder import Decoder
-from sightline.parallel.apply import check_rows, parallelize
-from sightline.parallel.context.apply import check_context
+from sightline.parallel.apply import parallelize
+from sightline.parallel.checks import check_run
 from sightline.parallel.mesh import Mesh
 from sightline.parallel.patch import AXES
 from sightline.parallel.pipeline_stages import build_local_stages, stages_of
@@ -104,18 +104,17 @@ class Estimate:
 
 
 def estimate(run: Run, world: int) -> Estimate:
-    """Estimate memory, communication and FLOPs of `run` on `world` ranks.
+    """Estimate memory, communication and FLOPs of `run` on `world` ranks: GPUs, unless `training.device` is cpu.
 
     Raises:
-        ValueError: if training would reject the run: degrees that do not divide the ranks, the model or the batch.
+        ValueError: if training would reject the run; see `check_run`.
     """
+    check_run(run, world, torch.device("cpu" if run.training.device == "cpu" else "cuda"))
     parallel = replace(run.parallel, offload=False)  # offload moves the shards but does not change their size
     training = replace(run.training, compile=False)
     full_model = build_skeleton(run.model)
     with fake_process_group(world, 0):
         mesh = Mesh(parallel, torch.device("cpu"))
-        check_context(full_model, mesh, training.sequence_length)
-        check_rows(training, mesh)
     pipeline_size = mesh.size("pipeline")
     rows = training.global_batch_size // mesh.size("data")
     training = replace(training, micro_batch_size=training.rows_per_forward(rows))

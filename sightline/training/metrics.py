@@ -122,12 +122,21 @@ class Metrics:
             self._wandb.finish()
 
 
+def check_wandb(options: config.LoggingConfig) -> None:
+    """Check that Weights & Biases is installed if the run logs to it.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if options.wandb is not None and wandb is None:
+        raise ValueError(
+            f"logging.wandb {options.wandb!r} needs the package wandb, which is not installed: "
+            "pip install 'sightline[wandb]'"
+        )
+
+
 def start_wandb(directory: Path, project: str, settings: dict[str, Any]) -> Any:
     """Start a Weights & Biases run, or resume the one whose id is stored in the run directory."""
-    if wandb is None:
-        raise ValueError(
-            f"logging.wandb {project!r} needs the package wandb, which is not installed: pip install 'sightline[wandb]'"
-        )
     id_file = directory / "wandb_id"
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:8])

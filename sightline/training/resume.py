@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sightline.config import CheckpointConfig
 from sightline.parallel.host import HostGroup
 from sightline.training.checkpoint import CONFIG, check_checkpoint
-from sightline.training.checkpoint_directory import find_latest, set_aside, step_of
+from sightline.training.checkpoint_directory import find_latest, remove_partial, set_aside, step_of
 from sightline.training.manifest import Damaged
 from sightline.training.run_directory import RunDirectory, find_checkpoint, load_config, settings
 
@@ -21,6 +23,43 @@ MAY_CHANGE = ("data.epochs", "data.cache_dir")
 """Fields of a section in MUST_MATCH that may change nevertheless."""
 MAY_CHANGE_SILENTLY = ("output_dir", "logging", "checkpoint", "parallel.timeout", "data.cache_dir")
 """Fields that do not affect results. Fields in no list may change on resume, with a warning."""
+
+
+def acquire_start(
+    directory: RunDirectory,
+    options: CheckpointConfig,
+    run_settings: dict[str, Any],
+    host: HostGroup,
+    opened: ExitStack,
+) -> tuple[Path | None, list[str]]:
+    """Lock the directory; return the checkpoint to resume from, and warnings about damage and changed options.
+
+    host    all ranks, each of which calls this function
+    opened  closes the lock
+
+    Raises:
+        ValueError: if the run cannot start in this directory, or not from this checkpoint.
+    """
+    host.from_rank_zero(directory.check_writable)
+    start = host.from_rank_zero(lambda: find_start(options.resume, directory))
+    warnings: list[str] = []
+
+    def lock() -> None:
+        opened.enter_context(directory.lock())
+        remove_partial(directory.checkpoints)
+
+    is_path = options.resume not in ("auto", "never")
+    if is_path:
+        assert start is not None, "find_start returns the path or raises"
+        check_checkpoint(start, contents=options.verify, host=host)
+    else:
+        host.from_rank_zero(lock)  # before damaged checkpoints are renamed
+        start, warnings = pass_over_damage(directory, contents=options.verify, host=host)
+    if start is not None:
+        warnings += host.from_rank_zero(lambda: check_continues(start, run_settings))
+    if is_path:
+        host.from_rank_zero(lock)  # a path that is refused leaves no directory
+    return start, warnings
 
 
 def find_start(resume: str, directory: RunDirectory) -> Path | None:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import os
 import typing
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
 from sightline.config import Run
+from sightline.config.checks import check_value, types_of
 from sightline.config.renamed import use_new_names
-from sightline.config.values import check_value, types_of
 from sightline.data import Tokenizer
 from sightline.models import FAMILIES, Family
 from sightline.models.families import named_family, reference_of
@@ -75,14 +76,29 @@ class RunDirectory:
         temporary.write_text(json.dumps(run_settings, indent=2) + "\n")
         temporary.rename(self.config)  # atomic, so that a kill leaves no incomplete file
 
+    def check_writable(self) -> None:
+        """Check that the directory can be created or written. Changes no files.
+
+        Raises:
+            ValueError: if it is a file, lies below a file, or must not be written.
+        """
+        existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise ValueError(f"output_dir {self.path}: {existing} is a file; choose a directory with --output-dir")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise ValueError(self._unwritable(f"{existing} is not writable"))
+
     def lock(self) -> typing.IO[str]:
         """Lock the directory until the returned file is closed or the process ends.
 
         Raises:
-            ValueError: if another process holds the lock.
+            ValueError: if another process holds the lock, or the directory cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        file = (self.path / ".lock").open("w")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise ValueError(self._unwritable(str(error))) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -91,6 +107,11 @@ class RunDirectory:
                 f"another process is training in {self.path}; wait for it, stop it, or choose another --output-dir"
             ) from None
         return file
+
+    def _unwritable(self, reason: str) -> str:
+        return (
+            f"output_dir {self.path} cannot be written: {reason}; choose another --output-dir, or permit writing to it"
+        )
 
 
 def find_checkpoint(path: Path) -> Path:

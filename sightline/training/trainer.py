@@ -18,20 +18,19 @@ from sightline.data import (
     Batches,
     DataLoader,
     Documents,
-    is_dataset,
-    load_documents,
     open_loader,
     open_validation,
     split_documents,
+    train_tokenizer,
 )
 from sightline.errors import NonFiniteLoss, RunFailed, Stopped
 from sightline.generation import SamplingConfig, generate
 from sightline.masks import named_masks
 from sightline.models import family_of
-from sightline.models.hf.directory import check_pretrained, read_pretrained
+from sightline.models.hf.directory import read_pretrained
 from sightline.models.hf.files import holds_weights
 from sightline.models.hf.source import find_pretrained
-from sightline.parallel.apply import build_parallel, check_rows
+from sightline.parallel.apply import build_parallel
 from sightline.parallel.host import HostGroup
 from sightline.parallel.launch import distributed_session, record_step, wait_for_device
 from sightline.parallel.mesh import Mesh
@@ -39,11 +38,10 @@ from sightline.training.checkpoint import (
     TOKENIZER,
     CannotSave,
     Progress,
-    check_checkpoint,
     load_checkpoint,
     tensors,
 )
-from sightline.training.checkpoint_directory import remove_partial
+from sightline.training.checkpoint_directory import find_latest
 from sightline.training.export import export_checkpoint
 from sightline.training.flops import find_peak
 from sightline.training.metrics import Metrics
@@ -57,11 +55,12 @@ from sightline.training.report import (
     plot_first_masks,
     plot_losses,
 )
-from sightline.training.resume import check_continues, find_start, pass_over_damage
+from sightline.training.resume import acquire_start
 from sightline.training.run_directory import RunDirectory, settings
+from sightline.training.same_on_all_ranks import check_same
 from sightline.training.saver import Saver
 from sightline.training.schedule import learning_rate
-from sightline.training.setup import choose_device, get_tokenizer, make_reproducible
+from sightline.training.setup import check_start, choose_device, make_reproducible, open_files, read_documents
 from sightline.training.signals import StopRequest
 from sightline.training.step import StepResult, train_step, validate
 from sightline.training.terminal import Terminal
@@ -80,8 +79,8 @@ def train(run: Run, terminal: Terminal | None = None, *, batches: Batches | None
         Stopped: after a signal; see `sightline.errors`.
         RunFailed: if the run cannot continue.
     """
-    if run.model_from:
-        find_pretrained(run.model_from, (family_of(run.model),))  # before ranks wait for each other with a timeout
+    if run.model_from and find_latest(RunDirectory(run.output_dir).checkpoints) is None:
+        find_pretrained(run.model_from, (family_of(run.model),))  # a download may take longer than parallel.timeout
     with distributed_session(run.parallel, choose_device(run.training)) as device, ExitStack() as opened:
         Trainer(run, device, terminal or Terminal(), opened, batches).train()
     return run.output_dir
@@ -101,36 +100,22 @@ class PendingStep:
 class Trainer:
     """Runs one training run. Resources that it opens are closed with the exit stack `opened`."""
 
+    stop_requested = False  # whether a rank had received a stop signal when the newest step that was read ended
+    last_read = 0.0  # time when it was read
+
     def __init__(
         self, run: Run, device: torch.device, terminal: Terminal, opened: ExitStack, batches: Batches | None = None
     ) -> None:
-        self.run, self.device = run, device
+        self.run, self.device, self.host = run, device, HostGroup()
+        run_settings = settings(run)
+        check_start(run, device, self.host)
         self.mesh = mesh = Mesh(run.parallel, device)
         self.terminal = terminal = terminal if mesh.rank == 0 else Terminal(Console(quiet=True))
         self.start_time = time.perf_counter()
-        check_rows(run.training, mesh)
         make_reproducible(run.seed, run.training.deterministic)
         self.directory = RunDirectory(run.output_dir)
-        run_settings = settings(run)
-        self.host = HostGroup()
-        start, changes = self.acquire_directory(opened, run_settings)
-
-        if batches is not None:
-            documents = Documents.from_texts([], source="your batches")
-        elif is_dataset(run.data):
-            documents = self.host.first_of_each_machine(lambda: load_documents(run.data))
-        else:
-            documents = load_documents(run.data)
-        training, held_out = split_documents(documents, run.data.validation_fraction if documents else 0)
-        pretrained = find_pretrained(run.model_from, (family_of(run.model),)) if run.model_from and not start else None
-        path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or pretrained, run.model.vocab_size
-        log_data(terminal, run.output_dir, documents, held_out, path, vocab_size, start)
-        source = start or (None if run.data.tokenizer else pretrained)
-        self.tokenizer = self.host.from_rank_zero(
-            lambda: self.directory.keep_tokenizer(get_tokenizer(path, training, vocab_size), source)
-        )
-        if pretrained:
-            self.host.from_rank_zero(lambda: check_pretrained(run.model, pretrained))
+        start, changes = acquire_start(self.directory, run.checkpoint, run_settings, self.host, opened)
+        training, held_out, pretrained = self.read_data(start, batches)
         self.model = build_parallel(run.model, run.training, mesh, attention_backend=run.attention.backend)
         if pretrained:
             read_pretrained(self.model.full_model, pretrained, self.model.state_dict)
@@ -150,9 +135,6 @@ class Trainer:
             metrics = Metrics(self.directory.path, run.logging, self.step, run_settings)
             self.metrics = opened.enter_context(closing(metrics))
             self.saver.before_save = metrics.file.sync
-        self.stop_requested = False
-        """Whether a rank had received a stop signal when the last read step ended."""
-        self.last_read = 0.0
         self.reads_immediately = device.type == "cpu"  # a CPU step is finished when it returns
         terminal.table({"epoch": self.loader.describe()})
         log_model(terminal, run.training, self.model, run.model_from, self.peak)
@@ -161,25 +143,23 @@ class Trainer:
         if self.step >= self.steps:
             terminal.log(f"all {self.steps} steps are done (now at step {self.step}): nothing left to train")
 
-    def acquire_directory(self, opened: ExitStack, run_settings: dict[str, Any]) -> tuple[Path | None, list[str]]:
-        """Lock the directory; return the checkpoint to resume from, and warnings about damage and changed options."""
-        options, host, directory = self.run.checkpoint, self.host, self.directory
-        start = host.from_rank_zero(lambda: find_start(options.resume, directory))
-        warnings: list[str] = []
-
-        def lock() -> None:
-            opened.enter_context(directory.lock())
-            remove_partial(directory.checkpoints)
-
-        if start is None or options.resume == "auto":
-            host.from_rank_zero(lock)  # before damaged checkpoints are renamed
-            start, warnings = pass_over_damage(directory, contents=options.verify, host=host)
-        else:
-            check_checkpoint(start, contents=options.verify, host=host)
-        changes = host.from_rank_zero(lambda: check_continues(start, run_settings)) if start else []
-        if options.resume not in ("auto", "never"):
-            host.from_rank_zero(lock)
-        return start, warnings + changes
+    def read_data(self, start: Path | None, batches: Batches | None) -> tuple[Documents, Documents, Path | None]:
+        """Open or train the tokenizer; return training and held-out documents, and the pretrained model to read."""
+        run, host = self.run, self.host
+        pretrained = find_pretrained(run.model_from, (family_of(run.model),)) if run.model_from and not start else None
+        path, vocab_size = start / TOKENIZER if start else run.data.tokenizer or pretrained, run.model.vocab_size
+        tokenizer = host.from_rank_zero(lambda: open_files(run, path, pretrained))
+        documents = Documents.from_texts([], source="your batches")
+        if batches is None:
+            documents = read_documents(run.data, host)
+        training, held_out = split_documents(documents, run.data.validation_fraction if documents else 0)
+        log_data(self.terminal, run.output_dir, documents, held_out, path, vocab_size, start)
+        source = start or (None if run.data.tokenizer else pretrained)
+        self.tokenizer = host.from_rank_zero(
+            lambda: self.directory.keep_tokenizer(tokenizer or train_tokenizer(training, vocab_size), source)
+        )
+        check_same(host, {"data": training.digest, "tokenizer": self.tokenizer.fingerprint})
+        return training, held_out, pretrained
 
     def open_batches(
         self, training: Documents, held_out: Documents, batches: Batches | None, opened: ExitStack
@@ -344,10 +324,6 @@ class Trainer:
         """Generate a text sample."""
         logging = self.run.logging
         if logging.sample_tokens:
-            text = generate(
-                self.model.generation_model,
-                self.tokenizer,
-                logging.sample_prompt,
-                SamplingConfig(max_new_tokens=logging.sample_tokens, seed=self.run.seed),
-            )
+            sampling = SamplingConfig(max_new_tokens=logging.sample_tokens, seed=self.run.seed)
+            text = generate(self.model.generation_model, self.tokenizer, logging.sample_prompt, sampling)
             self.terminal.sample(logging.sample_prompt, text)

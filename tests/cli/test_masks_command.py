@@ -47,7 +47,8 @@ def run_directory(source: Path, tmp_path: Path) -> Path:
     run = small(get_recipe("llama3-debug"), source)
     directory = tmp_path / "run"
     directory.mkdir()
-    RunDirectory(directory).write(settings(run), train_tokenizer(load_documents(run.data), 260))
+    RunDirectory(directory).write_config(settings(run))
+    RunDirectory(directory).keep_tokenizer(train_tokenizer(load_documents(run.data), 260), None)
     return directory
 
 

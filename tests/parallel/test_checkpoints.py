@@ -257,7 +257,7 @@ def read_on_mesh(rank: int, run: Run) -> tuple[dict[str, Tensor], int]:
     """Return the full tensors of this rank's state dict, and the number of elements in its local shards."""
     model = build_parallel(run.model, run.training, Mesh(run.parallel, CPU))
     state = model.state_dict()
-    read_pretrained(model.full_model, run.model_from, state)
+    read_pretrained(model.full_model, run.model_from, lambda: state)
     local = sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel() for tensor in state.values())
     return {name: full(tensor) for name, tensor in state.items()}, local
 

@@ -17,8 +17,8 @@ from sightline.layers import Router, routers_of
 from sightline.models import build_skeleton, config_of, init_model_weights
 from sightline.models.weight_init import fill_parameter
 from sightline.parallel.context.apply import apply_context
-from sightline.parallel.expert import apply_expert, sort_by_expert
-from sightline.parallel.mesh import Mesh
+from sightline.parallel.expert import apply_expert, check_expert, sort_by_expert
+from sightline.parallel.mesh import Degrees, Mesh
 from sightline.parallel.recompute import apply_recompute
 from sightline.parallel.shard import apply_shard
 from sightline.parallel.tensor import apply_tensor
@@ -175,24 +175,18 @@ def test_rank_with_only_padding() -> None:
         assert_close(actual, expected)
 
 
-def errors_of_invalid_degrees(rank: int) -> list[str]:
-    mesh = Mesh(ParallelConfig(expert=4), CPU)
+def test_errors_name_valid_degrees() -> None:
+    degrees = Degrees(ParallelConfig(expert=4), 4)
     errors = []
     for name, changes in (("llama3-debug", {}), ("qwen3-debug", {}), ("qwen3-debug-moe", {"num_experts": 6})):
         with pytest.raises(ValueError) as error:
-            apply_expert(build_skeleton(replace(config_of(name), **changes)), mesh)
+            check_expert(build_skeleton(replace(config_of(name), **changes)), degrees)
         errors.append(str(error.value))
-    return errors
-
-
-def test_errors_name_valid_degrees() -> None:
-    (errors, *others) = run_on_ranks(4, errors_of_invalid_degrees)
     assert errors == [
         "parallel.expert 4: Llama3 has no experts with these sizes; use parallel.expert 1",
         "parallel.expert 4: Qwen3 has no experts with these sizes; use parallel.expert 1",
         "parallel.expert 4 does not divide the 6 experts of a layer of Qwen3; use parallel.expert 2",
     ]
-    assert others == [errors] * 3
 
 
 def aux_loss_gradient(router: Router, x: Tensor, visible: Tensor) -> Tensor:

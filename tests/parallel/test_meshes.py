@@ -160,6 +160,13 @@ def test_every_mesh_equals_one_process(family, degrees, source, tmp_path, single
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-@pytest.mark.parametrize("degrees", [{"shard": 2}, {"tensor": 2}, {"pipeline": 2}, {"context": 2}], ids=str)
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        *({axis: 2} for axis in ("shard", "tensor", "pipeline", "context")),
+        *({"expert": 2, "shard": 2, axis: 2} for axis in ("pipeline", "tensor")),
+    ],
+    ids=str,
+)
 def test_recompute_on_a_mesh(recompute, degrees, source, tmp_path, single_process) -> None:
     check("qwen3_moe", degrees, source, tmp_path, single_process, recompute=recompute)

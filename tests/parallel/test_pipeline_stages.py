@@ -8,7 +8,7 @@ import pytest
 from sightline.config import ParallelConfig, TrainingConfig
 from sightline.models import MODELS, build_skeleton
 from sightline.parallel.pipeline_stages import (
-    check_pipeline_support,
+    check_pipeline,
     count_microbatches,
     count_stages,
     extract_stage,
@@ -41,7 +41,7 @@ def test_more_stages_than_layers_is_an_error() -> None:
     with pytest.raises(
         ValueError, match=r"5 pipeline stages need at least 5 layers, but the model has 4; use at most 4"
     ):
-        split_stages(build_skeleton(replace(MODELS["llama3-debug"], num_layers=4)), 5)
+        check_pipeline(build_skeleton(replace(MODELS["llama3-debug"], num_layers=4)), ParallelConfig(pipeline=5))
 
 
 @pytest.mark.parametrize(
@@ -79,11 +79,12 @@ def test_stages_partition_the_parameters_of_the_model() -> None:
 
 
 def test_models_that_need_embedding_and_head_on_one_stage() -> None:
+    two = ParallelConfig(pipeline=2)
     with pytest.raises(ValueError, match=r"--model.no-tied-embeddings"):
-        check_pipeline_support(build_skeleton(replace(MODELS["llama3-debug"], tied_embeddings=True)))
+        check_pipeline(build_skeleton(replace(MODELS["llama3-debug"], tied_embeddings=True)), two)
     with pytest.raises(ValueError, match=r"model.mtp-loss-weight is 0.1, .*--model.mtp-loss-weight None"):
-        check_pipeline_support(build_skeleton(replace(MODELS["deepseek_v3-debug"], mtp_loss_weight=0.1)))
-    check_pipeline_support(build_skeleton("deepseek_v3-debug"))
+        check_pipeline(build_skeleton(replace(MODELS["deepseek_v3-debug"], mtp_loss_weight=0.1)), two)
+    check_pipeline(build_skeleton("deepseek_v3-debug"), two)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -25,9 +26,9 @@ from sightline.models import VLMConfig, build_skeleton, config_of, init_model_we
 from sightline.models.qwen3_next import GatedAttention
 from sightline.models.weight_init import fill_parameter
 from sightline.parallel.compile import apply_compile
-from sightline.parallel.mesh import Mesh
+from sightline.parallel.mesh import Degrees, Mesh
 from sightline.parallel.shard import apply_shard
-from sightline.parallel.tensor import apply_tensor, check_degree
+from sightline.parallel.tensor import apply_tensor, check_tensor
 from tests.support.processes import run_on_ranks
 
 CPU = torch.device("cpu")
@@ -207,20 +208,22 @@ def test_generation_equals_one_process() -> None:
     assert run_on_ranks(2, generate_texts, names) == [expected, expected]
 
 
-def error_of_length(rank: int, length: int) -> str:
-    """Return the error of a forward with rows of an invalid length."""
-    model = build(config_of("llama3-debug"), Mesh(ParallelConfig(tensor=2), CPU))
-    batch = Batch.from_documents([list(range(1, length + 1))], length=length)
-    with pytest.raises(ValueError) as error:
-        run(model, batch, labels=True)
-    return str(error.value)
-
-
-def test_row_length_must_be_divisible() -> None:
-    assert run_on_ranks(2, error_of_length, 7)[1] == (
-        "parallel.tensor 2 does not divide the 7 tokens of a row, which it shards between layers; use 6 or 8 tokens "
-        "(per rank of parallel.context), or parallel.tensor 1 or 7"
-    )
+@pytest.mark.parametrize(
+    ("degrees", "length", "words"),
+    [
+        ({"tensor": 2}, 7, "2 does not divide the 7 tokens of a row, which .*--training.sequence-length 6 or 8, or"),
+        (
+            {"tensor": 2, "context": 3},
+            21,
+            "2 does not divide the 7 tokens .* 3 ranks of parallel.context has.* 18 or 24",
+        ),
+    ],
+)
+def test_row_length_must_be_divisible(degrees: dict[str, int], length: int, words: str) -> None:
+    with pytest.raises(ValueError, match=rf"parallel.tensor {words}.*parallel.tensor 1$"):
+        check_tensor(
+            build_skeleton("llama3-debug"), Degrees(ParallelConfig(**degrees), math.prod(degrees.values())), length
+        )
 
 
 @pytest.mark.parametrize(
@@ -236,7 +239,7 @@ def test_row_length_must_be_divisible() -> None:
 )
 def test_degree_must_divide_the_vocabulary_and_all_units(name: str, degree: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        check_degree(build_skeleton(name), degree)
+        check_tensor(build_skeleton(name), Degrees(ParallelConfig(tensor=degree), degree), 48)
 
 
 def test_all_names_in_shard_dims_and_partial_sums_exist() -> None:

@@ -26,6 +26,7 @@ from sightline.config import (
 from sightline.data import Batches
 from sightline.models import Llama3Config
 from sightline.training.loading import load
+from sightline.training.manifest import FileSum, Manifest, checksum_of, read_manifest
 from sightline.training.metrics import TIMES, read_metrics
 from sightline.training.terminal import Terminal
 from sightline.training.trainer import Trainer, train
@@ -81,6 +82,13 @@ def rows_of(run_directory: Path) -> list[dict[str, Any]]:
 
 def weights_of(path: Path) -> dict[str, torch.Tensor]:
     return load(path, device="cpu").model.state_dict()
+
+
+def rewrite_manifest(checkpoint: Path) -> None:
+    """Write sizes and checksums of the files as they are, as somebody would who changes them on purpose."""
+    manifest = read_manifest(checkpoint)
+    files = {path.name: FileSum(path.stat().st_size, checksum_of(path)) for path in checkpoint.iterdir()}
+    Manifest({name: files[name] for name in manifest.files}, manifest.mesh).write(checkpoint)
 
 
 def kill_at(name: str, call: int, *, halfway: bool = False) -> None:

@@ -10,7 +10,7 @@ from sightline.batch import Batch
 from sightline.config import DataConfig, ParallelConfig, Run
 from sightline.data import Tokenizer
 from sightline.models import config_of
-from sightline.training.checkpoint import find_latest
+from sightline.training.checkpoint_directory import find_latest
 from sightline.training.resume import check_continues
 from sightline.training.run_directory import settings
 from sightline.training.schedule import learning_rate

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import signal
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from sightline.config import LoggingConfig
+from sightline.errors import Stopped
 from sightline.training import step, trainer
 from sightline.training.checkpoint_directory import list_checkpoints
 from sightline.training.loading import load
@@ -75,7 +78,7 @@ def test_the_log_shows_the_model_and_the_output_files(run, output) -> None:
         "step 8 reached, loss",
         str(run.output_dir / "checkpoints" / "step-8"),
         str(run.output_dir / "loss.png"),
-        f'sightline generate {run.output_dir} --prompt "def "',
+        f"sightline generate {run.output_dir} --prompt 'def '",
     ):
         assert words in output, words
     assert "warning" not in output
@@ -121,7 +124,7 @@ def test_metrics_that_are_read_late_are_equal(source, tmp_path) -> None:
         one = open_trainer(late, opened)
         one.reads_immediately = False
         one.launch_step, launch_step = (
-            lambda: (seen.append(len(rows_of(tmp_path / "late"))), launch_step())[1],
+            lambda stop: (seen.append(len(rows_of(tmp_path / "late"))), launch_step(stop))[1],
             one.launch_step,
         )
         one.train()
@@ -129,6 +132,26 @@ def test_metrics_that_are_read_late_are_equal(source, tmp_path) -> None:
     # Rows in the file when steps 1 to 8 start: one step late, except after steps 3, 4 and 6, which save or validate.
     assert seen == [0, 0, 1, 3, 4, 4, 6, 6]
     assert all(row["seconds"] > 0 for row in read_metrics(tmp_path / "late" / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize(("reads_immediately", "last"), [(True, 3), (False, 4)])
+def test_a_signal_stops_after_the_step_that_is_launched(reads_immediately, last, source, tmp_path, monkeypatch) -> None:
+    """A device that computes while the host goes on has the next step when the signal of a step is read."""
+    original, calls = trainer.train_step, []
+
+    def step(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "train_step", step)
+    with ExitStack() as opened:
+        one = open_trainer(small_run(tmp_path / "run", source, checkpoint__every=0, validation__every=0), opened)
+        one.reads_immediately = reads_immediately
+        with pytest.raises(Stopped, match=f"stopped by SIGINT after step {last};"):
+            one.train()
+    assert len(calls) == len(rows_of(tmp_path / "run")) == last
 
 
 def test_deterministic_algorithms_are_enabled_on_request(source, tmp_path, monkeypatch) -> None:

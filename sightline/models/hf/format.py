@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sightline.config.values import check_limit, check_value
+from sightline.config.checks import check_limit, check_value
 
 View = Callable[[Tensor], Tensor]
 

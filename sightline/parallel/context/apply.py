@@ -12,7 +12,7 @@ from sightline.models.decoder import Decoder
 from sightline.numbers import divisors, nearest
 from sightline.parallel.context.exchange import ContextExchange
 from sightline.parallel.context.plan import plan_context
-from sightline.parallel.mesh import Mesh
+from sightline.parallel.mesh import Degrees, Mesh
 from sightline.parallel.patch import replace_attribute
 
 
@@ -67,13 +67,13 @@ def shard_inputs(inputs: dict[str, Any], model: Any, mesh: Mesh) -> dict[str, An
     }
 
 
-def check_context(model: Any, mesh: Mesh, length: int) -> None:
+def check_context(model: Any, degrees: Degrees, length: int) -> None:
     """Check that the ranks of `context` can share rows of `length` tokens and the heads of recurrent layers.
 
     Raises:
         ValueError: if they cannot; the message names lengths and degrees that work.
     """
-    degree = mesh.size("context")
+    degree = degrees.size("context")
     if length % degree:
         above = (length // degree + 1) * degree
         lengths = f"{above - degree} or {above}" if length > degree else f"{above}"
@@ -84,10 +84,10 @@ def check_context(model: Any, mesh: Mesh, length: int) -> None:
         )
     if model.context_parallel_heads is None:
         return
-    heads = model.context_parallel_heads // mesh.size("tensor")
+    heads = model.context_parallel_heads // degrees.size("tensor")
     if heads % degree:
         raise ValueError(
             f"parallel.context {degree} does not divide the {heads} key heads that each rank has with parallel.tensor "
-            f"{mesh.size('tensor')}: recurrent layers compute full rows, so context parallelism shards their heads; "
+            f"{degrees.size('tensor')}: recurrent layers compute full rows, so context parallelism shards their heads; "
             f"use parallel.context {nearest(degree, divisors(heads))}"
         )

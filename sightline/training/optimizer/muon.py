@@ -32,13 +32,9 @@ class Muon(torch.optim.Optimizer):
     FSDP or tensor parallelism shard, computes the full update and applies its shard of it; experts on different ranks
     are not gathered. Updates equal those of one process up to rounding: in float32, losses and gradient norms of ten
     steps agree within 1e-5, as with AdamW. In bfloat16 the iteration has a rounding error of about 1e-2 everywhere.
-
-    Raises:
-        ValueError: if the parameters are offloaded to the CPU while the device mesh has GPUs.
     """
 
     def __init__(self, parameters: list[ParameterInfo], options: config.OptimizerConfig) -> None:
-        check_offload(parameters)
         matrices = [p for _, p, role in parameters if role is Role.MATRIX]
         self.found_inf: Tensor | None = None
         self.adamw = AdamW([info for info in parameters if info.role is not Role.MATRIX], options)
@@ -104,17 +100,3 @@ def _orthogonalize_part(part: Tensor, p: nn.Parameter) -> Tensor:
 def _shards_matrix(placement: Placement, p: nn.Parameter) -> bool:
     """Return whether a placement shards the rows or columns of the matrices [..., out, in] of p."""
     return not placement.is_replicate() and placement.dim >= p.ndim - 2  # type: ignore[attr-defined]
-
-
-def check_offload(parameters: list[ParameterInfo]) -> None:
-    """Check that matrices are on the devices of their mesh, where Muon multiplies them.
-
-    Raises:
-        ValueError: if they are offloaded to the CPU.
-    """
-    for name, p, role in parameters:
-        if role is Role.MATRIX and isinstance(p, DTensor) and p.device.type != p.device_mesh.device_type:
-            raise ValueError(
-                f"optimizer.name muon multiplies matrices on the {p.device_mesh.device_type} devices of the mesh, but "
-                f"{name} is offloaded to {p.device.type}; use --parallel.no-offload, or --optimizer.name adamw"
-            )

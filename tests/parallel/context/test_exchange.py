@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from typing import Any
 
@@ -22,7 +23,7 @@ from sightline.parallel.context import exchange
 from sightline.parallel.context.apply import apply_context, check_context, shard_inputs
 from sightline.parallel.context.exchange import ContextExchange
 from sightline.parallel.context.shard import ContextShard
-from sightline.parallel.mesh import Mesh
+from sightline.parallel.mesh import Degrees, Mesh
 from tests.masks.test_block_mask import assert_same_blocks
 from tests.parallel.context.rows import LENGTH, LENGTHS, pack
 from tests.support.lowering import lowered
@@ -270,16 +271,6 @@ def test_varlen_rejects_a_shard_with_more_keys_than_queries() -> None:
         shard.mask.to_varlen()
 
 
-class MeshSizes:
-    """The part of a mesh that `check_context` uses, without processes."""
-
-    def __init__(self, **sizes: int) -> None:
-        self.sizes = {"context": 1, "tensor": 1, **sizes}
-
-    def size(self, axis: str) -> int:
-        return self.sizes[axis]
-
-
 @pytest.mark.parametrize(
     ("family", "sizes", "length", "text"),
     [
@@ -290,10 +281,10 @@ class MeshSizes:
     ],
 )
 def test_invalid_degrees_are_rejected(family: str, sizes: dict[str, int], length: int, text: str) -> None:
-    mesh: Any = MeshSizes(**sizes)
+    degrees = Degrees(ParallelConfig(**sizes), math.prod(sizes.values()))
     with pytest.raises(ValueError, match=text):
-        check_context(build_skeleton(family), mesh, length)
-    check_context(build_skeleton("llama3-debug"), mesh, 2048 * 3)
+        check_context(build_skeleton(family), degrees, length)
+    check_context(build_skeleton("llama3-debug"), degrees, 2048 * 3)
 
 
 def test_one_process_keeps_full_rows() -> None:

@@ -7,6 +7,7 @@ checked before memory is allocated for it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import reprlib
 import types
 import typing
@@ -32,33 +33,49 @@ LIMITS = {
 }
 """{field of a model config: largest value}: at least ten times that of any published model, and so small that the bytes
 of a weight fit into 63 bits."""
+LARGEST = 2**31 - 1
+"""Largest integer of any field: masks, positions and many kernels count in int32."""
 LARGEST_FLOAT = 1e30
 KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "text", list: "a list"}
 KINDS |= {dict: "an object", tuple: "a list", type(None): "null"}
 
 
-def check_values(config: Any, prefix: str) -> None:
-    """Check the type of each field of a config dataclass, and the sizes in `LIMITS`; `prefix` starts the option names.
+def option(owner: str, name: str) -> str:
+    """Return the name of a field in errors: `training.sequence-length`."""
+    return f"{owner}.{name}".lstrip(".").replace("_", "-")
+
+
+def check_values(config: Any, owner: str) -> None:
+    """Check the type of each field of a config dataclass, and the sizes in `LIMITS`.
+
+    owner  name of the config in options, such as `training`
 
     Raises:
         ValueError: if a value has another type than its field or is too large; the message has the name of the option.
     """
-    owner: Any = type(config)
-    for name, kind in types_of(owner).items():
-        check_value(kind, getattr(config, name), f"{prefix}.{name.replace('_', '-')}")
-        check_limit(name, getattr(config, name), f"{prefix}.{name.replace('_', '-')}")
+    kinds: dict[str, Any] = types_of(type(config))  # type: ignore[arg-type]
+    for name, kind in kinds.items():
+        value = getattr(config, name)
+        check_limit(name, value, option(owner, name))
+        check_value(kind, value, option(owner, name))
 
 
 def check_value(kind: Any, value: Any, name: str) -> None:
     """Check that a value has the type `kind`; `name` describes it in the message.
 
     Raises:
-        ValueError: if it has another type, or is a number that is not finite or absurdly large.
+        ValueError: if it has another type, or is a number that is not finite or too large.
     """
+    if typing.get_origin(kind) is typing.Literal and not has_type(kind, value):
+        raise ValueError(f"{name} must be one of {', '.join(map(str, typing.get_args(kind)))}, got {value!r}")
     if not has_type(kind, value):
         raise ValueError(f"{name} is {reprlib.repr(value)}; expected {describe_type(kind)}")
-    if isinstance(value, int | float) and not -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
-        raise ValueError(f"{name} is {reprlib.repr(value)}; expected a number of at most {LARGEST_FLOAT:g}")
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f"{name} must be a finite number, got {value}")
+        largest = LARGEST if isinstance(number, int) else LARGEST_FLOAT
+        if isinstance(number, int | float) and abs(number) > largest:
+            raise ValueError(f"{name} must be at most {largest}, got {reprlib.repr(value)}")
 
 
 def check_limit(field: str, value: Any, name: str) -> None:
@@ -68,9 +85,10 @@ def check_limit(field: str, value: Any, name: str) -> None:
         ValueError: if it is not an integer, or too large.
     """
     if field in LIMITS and value is not None:
-        check_value(int, value, name)
+        if not has_type(int, value):
+            raise ValueError(f"{name} is {reprlib.repr(value)}; expected {describe_type(int)}")
         if value > LIMITS[field]:
-            raise ValueError(f"{name} is {value}; expected at most {LIMITS[field]}: no model is larger, correct it")
+            raise ValueError(f"{name} is {reprlib.repr(value)}; expected at most {LIMITS[field]}: no model is larger")
 
 
 def check_text(name: str, text: str) -> None:
@@ -118,3 +136,23 @@ def describe_type(kind: Any) -> str:
     if dataclasses.is_dataclass(kind):
         return "an object"
     return KINDS.get(origin or kind, str(kind))
+
+
+def check_positive(owner: str, config: Any, *fields: str) -> None:
+    """Raise ValueError if one of the fields is not greater than 0."""
+    for name in fields:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{option(owner, name)} must be greater than 0, got {getattr(config, name)}")
+
+
+def check_not_negative(owner: str, config: Any, *fields: str) -> None:
+    """Raise ValueError if one of the fields is less than 0."""
+    for name in fields:
+        if getattr(config, name) < 0:
+            raise ValueError(f"{option(owner, name)} must be at least 0, got {getattr(config, name)}")
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raise ValueError if PyTorch's random number generators do not take the seed."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"{name} must be at least 0 and less than 2^64 (64 bits), got {seed}")

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from sightline.config import ParallelConfig, TrainingConfig
-from sightline.parallel.apply import check_rows
-from sightline.parallel.mesh import Mesh
-from sightline.planning.torch_private import fake_process_group
+from sightline.parallel.checks import check_rows
+from sightline.parallel.mesh import Degrees
 
 
 def check(rows: int, micro_batch_size: int, ranks: int) -> None:
     training = TrainingConfig(global_batch_size=rows, micro_batch_size=micro_batch_size)
-    with fake_process_group(ranks, 0):
-        check_rows(training, Mesh(ParallelConfig(), torch.device("cpu")))
+    check_rows(training, Degrees(ParallelConfig(), ranks))
 
 
 @pytest.mark.parametrize(("rows", "micro_batch_size", "ranks"), [(4, 4, 2), (4, 8, 4), (12, 8, 2), (12, 3, 2)])
