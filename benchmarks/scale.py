@@ -3,8 +3,7 @@
     python -m benchmarks.scale                    2, 8, 16, 32 and 64 ranks on this machine, minutes on two cores
     python -m benchmarks.scale --ranks 8 64
 
-Each rank is a process that runs `sightline train` on a small model, with the real store, files, loader and control flow.
-Only the collectives of process groups do nothing (PyTorch's fake backend), so losses mean nothing, and connections of
+Each rank is a process that runs `sightline train` on a small model, with the real store, files and loader. Only the collectives of process groups do nothing (PyTorch's fake backend), so losses mean nothing, and connections of
 gloo or NCCL are not counted. This process hosts the store, as torchrun does.
 
 Counted per rank: calls of the store and their bytes, files opened and looked up (stat) in the run directory, and
