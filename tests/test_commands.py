@@ -6,7 +6,6 @@ import importlib.util
 import math
 import re
 import shlex
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,8 @@ from torch.distributed.run import get_args_parser
 from sightline.cli import convert, generate, masks, plan, train
 from sightline.cli.expression import evaluate
 from sightline.config import Run
-from sightline.models import build_skeleton
-from sightline.parallel.apply import check_rows
-from sightline.parallel.context.apply import check_context
-from sightline.parallel.mesh import AXES, Mesh
-from sightline.planning.torch_private import fake_process_group
+from sightline.parallel.checks import check_run
+from sightline.parallel.mesh import AXES
 
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("scripts/**/*.*"), *ROOT.glob("sightline/cli/*.py")]
@@ -45,11 +41,8 @@ def commands() -> list[tuple[str, str]]:
 
 
 def check_trainable(run: Run, world: int) -> None:
-    """Check that `sightline train` takes the run on `world` processes, without building its model."""
-    with fake_process_group(world, 0):
-        mesh = Mesh(replace(run.parallel, offload=False), torch.device("cpu"))
-        check_rows(run.training, mesh)
-        check_context(build_skeleton(run.model), mesh, run.training.sequence_length)
+    """Check that `sightline train` takes the run on `world` processes with GPUs, without building its model."""
+    check_run(run, world, torch.device("cpu" if run.training.device == "cpu" else "cuda"))
 
 
 def check_sightline(words: list[str], world: int = 1) -> None:
