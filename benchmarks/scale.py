@@ -3,10 +3,11 @@
     python -m benchmarks.scale                    2, 8, 16, 32 and 64 ranks on this machine, minutes on two cores
     python -m benchmarks.scale --ranks 8 64
 
-Each rank is a process that runs `sightline train` on a small model, with the real store, files and loader. Only the collectives of process groups do nothing (PyTorch's fake backend), so losses mean nothing, and connections of
-gloo or NCCL are not counted. This process hosts the store, as torchrun does.
+Each rank is a process that runs `sightline train` on a small model, with the real store, files and loader. Only the
+collectives of process groups do nothing (PyTorch's fake backend): losses mean nothing, and connections of gloo or NCCL
+are not counted. This process hosts the store, as torchrun does.
 
-Counted per rank: calls of the store and their bytes, files opened and looked up (stat) in the run directory, and
+Counted per rank: calls of the store and their bytes, files opened and looked up (stat, lstat) in the run directory, and
 collectives. For each count, the least-squares line a + b n over the numbers of ranks is printed.
 """
 
@@ -54,7 +55,7 @@ STEPS = 6
 """Steps of a run; a checkpoint is saved after half of them, and after the last."""
 STORE_CALLS = ("set", "get", "wait", "check", "add", "compare_set", "multi_get", "delete_key")
 COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "broadcast")
-COUNTS = ("store calls", "store bytes", "opened", "stat", "collectives")
+COUNTS = ("store calls", "store bytes", "opened", "looked up", "collectives")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["benchmarks.scale", "torch.distributed.fsdp"])
 
@@ -112,13 +113,7 @@ class Meter:
             self.count_calls(dist.Store, name, "store calls")
         for name in COLLECTIVES:
             self.count_calls(dist, name, "collectives")
-        stat = os.stat
-
-        def counted_stat(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
-            self.counts["stat"] += self.is_below(path)
-            return stat(path, *arguments, **options)
-
-        os.stat = counted_stat
+        os.stat, os.lstat = self.count_paths(os.stat), self.count_paths(os.lstat)
         sys.addaudithook(self.on_event)
         Trainer.launch_step = self.measured("step", Trainer.launch_step)  # type: ignore[method-assign]
         Saver.save = self.measured("save", Saver.save)  # type: ignore[method-assign]
@@ -134,6 +129,13 @@ class Meter:
             return result
 
         setattr(owner, name, counted)
+
+    def count_paths(self, look_up: Callable[..., os.stat_result]) -> Callable[..., os.stat_result]:
+        def counted(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+            self.counts["looked up"] += self.is_below(path)
+            return look_up(path, *arguments, **options)
+
+        return counted
 
     def on_event(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Audit hook: count opened files and listed directories."""
@@ -211,10 +213,11 @@ def summarize(ranks: list[dict[str, dict[str, float]]]) -> dict[str, float]:
 
 
 def line(worlds: list[int], values: list[float]) -> str:
-    """Return the least-squares line a + b n as text; without the part that is below 2 % at the largest n."""
-    slope, start = np.polyfit(worlds, values, 1) if len(worlds) > 1 else (0.0, values[0])
-    if abs(slope) * max(worlds) < 0.02 * max(map(abs, values), default=0.0) or not any(values):
-        return f"{np.mean(values):.3g}"
+    """Return the least-squares line a + b n as text, or the mean if the line changes by less than a tenth of it."""
+    mean = float(np.mean(values))
+    slope, start = np.polyfit(worlds, values, 1) if len(worlds) > 1 else (0.0, mean)
+    if abs(slope) * (max(worlds) - min(worlds)) <= 0.1 * mean:
+        return f"{mean:.3g}"
     return f"{start:.3g} + {slope:.3g} n"
 
 
