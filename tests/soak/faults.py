@@ -103,6 +103,8 @@ class Faults:
         if not self.run.wait(lambda: len(list_checkpoints(directory)) > 1):
             return False
         self.run.job.kill()
+        if self.run.job.returncode() == 0:
+            return False
         newest = list_checkpoints(directory)[-1]
         damage(self.draw.choice(sorted(newest.iterdir())), kind, self.draw)
         return True

@@ -22,7 +22,6 @@ import torch
 
 from sightline.batch import PADDING, Batch
 from sightline.cli import main as cli
-from sightline.data.tokenizer import Tokenizer
 from sightline.training import step as step_module
 from sightline.training import trainer
 from tests.soak.record import DISK_FULL, NON_FINITE, WORKER, Record
@@ -86,8 +85,8 @@ class Rank:
         if writes and path.is_relative_to(self.run_directory):
             raise OSError(errno.ENOSPC, "No space left on device (injected)", str(path))
 
-    def before_encode(self) -> None:
-        """Raise an error in the background thread of the loader."""
+    def before_batch(self) -> None:
+        """Raise an error if the background thread of the loader makes a batch."""
         if self.fault.get("kind") == WORKER and threading.current_thread() is not threading.main_thread():
             self.fire()
             raise RuntimeError("the data worker died (injected)")
@@ -118,9 +117,9 @@ def documents_of(batch: Batch) -> list[str]:
 
 
 def install(rank: Rank) -> None:
-    """Call `rank` at each step, text to tokenize, clipping of gradients and opening of a file."""
+    """Call `rank` at each step, new batch, clipping of gradients and opening of a file."""
     launch_step, train_step = trainer.Trainer.launch_step, trainer.train_step
-    encode, clip_gradients = Tokenizer.encode, step_module.clip_gradients
+    check_batch, clip_gradients = Batch.__post_init__, step_module.clip_gradients
 
     def recorded_launch(self: trainer.Trainer, *arguments: Any) -> trainer.PendingStep:
         rank.before_step(self.step + 1)
@@ -134,9 +133,9 @@ def install(rank: Rank) -> None:
         rank.documents = documents_of(batch) if counts else []
         return train_step(model, optimizer, batch, *rest, **options)
 
-    def failing_encode(self: Tokenizer, *arguments: Any, **options: Any) -> Any:
-        rank.before_encode()
-        return encode(self, *arguments, **options)
+    def failing_batch(self: Batch) -> None:
+        rank.before_batch()
+        check_batch(self)
 
     def failing_clip(parameters: Any, *rest: Any) -> Any:
         listed = list(parameters)
@@ -144,7 +143,7 @@ def install(rank: Rank) -> None:
         return clip_gradients(listed, *rest)
 
     trainer.Trainer.launch_step, trainer.train_step = recorded_launch, recorded_step
-    Tokenizer.encode, step_module.clip_gradients = failing_encode, failing_clip
+    Batch.__post_init__, step_module.clip_gradients = failing_batch, failing_clip
     sys.addaudithook(rank.on_event)
 
 

@@ -14,7 +14,7 @@ from tests.soak.faults import Faults
 from tests.soak.record import KINDS, NON_FINITE
 from tests.soak.runs import CannotComplete, Comparison, Setting, SoakRun, compare, write_documents
 
-FAULTS_PER_RUN = 5
+FAULTS_PER_RUN = 4
 MAX_WRONG = 10
 """Wrong runs after which the soak ends early."""
 TORCHRUN_EVERY = 5
@@ -51,10 +51,13 @@ class Soak:
         """Inject this number of faults, all kinds equally often. Stops early if many runs are wrong."""
         waiting = list(itertools.islice(itertools.cycle(kinds), faults))
         self.draw.shuffle(waiting)
-        runs = 0
-        while waiting and runs < 2 * faults + 4 and sum(not result.good for result in self.results) < MAX_WRONG:
-            runs += 1
-            self.disturb(runs, waiting)
+        while waiting and not self.gives_up():
+            self.disturb(len(self.results) + 1, waiting)
+
+    def gives_up(self) -> bool:
+        """Return whether many runs are wrong, or the last runs have allowed no fault."""
+        wrong = sum(not result.good for result in self.results)
+        return wrong == MAX_WRONG or (len(self.results) >= 3 and not any(result.faults for result in self.results[-3:]))
 
     def disturb(self, number: int, waiting: list[str]) -> None:
         """Train one run under faults from `waiting`, and compare it with its reference."""
