@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
+import socket
 import threading
 import time
 import uuid
@@ -40,6 +42,7 @@ class Job:
         self.store, self.parallel, self.rank, self.world = store, parallel, rank, world
         self.step = 0
         self._recorded = -math.inf
+        store.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}")
 
     def record_step(self, step: int) -> None:
         """Record this rank's step where the other ranks can read it, at most once a second: one store serves all."""
@@ -69,10 +72,12 @@ class Job:
         if not self.claim_report():
             # This process may host the store, which the reporting rank still reads.
             self.store.wait(["reported"], timedelta(seconds=5 * GRACE))
+            self._wake([int(rank) for rank in self.store.get("reported").split()])
             return None
         time.sleep(GRACE)
         missing = [rank for rank in range(self.world) if not self.store.check([f"waiting/{rank}"])]
-        self.store.set("reported", "")
+        self.store.set("reported", " ".join(map(str, missing)))
+        self._wake(missing)
         if not missing:
             return LostRank(
                 f"a collective failed at step {self.step} although all {self.world} ranks are alive: check the network "
@@ -84,6 +89,18 @@ class Job:
             f"{late}{more}; {self._describe_rank(self.rank)} waits at step {self.step} and has given up "
             f"(--parallel.timeout {self.parallel.timeout} s, or the connection was lost)"
         )
+
+    def _wake(self, missing: list[int]) -> None:
+        """Continue those of the missing ranks on this machine that a signal has stopped.
+
+        They end then, because their collective has failed. A stopped process does not react to torchrun's SIGTERM, and
+        torchrun would wait 30 seconds before it kills it.
+        """
+        for rank in missing:
+            host, pid = self.store.get(f"process/{rank}").decode().rsplit(" ", 1)
+            if host == socket.gethostname():
+                with contextlib.suppress(OSError):  # it is dead
+                    os.kill(int(pid), signal.SIGCONT)
 
     def lost_store(self) -> LostRank | None:
         """Return the error to report if the store does not answer: on one rank, since the ranks cannot coordinate."""

@@ -103,6 +103,27 @@ def test_job_restarts_once_after_a_killed_rank_with_the_same_losses(
     assert rows_of(tmp_path / "killed") == rows
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_job_ends_soon_after_the_timeout_of_a_stopped_rank(rank: int, tmp_path: Path) -> None:
+    job = start(
+        tmp_path / "run", write_corpus(tmp_path / "texts"), "--parallel.timeout", "5", "--training.steps", "4000"
+    )
+    wait_for_lines(tmp_path / "run", job, 8)
+    stopped = process_of(job, rank)
+    os.kill(stopped, signal.SIGSTOP)
+    begin = time.monotonic()
+    while Path(f"/proc/{stopped}").exists():
+        assert time.monotonic() - begin < 5 + 30, "torchrun waited 30 s before it killed the stopped rank"
+        time.sleep(0.1)
+    while "continued from step-" not in log_of(tmp_path / "run"):
+        assert time.monotonic() - begin < 300, log_of(tmp_path / "run")
+        time.sleep(0.1)
+    job.kill()
+    assert f"rank {rank} (shard {rank}) was last at step" in log_of(tmp_path / "run")
+
+
 def test_stop_signal_saves_a_checkpoint_and_is_logged_once(tmp_path: Path) -> None:
     source = write_corpus(tmp_path / "texts")
     job = start(tmp_path / "run", source, "--checkpoint.every", "0")
