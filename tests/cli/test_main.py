@@ -101,7 +101,7 @@ def test_wrong_input_prints_one_message_and_exits_with_2(argv, words, capsys) ->
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--training.micro-batch-size", "3", "micro-batch sizes that divide it"),
+        ("--training.micro-batch-size", "0", "training.micro-batch-size must be greater than 0, got 0"),
         ("--training.sequence-length", "1", "must be at least 2"),
         ("--model.num-kv-heads", "3", "not divisible by"),
         ("--training.stepz", "3", "--training.steps"),

@@ -94,7 +94,7 @@ def test_received_fraction_and_work_imbalance() -> None:
         (["llama9-tiny"], "unknown recipe 'llama9-tiny'"),
         (["--processes", "4"], "the recipe is missing"),
         (["llama3-debug", "--gpu", "Z80"], "unknown --gpu 'Z80'; known GPUs: B200"),
-        (["llama3-debug", "--processes", "-1"], "--processes must be greater than 0, got -1"),
+        (["llama3-debug", "--processes", "-1"], "--processes must be greater than 0 and at most .*, got -1"),
         (["llama3-debug", "--picture", "x.png"], "--picture plots context parallelism; set --parallel.context"),
         (["llama3-debug", "--processes", "4", "--parallel.tensor", "3"], "tensor 3 is 3, which does not divide the 4"),
         (["llama3-debug", "--parallel.expert", "2", "--parallel.context", "2"], "has no experts"),
