@@ -18,7 +18,15 @@ import torch.distributed as dist
 
 from sightline.config import ParallelConfig
 from sightline.errors import AnotherRankEnded, LostRank, exit_code_of
-from sightline.parallel.launch import agree_on_start, distributed_session, rank_label, record_step
+from sightline.parallel import launch
+from sightline.parallel.launch import (
+    Job,
+    agree_on_start,
+    distributed_session,
+    rank_label,
+    record_step,
+    wait_for_device,
+)
 from sightline.parallel.mesh import Mesh
 from sightline.training.step import StepSums
 from tests.support.processes import CONTEXT, run_on_ranks
@@ -191,6 +199,25 @@ def test_stopped_rank_that_hosts_the_store_is_named() -> None:
     assert lost[0] == "LostRank" and lost[2] == ["rank 1"]  # type: ignore[index]
     assert lost[1].startswith("rank 0 (shard 0), which hosts the store of the job, does not answer; rank 1")  # type: ignore[index]
     assert other == ("AnotherRankEnded", "", [], 1)
+
+
+class UnfinishedEvent:
+    """A CUDA event after which a collective never ends."""
+
+    def record(self) -> None: ...
+
+    def query(self) -> bool:
+        return False
+
+
+def test_a_collective_on_a_gpu_that_never_ends_fails_after_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "Event", UnfinishedEvent)
+    wait_for_device(gpu)  # one process waits for no other
+    monkeypatch.setattr(launch, "_job", Job(dist.HashStore(), ParallelConfig(timeout=1), 0, 2))
+    wait_for_device(CPU)
+    with pytest.raises(dist.DistBackendError, match="does not end"):
+        wait_for_device(gpu)
 
 
 def agree(store: dist.Store, world: int, ranks: set[int], timeout: float = 20) -> list[object]:

@@ -6,12 +6,16 @@ import fcntl
 import re
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants, errors
+
+TIMEOUT = 10
+"""Seconds to wait for the first answer of the Hub."""
 
 
 def is_hub_name(path: Path) -> bool:
@@ -33,12 +37,22 @@ def download(name: str, patterns: tuple[str, ...]) -> Path:
     """
     try:
         with _turn():
-            found = huggingface_hub.snapshot_download(
-                name, allow_patterns=list(patterns), ignore_patterns=["*/*", "consolidated*"]
-            )
+            return Path(_find(name, allow_patterns=list(patterns), ignore_patterns=["*/*", "consolidated*"]))
     except Exception as error:  # connections fail with the errors of several libraries
         raise ValueError(f"{name} is no directory here, and {_reason(name, error)}") from error
-    return Path(found)
+
+
+def _find(name: str, **options: Any) -> str:
+    """Return the directory of the newest files of a model; without a connection, of those that are in the cache."""
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=TIMEOUT)  # `snapshot_download` waits forever for an answer
+    except errors.HfHubHTTPError:
+        raise
+    except Exception:
+        with suppress(Exception):
+            return huggingface_hub.snapshot_download(name, local_files_only=True, **options)
+        raise
+    return huggingface_hub.snapshot_download(name, **options)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Models named as on the Hugging Face Hub; its functions are replaced, since tests have no connection."""
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub import constants, errors
+from huggingface_hub import constants, errors, hf_api
 
 import sightline
 from sightline.cli.main import run
@@ -29,6 +30,12 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     download.cache_clear()
     yield
     download.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hub that answers."""
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
 
 
 @pytest.fixture
@@ -132,3 +139,24 @@ def test_processes_of_a_machine_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_
     for thread in threads:
         thread.join()
     assert most == [1] * 4
+
+
+def test_a_hub_that_does_not_answer_is_left_for_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`snapshot_download` itself has no timeout, so the first request to the Hub is another one."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.undo()
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        answer = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hf_api.HfApi(endpoint=answer))
+        monkeypatch.setattr("sightline.models.hf.hub.TIMEOUT", 0.2)
+        found = []
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: found.append(options) or "d")
+        assert download.__wrapped__(NAME, ("config.json",)) == Path("d")
+        assert [options["local_files_only"] for options in found] == [True]
+
+        def snapshot_download(name: str, **options: Any) -> str:
+            raise errors.LocalEntryNotFoundError("not in the cache")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        with pytest.raises(ValueError, match=r"cannot be downloaded .*timed out.*run `hf download"):
+            download.__wrapped__(NAME, ("config.json",))
