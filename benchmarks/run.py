@@ -17,6 +17,7 @@ CPU = [
     ("benchmarks.families", ["--rounds", "3"]),
     ("benchmarks.moe", []),
     ("benchmarks.mesh", []),
+    ("benchmarks.scale", []),
     ("benchmarks.context_plan", []),
     ("benchmarks.context_step", ["--rounds", "3"]),
 ]

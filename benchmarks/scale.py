@@ -1,4 +1,4 @@
-"""Growth with the number of ranks: store calls, files and sockets of a start, a step, a save and a resume.
+"""Counts that grow with the number of ranks: store calls, files, sockets of a start, a step, a save and a resume.
 
     python -m benchmarks.scale                    2, 8, 16, 32 and 64 ranks on this machine, minutes on two cores
     python -m benchmarks.scale --ranks 8 64

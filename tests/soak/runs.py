@@ -44,7 +44,8 @@ class Setting:
         """Return the training command. Four processes are shard 2 x tensor 2."""
         return [
             "train", "llama3-debug", "--output-dir", str(directory), "--data.source", str(source),
-            "--data.packing", self.packing, "--data.validation-fraction", "0.1",
+            "--data.cache-dir", str(directory.with_name("cache")), "--data.packing", self.packing,
+            "--data.validation-fraction", "0.1",
             "--model.hidden-size", "32", "--model.vocab-size", "320", "--training.steps", str(STEPS),
             "--training.sequence-length", "64", "--training.global-batch-size", "4", "--training.micro-batch-size", "1",
             "--training.device", "cpu", "--optimizer.warmup-steps", "2", "--validation.every", "8",
@@ -156,15 +157,16 @@ class Comparison:
 def compare(run: SoakRun, reference: SoakRun) -> Comparison:
     """Compare step by step."""
     world = run.setting.world
-    actual, expected = run.record.surviving_documents(world), reference.record.surviving_documents(world)
-    steps = actual.keys() | expected.keys()
-    none: Counter[str] = Counter()
-    lost = sum((expected.get(step, none) - actual.get(step, none)).total() for step in steps)
-    repeated = sum((actual.get(step, none) - expected.get(step, none)).total() for step in steps)
+    documents, expected = run.record.surviving_documents(world), reference.record.surviving_documents(world)
     weights, expected_weights = weights_of(run.directory), weights_of(reference.directory)
     return Comparison(
-        lost,
-        repeated,
+        lost=count_missing(expected, documents),
+        repeated=count_missing(documents, expected),
         losses_equal=rows_of(run.directory) == rows_of(reference.directory),
         weights_equal=all(torch.equal(weight, expected_weights[name]) for name, weight in weights.items()),
     )
+
+
+def count_missing(documents: dict[int, Counter[str]], found: dict[int, Counter[str]]) -> int:
+    """Return how many parts of `documents` are not found in the same step."""
+    return sum((parts - found.get(step, Counter())).total() for step, parts in documents.items())
