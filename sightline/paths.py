@@ -12,6 +12,20 @@ MAX_CONFIG_BYTES = 2**24
 """Largest config that is read, 16 MiB; the largest published ones have less than 1 MiB."""
 
 
+def plain_name(directory: Path, name: str) -> str:
+    """Return the name of a file in a directory, after a check that it is a plain name. Reads no files.
+
+    Raises:
+        ValueError: if it is empty, or a path.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or any(character in name for character in "/\\\0"):
+        raise ValueError(
+            f"{directory} names the file {name!r}; expected the plain name of a file in this directory: correct the "
+            "file that lists it, or download the directory again"
+        )
+    return name
+
+
 def file_inside(directory: Path, name: str) -> Path:
     """Return `directory / name`, after a check that this is a plain file inside the directory, or does not exist.
 
@@ -23,12 +37,7 @@ def file_inside(directory: Path, name: str) -> Path:
         ValueError: if the name is not a plain name, the file is a link that leaves the directory, or it is neither a
             file nor a link to one, such as a pipe.
     """
-    if not isinstance(name, str) or name in ("", ".", "..") or any(character in name for character in "/\\\0"):
-        raise ValueError(
-            f"{directory} names the file {name!r}; expected the plain name of a file in this directory: correct the "
-            "file that lists it, or download the directory again"
-        )
-    path = directory / name
+    path = directory / plain_name(directory, name)
     root, target = Path(os.path.realpath(directory)), Path(os.path.realpath(path))
     allowed = [root]
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):

@@ -16,6 +16,7 @@ from sightline.models import FAMILIES, load_pretrained, save_pretrained
 from sightline.models.hf.directory import MAX_SHARD_BYTES
 from sightline.models.hf.source import find_pretrained, is_pretrained
 from sightline.models.hf.vision_pair import load_vision_pair
+from sightline.training.checkpoint_directory import is_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class Convert:
     """Dtype of the written weights; None keeps the dtype of the source."""
     max_shard_bytes: int = MAX_SHARD_BYTES
     """Largest size of one weight file, in bytes."""
+    verify: bool = True
+    """Verify the checksums of a checkpoint, which reads its files once more."""
 
     def __post_init__(self) -> None:
         if self.max_shard_bytes < 1:
@@ -58,11 +61,13 @@ def main(argv: list[str]) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; choose another OUTPUT, a directory to write the model to")
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    source = find_pretrained(source, FAMILIES if family is None else (family,))
-    if options.vision or is_pretrained(source):
+    if not is_run(source):
+        source = find_pretrained(source, FAMILIES if family is None else (family,))
+    if options.vision or (not is_run(source) and is_pretrained(source)):
         model = load_vision_pair(options.vision, source) if options.vision else load_pretrained(source, family=family)
         save_pretrained(model, output, dtype=dtype, source=source, max_shard_bytes=shard)
     else:
         export = importlib.import_module("sightline.training.export")  # imported here so that --help is fast
-        source = export.export_checkpoint(source, output, dtype=dtype, max_shard_bytes=shard, family=family)
+        writing = {"dtype": dtype, "max_shard_bytes": shard, "family": family}
+        source = export.export_checkpoint(source, output, **writing, verify=options.verify)
     print(f"wrote the model of {source} to {output}")

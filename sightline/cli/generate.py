@@ -50,6 +50,8 @@ class Generate(SamplingConfig):
     """Most tokens to generate; generation stops earlier if the model ends the document."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` uses CUDA if it is available."""
+    verify: bool = True
+    """Verify the checksums of a checkpoint, which reads its files once more."""
 
 
 def main(argv: list[str]) -> None:
@@ -57,7 +59,7 @@ def main(argv: list[str]) -> None:
     check_text("--prompt", options.prompt)
     device = choose_device(config.TrainingConfig(device=options.device))
     directory, family = find_source(options.source, options.family)
-    model, tokenizer = sightline.load(directory, device=device, family=family)
+    model, tokenizer = sightline.load(directory, device=device, family=family, verify=options.verify)
     prompt, extra = read_prompt(options.prompt, options.image, model.config, tokenizer)
     pieces = stream(model, tokenizer, prompt, options, extra=extra)
     print(options.prompt, end="", flush=True)

@@ -10,7 +10,7 @@ import itertools
 import os
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
@@ -69,6 +69,19 @@ class HostGroup:
         self._store.set(call, pickle.dumps(value))  # type: ignore[arg-type]
         self._read_by_all.append(call)
         return value
+
+    def scatter(self, values: Sequence[Any]) -> Any:
+        """Return the value of this rank out of those that rank 0 passes, one per rank; other ranks pass anything."""
+        if self.world == 1:
+            return values[0]
+        call = self._next_call()
+        if self.rank > 0:
+            value = pickle.loads(self._store.get(f"{call}/{self.rank}"))
+            self._store.delete_key(f"{call}/{self.rank}")
+            return value
+        for rank in range(1, self.world):
+            self._store.set(f"{call}/{rank}", pickle.dumps(values[rank]))  # type: ignore[arg-type]
+        return values[0]
 
     def from_rank_zero(self, make: Callable[[], T]) -> T:
         """Call `make` on rank 0 alone; return its result, or raise its error, on every rank."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +38,9 @@ from sightline.training.manifest import (
     FileSum,
     Manifest,
     find_damage,
-    rank_of,
     read_manifest,
     shard_file,
+    share_files,
     write_file,
 )
 from sightline.training.old_checkpoints import read_index, read_old_tensors
@@ -135,9 +135,7 @@ def save_checkpoint(
     host = host or HostGroup(alone=True)
     final = directory / f"step-{local.step}"
     partial = directory / f".{final.name}.partial"
-    with on_all_ranks(host):
-        if host.rank == 0:
-            partial.mkdir(parents=True)
+    on_rank_zero(host, lambda: partial.mkdir(parents=True))
     written, failure = FileSum(0, None), None
     try:
         if not partial.is_dir():
@@ -151,17 +149,18 @@ def save_checkpoint(
         failure = error
     count = sum(tensor.numel() for tensor in local.shards.values())
     reports = host.gather((written, count, local.elements, local.loader, failure))
-    try:
-        with on_all_ranks(host):
+
+    def commit() -> None:
+        try:
             for rank, (*_, failed) in enumerate(reports):
                 if failed is not None:
                     raise OSError(failed.errno, _on_rank(host, rank, failed.strerror or str(failed)))
-            if reports:  # on rank 0
-                _commit(partial, final, local, reports, run_files)
-    except CannotSave:
-        if host.rank == 0:
+            _commit(partial, final, local, reports, run_files)
+        except OSError:
             shutil.rmtree(partial, ignore_errors=True)
-        raise
+            raise
+
+    on_rank_zero(host, commit)
     if host.rank == 0:
         for old in list_checkpoints(directory)[:-keep]:
             if old != verified:
@@ -184,6 +183,18 @@ def _commit(
     sync(partial)
     partial.rename(final)
     sync(final.parent)
+
+
+def on_rank_zero(host: HostGroup, write: Callable[[], object]) -> None:
+    """Call `write` on rank 0 alone, and raise its error on every rank.
+
+    Raises:
+        CannotSave: on every rank, if it raised OSError.
+    """
+    try:
+        host.from_rank_zero(lambda: write() and None)
+    except OSError as error:
+        raise CannotSave(error.errno, _on_rank(host, 0, error.strerror or str(error))) from error
 
 
 @contextmanager
@@ -210,10 +221,14 @@ def _on_rank(host: HostGroup, rank: int, reason: str) -> str:
 
 
 def load_checkpoint(
-    checkpoint: Path, state: dict[str, Any], device: torch.device, mesh: Mesh | None = None
+    checkpoint: Path,
+    state: dict[str, Any],
+    device: torch.device,
+    mesh: Mesh | None = None,
+    host: HostGroup | None = None,
 ) -> Progress:
-    """Read a checkpoint into `tensors(...)` in place and set the random number state. Raises like `read_tensors`."""
-    missing = read_tensors(checkpoint, state, mesh)
+    """Read a checkpoint into `tensors(...)` in place and set the random number state. As `read_tensors`."""
+    missing = read_tensors(checkpoint, state, mesh, host)
     if f"{RANDOM}cpu" not in missing:
         torch.set_rng_state(state["random"]["cpu"])
     if "cuda" in state["random"] and f"{RANDOM}cuda" not in missing:
@@ -221,22 +236,31 @@ def load_checkpoint(
     return read_progress(checkpoint)
 
 
-def read_tensors(checkpoint: Path, state: dict[str, Any], mesh: Mesh | None = None) -> set[str]:
+def read_tensors(
+    checkpoint: Path, state: dict[str, Any], mesh: Mesh | None = None, host: HostGroup | None = None
+) -> set[str]:
     """Read the tensors of `state` in place; return the names of random number states that the checkpoint lacks.
 
     The checkpoint may have more tensors. It may have been written on another device, whose random number state differs.
+
+    mesh  the mesh of this run, None for full tensors
+    host  all ranks, each of which calls this function: rank 0 reads the manifest for all; None for this process alone
 
     Raises:
         ValueError: if the directory is not a checkpoint, is damaged, or belongs to another model.
         OSError: if the file system has an error.
     """
-    manifest = read_manifest(checkpoint)
+
+    def read_layout() -> tuple[int, dict[str, int], int]:
+        manifest = read_manifest(checkpoint)
+        return manifest.version, manifest.mesh, manifest.ranks
+
+    version, saved_mesh, ranks = (host or HostGroup(alone=True)).from_rank_zero(read_layout)
     wanted = flatten(state)
     try:
-        if manifest.version < VERSION:
+        if version < VERSION:
             return read_old_tensors(checkpoint, wanted, optional=RANDOM)
-        ranks = sum(rank_of(name) is not None for name in manifest.files)
-        on_equal_mesh = mesh if mesh is not None and degrees(mesh) == manifest.mesh else None
+        on_equal_mesh = mesh if mesh is not None and degrees(mesh) == saved_mesh else None
         return read_shards(checkpoint, wanted, ranks, optional=RANDOM, mesh=on_equal_mesh)
     except FileNotFoundError as error:
         raise Damaged(checkpoint, f"{Path(error.filename or '').name} is missing") from error
@@ -271,14 +295,22 @@ def check_checkpoint(checkpoint: Path, *, contents: bool = True, host: HostGroup
         OSError: if the file system has an error, which says nothing about the checkpoint.
     """
     host = host or HostGroup(alone=True)
-    manifest = host.from_rank_zero(lambda: read_manifest(checkpoint))
+    files: dict[str, FileSum] = {}
+
+    def read_files() -> int:
+        manifest = read_manifest(checkpoint)
+        files.update(manifest.files)
+        return manifest.version
+
+    version = host.from_rank_zero(read_files)
+    share = host.scatter(share_files(files, host.world))
     failure: Exception | None = None
     try:
-        problem = find_damage(checkpoint, manifest, contents=contents, rank=host.rank, world=host.world)
+        problem = find_damage(checkpoint, share, contents=contents)
         if problem is not None:
             raise Damaged(checkpoint, problem)
-        if manifest.version < VERSION and host.rank == 0:
-            _check_old_contents(checkpoint, manifest)
+        if version < VERSION and host.rank == 0:
+            _check_old_contents(checkpoint, files)
     except (OSError, ValueError) as error:
         failure = error
     found = host.first_error(failure)
@@ -286,9 +318,9 @@ def check_checkpoint(checkpoint: Path, *, contents: bool = True, host: HostGroup
         raise found[1]
 
 
-def _check_old_contents(checkpoint: Path, manifest: Manifest) -> None:
+def _check_old_contents(checkpoint: Path, names: Iterable[str]) -> None:
     """Parse the small files of a checkpoint of version 0.2, whose manifest has no checksums."""
-    for name in manifest.files:
+    for name in names:
         if name.endswith(".json"):
             try:
                 json.loads(file_inside(checkpoint, name).read_bytes())

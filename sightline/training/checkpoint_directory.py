@@ -7,6 +7,14 @@ import re
 import shutil
 from pathlib import Path
 
+MANIFEST = "manifest.json"
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a path is the directory of a run, or one of its checkpoints, complete or not."""
+    is_checkpoint = path.name.startswith("step-") and path.parent.name == "checkpoints"
+    return is_checkpoint or (path / MANIFEST).exists() or (path / "checkpoints").is_dir()
+
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""

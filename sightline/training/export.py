@@ -33,12 +33,14 @@ def export_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     host: HostGroup | None = None,
     family: Family | None = None,
+    verify: bool = True,
 ) -> Path:
     """Write a checkpoint, or the newest one of a run, to `output` in the format of `save_pretrained`.
 
     host    ranks that share the work, each of which calls this function and writes some of the files; None for one
             process
     family  as in `load_config`
+    verify  verify the checksums of the checkpoint, which reads its files once more
 
     Returns the checkpoint.
 
@@ -48,7 +50,7 @@ def export_checkpoint(
     """
     host = host or HostGroup(alone=True)
     checkpoint = find_checkpoint(checkpoint)
-    check_checkpoint(checkpoint, host=host)
+    check_checkpoint(checkpoint, contents=verify, host=host)
     run = load_config(checkpoint / CONFIG, family)
     model = build_skeleton(run.model)
     state = model.state_dict()

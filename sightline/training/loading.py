@@ -13,6 +13,7 @@ from sightline.models import FAMILIES, Family, build_model, build_skeleton, load
 from sightline.models.hf.source import find_pretrained, is_pretrained
 from sightline.numbers import size
 from sightline.training.checkpoint import CONFIG, TOKENIZER, check_checkpoint, read_tensors
+from sightline.training.checkpoint_directory import is_run
 from sightline.training.run_directory import find_checkpoint, load_config
 from sightline.training.setup import choose_device
 from sightline.training.step import Model
@@ -26,7 +27,11 @@ class LoadedModel(NamedTuple):
 
 
 def load(
-    directory: str | Path, *, device: str | torch.device | None = None, family: Family | None = None
+    directory: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    family: Family | None = None,
+    verify: bool = True,
 ) -> LoadedModel:
     """Load the model and tokenizer of a run (its newest checkpoint), a checkpoint or a Hugging Face directory.
 
@@ -34,20 +39,22 @@ def load(
     device     device of the weights; default: CUDA if available, else CPU. On a CPU weights are loaded as float32,
                because most CPUs compute half precision several times slower
     family     model family, for a directory whose family is defined outside the package
+    verify     verify the checksums of a checkpoint, which reads its files once more
 
     Raises:
-        ValueError: if the directory is none of these, is incomplete, or has no tokenizer.
+        ValueError: if the directory is none of these, is damaged, or has no tokenizer.
     """
-    families = FAMILIES if family is None else (family,)
-    directory = find_pretrained(directory, families)
+    directory = Path(directory).expanduser()
     device = choose_device(config.TrainingConfig()) if device is None else torch.device(device)
-    if is_pretrained(directory):
+    if not is_run(directory):
+        directory = find_pretrained(directory, FAMILIES if family is None else (family,))
+    if not is_run(directory) and is_pretrained(directory):
         tokenizer = load_tokenizer(directory)
         dtype = torch.float32 if device.type == "cpu" else None
         with device:
             return LoadedModel(load_pretrained(directory, dtype=dtype, family=family).eval(), tokenizer)
     checkpoint = find_checkpoint(directory)
-    check_checkpoint(checkpoint)
+    check_checkpoint(checkpoint, contents=verify)
     run = load_config(checkpoint / CONFIG, family)
     check_size(build_skeleton(run.model), checkpoint)
     with device:

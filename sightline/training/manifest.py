@@ -15,10 +15,9 @@ from typing import Any
 
 import xxhash
 
-from sightline.paths import file_inside
-from sightline.training.checkpoint_directory import remedy
+from sightline.paths import file_inside, plain_name
+from sightline.training.checkpoint_directory import MANIFEST, remedy
 
-MANIFEST = "manifest.json"
 VERSION = 3
 """Version of the format of checkpoints. Manifests before it have no version, and no checksums."""
 CHUNK = 1 << 20
@@ -56,6 +55,11 @@ class Manifest:
     mesh: dict[str, int]
     version: int = VERSION
 
+    @property
+    def ranks(self) -> int:
+        """Number of files of shards."""
+        return sum(rank_of(name) is not None for name in self.files)
+
     def write(self, directory: Path) -> None:
         """Write the manifest and flush it to disk.
 
@@ -90,7 +94,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     try:
         written = json.loads(file_inside(checkpoint, MANIFEST).read_bytes())
         version = int(written.get("version", 2))
-        names = [file_inside(checkpoint, name).name for name in written["files"]]
+        names = [plain_name(checkpoint, name) for name in written["files"]]
         if version == 2:
             return Manifest({name: FileSum(int(written["files"][name]), None) for name in names}, {}, version)
         if version == VERSION:
@@ -110,19 +114,24 @@ def read_manifest(checkpoint: Path) -> Manifest:
     )
 
 
-def find_damage(checkpoint: Path, manifest: Manifest, *, contents: bool, rank: int = 0, world: int = 1) -> str | None:
-    """Compare files with the manifest; return the first problem as text, or None.
+def share_files(files: dict[str, FileSum], world: int) -> list[dict[str, FileSum]]:
+    """Return the files that each of `world` ranks verifies: a rank those that it has most likely written."""
+    shares: list[dict[str, FileSum]] = [{} for _ in range(world)]
+    for number, (name, expected) in enumerate(sorted(files.items())):
+        written_by = rank_of(name)
+        shares[(number if written_by is None else written_by) % world][name] = expected
+    return shares
+
+
+def find_damage(checkpoint: Path, files: dict[str, FileSum], *, contents: bool) -> str | None:
+    """Compare files with their sums in the manifest; return the first problem as text, or None.
 
     contents  also compare checksums, which reads every byte; otherwise only sizes
-    rank      of `world` ranks, which check different files: a rank those that it has most likely written
 
     Raises:
         OSError: if the file system has an error.
     """
-    for number, (name, expected) in enumerate(sorted(manifest.files.items())):
-        written_by = rank_of(name)
-        if (number if written_by is None else written_by) % world != rank:
-            continue
+    for name, expected in files.items():
         try:
             path = file_inside(checkpoint, name)
             size = path.stat().st_size

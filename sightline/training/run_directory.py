@@ -22,8 +22,7 @@ from sightline.models import FAMILIES, Family
 from sightline.models.families import named_family, reference_of
 from sightline.models.hf.source import COPIED_FILES, copy_files, read_copied_fields
 from sightline.paths import read_json
-from sightline.training.checkpoint_directory import find_latest
-from sightline.training.manifest import MANIFEST
+from sightline.training.checkpoint_directory import MANIFEST, find_latest, is_run
 
 PRETRAINED_CONFIG = "pretrained_config.json"
 """Fields of the config.json of the pretrained model, in a run that started from one, and in its checkpoints."""
@@ -128,7 +127,7 @@ def find_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         problem = "is a file" if path.exists() else "does not exist"
         raise ValueError(f"{path} {problem}; expected the directory of a run or one of its checkpoints")
-    if not path.name.startswith("step-") and not (path / MANIFEST).exists():
+    if not is_run(path):
         raise ValueError(
             f"{path} is not a checkpoint: it has no {MANIFEST}. A checkpoint is a directory named step-N in the "
             "`checkpoints` of a run"

@@ -11,7 +11,7 @@ from sightline import config
 from sightline.errors import SaveFailed
 from sightline.parallel.host import HostGroup
 from sightline.parallel.mesh import Mesh
-from sightline.training.checkpoint import CannotSave, LocalState, Progress, local_state, on_all_ranks, save_checkpoint
+from sightline.training.checkpoint import CannotSave, LocalState, Progress, local_state, on_rank_zero, save_checkpoint
 from sightline.training.checkpoint_directory import find_latest, step_of
 
 
@@ -88,9 +88,7 @@ class Saver:
         """
         self.wait()
         self.last_started = progress.step
-        with on_all_ranks(self.host):
-            if self.host.rank == 0:
-                self.before_save()
+        on_rank_zero(self.host, self.before_save)
         local = local_state(state, progress, self.mesh)
         if self.options.asynchronous:
             self._pending = self._thread.submit(self._write, local.copied())

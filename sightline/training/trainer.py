@@ -295,7 +295,7 @@ class Trainer:
     def resume_from(self, checkpoint: Path) -> int:
         """Load tensors, random number state and loader state. Returns the step of the checkpoint."""
         state = tensors(self.model, self.optimizer, self.device)
-        progress = load_checkpoint(checkpoint, state, self.device, self.mesh)
+        progress = load_checkpoint(checkpoint, state, self.device, self.mesh, self.host)
         warning = self.loader.load_state_dict(progress.loader)
         if warning:
             self.terminal.warn(warning)
