@@ -158,7 +158,7 @@ def test_a_non_finite_loss_ends_the_run(source, tmp_path) -> None:
     run = small_run(tmp_path / "run", source)
     train_quietly(dataclasses.replace(run, training=dataclasses.replace(run.training, steps=3)))
     weights = load(tmp_path / "run", device="cpu").model.state_dict()
-    wild = dataclasses.replace(run, optimizer=OptimizerConfig(learning_rate=1e38, warmup_steps=2))
+    wild = dataclasses.replace(run, optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=2))
     with pytest.raises(NonFiniteLoss) as error:
         train_quietly(wild)
     step = error.value.step
