@@ -42,7 +42,7 @@ class Faults:
         elif kind in (CUT, FLIP):
             injected = self.damage_newest_checkpoint(kind)
         elif kind == DISK_FULL:
-            size = self.draw.choice([None, int(2 ** self.draw.uniform(14, 18))])
+            size = self.draw.choice([None, int(2 ** self.draw.uniform(14, 17))])
             injected = self.ask_ranks(kind, rank=None, steps=self.draw.randint(3, 10), bytes=size)
         elif kind == NON_FINITE:
             steps = [step for step in NON_FINITE_STEPS if step > self.run.step() + 1]
@@ -99,14 +99,14 @@ class Faults:
 
     def damage_newest_checkpoint(self, kind: str) -> bool:
         """Kill the job, and damage a random file of its newest checkpoint as soon as there are two."""
-        directory = self.run.directory / "checkpoints"
-        if not self.run.wait(lambda: len(list_checkpoints(directory)) > 1):
+        if not self.run.wait(lambda: len(list_checkpoints(self.run.checkpoints)) > 1):
             return False
         self.run.job.kill()
         if self.run.job.returncode() == 0:
             return False
-        newest = list_checkpoints(directory)[-1]
+        newest = list_checkpoints(self.run.checkpoints)[-1]
         damage(self.draw.choice(sorted(newest.iterdir())), kind, self.draw)
+        self.run.damaged.add(newest.name)
         return True
 
     def make_non_finite(self, step: int, rank: int) -> bool:

@@ -85,6 +85,7 @@ class SoakRun:
     def __init__(self, directory: Path, setting: Setting, source: Path) -> None:
         self.setting = setting
         self.directory = directory / "run"
+        self.checkpoints = self.directory / "checkpoints"
         self.log = directory / "log"
         shutil.rmtree(directory, ignore_errors=True)
         (directory / "record").mkdir(parents=True)
@@ -92,6 +93,8 @@ class SoakRun:
         launch = Launch(setting.arguments(self.directory, source), setting.world, self.record.directory, self.log)
         self.job = TorchrunJob(launch) if setting.torchrun else ForkedJob(launch)
         self.injected: list[Fault] = []
+        self.damaged: set[str] = set()
+        """Names of the checkpoints that were damaged."""
         self.non_finite_step = 0
         """Step with an injected non-finite loss, 0 if there is none."""
         self.job.start()

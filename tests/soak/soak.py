@@ -119,13 +119,16 @@ class Soak:
 
 
 def find_problems(run: SoakRun) -> list[str]:
-    """Return what was wrong while the run was disturbed, whatever its results are."""
+    """Return what was wrong in the course of the run, whatever its results are."""
     problems = [run.job.late] if run.job.late else []
     restarts, faults = run.restarts(), len(run.injected)
     if restarts > faults:
         problems.append(f"{faults} faults took {restarts} restarts; expected at most one for each")
     if run.non_finite_step and f"step {run.non_finite_step}: loss" not in run.log.read_text():
         problems.append(f"the non-finite loss of step {run.non_finite_step} was not reported")
+    unnoticed = [name for name in sorted(run.damaged) if not list(run.checkpoints.glob(f"{name}.damaged*"))]
+    if unnoticed:
+        problems.append(f"the damage of {', '.join(unnoticed)} was not noticed")
     return problems
 
 
