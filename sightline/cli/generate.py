@@ -20,7 +20,7 @@ from sightline.data import Tokenizer, pack_patches
 from sightline.data.image_files import read_image
 from sightline.generation import SamplingConfig, stream
 from sightline.models import VLMConfig
-from sightline.training.setup import choose_device
+from sightline.training.device import choose_device
 
 IMAGE_PLACEHOLDER = "<image>"
 """Marks the position of an image in a prompt."""

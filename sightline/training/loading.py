@@ -14,8 +14,8 @@ from sightline.models.hf.source import find_pretrained, is_pretrained
 from sightline.numbers import size
 from sightline.training.checkpoint import CONFIG, TOKENIZER, check_checkpoint, read_tensors
 from sightline.training.checkpoint_directory import is_run
+from sightline.training.device import choose_device
 from sightline.training.run_directory import find_checkpoint, load_config
-from sightline.training.setup import choose_device
 from sightline.training.step import Model
 
 

@@ -1,13 +1,12 @@
-"""Set up a run before its first step: device, random seeds, tokenizer."""
+"""Check a run before its first step, and open the files that it starts from."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
-from sightline.config import DataConfig, LoggingConfig, Run, TrainingConfig
+from sightline.config import DataConfig, LoggingConfig, Run
 from sightline.data import SYNTHETIC_IMAGES, Documents, Tokenizer, is_dataset, load_documents, load_tokenizer
 from sightline.data.synthetic_images import check_images
 from sightline.data.tokenizer import check_vocab_size
@@ -19,29 +18,6 @@ from sightline.training.metrics import check_wandb
 from sightline.training.resume import flat
 from sightline.training.run_directory import settings
 from sightline.training.same_on_all_ranks import check_same, versions
-
-
-def choose_device(options: TrainingConfig) -> torch.device:
-    """Return the device for `training.device`.
-
-    Raises:
-        ValueError: if it is CUDA and no CUDA device is available.
-    """
-    has_cuda = torch.cuda.is_available()
-    if options.device == "cuda" and not has_cuda:
-        raise ValueError(
-            "training.device is 'cuda', but PyTorch finds no CUDA device; use --training.device cpu or auto, or "
-            "install a PyTorch build for CUDA"
-        )
-    return torch.device("cuda" if has_cuda and options.device != "cpu" else "cpu")
-
-
-def make_reproducible(seed: int, deterministic: bool) -> None:
-    """Set the seed of all random number generators, and PyTorch's deterministic algorithms if requested."""
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it and reads it at its first use
-    torch.use_deterministic_algorithms(deterministic)
-    torch.manual_seed(seed)
 
 
 def check_start(run: Run, device: torch.device, host: HostGroup) -> None:

@@ -42,6 +42,7 @@ from sightline.training.checkpoint import (
     tensors,
 )
 from sightline.training.checkpoint_directory import find_latest
+from sightline.training.device import choose_device, make_reproducible
 from sightline.training.export import export_checkpoint
 from sightline.training.flops import find_peak
 from sightline.training.metrics import Metrics
@@ -60,7 +61,7 @@ from sightline.training.run_directory import RunDirectory, settings
 from sightline.training.same_on_all_ranks import check_same
 from sightline.training.saver import Saver
 from sightline.training.schedule import learning_rate
-from sightline.training.setup import check_start, choose_device, make_reproducible, open_files, read_documents
+from sightline.training.setup import check_start, open_files, read_documents
 from sightline.training.signals import StopRequest
 from sightline.training.step import StepResult, train_step, validate
 from sightline.training.terminal import Terminal
