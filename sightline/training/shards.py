@@ -19,9 +19,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import xxhash
-from safetensors import safe_open
 from torch import Tensor
 
+from sightline.models.hf.files import open_safetensors
 from sightline.models.weight_init import local_slices
 from sightline.parallel.mesh import AXES, FLATTENED, Mesh
 from sightline.parallel.redistribute import local_part
@@ -182,7 +182,7 @@ def read_shards(
         if not missing:
             break
         path = file_inside(checkpoint, shard_file(rank))
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             for key, name, stored in _stored(file, needed):
                 box, part = needed[name]
                 if stored.shape != box.shape:

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sightline import config
 from sightline.training import metrics
 from sightline.training.checkpoint import CannotSave
-from sightline.training.metrics import Metrics, MetricsFile, read_metrics, start_wandb
+from sightline.training.metrics import Metrics, MetricsFile, check_wandb, read_metrics, start_wandb
 
 
 def steps_of(path: Path) -> list[int]:
@@ -87,12 +87,12 @@ def test_without_tensorboard_there_is_none(tmp_path) -> None:
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch) -> None:
+def test_wandb_that_is_not_installed_is_named(monkeypatch) -> None:
     monkeypatch.setattr(metrics, "wandb", None)
     with pytest.raises(
         ValueError, match=r"logging\.wandb 'p' needs the package wandb.*pip install 'sightline\[wandb\]'"
     ):
-        start_wandb(tmp_path, "p", {})
+        check_wandb(config.LoggingConfig(wandb="p"))
 
 
 def test_wandb_continues_the_same_run(tmp_path, monkeypatch) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sightline.models.hf.format import Group, Weight, group_weights, identity
 from sightline.models.weight_init import local_shard
-from sightline.paths import file_inside, printable, read_json
+from sightline.paths import file_inside, read_json
 from sightline.torch_private import is_dtensor
 
 SINGLE = "model.safetensors"
@@ -116,7 +116,9 @@ def _fill(ours: Tensor, weights: list[Weight], files: dict[str, Path]) -> None:
 
 def _view(weight: Weight, files: dict[str, Path]) -> Tensor:
     file = files[weight.theirs]
-    with _open(file) as opened:  # reopened for each tensor: an open file keeps in memory all that was read from it
+    with open_safetensors(
+        file
+    ) as opened:  # reopened for each tensor: an open file keeps in memory all that was read from it
         return weight.of_theirs(opened.get_tensor(weight.theirs))
 
 
@@ -139,7 +141,7 @@ def _find_files(directory: Path) -> dict[str, Path]:
             )
         raise ValueError(f"{directory} contains no weights; expected {SINGLE}, or {INDEX} and its files: {remedy}")
     single = file_inside(directory, SINGLE)
-    with _open(single) as opened:
+    with open_safetensors(single) as opened:
         return dict.fromkeys(opened.keys(), single)
 
 
@@ -158,15 +160,26 @@ def _read_index(directory: Path) -> dict[str, Path]:
     return {tensor: paths[name] for tensor, name in named.items()}
 
 
-def _open(file: Path) -> Any:
+def open_safetensors(file: Path) -> Any:
+    """Open a safetensors file, to be used in a `with` statement.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
     try:
-        return safe_open(file, framework="pt")
+        with file.open("rb") as opened:  # the library takes only paths in UTF-8, and maps the file when it opens it
+            return safe_open(file if is_utf8(file) else f"/dev/fd/{opened.fileno()}", framework="pt")
     except (SafetensorError, OSError) as error:
-        if printable(str(file)) != str(file):
-            raise ValueError(
-                f"{file} cannot be read ({error}): the library safetensors reads only paths in UTF-8; rename it"
-            ) from error
         raise ValueError(f"{file} cannot be read ({error}); it is truncated or not a safetensors file") from error
+
+
+def is_utf8(path: Path) -> bool:
+    """Return whether a path can be written in UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_shapes(groups: dict[str, Group], files: dict[str, Path]) -> None:
@@ -175,7 +188,7 @@ def _check_shapes(groups: dict[str, Group], files: dict[str, Path]) -> None:
     for name, file in files.items():
         by_file.setdefault(file, []).append(name)
     for file, names in by_file.items():
-        with _open(file) as opened:
+        with open_safetensors(file) as opened:
             absent = sorted(set(names) - set(opened.keys()))
             if absent:
                 raise ValueError(f"{file} has no tensor {absent[0]}, but {INDEX} lists it; download both again")
