@@ -9,13 +9,15 @@ Of the ranks with equal shards, one writes; `owner` computes which one, without 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -27,10 +29,12 @@ from sightline.parallel.mesh import AXES, FLATTENED, Mesh
 from sightline.parallel.redistribute import local_part
 from sightline.paths import file_inside
 from sightline.torch_private import is_dtensor
-from sightline.training.manifest import CHUNK, FileSum, shard_file
+from sightline.training.manifest import FileSum, shard_file
 
 RANDOM = "random."
 """Beginning of the names of random number states, which are the same on all ranks."""
+MAX_WRITERS = 8
+"""Replicas that share the writing of their shards."""
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -80,19 +84,21 @@ def flatten(state: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
 def owner(name: str, tensor: Tensor, mesh: Mesh | None) -> int:
     """Return the rank that writes this rank's shard of a tensor.
 
-    The ranks with equal shards have equal indices along the axes that shard the tensor. Along each other axis, the name
-    of the tensor selects one, so that they share the work.
+    The ranks with equal shards have equal indices along the axes that shard the tensor. Of the first MAX_WRITERS
+    replicas, the name of the tensor selects one, so that they share the work. Along each other axis it is the first
+    rank. A rank therefore finds all its shards in a few files, however many ranks there are.
     """
     if mesh is None or mesh.world == 1 or name.startswith(RANDOM):
         return 0
     sharding = {"pipeline"}
+    writers = min(mesh.size("replicate"), MAX_WRITERS) if is_dtensor(tensor) else 1
     if is_dtensor(tensor):
         for axis, placement in zip(tensor.device_mesh.mesh_dim_names or (), tensor.placements, strict=True):
             if not placement.is_replicate():  # a strided shard is no Shard
                 sharding |= set(EXPANDED.get(axis, (axis,)))
-    rank, choice = 0, zlib.crc32(name.encode())
+    rank = 0
     for axis in AXES:
-        choice, chosen = divmod(choice, mesh.size(axis))
+        chosen = zlib.crc32(name.encode()) % writers if axis == "replicate" else 0
         rank = rank * mesh.size(axis) + (mesh.index(axis) if axis in sharding else chosen)
     return rank
 
@@ -135,31 +141,22 @@ def write_shards(path: Path, shards: Mapping[str, Tensor]) -> FileSum:
         header[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("xb", buffering=0) as file:
-        writer = _ChecksumWriter(file)
-        writer.write(memoryview(len(encoded).to_bytes(8, "little") + encoded))
-        for _, tensor in ordered:
-            writer.write(memoryview(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    prefix = memoryview(len(encoded).to_bytes(8, "little") + encoded)
+    digest = xxhash.xxh3_128()
+    # A thread computes the checksum while this one writes: both release the GIL.
+    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as thread:
+        for data in itertools.chain([prefix], (_bytes_of(tensor) for _, tensor in ordered)):
+            updated = thread.submit(digest.update, data)
+            rest = data
+            while rest:
+                rest = rest[file.write(rest) :]
+            updated.result()
         os.fsync(file.fileno())
-    return writer.sum()
+    return FileSum(len(prefix) + end, digest.hexdigest())
 
 
-class _ChecksumWriter:
-    """Writes to a file, and computes its checksum while the bytes are in the cache of the core."""
-
-    def __init__(self, file: BinaryIO | Any) -> None:
-        self.file, self.bytes, self.digest = file, 0, xxhash.xxh3_128()
-
-    def write(self, data: memoryview) -> None:
-        for start in range(0, len(data), CHUNK):
-            chunk = data[start : start + CHUNK]
-            self.digest.update(chunk)
-            while chunk:
-                chunk = chunk[self.file.write(chunk) :]
-        self.bytes += len(data)
-
-    def sum(self) -> FileSum:
-        return FileSum(self.bytes, self.digest.hexdigest())
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def read_shards(
