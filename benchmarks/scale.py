@@ -47,7 +47,7 @@ from sightline.config import (
     ValidationConfig,
 )
 from sightline.models import Llama3Config
-from sightline.training import shards
+from sightline.models.hf import files
 from sightline.training.saver import Saver
 from sightline.training.terminal import Terminal
 from sightline.training.trainer import Trainer, train
@@ -114,7 +114,7 @@ class Meter:
             self.count_calls(dist.Store, name, "store calls")
         for name in COLLECTIVES:
             self.count_calls(dist, name, "collectives")
-        self.count_calls(shards, "safe_open", "opened")  # opens files outside Python
+        self.count_calls(files, "safe_open", "opened")  # opens files outside Python
         os.stat, os.lstat = self.count_paths(os.stat), self.count_paths(os.lstat)
         sys.addaudithook(self.on_event)
         Trainer.launch_step = self.measured("step", Trainer.launch_step)  # type: ignore[method-assign]
