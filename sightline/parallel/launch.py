@@ -199,16 +199,18 @@ def agree_on_start(store: dist.Store, rank: int, world: int, timeout: float) -> 
                 "Check the log of their machine"
             )
         return process
-    deadline = time.monotonic() + timeout + GRACE
-    while time.monotonic() < deadline:
-        with contextlib.suppress(dist.DistStoreError):  # a wait timed out
+    begin, name = time.monotonic(), ""
+    # Ask now and then instead of waiting: PyTorch logs a warning for each wait that times out.
+    while time.monotonic() < begin + timeout + GRACE:
+        if store.check(["start"]) and store.get("start").decode() != name:
             name = store.get("start").decode()
             store.set(f"{name}/rank/{rank}", process)
-            answer = f"{name}/answer/{process}"
-            store.wait([answer], timedelta(seconds=1))
+        answer = f"{name}/answer/{process}"
+        if store.check([answer]):
             if store.get(answer) == b"all":
                 return name
             raise AnotherRankEnded(exit_code_of(LostRank()))
+        time.sleep(min(1.0, 0.02 + (time.monotonic() - begin) / 20))
     raise LostRank(f"rank 0 did not start within {timeout} s (--parallel.timeout). Check the log of its machine")
 
 
