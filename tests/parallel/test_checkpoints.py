@@ -26,7 +26,7 @@ from sightline.training.export import export_checkpoint
 from sightline.training.metrics import read_metrics
 from sightline.training.optimizer import build_optimizer
 from sightline.training.saver import Saver
-from tests.parallel.test_meshes import small_run, train_on
+from tests.parallel.test_meshes import ILL_CONDITIONED, small_run, train_on
 from tests.support.processes import run_on_ranks
 from tests.support.small_runs import weights_of, write_corpus
 
@@ -119,7 +119,8 @@ def check_chain(
     assert [row["step"] for row in rows] == list(range(1, 2 * len(chain) + 1))
     for row, expected_row in zip(rows, expected, strict=False):
         for name in COMPARED:
-            assert row[name] == pytest.approx(expected_row[name], rel=1e-5), (row["step"], name)
+            tolerance = ILL_CONDITIONED.get((family, name), 1e-5)
+            assert row[name] == pytest.approx(expected_row[name], rel=tolerance), (row["step"], name)
 
 
 @pytest.mark.parametrize(("family", "chain"), FAST, ids=str)
