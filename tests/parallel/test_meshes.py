@@ -42,8 +42,8 @@ EXPERTS = ("llama4", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
 FAMILIES = (*DENSE, *EXPERTS)
 SCHEDULES = get_args(config.SCHEDULES)
 # Recurrent layers normalize queries and keys to length 1, so the gradient of one that is nearly 0 is dominated by
-# rounding. On one process too: with micro-batches of 2 rows instead of 1, the gradient norm of step 2 of this run is 2.3697
-# instead of 2.3714, a difference of 7e-4.
+# rounding. On one process too: with micro-batches of 2 rows instead of 1, the gradient norm of step 2 of this run is
+# 2.3697 instead of 2.3714, a difference of 7e-4.
 ILL_CONDITIONED = {("qwen3_next", "grad_norm"): 1e-3}
 
 
