@@ -75,10 +75,9 @@ def log_kernels(terminal: Terminal, kernels: dict[str, str]) -> None:
         terminal.table({"attention": f"{name} by {kernel}" if len(kernels) > 1 else kernel})
 
 
-def plot_first_masks(terminal: Terminal, directory: RunDirectory, masks: dict[str, AttentionMask]) -> None:
-    """Write masks.png of the first batch, unless it exists."""
-    if not directory.mask_plot.exists():
-        save_plot(terminal, directory.mask_plot, lambda path: plot_masks(masks, path))
+def plot_batch_masks(terminal: Terminal, directory: RunDirectory, masks: dict[str, AttentionMask], row: int) -> None:
+    """Write masks.png: the masks of a row of a batch."""
+    save_plot(terminal, directory.mask_plot, lambda path: plot_masks(masks, path, row))
 
 
 def plot_losses(terminal: Terminal, directory: RunDirectory, source: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from sightline.batch import Batch
 from sightline.config import Run
 from sightline.data import (
     Batches,
@@ -53,7 +54,7 @@ from sightline.training.report import (
     log_kernels,
     log_model,
     log_summary,
-    plot_first_masks,
+    plot_batch_masks,
     plot_losses,
 )
 from sightline.training.resume import acquire_start
@@ -102,6 +103,7 @@ class Trainer:
     """Runs one training run. Resources that it opens are closed with the exit stack `opened`."""
 
     stop_requested = False  # whether a rank had received a stop signal when the newest step that was read ended
+    masks_are_plotted = False
     last_read = 0.0  # time when it was read
 
     def __init__(
@@ -214,9 +216,8 @@ class Trainer:
         record_step(self.step)
         started = time.perf_counter()
         batch = next(self.loader)
-        if self.step == self.first_step and self.mesh.rank == 0:
-            masks = named_masks(self.model.get_attention_masks(batch, self.tokenizer))
-            plot_first_masks(self.terminal, self.directory, masks)
+        if not self.masks_are_plotted and self.mesh.rank == 0:
+            self.plot_masks(batch)
             started = time.perf_counter()
         self.step += 1
         rate = learning_rate(self.step, self.run.optimizer, self.steps)
@@ -234,6 +235,17 @@ class Trainer:
         if self.step == self.first_step + 1:
             log_kernels(self.terminal, self.model.attention_kernels)
         return PendingStep(self.step, started, self.loader.epoch, rate, result)
+
+    def plot_masks(self, batch: Batch) -> None:
+        """Plot the masks of the first batch, and again those of the first one with several documents in a row."""
+        last_document, row = (int(value) for value in batch.document_ids.amax(1).max(0))
+        is_first = self.step == self.first_step
+        if is_first and self.directory.mask_plot.exists():
+            self.masks_are_plotted = True  # by an earlier start
+        elif is_first or last_document > 0:
+            masks = named_masks(self.model.get_attention_masks(batch, self.tokenizer))
+            plot_batch_masks(self.terminal, self.directory, masks, row)
+            self.masks_are_plotted = last_document > 0
 
     def read(self, pending: PendingStep) -> dict[str, Any]:
         """Return the metrics of a step, after waiting for the device.

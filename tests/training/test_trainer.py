@@ -216,3 +216,20 @@ def test_a_plot_that_cannot_be_written_does_not_end_the_run(source, tmp_path, mo
     output = train_quietly(small_run(tmp_path / "run", source, training__steps=1))
     assert output.count("could not be written: [Errno 28] No space left on device") == 2
     assert len(rows_of(tmp_path / "run")) == 1
+
+
+def test_the_picture_of_masks_has_a_row_with_several_documents(tmp_path, monkeypatch) -> None:
+    source = tmp_path / "texts"
+    source.mkdir()
+    (source / "long.txt").write_text("one long document " * 400)
+    for number in range(12):
+        (source / f"{number}.txt").write_text(f"short {number}")
+    documents: list[int] = []
+
+    def plot(terminal, directory, masks, row) -> None:
+        documents.append(len(masks["attention"].start[row].unique()))
+
+    monkeypatch.setattr(trainer, "plot_batch_masks", plot)
+    options = {"data__validation_fraction": 0, "validation__every": 0, "training__steps": 60}
+    train_quietly(small_run(tmp_path / "run", source, seed=1, **options))
+    assert documents[0] == 1 and documents[1] > 1 and len(documents) == 2, "the first batch has only long rows"
