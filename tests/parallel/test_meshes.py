@@ -42,8 +42,8 @@ EXPERTS = ("llama4", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
 FAMILIES = (*DENSE, *EXPERTS)
 SCHEDULES = get_args(config.SCHEDULES)
 # Recurrent layers normalize queries and keys to length 1, so the gradient of one that is nearly 0 is dominated by
-# rounding. On one process too: with micro-batches of 2 rows instead of 1, the gradient norm of this run differs by up to
-# 1e-2 with seed 0, and by up to 5e-5 with seed 3.
+# rounding. On one process too: with micro-batches of 2 rows instead of 1, the gradient norm of this run differs by up
+# to 1e-2 with seed 0, and by up to 5e-5 with seed 3.
 ILL_CONDITIONED = {("qwen3_next", "grad_norm"): 2e-4}
 SEEDS = {"qwen3_next": 3}
 
