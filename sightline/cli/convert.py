@@ -61,9 +61,11 @@ def main(argv: list[str]) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; choose another OUTPUT, a directory to write the model to")
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    pretrained = bool(options.vision)
     if not is_run(source):
         source = find_pretrained(source, FAMILIES if family is None else (family,))
-    if options.vision or (not is_run(source) and is_pretrained(source)):
+        pretrained = pretrained or is_pretrained(source)
+    if pretrained:
         model = load_vision_pair(options.vision, source) if options.vision else load_pretrained(source, family=family)
         save_pretrained(model, output, dtype=dtype, source=source, max_shard_bytes=shard)
     else:

@@ -43,9 +43,10 @@ from sightline.training.manifest import (
     share_files,
     write_file,
 )
+from sightline.training.nested import flatten
 from sightline.training.old_checkpoints import read_index, read_old_tensors
 from sightline.training.optimizer import Optimizer, optimizer_state
-from sightline.training.shards import RANDOM, count_elements, flatten, read_shards, shards_to_write, write_shards
+from sightline.training.shards import RANDOM, count_elements, read_shards, shards_to_write, write_shards
 
 STATE = "state.json"
 CONFIG = "config.json"
@@ -83,7 +84,7 @@ class LocalState(NamedTuple):
     shards    tensors by their name in the file
     elements  see `count_elements`
     mesh      degree of each parallelism
-    progress  step, and the loader's state on one rank of those that read the same rows
+    loader    state of the loader, on one of the ranks that read the same rows; None on the others
     """
 
     shards: dict[str, Tensor]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+NAME = re.compile(r"step-\d{1,18}")
+"""Names of checkpoints."""
 
 
 def is_run(path: Path) -> bool:
@@ -18,7 +21,7 @@ def is_run(path: Path) -> bool:
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
-    found = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{1,18}", path.name)]
+    found = [path for path in directory.glob("step-*") if NAME.fullmatch(path.name)]
     return sorted(found, key=step_of)
 
 
@@ -66,12 +69,8 @@ def sync(path: Path) -> None:
 
 def remedy(checkpoint: Path) -> str:
     """Return what to do about a checkpoint that cannot be used."""
-    older = [other for other in list_checkpoints(checkpoint.parent) if other.name != checkpoint.name]
-    older = [other for other in older if step_of(other) < _step_or_infinity(checkpoint)]
+    step = step_of(checkpoint) if NAME.fullmatch(checkpoint.name) else math.inf
+    older = [other for other in list_checkpoints(checkpoint.parent) if step_of(other) < step]
     if not older:
         return f"There is no older checkpoint beside it: use a copy of it, or delete {checkpoint} and start again"
     return f"Use {older[-1]}, the one before"
-
-
-def _step_or_infinity(checkpoint: Path) -> float:
-    return step_of(checkpoint) if re.fullmatch(r"step-\d{1,18}", checkpoint.name) else float("inf")

@@ -48,11 +48,11 @@ def load(
     device = choose_device(config.TrainingConfig()) if device is None else torch.device(device)
     if not is_run(directory):
         directory = find_pretrained(directory, FAMILIES if family is None else (family,))
-    if not is_run(directory) and is_pretrained(directory):
-        tokenizer = load_tokenizer(directory)
-        dtype = torch.float32 if device.type == "cpu" else None
-        with device:
-            return LoadedModel(load_pretrained(directory, dtype=dtype, family=family).eval(), tokenizer)
+        if is_pretrained(directory):
+            tokenizer = load_tokenizer(directory)
+            dtype = torch.float32 if device.type == "cpu" else None
+            with device:
+                return LoadedModel(load_pretrained(directory, dtype=dtype, family=family).eval(), tokenizer)
     checkpoint = find_checkpoint(directory)
     check_checkpoint(checkpoint, contents=verify)
     run = load_config(checkpoint / CONFIG, family)

@@ -12,6 +12,7 @@ from sightline.parallel.host import HostGroup
 from sightline.training.checkpoint import CONFIG, check_checkpoint
 from sightline.training.checkpoint_directory import find_latest, remove_partial, set_aside, step_of
 from sightline.training.manifest import Damaged
+from sightline.training.nested import flatten
 from sightline.training.run_directory import RunDirectory, find_checkpoint, load_config, settings
 
 MUST_MATCH = (
@@ -117,7 +118,7 @@ def check_continues(checkpoint: Path, run_settings: dict[str, Any]) -> list[str]
     Raises:
         ValueError: if a field in `MUST_MATCH` differs.
     """
-    before, now = flat(settings(load_config(checkpoint / CONFIG))), flat(run_settings)
+    before, now = flatten(settings(load_config(checkpoint / CONFIG))), flatten(run_settings)
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     refused = [name for name in changed if name.startswith(MUST_MATCH) and name not in MAY_CHANGE]
     if refused:
@@ -156,13 +157,3 @@ def option(name: str, value: Any) -> str:
     if value is None:
         return f"no {prefix}{field}"
     return f"{prefix}{'' if value else 'no-'}{field}" if isinstance(value, bool) else f"{prefix}{field} {value}"
-
-
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dicts: {"a": {"b": 1}} becomes {"a.b": 1}."""
-    if not isinstance(config, dict):
-        return {prefix: config}
-    flattened: dict[str, Any] = {}
-    for name, value in config.items():
-        flattened |= flat(value, f"{prefix}.{name}" if prefix else name)
-    return flattened

@@ -15,7 +15,7 @@ from sightline.models.hf.directory import check_pretrained
 from sightline.parallel.checks import check_run
 from sightline.parallel.host import HostGroup
 from sightline.training.metrics import check_wandb
-from sightline.training.resume import flat
+from sightline.training.nested import flatten
 from sightline.training.run_directory import settings
 from sightline.training.same_on_all_ranks import check_same, versions
 
@@ -26,7 +26,7 @@ def check_start(run: Run, device: torch.device, host: HostGroup) -> None:
     Raises:
         ValueError: if ranks differ in versions or options, or the run cannot work on this mesh, device or machine.
     """
-    check_same(host, {**versions(), **flat(settings(run))})
+    check_same(host, {**versions(), **flatten(settings(run))})
     check_run(run, host.world, device)
     check_options(run)
 

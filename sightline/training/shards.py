@@ -30,6 +30,7 @@ from sightline.parallel.redistribute import local_part
 from sightline.paths import file_inside
 from sightline.torch_private import is_dtensor
 from sightline.training.manifest import FileSum, shard_file
+from sightline.training.nested import flatten
 
 RANDOM = "random."
 """Beginning of the names of random number states, which are the same on all ranks."""
@@ -71,14 +72,6 @@ def local_box(tensor: Tensor) -> Box:
         return Box((0,) * len(shape), shape, shape)
     slices = local_slices(tensor)
     return Box(tuple(part.start for part in slices), tuple(part.stop - part.start for part in slices), shape)
-
-
-def flatten(state: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """Return the tensors of nested dicts by their joined keys: {"a": {"b": t}} becomes {"a.b": t}."""
-    flat: dict[str, Tensor] = {}
-    for name, value in state.items():
-        flat |= {prefix + name: value} if isinstance(value, Tensor) else flatten(value, f"{prefix}{name}.")
-    return flat
 
 
 def owner(name: str, tensor: Tensor, mesh: Mesh | None) -> int:

@@ -116,9 +116,8 @@ def _fill(ours: Tensor, weights: list[Weight], files: dict[str, Path]) -> None:
 
 def _view(weight: Weight, files: dict[str, Path]) -> Tensor:
     file = files[weight.theirs]
-    with open_safetensors(
-        file
-    ) as opened:  # reopened for each tensor: an open file keeps in memory all that was read from it
+    # Reopened for each tensor: an open file keeps in memory all that was read from it.
+    with open_safetensors(file) as opened:
         return weight.of_theirs(opened.get_tensor(weight.theirs))
 
 
