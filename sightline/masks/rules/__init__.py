@@ -21,13 +21,7 @@ from sightline.masks.rules.sparse import *  # noqa: F403
 from sightline.masks.rules.trees import *  # noqa: F403
 from sightline.masks.rules.windows import *  # noqa: F403
 
-__all__ = []
-__all__ += documents.__all__
-__all__ += windows.__all__
-__all__ += sparse.__all__
-__all__ += trees.__all__
-__all__ += combine.__all__
-"""The rules, exported by `sightline.masks` and callable in mask expressions on the command line."""
-
-RULES: dict[str, Callable[..., AttentionMask]] = {name: globals()[name] for name in __all__}
-"""All rules by name, in the order of errors and help texts."""
+RULES: dict[str, Callable[..., AttentionMask]] = {
+    name: vars(module)[name] for module in (documents, windows, sparse, trees, combine) for name in module.__all__
+}
+"""All rules by name: exported by `sightline.masks`, and callable in mask expressions on the command line."""

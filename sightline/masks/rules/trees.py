@@ -64,8 +64,8 @@ def token_tree(parents: Tensor, context_length: int = 0) -> AttentionMask:
 
     Speculative decoding verifies the draft tokens of a tree in one forward pass (SpecInfer, arXiv:2305.09781; Medusa,
     arXiv:2401.10774; EAGLE, arXiv:2401.15077). The queries are the tokens of the tree; the keys are those of the
-    context, then those of the tree. Tokens that directly follow their parent share its interval: K is at most 1 plus the
-    number of tokens on one path that do not.
+    context, then those of the tree. K is at most 1 plus the number of tokens, on any path, that do not directly follow
+    their parent.
 
     parents         int [B, Q], index of the parent in the tree, before its child; -1: a root; less than -1: padding
     context_length  keys before the tree, such as those of a cache: T = context_length + Q
