@@ -141,19 +141,19 @@ def neighborhood(
     """
     sizes = tuple(shape)
     for size in sizes or (0,):
-        check_count("neighborhood", "each of shape", size, 1, "is a number of tokens")
+        check_count("neighborhood", "each dimension of shape", size, 1, "is a number of tokens")
     parameters = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "is_causal": is_causal}
-    given = {name: _per_dimension(name, value, len(sizes)) for name, value in parameters.items()}
-    start = torch.zeros(1, 1, dtype=torch.int32, device=device)  # [queries, intervals] of the dimensions so far
-    width = 1
-    for axis, size in enumerate(sizes):
-        keys = _axis_window(size, *(values[axis] for values in given.values())).to(device)
-        if axis == len(sizes) - 1 and given["dilation"][axis] == 1:  # contiguous keys are one interval
-            keys, counts = keys[:, :1], keys[:, -1] - keys[:, 0] + 1
-            width = counts.repeat(len(start))[:, None]
+    given = [_per_dimension(name, value, len(sizes)) for name, value in parameters.items()]
+    windows = [_axis_window(*values) for values in zip(sizes, *given, strict=True)]
+    width = torch.ones(sizes[-1], 1, dtype=torch.int32)
+    if given[2][-1] == 1:  # without dilation, the keys in the last dimension are one interval
+        width = windows[-1][:, -1:] - windows[-1][:, :1] + 1
+        windows[-1] = windows[-1][:, :1]
+    start = torch.zeros(1, 1, dtype=torch.int32)  # [queries, intervals] of the dimensions so far
+    for size, keys in zip(sizes, windows, strict=True):
         start = (start[:, None, :, None] * size + keys[None, :, None, :]).flatten(2).flatten(0, 1)
-    mask = AttentionMask.from_intervals(start[None], (start + width)[None], len(start))
-    return mask[[0] * batch_size]
+    stop = start + width.repeat(len(start) // len(width), 1)
+    return AttentionMask.from_intervals(start[None], stop[None], len(start))[[0] * batch_size].to(device)
 
 
 def _per_dimension(name: str, value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
@@ -169,7 +169,7 @@ def _per_dimension(name: str, value: int | Sequence[int], dimensions: int) -> tu
     return values
 
 
-def _axis_window(size: int, kernel_size: int, stride: int, dilation: int, is_causal: bool) -> Tensor:
+def _axis_window(size: int, kernel_size: int, stride: int, dilation: int, is_causal: int) -> Tensor:
     """Return the coordinates, in one dimension, of the keys of each coordinate: int32 [size, kernel_size], ascending.
 
     A causal window that begins before the grid repeats its first key.
