@@ -209,6 +209,7 @@ POSITIONS = torch.arange(4)[None]
         (lambda: neighborhood(1, (4, 4), 2, stride=3), "stride must be at most kernel_size 2; got 3"),
         (lambda: neighborhood(1, (4, 4), (3, 3, 3)), "kernel_size has 3 values.*2 dimensions"),
         (lambda: neighborhood(1, (4, 0), 3), "each dimension of shape .* got 0"),
+        (lambda: neighborhood(1, 12, 3), r"one size for each dimension; got 12; write \(12,\)"),
         (lambda: neighborhood(1, (), 3), "each dimension of shape"),
         (lambda: neighborhood(1, (4, 4), 0), "kernel_size .* at least 1; got 0"),
     ],

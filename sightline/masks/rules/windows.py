@@ -139,6 +139,8 @@ def neighborhood(
     dilation     distance between the keys in each dimension
     is_causal    the window ends at the query in this dimension, and is smaller at the start
     """
+    if isinstance(shape, int):
+        raise ValueError(f"neighborhood: shape must be one size for each dimension; got {shape}; write ({shape},)")
     sizes = tuple(shape)
     for size in sizes or (0,):
         check_count("neighborhood", "each dimension of shape", size, 1, "is a number of tokens")
