@@ -98,6 +98,8 @@ def test_visibility_of_retrieved_passages() -> None:
     assert mask.start[0, 8:].tolist() == [[0, 6], [0, 6], [0, 0]]
     assert mask.stop[0, 8:].tolist() == [[5, 9], [5, 10], [0, 0]]
     assert document_visibility(ids[:, :0], table).shape == (1, 0, 0)
+    only_padding = torch.full_like(ids, -1)
+    assert document_visibility(only_padding, table.flip(1), ids).intervals == 1
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sightline.masks.intervals import document_starts, find_runs, from_dense, segment_bounds
@@ -125,16 +126,17 @@ def document_visibility(document_ids: Tensor, visible: Tensor, key_document_ids:
     changes[:, 1:] = keys[:, 1:] != keys[:, :-1]
     run = changes.cumsum(dim=1) - 1
     num_runs = int(run.max()) + 1 if run.numel() else 0
-    # Start of each run of keys, and the end of the row: the runs that a shorter list of runs lacks are empty.
+    # Start of each run of keys, and the end of the row. A row with fewer runs ends with empty ones, of document -1.
     index = torch.arange(length, device=keys.device).expand(rows, length)
     bounds = index.new_full((rows, num_runs + 1), length).scatter_reduce_(1, run, index, "amin")
     run_ids = keys.new_full((rows, num_runs), -1).scatter_(1, run, keys).long()
-    dense = visible.bool().gather(2, run_ids.clamp(min=0)[:, None, :].expand(-1, visible.shape[1], -1))
-    first, last = from_dense(dense & (run_ids >= 0)[:, None, :], max(1, num_runs))  # intervals of runs, per document
-    start, stop = (bounds.gather(1, runs.long().flatten(1)).view(runs.shape) for runs in (first, last))
-    mask = AttentionMask.from_intervals(start, stop, length).take_queries(document_ids.long().clamp(min=0))
-    padding = (document_ids < 0)[:, :, None]
-    return AttentionMask.from_intervals(mask.start.masked_fill(padding, 0), mask.stop.masked_fill(padding, 0), length)
+    num_documents = visible.shape[1]
+    table = F.pad(visible.bool(), (0, 0, 0, 1))  # the last document is padding, which attends to nothing
+    table = table.gather(2, run_ids.clamp(min=0)[:, None, :].expand(-1, num_documents + 1, -1))
+    intervals = from_dense(table & (run_ids >= 0)[:, None, :], max(1, num_runs))  # intervals of runs, per document
+    start, stop = (bounds.gather(1, runs.long().flatten(1)).view(runs.shape) for runs in intervals)
+    query_ids = document_ids.long().masked_fill(document_ids < 0, num_documents)
+    return AttentionMask.from_intervals(start, stop, length).take_queries(query_ids)
 
 
 def _check_visibility(queries: Tensor, keys: Tensor, visible: Tensor) -> None:

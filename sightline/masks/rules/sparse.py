@@ -64,9 +64,10 @@ def bigbird(
     number = torch.arange(num_blocks)
     visible = ((number[:, None] - number).abs() <= side) | (number < num_global_blocks)
     order = torch.rand(num_blocks, num_blocks, generator=torch.Generator().manual_seed(seed))
-    score, random = order.masked_fill(visible, -1).topk(min(num_random_blocks, num_blocks), dim=1)
+    # Where fewer blocks are left, the rest are visible ones, which change nothing.
+    random = order.masked_fill(visible, -1).topk(min(num_random_blocks, num_blocks), dim=1).indices
     global_stop = torch.where(number < num_global_blocks, num_blocks, num_global_blocks)[:, None]
     start = torch.cat([torch.zeros_like(global_stop), (number - side)[:, None], random], dim=1)
-    stop = torch.cat([global_stop, (number + side + 1)[:, None], random + (score >= 0)], dim=1)
+    stop = torch.cat([global_stop, (number + side + 1)[:, None], random + 1], dim=1)
     blocks = AttentionMask.from_intervals((start * block)[None], (stop * block)[None], length)
     return blocks.take_queries(torch.arange(length) // block)[[0] * batch_size].to(device)
