@@ -80,7 +80,7 @@ def test_every_public_rule_is_available() -> None:
         ("document([[0, 0], [1]])", "lists of the same length"),
         ("document([])", "document_ids must be integers"),
         ("document((0, 0, 1))", r"does not match document\(document_ids, key_document_ids\)"),
-        ("neighborhood(1, 12, 3)", r"one size for each dimension; got 12; write \(12,\)"),
+        ("neighborhood(1, 12, 3)", "a tuple of one size for each dimension; got 12"),
         ("sliding_window(1, 4, 2, left=1)", "Give either window, or left and right"),
         ("causal(*[1, 4])", r"\* and \*\* are not allowed"),
         ("causal(**[1, 4])", r"\* and \*\* are not allowed"),

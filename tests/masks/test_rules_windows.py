@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -40,6 +41,7 @@ def test_forms_of_the_window() -> None:
     assert sliding_window(2, 9).equal(causal(2, 9))
     assert sliding_window(1, 9, left=10**12, right=10**12).visible_pairs().tolist() == [81]
     assert sliding_window(1, 9, left=0, right=None).equal(sliding_window(1, 9, left=0, right=8))
+    assert sliding_window(1, 9, np.int64(4)).equal(sliding_window(1, 9, 4))
     assert sliding_window(1, 0, 3).shape == (1, 0, 0)
 
 
@@ -209,7 +211,7 @@ POSITIONS = torch.arange(4)[None]
         (lambda: neighborhood(1, (4, 4), 2, stride=3), "stride must be at most kernel_size 2; got 3"),
         (lambda: neighborhood(1, (4, 4), (3, 3, 3)), "kernel_size has 3 values.*2 dimensions"),
         (lambda: neighborhood(1, (4, 0), 3), "each dimension of shape .* got 0"),
-        (lambda: neighborhood(1, 12, 3), r"one size for each dimension; got 12; write \(12,\)"),
+        (lambda: neighborhood(1, 12, 3), "a tuple of one size for each dimension; got 12"),
         (lambda: neighborhood(1, (), 3), "each dimension of shape"),
         (lambda: neighborhood(1, (4, 4), 0), "kernel_size .* at least 1; got 0"),
     ],

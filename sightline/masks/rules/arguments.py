@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 from torch import Tensor
 
 from sightline.masks.mask import AttentionMask
@@ -24,5 +26,5 @@ def check_token_tensors(rule: str, **tensors: Tensor) -> None:
 
 def check_count(rule: str, name: str, value: int, least: int, meaning: str) -> None:
     """Validate an integer argument of a rule: raise a ValueError unless it is an integer of at least `least`."""
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, Integral) or value < least:
         raise ValueError(f"{rule}: {name} {meaning} and must be an integer of at least {least}; got {value!r}")

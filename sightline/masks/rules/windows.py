@@ -139,8 +139,8 @@ def neighborhood(
     dilation     distance between the keys in each dimension
     is_causal    the window ends at the query in this dimension, and is smaller at the start
     """
-    if isinstance(shape, int):
-        raise ValueError(f"neighborhood: shape must be one size for each dimension; got {shape}; write ({shape},)")
+    if not isinstance(shape, Sequence):
+        raise ValueError(f"neighborhood: shape must be a tuple of one size for each dimension; got {shape}")
     sizes = tuple(shape)
     for size in sizes or (0,):
         check_count("neighborhood", "each dimension of shape", size, 1, "is a number of tokens")
@@ -160,7 +160,7 @@ def neighborhood(
 
 def _per_dimension(name: str, value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
     """Return one value for each dimension; a single value is repeated."""
-    values = (value,) * dimensions if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * dimensions
     if len(values) != dimensions:
         raise ValueError(
             f"neighborhood: {name} has {len(values)} values, {values}, but the grid has {dimensions} dimensions; give "
