@@ -1,6 +1,7 @@
 """Parser of mask expressions: `causal(1, 16) & document(documents(5, 9, padding=2))`.
 
-An expression has calls of mask rules and of a few helpers, numbers, lists, & and |. No other Python is evaluated.
+An expression has calls of mask rules and of a few helpers, numbers, None, lists, tuples, & and |. No other Python is
+evaluated.
 """
 
 from __future__ import annotations
@@ -59,8 +60,12 @@ def _value(node: ast.expr) -> Any:
             return number
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() as number)):
             return -number
-        case ast.List(elts=items) | ast.Tuple(elts=items):
+        case ast.Constant(value=None):  # no limit
+            return None
+        case ast.List(elts=items):
             return [_value(item) for item in items]
+        case ast.Tuple(elts=items):  # sizes, one for each dimension
+            return tuple(_value(item) for item in items)
         case ast.BinOp(left=left, op=ast.BitAnd() | ast.BitOr() as operator, right=right):
             return _combine(node, _value(left), operator, _value(right))
         case ast.Call(func=ast.Name(id=name)) if name in RULES or name in HELPERS:

@@ -22,6 +22,7 @@ examples:
   sightline masks runs/llama3-tiny --html masks.html
   sightline masks "causal(1, 64) & sliding_window(1, 64, 8)"
   sightline masks "causal(1, 16) & document(documents(5, 9, padding=2))" --png masks.png
+  sightline masks "neighborhood(1, (8, 8), 3)"
   sightline masks "(prefix_lm(positions(9, 7), repeat([4, 2], [9, 7])) | causal(1, 16)) & document(documents(9, 7))"
 
 """

@@ -5,9 +5,21 @@ import torch
 
 from sightline import masks
 from sightline.cli.expression import HELPERS, RULES, documents, evaluate, positions, repeat
-from sightline.masks import AttentionMask, causal, chunked, document, global_tokens, prefix_lm, sliding_window
+from sightline.masks import (
+    AttentionMask,
+    causal,
+    chunked,
+    document,
+    document_visibility,
+    global_tokens,
+    neighborhood,
+    prefix_lm,
+    sliding_window,
+    token_tree,
+)
 
 IDS = torch.tensor([[0] * 5 + [1] * 9 + [-1] * 2])
+VISIBLE_IDS, VISIBLE = torch.tensor([[0, 0, 1]]), torch.tensor([[[True, False], [True, True]]])
 POSITIONS = torch.tensor([[*range(5), *range(9), 0, 0]])
 
 
@@ -26,6 +38,10 @@ POSITIONS = torch.tensor([[*range(5), *range(9), 0, 0]])
         ),
         ("document([[0, 0, 1], [0, -1, -1]])", document(torch.tensor([[0, 0, 1], [0, -1, -1]]))),
         ("global_tokens([True, False, False])", global_tokens(torch.tensor([[True, False, False]]))),
+        ("sliding_window(1, 8, left=None, right=2)", sliding_window(1, 8, left=None, right=2)),
+        ("neighborhood(1, (3, 4), 3, is_causal=(True, False))", neighborhood(1, (3, 4), 3, is_causal=(True, False))),
+        ("document_visibility([0, 0, 1], [[[1, 0], [1, 1]]])", document_visibility(VISIBLE_IDS, VISIBLE)),
+        ("token_tree([-1, 0, 0], 2)", token_tree(torch.tensor([[-1, 0, 0]]), 2)),
         ("or_masks(and_masks(causal(1, 4), sliding_window(1, 4, 2)), causal(1, 4))", causal(1, 4)),
     ],
 )
@@ -63,6 +79,9 @@ def test_every_public_rule_is_available() -> None:
         ("repeat([1], [2, 3])", "one length per value; got 1 values and 2 lengths"),
         ("document([[0, 0], [1]])", "lists of the same length"),
         ("document([])", "document_ids must be integers"),
+        ("document((0, 0, 1))", r"does not match document\(document_ids, key_document_ids\)"),
+        ("neighborhood(1, 12, 3)", "a tuple of one size for each dimension; got 12"),
+        ("sliding_window(1, 4, 2, left=1)", "Give either window, or left and right"),
         ("causal(*[1, 4])", r"\* and \*\* are not allowed"),
         ("causal(**[1, 4])", r"\* and \*\* are not allowed"),
     ],

@@ -85,6 +85,14 @@ def dense_rules(rows: Rows, window: int, chunk: int) -> dict[str, tuple[Attentio
         "causal": (causal(batch, length), (kv <= q).expand(batch, -1, -1)),
         "document": (document(rows.document_ids), same),
         "window": (sliding_window(batch, length, window), ((kv <= q) & (kv > q - window)).expand(batch, -1, -1)),
+        "two-sided window": (
+            sliding_window(batch, length, left=window, right=chunk),
+            ((kv >= q - window) & (kv <= q + chunk)).expand(batch, -1, -1),
+        ),
+        "window by position": (
+            sliding_window(batch, length, window, positions=rows.positions),
+            (pos_kv <= pos_q) & (pos_kv > pos_q - window),
+        ),
         "chunk": (
             chunked(rows.positions, chunk) & document(rows.document_ids),
             same & (pos_q // chunk == pos_kv // chunk),
