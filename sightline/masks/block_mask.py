@@ -34,7 +34,7 @@ def build_block_mask(
         full_q_num_blocks=full_q_num,
         full_q_indices=full_q_indices,
         BLOCK_SIZE=(query_block, key_block),
-        mask_mod=build_mask_mod(start, stop),
+        mask_mod=build_mask_mod(start, stop, key_length),
     )
 
 

@@ -46,7 +46,11 @@ def check_index(name: str, index: Any, size: int, device: torch.device, *, allow
 
 def describe(value: Any) -> str:
     """Return the dtype and shape of a tensor, or the type and value of anything else, for an error."""
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {reprlib.repr(value)}"
+    return (
+        f"{value.dtype} {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"{type(value).__name__} {reprlib.repr(value)}"
+    )
 
 
 def check_canonical(start: Tensor, stop: Tensor, key_length: int) -> None:

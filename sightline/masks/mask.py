@@ -229,8 +229,11 @@ class AttentionMask:
 
     @property
     def mask_mod(self) -> MaskMod:
-        """FlexAttention `mask_mod`, the same function for every mask: `any_k(start[b, q, k] <= kv < stop[b, q, k])`."""
-        return build_mask_mod(self.start, self.stop)
+        """FlexAttention `mask_mod`, the same function for every mask: `any_k(start[b, q, k] <= kv < stop[b, q, k])`.
+
+        With more than 16 intervals, it is a second function, which reads a table of one bit per pair: B Q T / 8 bytes.
+        """
+        return build_mask_mod(self.start, self.stop, self.key_length)
 
     def to_block_mask(self, block_size: int | tuple[int, int] = 128, *, compute_q_blocks: bool = True) -> BlockMask:
         """Return FlexAttention's BlockMask in O(S K + blocks), equal to `create_block_mask(self.mask_mod, ...)`.

@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-
-from sightline.masks.checks import INT32_MAX
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 PAIRS_PER_STEP = 2**21  # bounds the memory of the tensors inside a mask_mod: 16 MiB for an int64 result per pair
-MAX_COMPARED_INTERVALS = 8  # with more intervals, a binary search reads fewer bounds than a comparison with each
+MAX_COMPARED_INTERVALS = 16  # 32 reads per pair; a table of bits takes one
+WORDS_PER_STEP = 2**20
 
 
 def evaluate_mask_mod(
@@ -125,34 +125,54 @@ def _as_index(index: Any, device: torch.device) -> Tensor | None:
     return index if isinstance(index, Tensor) else torch.tensor(index, device=device)
 
 
-def build_mask_mod(start: Tensor, stop: Tensor) -> MaskMod:
+def build_mask_mod(start: Tensor, stop: Tensor, key_length: int) -> MaskMod:
     """Return a `mask_mod` that computes `any_k(start[b, q, k] <= kv < stop[b, q, k])` for canonical int32 [B, Q, K].
 
     The closure contains tensors only, so a new document layout does not recompile. K is padded to a power of two with
     empty intervals, so masks whose K varies from batch to batch compile a handful of kernels instead of one per K.
 
-    Up to 8 intervals are compared one by one. More are searched: log2 K reads find the last interval that starts at
-    or before the key, so K = 2048 costs 13 reads per pair.
+    More than 16 intervals would take more reads per pair than a kernel is worth: the function then reads a table of
+    one bit per pair, T / 8 bytes per query. (A binary search would need no table, but takes minutes to compile.)
     """
     num_intervals = 1 << (start.shape[2] - 1).bit_length()
-    padding = (0, num_intervals - start.shape[2])
-    if num_intervals > MAX_COMPARED_INTERVALS:  # sorted starts: unused intervals at the end start after every key
-        start = start.masked_fill(stop <= start, INT32_MAX)
-        start = torch.nn.functional.pad(start, padding, value=INT32_MAX)
-    else:
-        start = torch.nn.functional.pad(start, padding)
-    stop = torch.nn.functional.pad(stop, padding)
+    if num_intervals > MAX_COMPARED_INTERVALS:
+        return _read_bits(pack_bits(start, stop, key_length))
+    start = F.pad(start, (0, num_intervals - start.shape[2]))
+    stop = F.pad(stop, (0, num_intervals - stop.shape[2]))
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        if num_intervals > MAX_COMPARED_INTERVALS:
-            last = kv_idx * 0
-            for bit in reversed(range(num_intervals.bit_length() - 1)):
-                next_start = start[b, q_idx, last + (1 << bit)]
-                last = torch.where(next_start <= kv_idx, last + (1 << bit), last)
-            return (kv_idx >= start[b, q_idx, last]) & (kv_idx < stop[b, q_idx, last])
         visible = (kv_idx >= start[b, q_idx, 0]) & (kv_idx < stop[b, q_idx, 0])
         for k in range(1, num_intervals):
             visible = visible | ((kv_idx >= start[b, q_idx, k]) & (kv_idx < stop[b, q_idx, k]))
         return visible
 
     return mask_mod
+
+
+def _read_bits(words: Tensor) -> MaskMod:
+    """Return a `mask_mod` that reads bit kv of each query: int32 [B, Q, ceil(T / 32)]."""
+
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return ((words[b, q_idx, kv_idx // 32] >> (kv_idx % 32)) & 1) == 1
+
+    return mask_mod
+
+
+def pack_bits(start: Tensor, stop: Tensor, key_length: int) -> Tensor:
+    """Pack the dense mask, key 32 i + j into bit j of word i: int32 [B, Q, ceil(T / 32)] of canonical int32 [B, Q, K].
+
+    The bits from j up are 2^32 - 2^j. An interval adds those from its start in the word of the start, subtracts those
+    from its stop in the word of the stop, and adds all bits in the words between: O(Q (K + T / 32)).
+    """
+    count = -(-key_length // 32)
+    step = max(1, WORDS_PER_STEP // max(1, start.shape[0] * max(count, start.shape[2])))
+    blocks = []
+    for low, high in zip(start.long().split(step, dim=1), stop.long().split(step, dim=1), strict=True):
+        words = torch.zeros((*low.shape[:2], count + 1), dtype=torch.int64, device=start.device)
+        opened = torch.zeros_like(words)  # intervals that start in a word less those that stop in it
+        for bounds, sign in ((low, 1), (high, -1)):
+            words.scatter_add_(2, bounds // 32, sign * (2**32 - (1 << (bounds % 32))))
+            opened.scatter_add_(2, bounds // 32, torch.full_like(bounds, sign))
+        words += (opened.cumsum(dim=2) - opened) * (2**32 - 1)
+        blocks.append((words - ((words >> 31) << 32)).to(torch.int32)[..., :count])  # bit 31 is the sign of an int32
+    return torch.cat(blocks, dim=1)
