@@ -168,6 +168,19 @@ def document_starts(positions: Tensor) -> Tensor:
     return starts
 
 
+def to_dense(start: Tensor, stop: Tensor, key_length: int) -> Tensor:
+    """Return the dense mask bool [B, Q, T] of disjoint intervals int32 [B, Q, K].
+
+    A running sum along the keys counts the intervals that have started and not stopped, 0 or 1.
+    """
+    start = start.long().clamp(0, key_length)
+    stop = torch.maximum(stop.long().clamp(max=key_length), start)
+    change = torch.zeros((*start.shape[:2], key_length + 1), dtype=torch.int8, device=start.device)
+    one = torch.ones((), dtype=torch.int8, device=start.device).expand(start.shape)
+    change.scatter_add_(2, start, one).scatter_add_(2, stop, -one)
+    return change[..., :key_length].cumsum(dim=2, dtype=torch.int8).bool()
+
+
 def from_dense(blocks: Iterable[Tensor], max_intervals: int) -> tuple[Tensor, Tensor]:
     """Return the canonical intervals of a dense mask: start and stop, int32 [B, Q, K].
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from sightline.masks.block_mask import build_block_mask
 from sightline.masks.checks import check_bounds, check_canonical, check_index, check_size, describe
-from sightline.masks.intervals import canonical, from_dense, intersect, to_int32
+from sightline.masks.intervals import canonical, from_dense, intersect, to_dense, to_int32
 from sightline.masks.mask_mod import PAIRS_PER_STEP, MaskMod, build_mask_mod, evaluate_mask_mod
 from sightline.masks.varlen import VarlenLayout, build_varlen
 
@@ -220,12 +220,8 @@ class AttentionMask:
         return (self.stop - self.start).sum(dim=(1, 2), dtype=torch.int64)
 
     def to_dense(self) -> Tensor:
-        """Return the dense mask bool [B, Q, T], the reference for all other conversions. O(B Q T) memory."""
-        keys = torch.arange(self.key_length, dtype=torch.int32, device=self.device)
-        dense = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
-        for start, stop in zip(self.start.unbind(2), self.stop.unbind(2), strict=True):
-            dense |= (keys >= start[..., None]) & (keys < stop[..., None])
-        return dense
+        """Return the dense mask bool [B, Q, T], the reference for all other conversions. O(B Q (T + K))."""
+        return to_dense(self.start, self.stop, self.key_length)
 
     @property
     def mask_mod(self) -> MaskMod:
