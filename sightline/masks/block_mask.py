@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-
-def build_mask_mod(start: Tensor, stop: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Return a `mask_mod` that computes `any_k(start[b, q, k] <= kv < stop[b, q, k])` for intervals int32 [B, Q, K].
-
-    The closure contains tensors only, so a new document layout does not recompile. K is padded to a power of two with
-    empty intervals, so masks whose K varies from batch to batch compile a handful of kernels instead of one per K.
-    """
-    num_intervals = 1 << (start.shape[2] - 1).bit_length()
-    start = torch.nn.functional.pad(start, (0, num_intervals - start.shape[2]))
-    stop = torch.nn.functional.pad(stop, (0, num_intervals - stop.shape[2]))
-
-    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        visible = (kv_idx >= start[b, q_idx, 0]) & (kv_idx < stop[b, q_idx, 0])
-        for k in range(1, num_intervals):
-            visible = visible | ((kv_idx >= start[b, q_idx, k]) & (kv_idx < stop[b, q_idx, k]))
-        return visible
-
-    return mask_mod
+from sightline.masks.mask_mod import build_mask_mod
 
 
 def build_block_mask(
@@ -53,7 +34,7 @@ def build_block_mask(
         full_q_num_blocks=full_q_num,
         full_q_indices=full_q_indices,
         BLOCK_SIZE=(query_block, key_block),
-        mask_mod=build_mask_mod(start, stop),
+        mask_mod=build_mask_mod(start, stop, key_length),
     )
 
 
@@ -101,7 +82,7 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     blocks = blocks.contiguous()
     index = torch.arange(blocks.shape[2], dtype=torch.int32, device=blocks.device)
     before = blocks.cumsum(dim=2, dtype=torch.int32)
-    number = before[..., -1:]
+    number = blocks.sum(dim=2, keepdim=True, dtype=torch.int32)
     position = torch.where(blocks, before - 1, number + index - before)
     indices = torch.empty_like(position)
     indices.scatter_(2, position.long(), index.expand_as(position))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils import _pytree as pytree
 
-from sightline.masks.block_mask import build_block_mask, build_mask_mod
-from sightline.masks.intervals import canonical, from_dense
+from sightline.masks.block_mask import build_block_mask
+from sightline.masks.checks import check_bounds, check_canonical, check_index, check_size, describe
+from sightline.masks.intervals import canonical, from_dense, intersect, to_dense, to_int32
+from sightline.masks.mask_mod import PAIRS_PER_STEP, MaskMod, build_mask_mod, evaluate_mask_mod
 from sightline.masks.varlen import VarlenLayout, build_varlen
-
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,16 +37,26 @@ class AttentionMask:
     key_length: int
 
     def __post_init__(self) -> None:
-        for name, value in (("start", self.start), ("stop", self.stop)):
-            if value.dim() != 3 or value.dtype != torch.int32:
-                raise ValueError(f"{name} must be int32 [B, Q, K], got {value.dtype} {tuple(value.shape)}")
-        if self.start.shape != self.stop.shape:
-            raise ValueError(f"start {tuple(self.start.shape)} and stop {tuple(self.stop.shape)} differ in shape")
+        check_bounds(self.start, self.stop)
+        if self.start.dtype != torch.int32 or self.stop.dtype != torch.int32 or self.start.shape[2] == 0:
+            raise ValueError(
+                f"start and stop must be int32 [B, Q, K] with K of at least 1, got {self.start.dtype} and "
+                f"{self.stop.dtype} {tuple(self.start.shape)}; AttentionMask.from_intervals converts other integers"
+            )
+        check_size("key_length", self.key_length)
 
     @classmethod
     def from_intervals(cls, start: Tensor, stop: Tensor, key_length: int) -> AttentionMask:
-        """Build a mask from integers [B, Q, K]; intervals may be in any order, overlap, be adjacent or be empty."""
-        return cls(*canonical(start.to(torch.int32), stop.to(torch.int32), key_length), key_length)
+        """Build a mask from integers [B, Q, K] of any width, which are clipped to the keys `[0, key_length)`.
+
+        The intervals may be in any order, overlap, be adjacent or be empty.
+
+        Raises:
+            ValueError: if the bounds are not integer tensors [B, Q, K] of one shape on one device.
+        """
+        check_bounds(start, stop)
+        check_size("key_length", key_length)
+        return cls(*canonical(*to_int32(start, stop, key_length), key_length), key_length)
 
     @classmethod
     def from_dense(cls, dense: Tensor, *, max_intervals: int = 64) -> AttentionMask:
@@ -56,9 +65,10 @@ class AttentionMask:
         Raises:
             ValueError: if a query needs more than `max_intervals` intervals; the message states how many.
         """
-        if dense.dim() != 3 or dense.dtype != torch.bool:
-            raise ValueError(f"a dense mask must be bool [B, Q, T], got {dense.dtype} {tuple(dense.shape)}")
-        return cls(*from_dense(dense, max_intervals), dense.shape[-1])
+        if not isinstance(dense, Tensor) or dense.dim() != 3 or dense.dtype != torch.bool:
+            raise ValueError(f"a dense mask must be bool [B, Q, T], got {describe(dense)}")
+        step = max(1, PAIRS_PER_STEP // max(1, dense.shape[0] * dense.shape[2]))
+        return cls(*from_dense(dense.split(step, dim=1), max_intervals), dense.shape[2])
 
     @classmethod
     def from_mask_mod(
@@ -71,28 +81,25 @@ class AttentionMask:
         max_intervals: int = 64,
         device: torch.device | str = "cpu",
     ) -> AttentionMask:
-        """Convert a FlexAttention `mask_mod(b, h, q_idx, kv_idx) -> bool`, exactly. All heads share the mask: h is 0.
+        """Convert a FlexAttention `mask_mod(b, h, q_idx, kv_idx) -> bool`, exactly.
 
-        The function is evaluated for every pair, a few million at a time: O(Q T) work, but not O(Q T) memory.
+        The function is evaluated under `torch.vmap` for every pair, as `create_mask` does, so it may index tables by
+        its scalar arguments and reduce vectors. Blocks of queries of about two million pairs bound the memory.
+
+        All heads share a mask, so the result must not be computed from h: such a function is refused even if it
+        returns the same for all heads.
 
         Raises:
-            ValueError: if a query needs more than `max_intervals` intervals; the message states how many.
+            ValueError: if the function uses h, does not return a scalar bool, or has control flow that depends on its
+                arguments; if a query needs more than `max_intervals` intervals, the message states how many.
         """
-        rows = torch.arange(batch_size, device=device)[:, None, None]
-        keys = torch.arange(key_length, device=device)[None, None, :]
-        head = torch.zeros((), dtype=torch.int64, device=device)
-        step = max(1, 2**23 // max(1, batch_size * key_length))
-        parts = []
-        for first in range(0, query_length, step):
-            queries = torch.arange(first, min(first + step, query_length), device=device)[None, :, None]
-            shape = (batch_size, queries.shape[1], key_length)
-            parts.append(from_dense(mask_mod(rows, head, queries, keys).to(torch.bool).expand(shape), max_intervals))
-        num_intervals = max((start.shape[2] for start, _ in parts), default=1)
-        start, stop = (
-            torch.cat([F.pad(bounds, (0, num_intervals - bounds.shape[2])) for bounds in side], dim=1)
-            for side in zip(*parts, strict=True)
-        )
-        return cls(start, stop, key_length)
+        sizes = {"batch_size": batch_size, "query_length": query_length, "key_length": key_length}
+        for name, size in sizes.items():
+            check_size(name, size)
+        if not callable(mask_mod):
+            raise ValueError(f"mask_mod must be a function of (b, h, q_idx, kv_idx), got {describe(mask_mod)}")
+        blocks = evaluate_mask_mod(mask_mod, (batch_size, query_length, key_length), device)
+        return cls(*from_dense(blocks, max_intervals), key_length)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -115,9 +122,8 @@ class AttentionMask:
     def __and__(self, other: AttentionMask) -> AttentionMask:
         """Intersection: the pairs visible in both masks."""
         self._check_same_shape(other, "&")
-        start = torch.maximum(self.start[..., :, None], other.start[..., None, :]).flatten(2)
-        stop = torch.minimum(self.stop[..., :, None], other.stop[..., None, :]).flatten(2)
-        return AttentionMask(*canonical(start, stop, self.key_length), self.key_length)
+        bounds = intersect(self.start, self.stop, other.start, other.stop, self.key_length)
+        return AttentionMask(*bounds, self.key_length)
 
     def __or__(self, other: AttentionMask) -> AttentionMask:
         """Union: the pairs visible in either mask."""
@@ -134,25 +140,47 @@ class AttentionMask:
                 f"masks of different shape cannot be combined: (B, Q, T) = {self.shape} {sign} {other.shape}; "
                 "build both for the same rows, queries and keys"
             )
+        if self.device != other.device:
+            raise ValueError(
+                f"masks on different devices cannot be combined: {str(self.device)!r} {sign} {str(other.device)!r}; "
+                "move one with .to(device)"
+            )
 
     def equal(self, other: AttentionMask) -> bool:
         """Return whether both masks have the same visible pairs; canonical masks are compared tensor by tensor."""
         same = self.key_length == other.key_length and self.start.shape == other.start.shape
         return same and torch.equal(self.start, other.start) and torch.equal(self.stop, other.stop)
 
+    def validate(self) -> None:
+        """Check the values of the intervals, on which kernels rely when they index keys. O(Q K).
+
+        No constructor reads values, since they may be on a device, which this function waits for.
+
+        Raises:
+            ValueError: if an interval is out of range, or a query's intervals are not canonical (sorted, disjoint, not
+                adjacent, unused ones `[0, 0)` at the end); the message names the interval. K may exceed the need.
+        """
+        check_canonical(self.start, self.stop, self.key_length)
+
     def __getitem__(self, rows: int | slice | Tensor | list[int]) -> AttentionMask:
         """Select rows. The batch dimension is kept: `mask[0]` has B = 1."""
-        if isinstance(rows, int):
-            if not -self.shape[0] <= rows < self.shape[0]:
-                raise IndexError(f"row {rows} is out of range for a mask with {self.shape[0]} rows")
+        if isinstance(rows, slice):
+            return self._selection(self.start[rows], self.stop[rows])
+        if isinstance(rows, int) and not isinstance(rows, bool):
             rows = [rows]
-        return self._selection(self.start[rows], self.stop[rows])
+        if isinstance(rows, list) and not any(isinstance(row, bool) for row in rows):
+            rows = torch.tensor(rows, dtype=torch.int64)
+        index = check_index("row", rows, self.shape[0], self.device, allow_negative=True)
+        if index.dim() != 1:
+            raise ValueError(f"rows must be an int, a slice, a list or integers [R], got {describe(rows)}")
+        return self._selection(self.start[index], self.stop[index])
 
     def take_queries(self, index: Tensor) -> AttentionMask:
         """Select queries; the keys stay the same. A context-parallel rank takes the queries of its tokens.
 
         index: int64 [Q'], the same queries of every row, or [B, Q'], separate queries for each row.
         """
+        index = check_index("query", index, self.shape[1], self.device, allow_negative=False)
         if index.dim() == 1:
             return self._selection(self.start[:, index], self.stop[:, index])
         if index.dim() != 2 or index.shape[0] != self.shape[0]:
@@ -192,17 +220,16 @@ class AttentionMask:
         return (self.stop - self.start).sum(dim=(1, 2), dtype=torch.int64)
 
     def to_dense(self) -> Tensor:
-        """Return the dense mask bool [B, Q, T], the reference for all other conversions. O(B Q T) memory."""
-        keys = torch.arange(self.key_length, dtype=torch.int32, device=self.device)
-        dense = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
-        for start, stop in zip(self.start.unbind(2), self.stop.unbind(2), strict=True):
-            dense |= (keys >= start[..., None]) & (keys < stop[..., None])
-        return dense
+        """Return the dense mask bool [B, Q, T], the reference for all other conversions. O(B Q (T + K))."""
+        return to_dense(self.start, self.stop, self.key_length)
 
     @property
     def mask_mod(self) -> MaskMod:
-        """FlexAttention `mask_mod`, the same function for every mask: `any_k(start[b, q, k] <= kv < stop[b, q, k])`."""
-        return build_mask_mod(self.start, self.stop)
+        """FlexAttention `mask_mod`, the same function for every mask: `any_k(start[b, q, k] <= kv < stop[b, q, k])`.
+
+        With more than 16 intervals, it is a second function, which reads a table of one bit per pair: B Q T / 8 bytes.
+        """
+        return build_mask_mod(self.start, self.stop, self.key_length)
 
     def to_block_mask(self, block_size: int | tuple[int, int] = 128, *, compute_q_blocks: bool = True) -> BlockMask:
         """Return FlexAttention's BlockMask in O(S K + blocks), equal to `create_block_mask(self.mask_mod, ...)`.

@@ -30,19 +30,19 @@ class Statistics:
 
     @property
     def pairs_per_row(self) -> float:
-        return sum(self.visible_pairs) / len(self.visible_pairs)
+        return sum(self.visible_pairs) / max(1, len(self.visible_pairs))
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the query-key pairs that are not visible."""
-        return 1 - self.pairs_per_row / (self.queries * self.keys)
+        """Fraction of the query-key pairs that are not visible; 1 if there are no pairs."""
+        return 1 - self.pairs_per_row / max(1, self.queries * self.keys)
 
     @property
     def share_of_causal(self) -> float | None:
         """Visible pairs relative to plain causal attention, S (S + 1) / 2 per row; None if Q != T."""
         if self.queries != self.keys:
             return None
-        return self.pairs_per_row / (self.queries * (self.queries + 1) / 2)
+        return self.pairs_per_row / max(1, self.queries * (self.queries + 1) / 2)
 
     def describe(self) -> str:
         """One line of text: shape, K, mean visible pairs per row, and their share."""
@@ -58,7 +58,7 @@ def get_statistics(mask: AttentionMask, block_size: int = 128) -> Statistics:
         raise ValueError(f"block_size must be at least 1 token, got {block_size}")
     batch_size, queries, keys = mask.shape
     full = partial = 0
-    step = max(1, MAX_BLOCKS_PER_STEP // (batch_size * _ceil(keys, block_size))) * block_size
+    step = max(1, MAX_BLOCKS_PER_STEP // max(1, batch_size * _ceil(keys, block_size))) * block_size
     for first in range(0, queries, step):
         strip = mask.take_queries(torch.arange(first, min(first + step, queries), device=mask.device))
         partial_blocks, full_blocks = block_states(strip.start, strip.stop, keys, block_size, block_size)
@@ -111,7 +111,7 @@ def segment_boundaries(mask: AttentionMask, row: int) -> list[int]:
     segment. Empty if queries and keys are not the same tokens (Q != T).
     """
     _, queries, keys = mask.shape
-    if queries != keys:
+    if queries != keys or queries == 0:
         return []
     start, stop = mask.start[row].cpu().long(), mask.stop[row].cpu().long()
     empty = start >= stop

@@ -43,6 +43,8 @@ def build_varlen(start: Tensor, stop: Tensor, key_length: int) -> VarlenLayout:
             f"{num_intervals} intervals"
         )
     start, stop = start[..., 0], stop[..., 0]
+    if start.numel() == 0:
+        return VarlenLayout(start.new_zeros(1), max_length=0, window=(-1, 0), padding=None)
     index = torch.arange(queries, dtype=torch.int32, device=start.device).expand(rows, queries)
     padding = stop <= start
     is_start = start == index

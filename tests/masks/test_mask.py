@@ -47,6 +47,17 @@ def test_from_intervals_of_random_intervals(seed) -> None:
     assert_canonical(mask)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 5))
+def test_to_dense_by_its_definition(seed, width) -> None:
+    """Intervals that are not canonical are read by the definition too: `validate` refuses them, `to_dense` does not."""
+    generator = torch.Generator().manual_seed(seed)
+    start, stop = torch.randint(-3, 14, (2, 2, 5, width), generator=generator, dtype=torch.int32)
+    keys = torch.arange(10)
+    expected = ((keys >= start[..., None]) & (keys < stop[..., None])).any(dim=2)
+    assert torch.equal(AttentionMask(start, stop, 10).to_dense(), expected)
+
+
 def test_from_mask_mod_evaluates_every_pair_in_chunks() -> None:
     def window_without_distance_ten(b, h, q_idx, kv_idx):
         return (kv_idx <= q_idx) & (q_idx - kv_idx < 20 + b) & (q_idx - kv_idx != 10)
