@@ -133,7 +133,7 @@ def document_visibility(document_ids: Tensor, visible: Tensor, key_document_ids:
     num_documents = visible.shape[1]
     table = F.pad(visible.bool(), (0, 0, 0, 1))  # the last document is padding, which attends to nothing
     table = table.gather(2, run_ids.clamp(min=0)[:, None, :].expand(-1, num_documents + 1, -1))
-    intervals = from_dense(table & (run_ids >= 0)[:, None, :], max(1, num_runs))  # intervals of runs, per document
+    intervals = from_dense([table & (run_ids >= 0)[:, None, :]], max(1, num_runs))  # intervals of runs, per document
     start, stop = (bounds.gather(1, runs.long().flatten(1)).view(runs.shape) for runs in intervals)
     query_ids = document_ids.long().masked_fill(document_ids < 0, num_documents)
     return AttentionMask.from_intervals(start, stop, length).take_queries(query_ids)
