@@ -517,6 +517,28 @@ void weights_and_gradients(const Block& block, const LaneBits& lanes, const floa
   }
 }
 
+// delta [BLOCK] = sum over channels of out * d_out, for d_out packed in rows of dv.
+template <class T>
+void sum_products(const sightline_attention& a, const Block& block, int64_t head, const float* d_out, int64_t dv,
+                  float* delta) {
+  for (int64_t first = 0; first < block.vectors * LANES; first += LANES) {
+    Vector sums[LANES];
+    for (int64_t i = 0; i < LANES; i++) {
+      sums[i] = Vector{};
+      if (first + i >= block.count) continue;
+      const typename T::Element* out = at<T>(a.out, block.row, head, block.first + first + i);
+      const float* grad = d_out + (first + i) * dv;
+      int64_t c = 0;
+      for (; c + LANES <= a.value_dim; c += LANES) sums[i] += T::load_vector(out + c) * load(grad + c);
+      for (; c < a.value_dim; c++) sums[i][0] += T::get(out[c]) * grad[c];
+    }
+    exchange_all<1>(sums);  // row n then has lane n of all queries
+    Vector total = sums[0];
+    for (int i = 1; i < LANES; i++) total += sums[i];
+    store(delta + first, total);
+  }
+}
+
 template <class T>
 void backward_block(const sightline_attention& a, const Sizes& sizes, Block block, int64_t kv_head, int64_t first_head,
                     int64_t heads, Gradient d_key, Gradient d_value, double* d_sinks, float* memory) {
@@ -552,20 +574,11 @@ void backward_block(const sightline_attention& a, const Sizes& sizes, Block bloc
     memset(g + block.count * dv, 0, padding * dv * sizeof(float));
     transpose(g, dv, block.count, 1.0f, d_outs_t + r * BLOCK * dv);
     const float* total = a.lse + (block.row * a.heads + head) * a.queries + block.first;
+    sum_products<T>(a, block, head, g, dv, delta + r * BLOCK);
     double sink = 0;
     for (int64_t i = 0; i < BLOCK; i++) {
       lse[r * BLOCK + i] = i < block.count ? total[i] * LOG2E : INFINITY;
-      float sum = 0;
-      if (i < block.count) {
-        const typename T::Element* out = at<T>(a.out, block.row, head, block.first + i);
-        Vector products = {};
-        int64_t c = 0;
-        for (; c + LANES <= a.value_dim; c += LANES) products += T::load_vector(out + c) * load(g + i * dv + c);
-        for (int lane = 0; lane < LANES; lane++) sum += products[lane];
-        for (; c < a.value_dim; c++) sum += T::get(out[c]) * g[i * dv + c];
-        if (a.sinks) sink -= expf(a.sinks[head] - total[i]) * sum;
-      }
-      delta[r * BLOCK + i] = sum;
+      if (a.sinks && i < block.count) sink -= expf(a.sinks[head] - total[i]) * delta[r * BLOCK + i];
     }
     if (a.sinks) d_sinks[r] += sink;
   }

@@ -3,7 +3,7 @@
 #include "attention.h"
 
 constexpr int SIGHTLINE_BLOCK = 64;   // most queries of a block
-constexpr int SIGHTLINE_CHUNK = 128;  // most keys of a chunk
+constexpr int SIGHTLINE_CHUNK = 192;  // most keys of a chunk
 
 // Calls worker(i, i + 1, context) for each of 0 <= i < threads, at once where the pool has threads.
 struct sightline_pool {
