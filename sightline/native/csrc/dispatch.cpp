@@ -62,6 +62,20 @@ const char* join_names(char* text, bool only_supported) {
 
 bool missing(const sightline_tensor& tensor, int64_t elements) { return elements > 0 && tensor.data == nullptr; }
 
+// Whether the chunks [first_chunk, last_chunk) contain all visible keys of a block.
+bool covers(const sightline_attention& args, const int32_t* block, int64_t first_chunk, int64_t last_chunk) {
+  for (int64_t query = block[1]; query < block[2]; query++) {
+    const int64_t at = (block[0] * args.queries + query) * args.intervals;
+    int64_t chunk = first_chunk;
+    for (int64_t k = at; k < at + args.intervals; k++)
+      for (int64_t key = args.start[k]; key < args.stop[k]; key = args.chunks[2 * chunk + 1]) {
+        while (chunk < last_chunk && args.chunks[2 * chunk + 1] <= key) chunk++;
+        if (chunk == last_chunk || args.chunks[2 * chunk] > key) return false;
+      }
+  }
+  return true;
+}
+
 int32_t check_plan(const sightline_attention& args) {
   if ((args.num_blocks > 0 && !args.blocks) || (args.num_chunks > 0 && !args.chunks)) return SIGHTLINE_BAD_PLAN;
   if (args.num_blocks < 0 || args.num_chunks < 0) return SIGHTLINE_BAD_PLAN;
@@ -74,6 +88,7 @@ int32_t check_plan(const sightline_attention& args) {
     if (!follows || block[2] <= block[1] || block[2] > args.queries || block[2] - block[1] > MAX_QUERIES)
       return SIGHTLINE_BAD_PLAN;
     if (block[3] != chunk || last_chunk < chunk || last_chunk > args.num_chunks) return SIGHTLINE_BAD_PLAN;
+    const int64_t first_chunk = chunk;
     int64_t end = 0;
     for (; chunk < last_chunk; chunk++) {
       const int32_t *keys = args.chunks + 2 * chunk;
@@ -81,6 +96,7 @@ int32_t check_plan(const sightline_attention& args) {
         return SIGHTLINE_BAD_PLAN;
       end = keys[1];
     }
+    if (!covers(args, block, first_chunk, last_chunk)) return SIGHTLINE_BAD_PLAN;
     query = block[2];
   }
   const bool has_queries = args.batch > 0 && args.queries > 0;
