@@ -60,7 +60,7 @@ class BuildNative(build_ext):
         linked.replace(output)
 
     def run_compiler(self, command: list[str]) -> None:
-        print(shlex.join(command))
+        self.announce(shlex.join(command), level=2)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise CompileError(f"{shlex.join(command)} failed:\n{done.stderr}")
