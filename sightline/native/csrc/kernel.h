@@ -8,7 +8,7 @@
 namespace sightline {
 
 constexpr int64_t MAX_QUERIES = 64;  // of a block
-constexpr int64_t MAX_KEYS = 256;    // of a chunk
+constexpr int64_t MAX_KEYS = 192;    // of a chunk
 
 // Call task(begin, end, context) on disjoint parts of [0, count), each of at least `grain` items, on torch's threads.
 void parallel_for(int64_t count, int64_t grain, sightline_task task, void* context);
