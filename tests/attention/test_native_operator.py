@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -42,6 +43,17 @@ def test_second_derivatives_are_refused() -> None:
     (d_q,) = torch.autograd.grad(native(*leaves, mask).sum(), leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivatives; use the backend `reference`"):
         torch.autograd.grad(d_q.sum(), leaves[1])
+
+
+def test_forward_mode_derivatives_are_refused() -> None:
+    mask = lowered(5, 7)
+    q, k, v = (x.detach() for x in random_inputs(mask.mask))
+    with pytest.raises(RuntimeError, match="no forward-mode derivatives; use the backend `reference`"):
+        torch.func.jvp(lambda x: attend(q, x, v, mask), (k,), (k,))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+        attend(forward_ad.make_dual(q, q), k, v, mask)
+    mapped = torch.vmap(lambda x: attend(q, x, v, mask))(torch.stack([k, 2 * k]))
+    torch.testing.assert_close(mapped, torch.stack([attend(q, x, v, mask) for x in (k, 2 * k)]))
 
 
 def test_only_the_needed_gradients_reach_the_leaves() -> None:
