@@ -143,6 +143,21 @@ def test_invalid_arguments(change: dict, text: str) -> None:
         ATTENTION(*tensors, change.get("sinks"), mask, 0.3, 0.0)
 
 
+def test_invalid_arguments_of_the_backward() -> None:
+    mask = packed(5, 7)
+    packed_mask = Native().lower(mask, FLOAT32).packed
+    q, k, v = (x.detach() for x in random_inputs(mask))
+    out, lse = ATTENTION(q, k, v, None, packed_mask, 0.3, 0.0)
+    for d_out, o, total, text in (
+        (out[:, :, 1:], out, lse, r"the gradient of the output is torch.float32 \(1, 4, 11, 8\), expected"),
+        (out.double(), out, lse, "the gradient of the output is torch.float64"),
+        (out, out[..., 1:], lse, r"the output is torch.float32 \(1, 4, 12, 7\), expected"),
+        (out, out, lse[:, 1:], r"the log-sum-exp is torch.float32 \(1, 3, 12\), expected float32 \(1, 4, 12\)"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            ATTENTION_BACKWARD(d_out, q, k, v, None, packed_mask, o, total, 0.3, 0.0)
+
+
 def test_intervals_that_are_not_canonical_are_refused() -> None:
     mask = causal(1, 12) & document(torch.zeros(1, 12, dtype=torch.int32))
     for name, query, value in (("start", 3, -1), ("stop", 3, 13), ("start", 3, 9)):
