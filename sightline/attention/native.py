@@ -8,18 +8,20 @@ They are registered even if the library is not built, so that models can be trac
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from sightline.attention.backend import KernelRequirements
+from sightline.attention.torch_private import mark_dynamic_size
 from sightline.masks import AttentionMask
 from sightline.native import attention_backward, attention_forward, pack_intervals, why_missing
 from sightline.native.kernel import DTYPES, empty_gradients, empty_outputs
 
+REMEDY = "use the backend `reference` (--attention.backend reference)"
 FORWARD, BACKWARD = "sightline::attention", "sightline::attention_backward"
 
 torch.library.define(
@@ -61,9 +63,7 @@ class Native:
 
     def lower(self, mask: AttentionMask, requirements: KernelRequirements) -> Intervals:
         packed = pack_intervals(mask.start, mask.stop, mask.shape[2])
-        dynamo = sys.modules.get("torch._dynamo")
-        if dynamo is not None:  # some layer may be compiled: another layout must not recompile it
-            dynamo.maybe_mark_dynamic(packed, 0)
+        mark_dynamic_size(packed)  # another layout must not recompile a layer
         return Intervals(packed)
 
     def attend(
@@ -77,6 +77,9 @@ class Native:
         softcap: float | None = None,
     ) -> Tensor:
         sinks = None if sinks is None else sinks.float()
+        if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in (q, k, v)):
+            # PyTorch would drop the tangents of an operator without a formula for them.
+            raise RuntimeError(f"the native attention backend has no forward-mode derivatives; {REMEDY}")
         return ATTENTION(q, k, v, sinks, inputs.packed, scale, softcap or 0.0)[0]
 
 
@@ -103,10 +106,7 @@ def _backward(ctx: Any, d_out: Tensor, _d_lse: Tensor | None) -> tuple[Tensor | 
 
 
 def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "the native attention backend has no second derivatives; use the backend `reference` "
-        "(--attention.backend reference)"
-    )
+    raise RuntimeError(f"the native attention backend has no second derivatives; {REMEDY}")
 
 
 torch.library.register_autograd(FORWARD, _backward, setup_context=_save_for_backward)

@@ -88,9 +88,13 @@ def attention_backward(
     lse = lse.contiguous()
     d_q, d_k, d_v, d_sinks = empty_gradients(q, k, v, sinks)
     sinks = None if sinks is None else sinks.contiguous()
-    if d_out.dtype != q.dtype or d_out.shape != out.shape:
-        raise ValueError(f"the gradient of the output is {d_out.dtype} {tuple(d_out.shape)}, expected {q.dtype} "
-                         f"{tuple(out.shape)}")  # fmt: skip
+    for name, x in {"output": out, "gradient of the output": d_out}.items():
+        if x.dtype != q.dtype or x.shape != (*q.shape[:3], v.shape[3]):
+            found, expected = f"{x.dtype} {tuple(x.shape)}", f"{q.dtype} {(*q.shape[:3], v.shape[3])}"
+            raise ValueError(f"native attention: the {name} is {found}, expected {expected}")
+    if lse.dtype != torch.float32 or lse.shape != q.shape[:3]:
+        found = f"{lse.dtype} {tuple(lse.shape)}"
+        raise ValueError(f"native attention: the log-sum-exp is {found}, expected float32 {tuple(q.shape[:3])}")
     arguments = ARGUMENTS.pack(
         *_head(q, k, v, sinks, mask, scale, softcap, out, lse),
         *_pointer(d_out), *_pointer(d_q), *_pointer(d_k), *_pointer(d_v), d_sinks.data_ptr() if len(d_sinks) else 0,

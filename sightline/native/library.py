@@ -17,6 +17,8 @@ from sightline.native.torch_private import find_thread_pool
 FILE = "libsightline.dylib" if sys.platform == "darwin" else "libsightline.so"
 ARGUMENTS = struct.Struct("9q2d41q")
 """Layout of `sightline_attention` in csrc/attention.h: fields of 8 bytes, of which scale and softcap are floats."""
+OUT_OF_MEMORY = 4
+"""Return code in csrc/attention.h."""
 ISA_VARIABLE = "SIGHTLINE_NATIVE_ISA"
 """Environment variable that selects an instruction set, in place of the widest one that the processor has."""
 LIBRARY_VARIABLE = "SIGHTLINE_NATIVE_LIBRARY"
@@ -104,7 +106,7 @@ def check(code: int) -> None:
     """
     if code:
         text = get_library().sightline_native_error(code).decode()
-        raise (MemoryError if code == 4 else ValueError)(f"native attention: {text}")
+        raise (MemoryError if code == OUT_OF_MEMORY else ValueError)(f"native attention: {text}")
 
 
 def instruction_set() -> str:

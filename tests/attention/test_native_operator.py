@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -42,6 +43,17 @@ def test_second_derivatives_are_refused() -> None:
     (d_q,) = torch.autograd.grad(native(*leaves, mask).sum(), leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivatives; use the backend `reference`"):
         torch.autograd.grad(d_q.sum(), leaves[1])
+
+
+def test_forward_mode_derivatives_are_refused() -> None:
+    mask = lowered(5, 7)
+    q, k, v = (x.detach() for x in random_inputs(mask.mask))
+    with pytest.raises(RuntimeError, match="no forward-mode derivatives; use the backend `reference`"):
+        torch.func.jvp(lambda x: attend(q, x, v, mask), (k,), (k,))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+        attend(forward_ad.make_dual(q, q), k, v, mask)
+    mapped = torch.vmap(lambda x: attend(q, x, v, mask))(torch.stack([k, 2 * k]))
+    torch.testing.assert_close(mapped, torch.stack([attend(q, x, v, mask) for x in (k, 2 * k)]))
 
 
 def test_only_the_needed_gradients_reach_the_leaves() -> None:
@@ -129,6 +141,21 @@ def test_invalid_arguments(change: dict, text: str) -> None:
     mask = change.get("mask", Native().lower(packed(5, 7), FLOAT32).packed)
     with pytest.raises(ValueError, match=text):
         ATTENTION(*tensors, change.get("sinks"), mask, 0.3, 0.0)
+
+
+def test_invalid_arguments_of_the_backward() -> None:
+    mask = packed(5, 7)
+    packed_mask = Native().lower(mask, FLOAT32).packed
+    q, k, v = (x.detach() for x in random_inputs(mask))
+    out, lse = ATTENTION(q, k, v, None, packed_mask, 0.3, 0.0)
+    for d_out, o, total, text in (
+        (out[:, :, 1:], out, lse, r"the gradient of the output is torch.float32 \(1, 4, 11, 8\), expected"),
+        (out.double(), out, lse, "the gradient of the output is torch.float64"),
+        (out, out[..., 1:], lse, r"the output is torch.float32 \(1, 4, 12, 7\), expected"),
+        (out, out, lse[:, 1:], r"the log-sum-exp is torch.float32 \(1, 3, 12\), expected float32 \(1, 4, 12\)"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            ATTENTION_BACKWARD(d_out, q, k, v, None, packed_mask, o, total, 0.3, 0.0)
 
 
 def test_intervals_that_are_not_canonical_are_refused() -> None:
