@@ -4,10 +4,18 @@ BIN := .venv/bin
 # PyTorch version of `make test-torch`.
 TORCH ?= 2.11.0
 OTHER := .venv-torch-$(TORCH)
+# The native CPU kernel; without a C++ compiler, attention uses the tiled backend.
+NATIVE := sightline/native/libsightline.$(if $(filter Darwin,$(shell uname)),dylib,so)
 
 .PHONY: setup train test test-all test-torch check bench clean
 
 setup: .venv/ready
+	@# a second make, because the installation has built the library since the first one looked
+	@$(MAKE) --no-print-directory $(NATIVE)
+	@$(BIN)/python -m sightline.native
+
+$(NATIVE): setup.py $(wildcard sightline/native/csrc/*)
+	$(BIN)/python setup.py --quiet build_ext --inplace
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Sightline needs Python 3.11 or newer")'
@@ -47,4 +55,4 @@ bench: setup
 	$(BIN)/python -m benchmarks.run
 
 clean:
-	rm -rf .venv .venv-torch-* runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch-* runs build $(NATIVE) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -57,7 +57,7 @@ BAD_INPUT: dict[str, tuple[str, list[str]]] = {
     "offload": ("--parallel.offload", ["parallel.offload", "--parallel.no-offload"]),
     "backend": (
         "--training.device cpu --attention.backend flex",
-        ["--attention.backend", "'flex': flex does not train on a CPU", "supported backends: sdpa, tiled, reference"],
+        ["--attention.backend", "'flex': flex does not train on a CPU", "backends: sdpa, ", "tiled, reference"],
     ),
     "no CUDA": ("--training.device cuda", ["training.device is 'cuda'", "--training.device cpu"]),
     "no wandb": ("--logging.wandb mine", ["logging.wandb 'mine' needs the package wandb", "pip install"]),

@@ -11,6 +11,7 @@ from torch import Tensor
 from sightline.attention.backend import Backend, KernelRequirements, Unsupported
 from sightline.attention.exchange import Exchange, LocalExchange
 from sightline.attention.flex import Flex
+from sightline.attention.native import Native
 from sightline.attention.reference import Reference
 from sightline.attention.sdpa import Sdpa
 from sightline.attention.tiled import Tiled
@@ -18,10 +19,10 @@ from sightline.attention.varlen import Varlen
 from sightline.masks import AttentionMask
 from sightline.masks.segments import number_segments
 
-BACKENDS: tuple[Backend, ...] = (Flex(), Sdpa(), Varlen(), Tiled(), Reference())
+BACKENDS: tuple[Backend, ...] = (Flex(), Sdpa(), Varlen(), Native(), Tiled(), Reference())
 CHOICES = ("auto", *(backend.name for backend in BACKENDS))
 """Values of the option `attention.backend`."""
-AUTO = {"cpu": ("tiled",), "cuda": ("varlen", "flex")}
+AUTO = {"cpu": ("native", "tiled"), "cuda": ("varlen", "flex")}
 """Backends that `auto` tries for each device type, fastest first; other devices use sdpa."""
 
 
@@ -83,22 +84,24 @@ def lower(
     )
 
 
-def check_backend(backend: str, requirements: KernelRequirements) -> None:
-    """Check that a backend supports the requirements of attention layers, before any mask is known.
+def check_backend(backend: str, requirements: KernelRequirements) -> str:
+    """Return the first backend, by name, that supports the requirements of attention layers, before a mask is known.
 
     Raises:
-        ValueError: if it does not; the message lists the backends that do.
+        ValueError: if none does; the message lists the backends that do.
     """
-    unsupported = [candidate.supports(requirements) for candidate in find_backends(backend, requirements.device)]
+    candidates = find_backends(backend, requirements.device)
+    unsupported = [candidate.supports(requirements) for candidate in candidates]
     if all(unsupported):
         reasons = "; ".join(map(str, unsupported))
         raise ValueError(
             f"attention backend (--attention.backend) {backend!r}: {reasons}; {_alternatives(requirements)}"
         )
+    return candidates[unsupported.index(None)].name
 
 
 def find_backends(backend: str, device: torch.device) -> list[Backend]:
-    """Return the backends that a choice selects on a device, in order of preference. On a CPU `sdpa` selects `tiled`.
+    """Return the backends that a choice selects on a device, in order of preference. On a CPU `sdpa` selects as `auto`.
 
     Raises:
         ValueError: if the choice is unknown.
@@ -107,7 +110,7 @@ def find_backends(backend: str, device: torch.device) -> list[Backend]:
         raise ValueError(f"unknown attention backend {backend!r}; expected one of: {', '.join(CHOICES)}")
     names = AUTO.get(device.type, ("sdpa",)) if backend == "auto" else (backend,)
     if backend == "sdpa" and device.type == "cpu":
-        names = ("tiled",)
+        names = AUTO["cpu"]
     return [candidate for name in names for candidate in BACKENDS if candidate.name == name]
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's scaled_dot_product_attention with a dense mask, on any device; on a CPU `tiled` is used instead."""
+"""PyTorch's scaled_dot_product_attention with a dense mask, on any device; on a CPU another backend is used."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Tiles:
 
 class Tiled:
     name = "tiled"
-    why = "it is the fastest backend that trains on a CPU"
+    why = "it trains on a CPU with PyTorch's fused kernels"
 
     def supports(self, requirements: KernelRequirements) -> str | None:
         device = requirements.device.type

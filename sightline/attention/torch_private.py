@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 # PyTorch's fused CPU kernel and its backward; they take a float mask, and return and take the log-sum-exp.
@@ -17,3 +19,10 @@ def varlen_forward(*args: object) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 def varlen_backward(*args: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Backward kernel of `varlen_attn`: gradients of queries, keys and values."""
     return torch.ops.torch_attn._varlen_attn_backward(*args)
+
+
+def mark_dynamic_size(x: torch.Tensor) -> None:
+    """Let torch.compile treat the size of `x` [n] as a variable, without importing the compiler if nothing has yet."""
+    compiler = sys.modules.get("torch._dynamo")
+    if compiler is not None:
+        compiler.maybe_mark_dynamic(x, 0)

@@ -221,7 +221,8 @@ class AttentionConfig:
     backend: str | BackendName = "auto"
     """Attention backend.
     `auto` selects by device, dtype and mask, and logs its choice with the reason.
-    `flex` and `varlen` run on CUDA, `tiled` on CPUs, `sdpa` on both; `reference` is slow, for comparisons."""
+    `flex` and `varlen` run on CUDA, `native` and `tiled` on CPUs, `sdpa` on both.
+    `reference` is slow, for comparisons."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -261,18 +261,18 @@ class Decoder(nn.Module):
 
     def check_backend(
         self, device: torch.device, dtype: torch.dtype, *, training: bool, same_tokens: bool = True
-    ) -> None:
-        """Check that the attention backend can run the attention layers with at least some masks.
+    ) -> str:
+        """Return the first attention backend, by name, that can run the attention layers with at least some masks.
 
         The arguments are those of `KernelRequirements`.
 
         Raises:
-            ValueError: if it cannot; the message gives the reason and the backends that can.
+            ValueError: if none of those that the option selects can; the message gives the reason and those that can.
         """
         needs = KernelRequirements(
             device=device, dtype=dtype, training=training, same_tokens=same_tokens, **self.kernel_requirements
         )
-        check_backend(self.attention_backend, needs)
+        return check_backend(self.attention_backend, needs)
 
     def lower_masks(self, masks: Mapping[str, Any], h: Tensor) -> dict[str, Lowered]:
         """Lower each mask to the inputs of its attention kernel, once for all layers that use it."""

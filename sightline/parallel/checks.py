@@ -15,8 +15,10 @@ from sightline.parallel.pipeline_stages import check_pipeline, count_microbatche
 from sightline.parallel.tensor import check_tensor
 
 
-def check_run(run: Run, world: int, device: torch.device) -> None:
+def check_run(run: Run, world: int, device: torch.device) -> str:
     """Check that model, batch and options of `run` fit each other and a mesh of `world` ranks.
+
+    Returns the first attention backend that supports the layers, by name; with other masks `auto` may use another.
 
     Training and `sightline plan` both call this first, so they reject the same runs with the same message.
 
@@ -33,17 +35,17 @@ def check_run(run: Run, world: int, device: torch.device) -> None:
     check_tensor(model, degrees, run.training.sequence_length)
     check_expert(model, degrees)
     check_offload(run, degrees, device)
-    check_kernels(model, run, degrees, device)
+    return check_kernels(model, run, degrees, device)
 
 
-def check_kernels(model: Decoder, run: Run, degrees: Degrees, device: torch.device) -> None:
-    """Check that the attention backend of the model supports the training and the sample text at its end.
+def check_kernels(model: Decoder, run: Run, degrees: Degrees, device: torch.device) -> str:
+    """Check that the attention backend of the model supports the training and the sample text at its end; return it.
 
     Raises:
         ValueError: if it does not; the message lists the backends that do.
     """
     dtype = getattr(torch, run.training.dtype)
-    model.check_backend(device, dtype, training=True, same_tokens=degrees.size("context") == 1)
+    backend = model.check_backend(device, dtype, training=True, same_tokens=degrees.size("context") == 1)
     if run.logging.sample_tokens:
         try:
             model.check_backend(device, dtype, training=False, same_tokens=False)
@@ -51,6 +53,7 @@ def check_kernels(model: Decoder, run: Run, degrees: Degrees, device: torch.devi
             raise ValueError(
                 f"{error}; or use --logging.sample-tokens 0: the sample text is generated token by token"
             ) from error
+    return backend
 
 
 def check_rows(training: TrainingConfig, degrees: Degrees) -> None:

@@ -21,8 +21,8 @@ def apply_compile(model: nn.Module, *, backend: str = "inductor") -> None:
     sequence length, by a forward without gradients, and, with experts, by the second forward of a step (in the first,
     the routers have no counts to add to).
 
-    Tiled attention, the loop over experts (on a CPU, and in float32 on any device) and the all-to-all of tokens are
-    never compiled: they break the layer's graph. A recomputed layer with a graph break runs eagerly.
+    The tiled attention backend, the loop over experts (on a CPU, and in float32 on any device) and the all-to-all of
+    tokens are never compiled: they break the layer's graph. A recomputed layer with a graph break runs eagerly.
     """
     # Otherwise the routers of a compiled layer would count again when the backward recomputes the layer.
     skip_side_effects_of_recompute()

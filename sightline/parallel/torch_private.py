@@ -10,9 +10,12 @@ from torch.distributed import _functional_collectives, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import SAC_IGNORED_OPS
 
+from sightline.attention.native import ATTENTION
+
 GROUPED_MM = torch.ops.aten._grouped_mm.default
 ATTENTION_OPS = (
-    # the tiled backend on a CPU, the CUDA kernels of scaled_dot_product_attention, FlexAttention, varlen
+    # the native and the tiled backend on a CPU, the CUDA kernels of scaled_dot_product_attention, FlexAttention, varlen
+    ATTENTION,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,

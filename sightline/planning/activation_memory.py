@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sightline.attention import Lowered
 from sightline.attention.exchange import CompletedExchange
-from sightline.attention.tiled import Slice, Tiled, Tiles
+from sightline.attention.native import Intervals, Native
 from sightline.layers import Experts
 from sightline.masks import AttentionMask
 from sightline.models.decoder import Decoder
@@ -108,11 +108,12 @@ def _layer_kind(layer: nn.Module) -> Hashable:
 
 def _trace_layer(stage: Decoder, layer: nn.Module, x: Tensor, shape: tuple[int, int], dtype: str) -> ActivationMemory:
     """Run one forward and backward of a layer on the hidden states `x`, under a causal mask."""
-    rows, length = shape
-    mask = AttentionMask(torch.zeros(*shape, 1, dtype=torch.int32), torch.ones(*shape, 1, dtype=torch.int32), length)
+    mask = AttentionMask(torch.zeros(*shape, 1, dtype=torch.int32), torch.ones(*shape, 1, dtype=torch.int32), shape[1])
     exchange = CountingExchange(mask)
-    tiles = Tiles([(row, 0, length, [Slice(0, length, True, None)]) for row in range(rows)], False)
-    lowered = Lowered(mask, Tiled(), "", tiles, exchange, mask.visible_queries(), torch.zeros(shape, dtype=torch.int64))
+    # The operators of this backend are traced like any other, and save what all fused kernels save.
+    inputs = Intervals(torch.zeros(0, dtype=torch.int32))
+    segments = torch.zeros(shape, dtype=torch.int64)
+    lowered = Lowered(mask, Native(), "", inputs, exchange, mask.visible_queries(), segments)
     encoding = stage.encode_positions(torch.zeros(shape, dtype=torch.int64))
     routed: list[float] = []
 

@@ -13,7 +13,14 @@ from sightline.training.checkpoint import CONFIG, check_checkpoint
 from sightline.training.checkpoint_directory import find_latest, remove_partial, set_aside, step_of
 from sightline.training.manifest import Damaged
 from sightline.training.nested import flatten
-from sightline.training.run_directory import RunDirectory, find_checkpoint, load_config, settings
+from sightline.training.run_directory import (
+    KERNEL,
+    RunDirectory,
+    find_checkpoint,
+    load_config,
+    recorded_kernel,
+    settings,
+)
 
 MUST_MATCH = (
     *("family", "model", "model_from", "data", "seed", "training.sequence_length", "training.global_batch_size"),
@@ -118,7 +125,10 @@ def check_continues(checkpoint: Path, run_settings: dict[str, Any]) -> list[str]
     Raises:
         ValueError: if a field in `MUST_MATCH` differs.
     """
-    before, now = flatten(settings(load_config(checkpoint / CONFIG))), flatten(run_settings)
+    config = checkpoint / CONFIG
+    before, now = flatten(settings(load_config(config), recorded_kernel(config))), flatten(run_settings)
+    if KERNEL not in before.keys() & now.keys():  # a run on GPUs, or of an older version
+        before.pop(KERNEL, None), now.pop(KERNEL, None)
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     refused = [name for name in changed if name.startswith(MUST_MATCH) and name not in MAY_CHANGE]
     if refused:
@@ -141,6 +151,7 @@ CONSEQUENCES = {
     "data.epochs": NEW_SCHEDULE,
     "training.micro_batch_size": ": the same gradients up to rounding",
     "parallel.": ": the same numbers up to rounding",
+    KERNEL: ": the same numbers up to rounding",
 }
 """Consequence of a change, by the first characters of the field name."""
 

@@ -24,6 +24,8 @@ from sightline.models.hf.source import COPIED_FILES, copy_files, read_copied_fie
 from sightline.paths import read_json
 from sightline.training.checkpoint_directory import MANIFEST, find_latest, is_run
 
+KERNEL = "attention_kernel"
+"""Field of config.json: the attention backend that `auto` selected on this machine."""
 PRETRAINED_CONFIG = "pretrained_config.json"
 """Fields of the config.json of the pretrained model, in a run that started from one, and in its checkpoints."""
 
@@ -135,9 +137,17 @@ def find_checkpoint(path: Path) -> Path:
     return path
 
 
-def settings(run: Run) -> dict[str, Any]:
-    """Return all fields of a run as JSON values, with the family of its model."""
-    return {"family": reference_of(run.model), **encode(run)}
+def settings(run: Run, kernel: str | None = None) -> dict[str, Any]:
+    """Return all fields of a run as JSON values, with the family of its model.
+
+    kernel  the attention backend that the run uses, where it does not follow from the options alone
+    """
+    return {"family": reference_of(run.model), **({KERNEL: kernel} if kernel else {}), **encode(run)}
+
+
+def recorded_kernel(config: Path) -> str | None:
+    """Return the attention backend that a config.json records, or None if it records none."""
+    return read_json(config.parent, config.name).get(KERNEL)
 
 
 def load_config(path: Path, family: Family | None = None) -> Run:
@@ -152,6 +162,7 @@ def load_config(path: Path, family: Family | None = None) -> Run:
     try:
         written = read_json(path.parent, path.name)
         named = written.pop("family", None)
+        written.pop(KERNEL, None)
         check_value(str, named, "family")
     except (OSError, ValueError) as error:
         raise ValueError(

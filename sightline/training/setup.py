@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -20,15 +21,44 @@ from sightline.training.run_directory import settings
 from sightline.training.same_on_all_ranks import check_same, versions
 
 
-def check_start(run: Run, device: torch.device, host: HostGroup) -> None:
+def check_start(run: Run, device: torch.device, host: HostGroup) -> str | None:
     """Check all that can be checked before a file is read or a process group is made. All ranks call this.
+
+    Returns the attention backend of all ranks if it depends on the machine and not on the masks: on a CPU; else None.
 
     Raises:
         ValueError: if ranks differ in versions or options, or the run cannot work on this mesh, device or machine.
     """
     check_same(host, {**versions(), **flatten(settings(run))})
-    check_run(run, host.world, device)
+    backend = check_run(run, host.world, device)
     check_options(run)
+    return agree_on_backend(run, backend, device, host) if device.type == "cpu" else None
+
+
+def agree_on_backend(run: Run, backend: str, device: torch.device, host: HostGroup) -> str:
+    """Return the attention backend of rank 0, which all ranks use. All ranks call this.
+
+    backend  the attention backend that this rank would use by itself
+
+    Raises:
+        ValueError: on every rank, if one of them cannot use it; the message names the rank.
+    """
+    chosen, error = host.broadcast(backend), None
+    if chosen != backend:
+        try:
+            check_run(use_backend(run, chosen), host.world, device)
+        except ValueError as refused:
+            error = refused
+    failed = host.first_error(error)
+    if failed is not None:
+        rank, reason = failed
+        raise ValueError(f"rank 0 uses the attention backend {chosen!r}, but rank {rank} cannot: {reason}")
+    return chosen
+
+
+def use_backend(run: Run, backend: str) -> Run:
+    """Return the run with another attention backend."""
+    return dataclasses.replace(run, attention=dataclasses.replace(run.attention, backend=backend))
 
 
 def check_options(run: Run) -> None:

@@ -110,8 +110,8 @@ class Trainer:
         self, run: Run, device: torch.device, terminal: Terminal, opened: ExitStack, batches: Batches | None = None
     ) -> None:
         self.run, self.device, self.host = run, device, HostGroup()
-        run_settings = settings(run)
-        check_start(run, device, self.host)
+        kernel = check_start(run, device, self.host)
+        run_settings = settings(run, kernel)
         self.mesh = mesh = Mesh(run.parallel, device)
         self.terminal = terminal = terminal if mesh.rank == 0 else Terminal(Console(quiet=True))
         self.start_time = time.perf_counter()
@@ -119,7 +119,9 @@ class Trainer:
         self.directory = RunDirectory(run.output_dir)
         start, changes = acquire_start(self.directory, run.checkpoint, run_settings, self.host, opened)
         training, held_out, pretrained = self.read_data(start, batches)
-        self.model = build_parallel(run.model, run.training, mesh, attention_backend=run.attention.backend)
+        # Rank 0 chooses by the option again, to log why; the others use what it uses.
+        backend = run.attention.backend if mesh.rank == 0 or kernel is None else kernel
+        self.model = build_parallel(run.model, run.training, mesh, attention_backend=backend)
         if pretrained:
             read_pretrained(self.model.full_model, pretrained, self.model.state_dict)
         self.optimizer = build_optimizer(self.model, run.optimizer)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sightline.attention import BACKENDS, CHOICES, KernelRequirements, attend, check_backend, lower
+from sightline.attention.attend import AUTO
 from sightline.attention.sdpa import Sdpa
 from sightline.attention.tiled import Tiled
 from sightline.batch import Batch
@@ -214,19 +215,27 @@ def test_sdpa_with_a_dense_mask_equals_tiled() -> None:
                 torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-def test_sdpa_selects_tiled_on_a_cpu() -> None:
-    assert lower(causal(1, 4), device="cpu", dtype=torch.float32, training=True, backend="sdpa").backend.name == "tiled"
+def test_sdpa_selects_as_auto_on_a_cpu() -> None:
+    for dtype in (torch.float32, torch.float64):
+        one, other = (
+            lower(causal(1, 4), device="cpu", dtype=dtype, training=True, backend=b) for b in ("sdpa", "auto")
+        )
+        assert one.backend is other.backend and one.backend.name != "sdpa"
 
 
 def test_choices_are_auto_and_all_backends() -> None:
     assert ("auto", *(backend.name for backend in BACKENDS)) == CHOICES
-    assert set(CHOICES) == {"auto", "flex", "sdpa", "varlen", "tiled", "reference"}
+    assert set(CHOICES) == {"auto", "flex", "sdpa", "varlen", "native", "tiled", "reference"}
 
 
 @pytest.mark.parametrize(
     ("backend", "requirements", "text"),
     [
-        ("flex", {"training": True}, "flex does not train on a CPU.*supported backends: sdpa, tiled, reference"),
+        (
+            "flex",
+            {"training": True},
+            "flex does not train on a CPU.*supported backends: sdpa.*tiled, reference",
+        ),
         ("flex", {"sinks": True}, "flex does not support sinks on a CPU"),
         ("varlen", {}, "varlen runs on CUDA only, got device cpu"),
         (
@@ -258,6 +267,7 @@ def test_unsupported_requirements_are_rejected_before_a_mask_is_known(
 def test_backends_are_checked_with_all_requirements_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sinks and head_dim are passed when a model is built and when a mask is lowered."""
     received: list[KernelRequirements] = []
+    monkeypatch.setitem(AUTO, "cpu", ("tiled",))
     monkeypatch.setattr(Tiled, "supports", lambda self, requirements: received.append(requirements))
     model = build_model(replace(config_of("gpt_oss-debug"), head_dim=24))
     model.check_backend(torch.device("cpu"), torch.float32, training=True)
@@ -278,8 +288,8 @@ def test_backends_are_checked_with_all_requirements_of_the_layers(monkeypatch: p
         ({"q": (1, 4, 7, 4)}, r"the mask is for \(B, Q, T\) = \(1, 8, 8\)"),
         ({"sinks": (3,)}, r"sinks must be \[H\] = \[4\]"),
         ({"backend": "magic"}, "unknown attention backend 'magic'; expected one of: auto, flex, sdpa, varlen"),
-        ({"backend": "flex"}, r"flex does not train on a CPU.*supported backends: sdpa, tiled, reference"),
-        ({"backend": "varlen"}, r"varlen runs on CUDA only.*supported backends: sdpa, tiled, reference"),
+        ({"backend": "flex"}, r"flex does not train on a CPU.*supported backends: sdpa.*tiled, reference"),
+        ({"backend": "varlen"}, r"varlen runs on CUDA only.*supported backends: sdpa.*tiled, reference"),
     ],
 )
 def test_invalid_arguments(change: dict, text: str) -> None:

@@ -65,7 +65,7 @@ def test_several_intervals_and_unsupported_sinks() -> None:
 
 def test_training_on_a_cpu_is_rejected_before_the_kernel_is_called() -> None:
     """One such call would leave all later flex calls of the process uncompiled."""
-    with pytest.raises(ValueError, match=r"flex does not train on a CPU.* sdpa, tiled, reference"):
+    with pytest.raises(ValueError, match=r"flex does not train on a CPU.* sdpa.*tiled, reference"):
         lower(causal(1, 8), backend="flex", device="cpu", dtype=torch.float32, training=True)
 
 

@@ -15,7 +15,7 @@ from sightline.training import saver
 from sightline.training.checkpoint_directory import list_checkpoints
 from sightline.training.loading import load
 from sightline.training.resume import check_continues
-from sightline.training.run_directory import settings
+from sightline.training.run_directory import recorded_kernel, settings
 from tests.support.small_runs import MODEL, STEPS, rows_of, small_run, train_quietly, write_corpus
 
 
@@ -91,6 +91,17 @@ def test_allowed_changes_are_logged(source, finished) -> None:
         "training.micro_batch_size",
         "training.steps",
         "validation.rows",
+    ]
+
+
+def test_another_attention_kernel_is_logged(source, finished) -> None:
+    checkpoint, run = finished / "checkpoints" / "step-4", small_run(finished, source, training__steps=4)
+    used = recorded_kernel(checkpoint / "config.json")
+    assert used in ("native", "tiled")
+    assert check_continues(checkpoint, settings(run, used)) == []
+    assert check_continues(checkpoint, settings(run)) == [], "a run on another device records no kernel"
+    assert check_continues(checkpoint, settings(run, "reference")) == [
+        f"attention_kernel is now 'reference', was {used!r}: the same numbers up to rounding"
     ]
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sightline.attention import BACKENDS
+from sightline.attention.attend import AUTO
 from sightline.config import Run
 from sightline.errors import AnotherRankEnded
+from sightline.native import why_missing
 from sightline.parallel.host import HostGroup
-from sightline.training import setup
+from sightline.training import setup, trainer
 from sightline.training.same_on_all_ranks import check_same, versions
 from tests.support.processes import run_on_ranks
 from tests.support.small_runs import small_run, train_quietly, write_corpus
@@ -57,6 +61,40 @@ def compare_versions(rank: int) -> str:
     with pytest.raises(ValueError) as error:
         check_same(HostGroup(), facts)
     return str(error.value)
+
+
+def train_with_backends(rank: int, run: Run, names: list[str]) -> str:
+    """Train where `auto` finds only the backend `names[rank]` on this rank; return the error, or the kernels used."""
+    AUTO["cpu"] = (names[rank],)
+    for backend in BACKENDS:
+        if backend.name == "native" and names[rank] == "tiled":
+            type(backend).supports = lambda self, requirements: "native is not built: no compiler"  # type: ignore
+    models = []
+    build, trainer.build_parallel = (
+        trainer.build_parallel,
+        lambda *args, **options: models.append(build(*args, **options)) or models[-1],
+    )
+    try:
+        train_quietly(run)
+    except (ValueError, AnotherRankEnded) as error:
+        return str(error)
+    return ", ".join(sorted({kernel.split(":")[0] for kernel in models[0].attention_kernels.values()}))
+
+
+def test_the_backend_of_rank_0_is_used_by_all_ranks(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", write_corpus(tmp_path / "texts"), training__steps=1)
+    assert run_on_ranks(2, train_with_backends, run, ["tiled", "reference"], join=False) == ["tiled", "tiled"]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["attention_kernel"] == "tiled" and config["attention"]["backend"] == "auto"
+
+
+@pytest.mark.skipif(why_missing() is not None, reason=f"native is not built: {why_missing()}")
+def test_a_rank_without_the_backend_of_rank_0_is_rejected(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", write_corpus(tmp_path / "texts"), training__steps=1)
+    error, other = run_on_ranks(2, train_with_backends, run, ["native", "tiled"], join=False)
+    assert "rank 0 uses the attention backend 'native', but rank 1 cannot" in error and not other
+    assert "native is not built: no compiler; supported backends: sdpa, tiled" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_all_ranks_that_differ_are_counted() -> None:

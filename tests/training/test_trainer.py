@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sightline.attention import native
 from sightline.config import LoggingConfig
 from sightline.errors import Stopped
+from sightline.native import why_missing
 from sightline.training import step, trainer
 from sightline.training.checkpoint_directory import list_checkpoints
 from sightline.training.loading import load
@@ -72,7 +74,9 @@ def test_the_log_shows_the_model_and_the_output_files(run, output) -> None:
         "20 documents",
         "2 held out",
         "2 rows of 48 tokens in 2 forwards",
-        "attention    tiled: it is the fastest backend that trains on a CPU",
+        "attention    native: it is the fastest backend that trains on a CPU"
+        if why_missing() is None
+        else "it trains on a CPU with PyTorch's fused kernels",
         "MFU",
         "a sample:\ndef ",
         "step 8 reached, loss",
@@ -82,6 +86,13 @@ def test_the_log_shows_the_model_and_the_output_files(run, output) -> None:
     ):
         assert words in output, words
     assert "warning" not in output
+
+
+def test_the_log_says_once_why_the_native_kernel_is_not_used(source, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(native, "why_missing", lambda: "no C++ compiler was found; install g++")
+    output = train_quietly(small_run(tmp_path / "run", source, training__steps=3))
+    assert output.count("native is not built: no C++ compiler was found; install g++; it trains on a CPU with") == 1
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["attention_kernel"] == "tiled"
 
 
 def test_equal_seeds_give_equal_runs_and_others_do_not(run, output, source, tmp_path) -> None:

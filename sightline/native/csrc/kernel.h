@@ -1,0 +1,28 @@
+// Interface between the entry points (dispatch.cpp) and the kernels (attention.cpp, compiled once per instruction set).
+//
+// No inline function or template may be defined here: attention.cpp is compiled with several instruction sets, and the
+// linker would keep one copy for all of them, possibly one that this processor cannot run.
+#pragma once
+#include "attention.h"
+
+namespace sightline {
+
+constexpr int64_t MAX_QUERIES = 64;  // of a block
+constexpr int64_t MAX_KEYS = 192;    // of a chunk
+
+// Call task(begin, end, context) on disjoint parts of [0, count), each of at least `grain` items, on torch's threads.
+void parallel_for(int64_t count, int64_t grain, sightline_task task, void* context);
+int64_t num_threads();
+
+// The arguments are checked before these are called: sizes, intervals and plan are valid.
+#define SIGHTLINE_DECLARE_KERNEL(isa)                  \
+  namespace isa {                                      \
+  int32_t forward(const sightline_attention& args);    \
+  int32_t backward(const sightline_attention& args);   \
+  }
+SIGHTLINE_DECLARE_KERNEL(baseline)
+SIGHTLINE_DECLARE_KERNEL(avx2)
+SIGHTLINE_DECLARE_KERNEL(avx512)
+#undef SIGHTLINE_DECLARE_KERNEL
+
+}  // namespace sightline
