@@ -17,7 +17,7 @@ from sightline.attention import Lowered
 from sightline.layers.base import RecurrentLayer
 from sightline.layers.cache import RecurrentCache
 from sightline.layers.norm import RMSNorm
-from sightline.layers.precision import no_autocast
+from sightline.precision import no_autocast
 from sightline.masks import AttentionMask
 
 

@@ -35,7 +35,7 @@ from sightline.layers import (
     rope_frequencies,
     routers_of,
 )
-from sightline.layers.precision import autocast_dtype
+from sightline.precision import autocast_dtype
 from sightline.masks import AttentionMask, causal, document, named_masks
 from sightline.models.block import Layer, Layers
 from sightline.models.checks import check_positive
@@ -257,6 +257,8 @@ class Decoder(nn.Module):
         return {
             "sinks": any(need["sinks"] for need in needs),
             "head_dim": max((need["head_dim"] for need in needs), default=None),
+            "value_dim": max((need["value_dim"] for need in needs), default=None),
+            "softcap": any(need.get("softcap", False) for need in needs),
         }
 
     def check_backend(

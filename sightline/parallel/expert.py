@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Shard
 
 from sightline.layers import Experts
-from sightline.layers.precision import autocast_dtype
+from sightline.precision import autocast_dtype
 from sightline.models.decoder import Decoder
 from sightline.numbers import divisors, nearest
 from sightline.parallel.mesh import Degrees, Mesh

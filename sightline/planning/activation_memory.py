@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sightline.attention import Lowered
+from sightline.attention import KernelRequirements, Lowered
 from sightline.attention.exchange import CompletedExchange
 from sightline.attention.tiled import Slice, Tiled, Tiles
 from sightline.layers import Experts
@@ -112,7 +112,15 @@ def _trace_layer(stage: Decoder, layer: nn.Module, x: Tensor, shape: tuple[int, 
     mask = AttentionMask(torch.zeros(*shape, 1, dtype=torch.int32), torch.ones(*shape, 1, dtype=torch.int32), length)
     exchange = CountingExchange(mask)
     tiles = Tiles([(row, 0, length, [Slice(0, length, True, None)]) for row in range(rows)], False)
-    lowered = Lowered(mask, Tiled(), "", tiles, exchange, mask.visible_queries(), torch.zeros(shape, dtype=torch.int64))
+    needs = KernelRequirements(
+        device=x.device,
+        dtype=torch.bfloat16 if dtype == "bfloat16" else x.dtype,
+        training=True,
+        sinks=True,
+        softcap=True,
+    )
+    segments = torch.zeros(shape, dtype=torch.int64)
+    lowered = Lowered(mask, Tiled(), "", needs, tiles, exchange, mask.visible_queries(), segments)
     encoding = stage.encode_positions(torch.zeros(shape, dtype=torch.int64))
     routed: list[float] = []
 
