@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sightline.attention.torch_private import is_functorch_wrapped_tensor
+from sightline.attention.torch_private import is_transformed
 
 Gradients = tuple[Tensor | None, ...]
 Backward = Callable[..., Gradients]
@@ -21,7 +21,7 @@ def check_no_transforms(backend: str, *tensors: Tensor | None) -> None:
     Raises:
         ValueError: if one is.
     """
-    if any(x is not None and is_functorch_wrapped_tensor(x) for x in tensors):
+    if any(x is not None and is_transformed(x) for x in tensors):
         raise ValueError(
             f"attention backend {backend!r} does not support the transforms of torch.func (grad, vmap, jacrev, ...) or "
             "batched gradients; use torch.autograd.grad without is_grads_batched, or backend='reference'"

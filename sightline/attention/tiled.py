@@ -19,7 +19,7 @@ from sightline.torch_private import disable_compiler
 
 
 class Slice(NamedTuple):
-    """Keys `[first, last)` of a tile, and the bias of their scores: float [1, 1, queries, keys], or None."""
+    """Keys `[first, last)` of a tile, and the bias of their scores: float [1, 1, queries or 1, keys], or None."""
 
     first: int
     last: int
@@ -29,10 +29,14 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True)  # not a tuple, for whose contents torch.compile would recompile
 class Tiles:
-    """Tiles (row, first query, end of queries, slices) of a mask, and whether any query is fully masked."""
+    """Tiles of a mask.
 
-    tiles: list[tuple[int, int, int, list[Slice]]]
-    has_fully_masked: bool
+    tiles       (row, first query, end of queries, slices, `Tile.fully_masked`)
+    covers_all  whether every query is in a tile
+    """
+
+    tiles: list[tuple[int, int, int, list[Slice], Tensor | None]]
+    covers_all: bool
 
 
 class Tiled:
@@ -61,9 +65,9 @@ class Tiled:
                 bias = biases[id(pattern)]
             return Slice(segment.first, segment.last, segment.causal, bias)
 
-        lowered = [(t.row, t.first, t.last, [to_slice(s) for s in t.segments]) for t in tiles]
+        lowered = [(t.row, t.first, t.last, [to_slice(s) for s in t.segments], t.fully_masked) for t in tiles]
         covered = sum(t.last - t.first for t in tiles)
-        return Tiles(lowered, covered < mask.shape[0] * mask.shape[1])
+        return Tiles(lowered, covered == mask.shape[0] * mask.shape[1])
 
     @disable_compiler
     def attend(
@@ -88,11 +92,12 @@ class _TiledAttention(torch.autograd.Function):
         head_dim, value_dim = q.shape[3], v.shape[3]
         size = max(head_dim, value_dim)
         out = _empty_output(q, value_dim)
-        if inputs.has_fully_masked:
+        if not inputs.covers_all:
             out.zero_()
-        lse = torch.zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        # An infinite log-sum-exp gives fully masked queries weights, and gradients, of exactly 0.
+        lse = torch.full(q.shape[:3], torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
         heads = k.shape[1]
-        for row, first, last, slices in inputs.tiles:
+        for row, first, last, slices, fully_masked in inputs.tiles:
             query = _pad(_grouped(q[row, :, first:last], heads), size)
             results = [
                 flash_forward(
@@ -106,6 +111,9 @@ class _TiledAttention(torch.autograd.Function):
                 sink = sinks.to(total.dtype).view(heads, -1, 1)
                 with_sink = torch.logaddexp(total, sink)
                 merged, total = merged * (total - with_sink).exp_().unsqueeze(3), with_sink
+            if fully_masked is not None:
+                merged = merged.masked_fill(fully_masked[:, None], 0.0)
+                total = total.masked_fill(fully_masked, torch.inf)
             out[row, :, first:last] = merged[..., :value_dim].flatten(0, 1)
             lse[row, :, first:last] = total.flatten(0, 1)
         ctx.save_for_backward(q, k, v, sinks, out, lse)
@@ -120,11 +128,11 @@ class _TiledAttention(torch.autograd.Function):
     @first_order("tiled")
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, out, lse = ctx.saved_tensors
-        d_q = torch.zeros_like(q) if ctx.inputs.has_fully_masked else torch.empty_like(q)
+        d_q = torch.zeros_like(q) if not ctx.inputs.covers_all else torch.empty_like(q)
         d_k, d_v = torch.zeros_like(k), torch.zeros_like(v)
         heads, head_dim, value_dim = k.shape[1], q.shape[3], v.shape[3]
         size = max(head_dim, value_dim)
-        for row, first, last, slices in ctx.inputs.tiles:
+        for row, first, last, slices, _ in ctx.inputs.tiles:
             query, grad, result = (_pad(_grouped(x[row, :, first:last], heads), size) for x in (q, d_out, out))
             total = _grouped(lse[row, :, first:last], heads)
             target = d_q[row, :, first:last]
@@ -142,7 +150,6 @@ class _TiledAttention(torch.autograd.Function):
                 d_v[row, :, s.first : s.last] += d_value[..., :value_dim].sum(dim=1)
         d_sinks = None
         if sinks is not None:
-            # The output of a fully masked query is zero, so it does not contribute.
             delta = (d_out * out).sum(dim=3, dtype=lse.dtype)
             weight = (sinks.to(lse.dtype).view(1, -1, 1) - lse).exp_()
             d_sinks = -(weight * delta).sum(dim=(0, 2)).to(sinks.dtype)

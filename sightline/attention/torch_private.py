@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 
-is_functorch_wrapped_tensor = torch._C._functorch.is_functorch_wrapped_tensor
-"""Whether a tensor is inside a transform of torch.func, such as grad or vmap."""
-
 # PyTorch's fused CPU kernel and its backward; they take a float mask, and return and take the log-sum-exp.
 flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def is_transformed(x: torch.Tensor) -> bool:
+    """Return whether a tensor is inside a transform of torch.func (grad, vmap), or a batch of gradients."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
 
 
 def varlen_forward(*args: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -111,7 +111,7 @@ def _trace_layer(stage: Decoder, layer: nn.Module, x: Tensor, shape: tuple[int, 
     rows, length = shape
     mask = AttentionMask(torch.zeros(*shape, 1, dtype=torch.int32), torch.ones(*shape, 1, dtype=torch.int32), length)
     exchange = CountingExchange(mask)
-    tiles = Tiles([(row, 0, length, [Slice(0, length, True, None)]) for row in range(rows)], False)
+    tiles = Tiles([(row, 0, length, [Slice(0, length, True, None)], None) for row in range(rows)], True)
     needs = KernelRequirements(
         device=x.device,
         dtype=torch.bfloat16 if dtype == "bfloat16" else x.dtype,

@@ -13,14 +13,16 @@ def tiles_of(mask: AttentionMask) -> list[Tile]:
 def dense_of(tiles: list[Tile], shape: tuple[int, int, int]) -> torch.Tensor:
     """Count how often the tiles compute each pair: int [B, Q, T]."""
     counts = torch.zeros(shape, dtype=torch.int32)
-    for row, first, last, segments in tiles:
+    for row, first, last, segments, fully_masked in tiles:
         for segment in segments:
             part = torch.ones(last - first, segment.last - segment.first, dtype=torch.bool)
             if segment.causal:
                 assert part.shape[0] == part.shape[1] and segment.pattern is None
                 part = part.tril()
             if segment.pattern is not None:
-                part = segment.pattern
+                part = segment.pattern.expand(part.shape)
+            if fully_masked is not None:
+                part = part & ~fully_masked[:, None]
             counts[row, first:last, segment.first : segment.last] += part.int()
     return counts
 
@@ -32,7 +34,9 @@ def test_tiles_compute_each_visible_pair_once_and_no_other(pair) -> None:
     tiles = tiles_of(mask)
     assert torch.equal(dense_of(tiles, mask.shape), dense.int())
     for tile in tiles:
-        assert dense[tile.row, tile.first : tile.last].any(dim=1).all(), "a tile contains a fully masked query"
+        visible = dense[tile.row, tile.first : tile.last].any(dim=1)
+        assert visible[0] and visible[-1], "a tile starts or ends with a fully masked query"
+        assert torch.equal(visible, torch.ones_like(visible) if tile.fully_masked is None else ~tile.fully_masked)
 
 
 def test_tiles_of_long_rows() -> None:
@@ -57,7 +61,7 @@ def test_tiles_of_long_rows() -> None:
 
 def test_a_causal_document_is_one_call() -> None:
     tiles = tiles_of(causal(1, 2000) & document(torch.arange(2000)[None] // 1000))
-    assert tiles == [(0, 0, 1000, [(0, 1000, True, None)]), (0, 1000, 2000, [(1000, 2000, True, None)])]
+    assert tiles == [(0, 0, 1000, [(0, 1000, True, None)], None), (0, 1000, 2000, [(1000, 2000, True, None)], None)]
 
 
 def test_keys_between_distant_intervals_are_not_computed() -> None:
