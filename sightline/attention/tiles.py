@@ -17,8 +17,7 @@ from torch import Tensor
 TILE = 128  # queries per tile with a pattern
 SHORT_RUN = 32  # shorter runs of queries share a tile: one masked call is cheaper than many small ones
 MIN_UNMASKED_KEYS = 256  # at least this many keys visible to all queries get a separate call without a pattern
-SMALL_GAP = 32  # masked keys between two slices that cost as much as to merge the results of the slices
-CALL = 1024  # masked pairs that cost as much as one call
+SMALL_GAP = 32  # up to this many masked keys between two slices are cheaper to compute than to skip
 
 
 class Segment(NamedTuple):
@@ -174,7 +173,7 @@ def _growing_segments(run: _Run) -> list[Segment]:
     for start, stop, grows in zip(run.start, run.stop, run.grows, strict=True):
         end = stop - 1 if grows else stop  # a square starts at the last key of the first query
         if end > start:
-            if joined and start - joined[-1][1] > _cheap_gap(run.length):
+            if joined and start - joined[-1][1] > SMALL_GAP:
                 segments.append(_joined_segment(joined))
                 joined = []
             joined.append((start, end))
@@ -190,11 +189,6 @@ def _joined_segment(rectangles: list[tuple[int, int]]) -> Segment:
         return Segment(first, last)
     starts, stops = torch.tensor(rectangles, dtype=torch.int32).unbind(1)
     return Segment(first, last, pattern=_pattern(starts[None], stops[None], first, last))
-
-
-def _cheap_gap(queries: int) -> int:
-    """Return the number of masked keys between two slices that are cheaper to compute than another call is."""
-    return SMALL_GAP + CALL // queries
 
 
 def _sliding_tiles(run: _Run) -> Iterator[Tile]:
@@ -224,14 +218,14 @@ def _irregular_segments(start: Tensor, stop: Tensor) -> list[Segment]:
     the others become segments with a pattern. Fully masked queries do not count.
     """
     nonempty = stop > start
-    visible_queries, cheap_gap = int(nonempty[:, 0].sum()), _cheap_gap(len(start))
+    visible_queries = int(nonempty[:, 0].sum())
     points, counts = _edges(start[nonempty], stop[nonempty])
     pieces: list[tuple[int, int, bool]] = []  # first, last, whether visible to all queries
     for first, last, count in zip(points, points[1:], counts, strict=False):
         unmasked = count == visible_queries and last - first >= MIN_UNMASKED_KEYS
         if count == 0:
             continue
-        if pieces and not unmasked and not pieces[-1][2] and first - pieces[-1][1] <= cheap_gap:
+        if pieces and not unmasked and not pieces[-1][2] and first - pieces[-1][1] <= SMALL_GAP:
             pieces[-1] = (pieces[-1][0], last, False)
         else:
             pieces.append((first, last, unmasked))
