@@ -229,8 +229,8 @@ def _check_lowered(lowered: Lowered, q: Tensor, v: Tensor, sinks: Tensor | None,
     needs = lowered.requirements
     if q.dtype != needs.dtype or q.device.type != needs.device.type:
         raise ValueError(
-            f"the mask was lowered for {needs.dtype} on {needs.device}, but q is {q.dtype} on {q.device}; lower it with "
-            "the dtype and device of the queries"
+            f"the mask was lowered for {needs.dtype} on {needs.device}, but q is {q.dtype} on {q.device}; lower it "
+            "with the dtype and device of the queries"
         )
     if (sinks is not None) <= needs.sinks and (softcap is not None) <= needs.softcap:
         return

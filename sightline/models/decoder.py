@@ -35,10 +35,10 @@ from sightline.layers import (
     rope_frequencies,
     routers_of,
 )
-from sightline.precision import autocast_dtype
 from sightline.masks import AttentionMask, causal, document, named_masks
 from sightline.models.block import Layer, Layers
 from sightline.models.checks import check_positive
+from sightline.precision import autocast_dtype
 
 Masks = AttentionMask | Mapping[str, AttentionMask]
 """Attention masks as users may pass them: one for all layers, or {name: mask}. The package itself passes a dict."""

@@ -254,7 +254,10 @@ KEYS = torch.randn(1, 2, 8, 4)
         ({"mask": None}, "mask must be an AttentionMask, got NoneType; for full attention use"),
         ({"mask": DENSE}, "got Tensor; convert a bool .* with AttentionMask.from_dense"),
         ({"mask": {"a": causal(1, 8)}}, "got dict; pass one of the masks: 'a'"),
-        ({"mask": causal(1, 8).to_block_mask()}, "got BlockMask; convert its mask_mod with AttentionMask.from_mask_mod"),
+        (
+            {"mask": causal(1, 8).to_block_mask()},
+            "got BlockMask; convert its mask_mod with AttentionMask.from_mask_mod",
+        ),
         ({"mask": mask_of([-3], [4])}, "interval"),
         ({"mask": mask_of([0], [9])}, "interval"),
         ({"mask": mask_of([0, 2], [3, 5])}, "interval"),
@@ -285,7 +288,7 @@ def test_unsupported_backends(backend: str, text: str) -> None:
 
 def test_a_mask_lowered_for_another_dtype_is_rejected() -> None:
     lowered = lower(MASK, device="cpu", dtype=torch.float32, training=False)
-    with pytest.raises(ValueError, match="lowered for torch.float32 on cpu, but q is torch.bfloat16 on cpu"):
+    with pytest.raises(ValueError, match=r"lowered for torch\.float32 on cpu, but q is torch\.bfloat16 on cpu"):
         attend(*qkv(torch.bfloat16), lowered)
 
 

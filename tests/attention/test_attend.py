@@ -67,7 +67,9 @@ def long_masks() -> dict[str, AttentionMask]:
         "K = 5": AttentionMask.from_dense(five),
         "K = 550": AttentionMask.from_dense(every_other, max_intervals=length),
         "random": AttentionMask.from_dense(random < 0.3, max_intervals=length),
-        "gaps": AttentionMask(causal_mask.start.masked_fill(is_gap, 0), causal_mask.stop.masked_fill(is_gap, 0), length),
+        "gaps": AttentionMask(
+            causal_mask.start.masked_fill(is_gap, 0), causal_mask.stop.masked_fill(is_gap, 0), length
+        ),
         "shard": causal_mask.take_queries(torch.arange(1, length, 3)),
     }
 

@@ -136,9 +136,7 @@ def test_models_are_checked_with_the_value_dim_and_softcap_of_their_layers(monke
     monkeypatch.undo()
 
     original = GroupedQueryAttention.kernel_requirements
-    monkeypatch.setattr(
-        GroupedQueryAttention, "kernel_requirements", lambda self: {**original(self), "softcap": True}
-    )
+    monkeypatch.setattr(GroupedQueryAttention, "kernel_requirements", lambda self: {**original(self), "softcap": True})
     model = build_model("llama3-debug")
     model.attention_backend = "tiled"
     with pytest.raises(ValueError, match=r"--attention\.backend.*tiled does not support softcap"):
