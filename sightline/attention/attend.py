@@ -191,19 +191,19 @@ def attend(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if scale <= 0:  # fused kernels mask scores before they scale them
         q, scale = q * scale, 1.0
+    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks))
     if isinstance(mask, Lowered):
-        _check_lowered(mask, q, v, sinks, softcap)
+        _check_lowered(mask, q, training, sinks, softcap)
     elif q.numel() == 0 or k.numel() == 0:  # nothing to compute; fused kernels do not support sizes of 0
         visible = torch.zeros(q.shape[0], 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
         return Reference().attend(q, k, v, visible, scale, sinks, softcap)
     else:
-        inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
         mask = lower(
             mask,
             backend=backend,
             device=q.device,
             dtype=q.dtype,
-            training=torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
+            training=training,
             sinks=sinks is not None,
             head_dim=q.shape[-1],
             value_dim=v.shape[-1],
@@ -220,17 +220,23 @@ def _to_kernel(x: Tensor) -> Tensor:
     return x.contiguous() if x.dim() and x.stride(-1) != 1 else x
 
 
-def _check_lowered(lowered: Lowered, q: Tensor, v: Tensor, sinks: Tensor | None, softcap: float | None) -> None:
+def _check_lowered(lowered: Lowered, q: Tensor, training: bool, sinks: Tensor | None, softcap: float | None) -> None:
     """Check that a lowered mask was made for these inputs.
 
     Raises:
-        ValueError: if it was made for another device or dtype, or its backend does not support the inputs.
+        ValueError: if it was made for another device or dtype or for inference, or its backend does not support the
+            inputs.
     """
     needs = lowered.requirements
     if q.dtype != needs.dtype or q.device.type != needs.device.type:
         raise ValueError(
             f"the mask was lowered for {needs.dtype} on {needs.device}, but q is {q.dtype} on {q.device}; lower it "
             "with the dtype and device of the queries"
+        )
+    if training and not needs.training:
+        raise ValueError(
+            "the mask was lowered with training=False, but the inputs require gradients; lower it with training=True, "
+            "or use torch.no_grad()"
         )
     if (sinks is not None) <= needs.sinks and (softcap is not None) <= needs.softcap:
         return

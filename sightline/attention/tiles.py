@@ -3,7 +3,7 @@
 Fused kernels are fastest without a mask: on rectangles in which all pairs are visible, and on causal squares. Most
 masks consist of these: as long as each interval stays the same or grows by one key per query, a run of queries is one
 rectangle and one causal square per interval. Sliding intervals are split into short tiles with a repeating pattern, and
-irregular intervals into tiles with separate patterns, which are wide where all queries attend to about the same range of
+irregular intervals into tiles with separate patterns, long ones where all queries attend to about the same range of
 keys. The keys between distant intervals are not computed.
 """
 

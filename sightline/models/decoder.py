@@ -279,7 +279,7 @@ class Decoder(nn.Module):
     def lower_masks(self, masks: Mapping[str, Any], h: Tensor) -> dict[str, Lowered]:
         """Lower each mask to the inputs of its attention kernel, once for all layers that use it."""
         dtype = autocast_dtype(h) or h.dtype
-        training = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        training = torch.is_grad_enabled() and (h.requires_grad or any(p.requires_grad for p in self.parameters()))
         lowered = {}
         for name, original in masks.items():
             mask, exchange = self.exchanges.bind(original, h.device)

@@ -292,6 +292,12 @@ def test_a_mask_lowered_for_another_dtype_is_rejected() -> None:
         attend(*qkv(torch.bfloat16), lowered)
 
 
+def test_a_mask_lowered_for_inference_is_rejected_in_training() -> None:
+    lowered = lower(MASK, device="cpu", dtype=torch.float32, training=False, backend="flex")
+    with pytest.raises(ValueError, match="lowered with training=False, but the inputs require gradients"):
+        attend(*(x.requires_grad_() for x in qkv()), lowered)
+
+
 def test_lower_rejects_what_is_not_a_mask() -> None:
     with pytest.raises(ValueError, match="mask must be an AttentionMask, got dict; pass one of the masks: 'a'"):
         lower({"a": MASK}, device="cpu", dtype=torch.float32, training=False)
