@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sightline.attention.backend import Backend, KernelRequirements, Unsupported
+from sightline.attention.checks import check_dtypes, check_mask_type, check_numbers, check_shapes, check_tensors
 from sightline.attention.exchange import Exchange, LocalExchange
 from sightline.attention.flex import Flex
 from sightline.attention.native import Native
@@ -18,6 +19,7 @@ from sightline.attention.tiled import Tiled
 from sightline.attention.varlen import Varlen
 from sightline.masks import AttentionMask
 from sightline.masks.segments import number_segments
+from sightline.precision import autocast_dtype
 
 BACKENDS: tuple[Backend, ...] = (Flex(), Sdpa(), Varlen(), Native(), Tiled(), Reference())
 CHOICES = ("auto", *(backend.name for backend in BACKENDS))
@@ -30,19 +32,21 @@ AUTO = {"cpu": ("native", "tiled"), "cuda": ("varlen", "flex")}
 class Lowered:
     """A mask prepared for one backend: built once per forward and shared by all layers that use the mask.
 
-    mask      the AttentionMask on the CPU: local queries, and the keys that `exchange` provides
-    backend   backend that computes the attention
-    reason    why this backend was chosen, for the log
-    inputs    kernel inputs, built by `backend.lower`
-    exchange  provides the keys and values that the mask indexes
-    visible   bool [B, Q] on the device: false for fully masked queries (padding)
-    segments  int64 [B, S] on the device: document numbers of the full rows, for recurrent layers (see
-              `sightline.masks.segments`); None if not requested
+    mask          the AttentionMask on the CPU: local queries, and the keys that `exchange` provides
+    backend       backend that computes the attention
+    reason        why this backend was chosen, for the log
+    requirements  what the backend was asked to support
+    inputs        kernel inputs, built by `backend.lower`
+    exchange      provides the keys and values that the mask indexes
+    visible       bool [B, Q] on the device: false for fully masked queries (padding)
+    segments      int64 [B, S] on the device: document numbers of the full rows, for recurrent layers (see
+                  `sightline.masks.segments`); None if not requested
     """
 
     mask: AttentionMask
     backend: Backend
     reason: str
+    requirements: KernelRequirements
     inputs: Any
     exchange: Exchange
     visible: Tensor
@@ -58,6 +62,8 @@ def lower(
     backend: str = "auto",
     sinks: bool = False,
     head_dim: int | None = None,
+    value_dim: int | None = None,
+    softcap: bool = False,
     exchange: Exchange | None = None,
     segments: bool = False,
 ) -> Lowered:
@@ -70,18 +76,26 @@ def lower(
     The other options are those of `KernelRequirements`. A mask on a GPU costs one synchronization, one on the CPU none.
 
     Raises:
-        ValueError: if the backend is unknown or does not support the mask; the message lists the backends that do.
+        ValueError: if the mask is invalid, or if the backend is unknown or does not support the mask; the message lists
+            the backends that do.
     """
     requirements = KernelRequirements(
-        device=torch.device(device), dtype=dtype, training=training, sinks=sinks, head_dim=head_dim
+        device=torch.device(device),
+        dtype=dtype,
+        training=training,
+        sinks=sinks,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        softcap=softcap,
     )
+    check_mask_type(mask, (AttentionMask,))
     mask = mask.cpu()
+    mask.validate()
     exchange = exchange or LocalExchange(mask)
     chosen, inputs, reason = _choose(mask, requirements, backend)
     document_numbers = number_segments(exchange.full_mask).to(device, non_blocking=True) if segments else None
-    return Lowered(
-        mask, chosen, reason, inputs, exchange, mask.visible_queries().to(device, non_blocking=True), document_numbers
-    )
+    visible = mask.visible_queries().to(device, non_blocking=True)
+    return Lowered(mask, chosen, reason, requirements, inputs, exchange, visible, document_numbers)
 
 
 def check_backend(backend: str, requirements: KernelRequirements) -> str:
@@ -151,25 +165,42 @@ def attend(
     backend: str = "auto",
     scale: float | None = None,
     sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Compute softmax(scale * q k') v over the keys that each query attends to: [B, H, Q, D].
+    """Compute softmax(scale * q k') v over the keys that each query attends to: [B, H, Q, Dv].
 
     q        [B, H, Q, D]
-    k, v     [B, G, T, D], with H a multiple of G: query head h uses key/value head h // (H / G)
+    k        [B, G, T, D], with H a multiple of G: query head h uses key/value head h // (H / G)
+    v        [B, G, T, Dv]
     mask     AttentionMask of (B, Q, T), or the result of `lower` to share the kernel inputs between layers
     backend  one of CHOICES; ignored if `mask` is already lowered
     scale    default 1 / sqrt(D)
     sinks    [H], learned logits that are part of the softmax but have no value (gpt-oss)
+    softcap  if given, scores become softcap * tanh(scores / softcap) before the mask and the softmax (Gemma 2); sinks
+             are not capped
 
-    A fully masked query has an output of exact zeros and zero gradients.
+    A fully masked query has an output of exact zeros and zero gradients. Under autocast, queries, keys and values other
+    than float64 are converted to its dtype, as by `F.scaled_dot_product_attention`.
 
     Raises:
-        ValueError: if shapes are inconsistent, or the backend does not support the mask.
+        ValueError: if an argument is invalid, or the backend does not support the arguments or the mask.
     """
-    _check_shapes(q, k, v, mask.mask if isinstance(mask, Lowered) else mask, sinks)
-    if not isinstance(mask, Lowered):
-        inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
-        training = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    check_mask_type(mask, (AttentionMask, Lowered))
+    check_numbers(scale, softcap)
+    check_tensors(q, k, v, sinks)
+    q, k, v = (_to_kernel(x) for x in (q, k, v))
+    check_dtypes(q, k, v)
+    check_shapes(q, k, v, mask.mask if isinstance(mask, Lowered) else mask, sinks)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale <= 0:  # fused kernels mask scores before they scale them
+        q, scale = q * scale, 1.0
+    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks))
+    if isinstance(mask, Lowered):
+        _check_lowered(mask, q, training, sinks, softcap)
+    elif q.numel() == 0 or k.numel() == 0:  # nothing to compute; fused kernels do not support sizes of 0
+        visible = torch.zeros(q.shape[0], 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        return Reference().attend(q, k, v, visible, scale, sinks, softcap)
+    else:
         mask = lower(
             mask,
             backend=backend,
@@ -178,22 +209,43 @@ def attend(
             training=training,
             sinks=sinks is not None,
             head_dim=q.shape[-1],
+            value_dim=v.shape[-1],
+            softcap=softcap is not None,
         )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return mask.backend.attend(q, k, v, mask.inputs, scale, sinks)
+    return mask.backend.attend(q, k, v, mask.inputs, scale, sinks, softcap)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, sinks: Tensor | None) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
-        raise ValueError(f"expected q [B, H, Q, D] and k, v [B, G, T, D], got {shapes}")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"queries and keys must have the same B and D, got {shapes}")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"query heads must be a multiple of key/value heads, got {q.shape[1]} and {k.shape[1]}")
-    if mask.shape != (q.shape[0], q.shape[2], k.shape[2]):
+def _to_kernel(x: Tensor) -> Tensor:
+    """Convert a tensor to the dtype of autocast, if it is on, with a contiguous last dimension, as kernels need it."""
+    dtype = autocast_dtype(x)
+    if dtype is not None and x.dtype != torch.float64:
+        x = x.to(dtype)
+    return x.contiguous() if x.dim() and x.stride(-1) != 1 else x
+
+
+def _check_lowered(lowered: Lowered, q: Tensor, training: bool, sinks: Tensor | None, softcap: float | None) -> None:
+    """Check that a lowered mask was made for these inputs.
+
+    Raises:
+        ValueError: if it was made for another device or dtype or for inference, or its backend does not support the
+            inputs.
+    """
+    needs = lowered.requirements
+    if q.dtype != needs.dtype or q.device.type != needs.device.type:
         raise ValueError(
-            f"the mask is for (B, Q, T) = {mask.shape}, but {shapes} need {(q.shape[0], q.shape[2], k.shape[2])}"
+            f"the mask was lowered for {needs.dtype} on {needs.device}, but q is {q.dtype} on {q.device}; lower it "
+            "with the dtype and device of the queries"
         )
-    if sinks is not None and sinks.shape != (q.shape[1],):
-        raise ValueError(f"sinks must be [H] = [{q.shape[1]}], one logit per query head, got {tuple(sinks.shape)}")
+    if training and not needs.training:
+        raise ValueError(
+            "the mask was lowered with training=False, but the inputs require gradients; lower it with training=True, "
+            "or use torch.no_grad()"
+        )
+    if (sinks is not None) <= needs.sinks and (softcap is not None) <= needs.softcap:
+        return
+    reason = lowered.backend.supports(replace(needs, sinks=sinks is not None, softcap=softcap is not None))
+    if reason is not None:
+        raise ValueError(
+            f"the mask was lowered with sinks={needs.sinks}, softcap={needs.softcap} for backend "
+            f"{lowered.backend.name!r}, but {reason}; pass sinks and softcap to `lower`"
+        )

@@ -18,7 +18,9 @@ class KernelRequirements:
     device, dtype  device and dtype of the queries
     training       whether the backward pass will run
     sinks          whether heads have learned sink logits
-    head_dim       D, channels per head; None if not known yet
+    head_dim       D, channels of a query or key head; None if not known yet
+    value_dim      Dv, channels of a value head; None if it equals head_dim
+    softcap        whether scores are capped by tanh
     same_tokens    whether queries and keys are always the same tokens; they are not under context parallelism, nor in
                    generation with a cache
     """
@@ -28,6 +30,8 @@ class KernelRequirements:
     training: bool = False
     sinks: bool = False
     head_dim: int | None = None
+    value_dim: int | None = None
+    softcap: bool = False
     same_tokens: bool = True
 
 
@@ -61,6 +65,12 @@ class Backend(Protocol):
         """
         ...
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Any, scale: float, sinks: Tensor | None) -> Tensor:
-        """Compute `sightline.attention.attend` with the kernel inputs from `lower`: [B, H, Q, D]."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Any, scale: float, sinks: Tensor | None, softcap: float | None
+    ) -> Tensor:
+        """Compute `sightline.attention.attend` with the kernel inputs from `lower`: [B, H, Q, Dv].
+
+        The arguments are checked: same dtype and device, the last dimension is contiguous, scale > 0, and softcap is
+        None or > 0. A backend whose `supports` refuses `softcap` is never called with one.
+        """
         ...

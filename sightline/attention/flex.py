@@ -29,15 +29,37 @@ class Flex:
         """Build the BlockMask on the device, without synchronization."""
         return mask.to(requirements.device).to_block_mask(compute_q_blocks=requirements.training)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: BlockMask, scale: float, sinks: Tensor | None) -> Tensor:
-        gqa = q.shape[1] != k.shape[1]
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        inputs: BlockMask,
+        scale: float,
+        sinks: Tensor | None,
+        softcap: float | None,
+    ) -> Tensor:
+        score_mod = None if softcap is None else _softcap_mod(softcap)
+        kernel = functools.partial(
+            _compiled(), q, k, v, score_mod, inputs, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
         if sinks is None:
-            return _compiled()(q, k, v, block_mask=inputs, scale=scale, enable_gqa=gqa)
+            return kernel()
         aux_request: Any = AuxRequest(lse=True)
-        out, aux = _compiled()(q, k, v, block_mask=inputs, scale=scale, enable_gqa=gqa, return_aux=aux_request)
+        out, aux = kernel(return_aux=aux_request)
         # exp(lse - logaddexp(lse, sink)) is a sigmoid; for a fully masked query, lse is -inf and this is 0.
         share = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype).view(1, -1, 1))
         return out * share.unsqueeze(3).to(out.dtype)
+
+
+@functools.cache
+def _softcap_mod(softcap: float) -> Callable[..., Tensor]:
+    """Return the score_mod of a soft cap; each value of it compiles once."""
+
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return score_mod
 
 
 @functools.cache

@@ -20,12 +20,16 @@ class Reference:
         """Return the dense mask bool [B, 1, Q, T]."""
         return mask.to(requirements.device).to_dense().unsqueeze(1)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Tensor, scale: float, sinks: Tensor | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Tensor, scale: float, sinks: Tensor | None, softcap: float | None
+    ) -> Tensor:
         """Compute in float32 or wider; a sink is one more logit without a value."""
         dtype = torch.promote_types(q.dtype, torch.float32)
         group = q.shape[1] // k.shape[1]
         keys, values = (x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v))
         scores = (q.to(dtype) @ keys.mT) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~inputs, float("-inf"))
         if sinks is not None:
             column = sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)

@@ -32,7 +32,7 @@ class Sdpa:
     why = "it supports every mask on every device"
 
     def supports(self, requirements: KernelRequirements) -> str | None:
-        return None
+        return "sdpa does not support softcap" if requirements.softcap else None
 
     def lower(self, mask: AttentionMask, requirements: KernelRequirements) -> Dense:
         _, queries, keys = mask.shape
@@ -47,7 +47,9 @@ class Sdpa:
         visible[..., :1] |= fully_masked
         return Dense(visible, fully_masked if any_fully_masked else None)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Dense, scale: float, sinks: Tensor | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Dense, scale: float, sinks: Tensor | None, softcap: float | None
+    ) -> Tensor:
         bias = inputs.visible
         if sinks is not None:
             k, v, bias = _with_sink_key(q, k, v, inputs, sinks)

@@ -11,6 +11,12 @@ flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+def is_transformed(x: torch.Tensor) -> bool:
+    """Return whether a tensor is inside a transform of torch.func (grad, vmap), or a batch of gradients."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
+
+
 def varlen_forward(*args: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Forward kernel of `torch.nn.attention.varlen.varlen_attn`: output, log-sum-exp and random state."""
     return torch.ops.torch_attn._varlen_attn(*args)

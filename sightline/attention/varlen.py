@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sightline.attention.backend import KernelRequirements, Unsupported
+from sightline.attention.first_order import first_order
 from sightline.attention.torch_private import varlen_backward, varlen_forward
 from sightline.masks import AttentionMask
 from sightline.masks.varlen import VarlenLayout
@@ -31,8 +32,11 @@ class Varlen:
             return f"varlen runs on CUDA only, got device {requirements.device.type}"
         if requirements.dtype not in DTYPES:
             return f"varlen needs bfloat16 or float16, got {requirements.dtype}"
-        if requirements.head_dim is not None and requirements.head_dim > MAX_HEAD_DIM:
-            return f"varlen supports a head_dim of at most {MAX_HEAD_DIM}, got {requirements.head_dim}"
+        if requirements.softcap:
+            return "varlen does not support softcap"
+        for name, size in (("head_dim", requirements.head_dim), ("value_dim", requirements.value_dim)):
+            if size is not None and size > MAX_HEAD_DIM:
+                return f"varlen supports a {name} of at most {MAX_HEAD_DIM}, got {size}"
         if not requirements.same_tokens:
             return "varlen needs queries and keys to be the same tokens"
         return None
@@ -48,10 +52,20 @@ class Varlen:
         return replace(layout, cu_seqlens=layout.cu_seqlens.to(requirements.device, non_blocking=True), padding=padding)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: VarlenLayout, scale: float, sinks: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        inputs: VarlenLayout,
+        scale: float,
+        sinks: Tensor | None,
+        softcap: float | None,
     ) -> Tensor:
-        rows, _, length, _ = q.shape
-        query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * S, heads, D]
+        rows, _, length, head_dim = q.shape
+        value_dim = v.shape[3]
+        # The kernel needs one size for q, k and v, a multiple of 8. Channels of zeros do not change the products.
+        size = -(-max(head_dim, value_dim) // 8) * 8
+        query, key, value = (_pad(x.transpose(1, 2).flatten(0, 1), size) for x in (q, k, v))  # [B * S, heads, size]
         if sinks is None:
             longest, offsets = inputs.max_length, inputs.cu_seqlens
             gqa = q.shape[1] != k.shape[1]
@@ -61,8 +75,12 @@ class Varlen:
             )  # fmt: skip
         else:
             out = _SinkAttention.apply(query, key, value, sinks, inputs, scale)
-        out = torch.unflatten(out, 0, (rows, length)).transpose(1, 2)  # type: ignore[arg-type]
+        out = out[..., :value_dim].unflatten(0, (rows, length)).transpose(1, 2)  # type: ignore[call-overload]
         return out if inputs.padding is None else out.masked_fill(inputs.padding[:, None, :, None], 0.0)
+
+
+def _pad(x: Tensor, size: int) -> Tensor:
+    return F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x
 
 
 class _SinkAttention(torch.autograd.Function):
@@ -91,7 +109,7 @@ class _SinkAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order("varlen")
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, out, lse, rng = ctx.saved_tensors
         offsets, longest = ctx.inputs.cu_seqlens, ctx.inputs.max_length

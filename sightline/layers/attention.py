@@ -64,7 +64,7 @@ class GroupedQueryAttention(AttentionLayer):
             nn.init.zeros_(self.sinks)
 
     def kernel_requirements(self) -> dict[str, Any]:
-        return {"sinks": self.sinks is not None, "head_dim": self.head_dim}
+        return {"sinks": self.sinks is not None, "head_dim": self.head_dim, "value_dim": self.head_dim}
 
     def tensor_parallel_units(self) -> dict[str, int]:
         return {"key/value heads": self.num_kv_heads()}

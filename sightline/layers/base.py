@@ -54,7 +54,10 @@ class AttentionLayer(TensorParallelLayer):
         raise NotImplementedError
 
     def kernel_requirements(self) -> dict[str, Any]:
-        """Return what the attention kernel must support: fields of `sightline.attention.KernelRequirements`."""
+        """Return what the attention kernel must support: fields of `sightline.attention.KernelRequirements`.
+
+        `sinks`, `head_dim` and `value_dim` are required; `softcap` defaults to False.
+        """
         raise NotImplementedError
 
     def num_kv_heads(self) -> int:

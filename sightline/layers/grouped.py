@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sightline.layers.precision import autocast_dtype
+from sightline.precision import autocast_dtype
 from sightline.torch_private import disable_compiler
 
 Layer = tuple[Tensor, Tensor | None]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sightline.batch import IGNORE
-from sightline.layers.precision import autocast_dtype, no_autocast
+from sightline.precision import autocast_dtype, no_autocast
 
 CHUNK_SIZE = 512
 """Tokens whose logits exist at a time. 512 x 8192 floats fit in a CPU's cache, and the matrix products are still large

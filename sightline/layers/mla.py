@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sightline.attention import Lowered, attend
@@ -67,7 +66,8 @@ class MultiHeadLatentAttention(AttentionLayer):
         nn.init.normal_(self.output.weight, std=output_std)
 
     def kernel_requirements(self) -> dict[str, Any]:
-        return {"sinks": False, "head_dim": max(self.qk_nope_head_dim + self.qk_rope_head_dim, self.v_head_dim)}
+        head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        return {"sinks": False, "head_dim": head_dim, "value_dim": self.v_head_dim}
 
     def tensor_parallel_units(self) -> dict[str, int]:
         return {"heads": self.num_kv_heads()}
@@ -76,7 +76,7 @@ class MultiHeadLatentAttention(AttentionLayer):
         return self.query.out_features // (self.qk_nope_head_dim + self.qk_rope_head_dim)
 
     def flops_per_pair(self) -> float:
-        """Return the FLOPs of `AttentionLayer.flops_per_pair`; channels of zero padding are not counted."""
+        """Return the FLOPs of `AttentionLayer.flops_per_pair`, for keys and values of different sizes."""
         return 6.0 * self.num_kv_heads() * (self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim)
 
     def forward(self, x: Tensor, mask: Lowered, rotation: Rotation, cache: KeyValueCache | None = None) -> Tensor:
@@ -93,10 +93,8 @@ class MultiHeadLatentAttention(AttentionLayer):
         q_BSHD = self._queries(x, rotation)
         latent, k_rope = (t.transpose(1, 2) for t in pending.wait())
         k_BTHD, v_BTHD = self._keys_and_values(latent[:, :, 0], k_rope)
-        # Kernels require one head size for q, k and v. Zero padding does not change the products.
-        size = max(self.qk_nope_head_dim + self.qk_rope_head_dim, self.v_head_dim)
-        q, k, v = (F.pad(t, (0, size - t.shape[-1])).transpose(1, 2) for t in (q_BSHD, k_BTHD, v_BTHD))
-        out = attend(q, k, v, mask, scale=self.scale)[..., : self.v_head_dim]
+        q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BTHD, v_BTHD))
+        out = attend(q, k, v, mask, scale=self.scale)
         return self.output(out.transpose(1, 2).flatten(2))
 
     def _queries(self, x: Tensor, rotation: Rotation) -> Tensor:

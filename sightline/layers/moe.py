@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from sightline.layers.base import TensorParallelLayer, flops_per_token
 from sightline.layers.grouped import grouped_linear, grouped_linears
-from sightline.layers.precision import no_autocast
+from sightline.precision import no_autocast
 
 
 class Routing(NamedTuple):

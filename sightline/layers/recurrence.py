@@ -17,8 +17,8 @@ from sightline.attention import Lowered
 from sightline.layers.base import RecurrentLayer
 from sightline.layers.cache import RecurrentCache
 from sightline.layers.norm import RMSNorm
-from sightline.layers.precision import no_autocast
 from sightline.masks import AttentionMask
+from sightline.precision import no_autocast
 
 
 def causal_convolution(x: Tensor, weight: Tensor, segments: Tensor, past: Tensor | None = None) -> Tensor:

@@ -35,10 +35,10 @@ from sightline.layers import (
     rope_frequencies,
     routers_of,
 )
-from sightline.layers.precision import autocast_dtype
 from sightline.masks import AttentionMask, causal, document, named_masks
 from sightline.models.block import Layer, Layers
 from sightline.models.checks import check_positive
+from sightline.precision import autocast_dtype
 
 Masks = AttentionMask | Mapping[str, AttentionMask]
 """Attention masks as users may pass them: one for all layers, or {name: mask}. The package itself passes a dict."""
@@ -257,6 +257,8 @@ class Decoder(nn.Module):
         return {
             "sinks": any(need["sinks"] for need in needs),
             "head_dim": max((need["head_dim"] for need in needs), default=None),
+            "value_dim": max((need["value_dim"] for need in needs), default=None),
+            "softcap": any(need.get("softcap", False) for need in needs),
         }
 
     def check_backend(
@@ -277,7 +279,7 @@ class Decoder(nn.Module):
     def lower_masks(self, masks: Mapping[str, Any], h: Tensor) -> dict[str, Lowered]:
         """Lower each mask to the inputs of its attention kernel, once for all layers that use it."""
         dtype = autocast_dtype(h) or h.dtype
-        training = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        training = torch.is_grad_enabled() and (h.requires_grad or any(p.requires_grad for p in self.parameters()))
         lowered = {}
         for name, original in masks.items():
             mask, exchange = self.exchanges.bind(original, h.device)

@@ -14,12 +14,12 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Shard
 
 from sightline.layers import Experts
-from sightline.layers.precision import autocast_dtype
 from sightline.models.decoder import Decoder
 from sightline.numbers import divisors, nearest
 from sightline.parallel.mesh import Degrees, Mesh
 from sightline.parallel.patch import expose_local_parameters, identity_view, replace_forward, replace_parameter
 from sightline.parallel.torch_private import all_to_all_single_autograd
+from sightline.precision import autocast_dtype
 
 
 def apply_expert(model: Decoder, mesh: Mesh) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sightline.attention import Lowered
+from sightline.attention import KernelRequirements, Lowered
 from sightline.attention.exchange import CompletedExchange
 from sightline.attention.native import Intervals, Native
 from sightline.layers import Experts
@@ -112,8 +112,15 @@ def _trace_layer(stage: Decoder, layer: nn.Module, x: Tensor, shape: tuple[int, 
     exchange = CountingExchange(mask)
     # The operators of this backend are traced like any other, and save what all fused kernels save.
     inputs = Intervals(torch.zeros(0, dtype=torch.int32))
+    needs = KernelRequirements(
+        device=x.device,
+        dtype=torch.bfloat16 if dtype == "bfloat16" else x.dtype,
+        training=True,
+        sinks=True,
+        softcap=True,
+    )
     segments = torch.zeros(shape, dtype=torch.int64)
-    lowered = Lowered(mask, Native(), "", inputs, exchange, mask.visible_queries(), segments)
+    lowered = Lowered(mask, Native(), "", needs, inputs, exchange, mask.visible_queries(), segments)
     encoding = stage.encode_positions(torch.zeros(shape, dtype=torch.int64))
     routed: list[float] = []
 

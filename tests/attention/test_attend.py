@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from sightline.attention import BACKENDS, CHOICES, KernelRequirements, attend, check_backend, lower
 from sightline.attention.attend import AUTO
@@ -23,50 +22,25 @@ from sightline.masks import (
     sliding_window,
 )
 from sightline.models import build_model, config_of
+from tests.support.attention import assert_equals_reference, fast_backends, inputs, results
 from tests.support.random_masks import expressions
 
 
-def inputs(
-    mask: AttentionMask, heads: int, kv_heads: int, size: int = 8, dtype: torch.dtype = torch.float64, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Leaf tensors q, k, v in the layout of a model: [B, S, heads, D] viewed as [B, heads, S, D]."""
-    generator = torch.Generator().manual_seed(seed)
-    rows, queries, keys = mask.shape
-    shapes = [(rows, queries, heads, size), (rows, keys, kv_heads, size), (rows, keys, kv_heads, size)]
-    q, k, v = (torch.randn(shape, generator=generator, dtype=dtype).transpose(1, 2) for shape in shapes)
-    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
-
-
-def results(backend: str, mask: AttentionMask, leaves: tuple[Tensor, ...], sinks: Tensor | None) -> list[Tensor]:
-    """Output, and gradients of all leaves for a fixed random cotangent."""
-    out = attend(*leaves, mask, backend=backend, sinks=sinks)
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
-    leaves_and_sinks = leaves if sinks is None else (*leaves, sinks)
-    return [out, *torch.autograd.grad(out, leaves_and_sinks, cotangent)]
-
-
-def assert_close(
-    mask: AttentionMask, heads: int, kv_heads: int, sinks: Tensor | None, tolerance: float = 1e-10
-) -> None:
-    leaves = inputs(mask, heads, kv_heads)
-    expected = results("reference", mask, leaves, sinks)
-    for one, other in zip(results("tiled", mask, leaves, sinks), expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
-
-
+@pytest.mark.parametrize("backend", fast_backends())
 @settings(max_examples=80, deadline=None)
 @given(expressions(max_length=50), st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]), st.booleans())
-def test_tiled_equals_reference_under_any_mask(pair, heads, with_sinks) -> None:
+def test_equals_reference_under_any_mask(backend, pair, heads, with_sinks) -> None:
     mask, _ = pair
     sinks = torch.linspace(-2, 2, heads[0], dtype=torch.float64).requires_grad_() if with_sinks else None
-    assert_close(mask, *heads, sinks)
+    assert_equals_reference(backend, mask, *heads, sinks=sinks)
 
 
+@pytest.mark.parametrize("backend", fast_backends())
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 2), st.integers(1, 9), st.integers(1, 20), st.integers(0, 2**31))
-def test_tiled_equals_reference_for_different_query_and_key_lengths(rows, queries, keys, seed) -> None:
+def test_equals_reference_for_different_query_and_key_lengths(backend, rows, queries, keys, seed) -> None:
     dense = torch.rand(rows, queries, keys, generator=torch.Generator().manual_seed(seed)) < 0.4
-    assert_close(AttentionMask.from_dense(dense), 2, 1, None)
+    assert_equals_reference(backend, AttentionMask.from_dense(dense), 2, 1)
 
 
 def long_masks() -> dict[str, AttentionMask]:
@@ -77,6 +51,9 @@ def long_masks() -> dict[str, AttentionMask]:
     causal_mask = causal(1, length)
     starts = torch.zeros(1, length, dtype=torch.bool)
     starts[:, [0, 1, 500, 700]] = True
+    is_gap = (torch.arange(length) % 3 == 1)[None, :, None]  # every third query is fully masked
+    random = torch.rand(1, 150, length, generator=torch.Generator().manual_seed(0))
+    every_other = torch.arange(length).expand(1, 60, -1) % 2 == 0
     five = torch.zeros(1, 60, length, dtype=torch.bool)
     for k in range(5):
         five[:, :, 200 * k : 200 * k + 3] = True
@@ -89,15 +66,21 @@ def long_masks() -> dict[str, AttentionMask]:
         "shared": shared_prefix(ids, torch.where(ids < 0, -1, 1)) & causal_mask,
         "K = 4": (global_tokens(starts) | sliding_window(1, length, 40)) & causal_mask,
         "K = 5": AttentionMask.from_dense(five),
+        "K = 550": AttentionMask.from_dense(every_other, max_intervals=length),
+        "random": AttentionMask.from_dense(random < 0.3, max_intervals=length),
+        "gaps": AttentionMask(
+            causal_mask.start.masked_fill(is_gap, 0), causal_mask.stop.masked_fill(is_gap, 0), length
+        ),
         "shard": causal_mask.take_queries(torch.arange(1, length, 3)),
     }
 
 
+@pytest.mark.parametrize("backend", fast_backends())
 @pytest.mark.parametrize("name", long_masks())
-def test_tiled_equals_reference_on_long_masks(name: str) -> None:
+def test_equals_reference_on_long_masks(name: str, backend: str) -> None:
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).requires_grad_()
-    assert_close(long_masks()[name], 4, 2, None)
-    assert_close(long_masks()[name], 4, 2, sinks)
+    assert_equals_reference(backend, long_masks()[name])
+    assert_equals_reference(backend, long_masks()[name], sinks=sinks)
 
 
 def test_float32_and_bfloat16_are_close_to_the_reference() -> None:
@@ -137,13 +120,13 @@ def test_gradients_by_finite_differences(with_sinks: bool) -> None:
     leaves = inputs(mask, 2, 1, size=4)
     sinks = torch.tensor([0.5, -0.5], dtype=torch.float64, requires_grad=True) if with_sinks else None
     leaves_and_sinks = leaves if sinks is None else (*leaves, sinks)
-    for backend in ("reference", "tiled"):
+    for backend in ("reference", *fast_backends((torch.float64,))):
         assert torch.autograd.gradcheck(
             lambda *x, b=backend: attend(*x[:3], mask, backend=b, sinks=x[3] if with_sinks else None), leaves_and_sinks
         )
 
 
-@pytest.mark.parametrize("backend", ["reference", "tiled"])
+@pytest.mark.parametrize("backend", ["reference", *fast_backends()])
 def test_padding_gives_exact_zeros_and_zero_gradients(backend: str) -> None:
     ids = torch.tensor([[0] * 5 + [-1] * 3, [-1] * 8])
     mask = causal(2, 8) & document(ids)
@@ -157,7 +140,18 @@ def test_padding_gives_exact_zeros_and_zero_gradients(backend: str) -> None:
     assert d_sinks.isfinite().all() and d_sinks.abs().sum() > 0
 
 
-@pytest.mark.parametrize("backend", ["reference", "tiled"])
+@pytest.mark.parametrize("backend", ["reference", *fast_backends()])
+def test_fully_masked_queries_between_others_give_exact_zeros(backend: str) -> None:
+    mask, masked = causal(1, 300), torch.arange(300) % 3 == 1
+    mask = AttentionMask(*(x.masked_fill(masked[None, :, None], 0) for x in (mask.start, mask.stop)), 300)
+    sinks = torch.zeros(4, requires_grad=True)
+    out, d_q, d_k, d_v, _ = results(backend, mask, inputs(mask, 4, 2, dtype=torch.float32), sinks)
+    for x in (out, d_q):
+        assert not x[:, :, masked].any() and x[:, :, ~masked].any(dim=3).all()
+    assert d_k.isfinite().all() and d_v[:, :, :-1].any(dim=3).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *fast_backends()])
 def test_no_leakage_between_documents(backend: str) -> None:
     """Perturb one token: outputs and gradients of the other documents stay bitwise equal."""
     ids = torch.repeat_interleave(torch.arange(9), torch.tensor([3, 1, 200, 5, 1, 40, 2, 17, 31]))[None]
@@ -277,26 +271,3 @@ def test_backends_are_checked_with_all_requirements_of_the_layers(monkeypatch: p
     received.clear()
     attend(*(torch.randn(1, 2, 8, 4) for _ in range(3)), causal(1, 8))
     assert [requirements.head_dim for requirements in received] == [4]
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"k": (1, 2, 9, 4)}, "expected q"),
-        ({"q": (1, 3, 8, 4)}, "multiple of key/value heads, got 3 and 2"),
-        ({"q": (2, 4, 8, 4)}, "have the same B and D"),
-        ({"q": (1, 4, 7, 4)}, r"the mask is for \(B, Q, T\) = \(1, 8, 8\)"),
-        ({"sinks": (3,)}, r"sinks must be \[H\] = \[4\]"),
-        ({"backend": "magic"}, "unknown attention backend 'magic'; expected one of: auto, flex, sdpa, varlen"),
-        ({"backend": "flex"}, r"flex does not train on a CPU.*supported backends: sdpa.*tiled, reference"),
-        ({"backend": "varlen"}, r"varlen runs on CUDA only.*supported backends: sdpa.*tiled, reference"),
-    ],
-)
-def test_invalid_arguments(change: dict, text: str) -> None:
-    shapes = {"q": (1, 4, 8, 4), "k": (1, 2, 8, 4), "v": (1, 2, 8, 4)} | {
-        n: s for n, s in change.items() if n in ("q", "k", "v")
-    }
-    tensors = [torch.randn(shape, requires_grad=True) for shape in shapes.values()]
-    sinks = torch.randn(change["sinks"]) if "sinks" in change else None
-    with pytest.raises(ValueError, match=text):
-        attend(*tensors, causal(1, 8), backend=change.get("backend", "auto"), sinks=sinks)

@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 from sightline.attention import attend, lower
 from sightline.masks import AttentionMask, causal, document, global_tokens, sliding_window
-from tests.attention.test_attend import inputs, results
+from tests.support.attention import inputs, results
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
 CUDA = torch.cuda.is_available()
@@ -85,6 +85,22 @@ def test_cuda_gradients_are_close_to_the_reference(backend: str, with_sinks: boo
         cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
         wanted = low_precision if low_precision_sinks is None else [*low_precision, low_precision_sinks]
         actual = [out, *torch.autograd.grad(out, wanted, cotangent.to("cuda", torch.bfloat16))]
+        for one, other in zip(actual, expected, strict=True):
+            error = (one.double().cpu() - other).norm() / other.norm()
+            assert error < 2e-2, f"relative error {error:.3g}"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+@pytest.mark.parametrize(("backend", "softcap"), [("flex", None), ("flex", 2.0), ("varlen", None), ("sdpa", None)])
+def test_cuda_gradients_with_values_of_another_width_and_softcap(backend: str, softcap: float | None) -> None:
+    for mask in masks(1, 700):
+        leaves = inputs(mask, 4, 2, size=96, value_dim=64)
+        expected = results("reference", mask, leaves, None, softcap=softcap)
+        low_precision = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in leaves]
+        out = attend(*low_precision, mask.to("cuda"), backend=backend, softcap=softcap)
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+        actual = [out, *torch.autograd.grad(out, low_precision, cotangent.to("cuda", torch.bfloat16))]
         for one, other in zip(actual, expected, strict=True):
             error = (one.double().cpu() - other).norm() / other.norm()
             assert error < 2e-2, f"relative error {error:.3g}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sightline.attention import KernelRequirements, lower, varlen
 from sightline.masks import AttentionMask, causal, document, prefix_lm, sliding_window
-from tests.attention.test_attend import inputs, results
+from tests.support.attention import inputs, results
 
 
 def scores_of(q: Tensor, k: Tensor, offsets: Tensor, scale: float, window: list[int]) -> Tensor:
@@ -27,6 +27,7 @@ def scores_of(q: Tensor, k: Tensor, offsets: Tensor, scale: float, window: list[
 
 
 def forward_kernel(q, k, v, offsets, _, longest, __, causal_, scale, window, gqa):
+    assert q.shape[2] == k.shape[2] == v.shape[2] and q.shape[2] % 8 == 0
     scores = scores_of(q, k, offsets, scale, window)
     values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values), scores.logsumexp(-1), None
@@ -61,11 +62,14 @@ def kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_varlen_equals_reference_with_padding_and_sinks(kernels_on_a_cpu: None, with_sinks: bool) -> None:
+@pytest.mark.parametrize(("size", "value_dim"), [(8, 8), (8, 4), (12, 20)])
+def test_varlen_equals_reference_with_padding_and_sinks(
+    kernels_on_a_cpu: None, with_sinks: bool, size: int, value_dim: int
+) -> None:
     ids = torch.tensor([[0] * 7 + [1] + [2] * 12, [0] * 5 + [1] * 9 + [-1] * 6])
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).requires_grad_() if with_sinks else None
     for mask in (causal(2, 20) & document(ids), sliding_window(2, 20, 4) & document(ids), document(ids)):
-        leaves = inputs(mask, 4, 2)
+        leaves = inputs(mask, 4, 2, size=size, value_dim=value_dim)
         actual, expected = (results(backend, mask, leaves, sinks) for backend in ("varlen", "reference"))
         for one, other in zip(actual, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
