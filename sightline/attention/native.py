@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from sightline.attention.backend import KernelRequirements
+from sightline.attention.first_order import check_no_transforms
 from sightline.attention.torch_private import mark_dynamic_size
 from sightline.masks import AttentionMask
 from sightline.native import attention_backward, attention_forward, pack_intervals, why_missing
@@ -62,6 +63,8 @@ class Native:
         return None if missing is None else f"native is not built: {missing}"
 
     def lower(self, mask: AttentionMask, requirements: KernelRequirements) -> Intervals:
+        if not torch.compiler.is_compiling():
+            check_no_transforms(self.name, torch.empty(0))  # inside torch.func.grad, new tensors have no address
         packed = pack_intervals(mask.start, mask.stop, mask.shape[2])
         mark_dynamic_size(packed)  # another layout must not recompile a layer
         return Intervals(packed)

@@ -208,20 +208,6 @@ class AttentionMask:
         start, stop = torch.stack([self.start, self.stop]).cpu()
         return AttentionMask(start, stop, self.key_length)
 
-    def validate(self) -> None:
-        """Check that all intervals are canonical and in range.
-
-        Raises:
-            ValueError: if one is not.
-        """
-        start, stop = self.start, self.stop
-        nonempty = stop > start
-        valid = (start >= 0) & (stop >= start) & (stop <= self.key_length)
-        if self.intervals > 1:
-            valid[..., 1:] &= ~nonempty[..., 1:] | (nonempty[..., :-1] & (start[..., 1:] > stop[..., :-1]))
-        if not bool(valid.all()):
-            raise ValueError("the intervals of the mask are not canonical; build it with AttentionMask.from_intervals")
-
     def visible_queries(self) -> Tensor:
         """Return bool [B, Q]: true for queries that attend to at least one key, false for fully masked ones."""
         return self.stop[..., 0] > self.start[..., 0]

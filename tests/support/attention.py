@@ -33,7 +33,7 @@ def results(
 ) -> list[Tensor]:
     """Output, and gradients of all leaves for a fixed random cotangent."""
     out = attend(*leaves, mask, backend=backend, sinks=sinks, **options)
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out.dtype)
     leaves_and_sinks = leaves if sinks is None else (*leaves, sinks)
     return [out, *torch.autograd.grad(out, leaves_and_sinks, cotangent)]
 
