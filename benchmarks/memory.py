@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 from multiprocessing.connection import Connection
 
 import torch
@@ -21,16 +20,11 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.attention import masks, usable_backends
-from benchmarks.timing import machine, save
+from benchmarks.timing import machine, peak_mib, save
 from sightline.attention import attend
 from sightline.masks import AttentionMask, causal
 
 PLAIN = "plain causal SDPA"
-
-
-def peak() -> float:
-    """Peak memory of this process in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def measure(pipe: Connection, mask: AttentionMask | None, length: int, backend: str) -> None:
@@ -41,9 +35,9 @@ def measure(pipe: Connection, mask: AttentionMask | None, length: int, backend: 
     torch.set_num_threads(1)
     step(*inputs(64), None if mask is None else causal(1, 64), backend)
     q, k, v = inputs(length)
-    before = peak()
+    before = peak_mib()
     step(q, k, v, mask, backend)
-    pipe.send(peak() - before)
+    pipe.send(peak_mib() - before)
 
 
 def inputs(length: int) -> list[Tensor]:
@@ -66,9 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="only masks whose name contains one of these")
     options = parser.parse_args(arguments)
     context = multiprocessing.get_context("spawn")
-    chosen = {
-        name: mask for name, mask in masks(options.length).items() if any(part in name for part in options.only)
-    }
+    chosen = {name: mask for name, mask in masks(options.length).items() if any(part in name for part in options.only)}
     found: dict[str, float] = {}
     for name, mask in {PLAIN: None, **chosen}.items():
         here, there = context.Pipe()
