@@ -139,20 +139,25 @@ class Bench:
         gqa = self.kv_heads != self.heads
         return self.step(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa, **options))
 
-    def batched(self, size: int) -> Callable[[], None]:
-        """Plain batched call over documents of equal size: each is a row of the batch, as views of the same memory."""
+    def batched(self, size: int) -> tuple[list[Tensor], Callable[[], None]]:
+        """Plain batched call over documents of equal size, each of them a row of the batch.
+
+        Returns q, k, v [S / size, heads, size, D], views of the same memory, and the contestant.
+        """
         documents = self.length // size
 
-        def rows(x: Tensor) -> Tensor:  # [1, H, S, D] -> [S / size, H, size, D]
+        def rows(x: Tensor) -> Tensor:
             pieces = x.detach()[:, :, : documents * size].transpose(1, 2)[0]
             return pieces.unflatten(0, (documents, size)).transpose(1, 2)
 
         leaves = [rows(x).requires_grad_() for x in (self.q, self.k, self.v)]
         gqa = self.kv_heads != self.heads
-        return step(
-            *leaves, rows(self.grad),
+        q, k, v = leaves
+        call = step(
+            q, k, v, rows(self.grad),
             lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa),
         )  # fmt: skip
+        return leaves, call
 
     def attention(self, mask: AttentionMask, backends: list[str]) -> dict[str, Callable[[], object]]:
         """Contestants by backend. All of them give the same output and gradients."""
@@ -183,7 +188,7 @@ class Bench:
             if options.threads > 1:
                 timed[f"{backend}, one thread"] = with_threads(1, run)
         if name == BATCHED:
-            timed["batched"] = with_threads(options.threads, self.batched(64))
+            timed["batched"] = with_threads(options.threads, self.batched(64)[1])
         if options.dense and self.length <= MAX_DENSE_LENGTH:
             timed["dense"] = with_threads(options.threads, self.sdpa(attn_mask=mask.to_dense().unsqueeze(1)))
             timed["causal row"] = with_threads(options.threads, self.sdpa(is_causal=True))

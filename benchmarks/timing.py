@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sightline.batch import IGNORE, Batch
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -121,6 +123,15 @@ def positions_of(document_ids: Tensor) -> Tensor:
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return (index - index.masked_fill(~starts, 0).cummax(dim=1).values).to(torch.int32)
+
+
+def packed_rows(length: int, vocabulary: int, seed: int, rows: int = 1) -> Batch:
+    """Batch of random tokens in lognormal documents of median 300."""
+    ids = lognormal_documents(length, rows, seed=seed)
+    tokens = torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+    labels = torch.full_like(tokens, IGNORE)
+    labels[:, :-1] = torch.where(ids[:, 1:] == ids[:, :-1], tokens[:, 1:], IGNORE)
+    return Batch(tokens=tokens, labels=labels, document_ids=ids, positions=positions_of(ids))
 
 
 def machine() -> str:

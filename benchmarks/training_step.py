@@ -27,7 +27,7 @@ from torch import nn
 
 from benchmarks.plain_model import Attention, PlainModel
 from benchmarks.step_profile import profile_groups
-from benchmarks.timing import lognormal_documents, machine, positions_of, processes_in_turn, save
+from benchmarks.timing import machine, packed_rows, processes_in_turn, save
 from sightline.attention import CHOICES, lower
 from sightline.batch import IGNORE, Batch
 from sightline.config import DataConfig, OptimizerConfig
@@ -50,7 +50,7 @@ def rows_of(length: int, source: str = "corpus") -> tuple[Tokenizer | None, list
     source  `corpus`, or `lognormal`: random tokens in lognormal documents of median 300, without a tokenizer
     """
     if source == "lognormal":
-        return None, [lognormal_row(length, VOCABULARY, seed) for seed in range(20)]
+        return None, [packed_rows(length, VOCABULARY, seed) for seed in range(20)]
     documents = load_documents(DataConfig())
     tokenizer = train_tokenizer(documents, VOCABULARY)
     loader = Loader(documents, tokenizer, rows=1, sequence_length=length, seed=1)
@@ -58,15 +58,6 @@ def rows_of(length: int, source: str = "corpus") -> tuple[Tokenizer | None, list
     loader.close()
     last_ids = [int(batch.document_ids.max()) for batch in drawn]
     return tokenizer, [row for row, last in zip(drawn, last_ids, strict=True) if last >= min(2, max(last_ids))]
-
-
-def lognormal_row(length: int, vocabulary: int, seed: int, rows: int = 1) -> Batch:
-    """Batch of random tokens in lognormal documents of median 300."""
-    ids = lognormal_documents(length, rows, seed=seed)
-    tokens = torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
-    labels = torch.full_like(tokens, IGNORE)
-    labels[:, :-1] = torch.where(ids[:, 1:] == ids[:, :-1], tokens[:, 1:], IGNORE)
-    return Batch(tokens=tokens, labels=labels, document_ids=ids, positions=positions_of(ids))
 
 
 def ours(length: int, threads: int, source: str = "corpus", backend: str = "auto") -> Callable[[], float]:

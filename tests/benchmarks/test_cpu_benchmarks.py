@@ -45,20 +45,16 @@ def test_masks_of_the_table() -> None:
 
 
 def test_the_batched_call_equals_attention_over_documents_of_equal_size() -> None:
-    options = attention.parse("--heads 4 --kv-heads 2 --head-dim 16 --backends reference".split())
+    options = attention.parse(["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--backends", "reference"])
     bench = attention.Bench(options, 128)
     (run,) = bench.attention(attention.masks(128)[attention.BATCHED], ["reference"]).values()
     run()
-    assert bench.q.grad is not None
-    expected = bench.q.grad.clone()
-    batched = bench.batched(64)
+    expected = [x.grad.clone() for x in (bench.q, bench.k, bench.v) if x.grad is not None]
+    (q, k, v), batched = bench.batched(64)
     batched()
-    leaves = batched.__closure__
-    assert leaves is not None
-    (q,) = (x for cell in leaves for x in [cell.cell_contents] if isinstance(x, torch.Tensor) and x.shape[1] == 4
-            and x.requires_grad)  # fmt: skip
-    assert q.grad is not None
-    torch.testing.assert_close(q.grad.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2), expected)
+    for leaf, grad in zip((q, k, v), expected, strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2), grad)
 
 
 def test_attention_in_small(tmp_path: Path) -> None:
@@ -86,7 +82,7 @@ def test_plain_model_equals_ours_with_a_dense_mask_and_with_a_loop_over_document
     ours = build_model("llama3-debug")
     model = PlainModel(ours.config)
     model.copy_weights(ours)
-    batch = training_step.lognormal_row(900, ours.config.vocab_size, seed=3)
+    batch = timing.packed_rows(900, ours.config.vocab_size, seed=3)
     assert batch.document_ids.max() >= 2
     with torch.no_grad():
         masks = ours.get_attention_masks(batch)
@@ -97,7 +93,7 @@ def test_plain_model_equals_ours_with_a_dense_mask_and_with_a_loop_over_document
 
 
 def test_lognormal_rows_have_labels_inside_documents_only() -> None:
-    batch = training_step.lognormal_row(2048, 100, seed=0, rows=2)
+    batch = timing.packed_rows(2048, 100, seed=0, rows=2)
     ids, labels = batch.document_ids, batch.labels
     last = torch.ones_like(ids, dtype=torch.bool)
     last[:, :-1] = ids[:, 1:] != ids[:, :-1]
@@ -120,9 +116,9 @@ def test_memory_and_training_step_in_small(tmp_path: Path) -> None:
     memory.main(["--length", "2048", "--only", "one document", "--backend", "tiled"])
     rows = json.loads((tmp_path / "memory-tiled.json").read_text())["rows"]
     assert [row["mask"] for row in rows] == [memory.PLAIN, "one document"] and all(row["mib"] > 0 for row in rows)
-    training_step.main("--lengths 256 --threads 1 --rounds 1 --rows lognormal".split())
+    training_step.main(["--lengths", "256", "--threads", "1", "--rounds", "1", "--rows", "lognormal"])
     rows = json.loads((tmp_path / "training-step-lognormal-1t.json").read_text())["rows"]
     assert [row["contestant"] for row in rows] == ["ours", "dense mask", "leaky causal", "document loop"]
-    training_step.main("--profile --lengths 256 --threads 1 --rows lognormal".split())
+    training_step.main(["--profile", "--lengths", "256", "--threads", "1", "--rows", "lognormal"])
     (row,) = json.loads((tmp_path / "training-step-profile-lognormal-1t.json").read_text())["rows"]
     assert row["attention"] > 0
