@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +136,7 @@ class Bench:
     def step(self, run: Callable[..., Tensor]) -> Callable[[], None]:
         return step(self.q, self.k, self.v, self.grad, run)
 
-    def sdpa(self, **options: object) -> Callable[[], None]:
+    def sdpa(self, **options: Any) -> Callable[[], None]:
         gqa = self.kv_heads != self.heads
         return self.step(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa, **options))
 
@@ -165,7 +166,9 @@ class Bench:
             name: lower(mask, backend=name, device="cpu", dtype=self.dtype, training=True, head_dim=self.head_dim)
             for name in backends
         }
-        steps = {name: self.step(lambda q, k, v, m=m: attend(q, k, v, m)) for name, m in lowered.items()}
+        steps: dict[str, Callable[[], object]] = {
+            name: self.step(lambda q, k, v, m=m: attend(q, k, v, m)) for name, m in lowered.items()
+        }
         first: list[Tensor] | None = None
         for name, m in lowered.items():
             with torch.no_grad():

@@ -33,10 +33,10 @@ def measure(pipe: Connection, mask: AttentionMask | None, length: int, backend: 
     The mask is built by the parent, so that its temporaries are not part of the memory before the step.
     """
     torch.set_num_threads(1)
-    step(*inputs(64), None if mask is None else causal(1, 64), backend)
-    q, k, v = inputs(length)
+    step(inputs(64), None if mask is None else causal(1, 64), backend)
+    qkv = inputs(length)
     before = peak_mib()
-    step(q, k, v, mask, backend)
+    step(qkv, mask, backend)
     pipe.send(peak_mib() - before)
 
 
@@ -44,7 +44,8 @@ def inputs(length: int) -> list[Tensor]:
     return [torch.randn(1, length, 8, 64).transpose(1, 2).requires_grad_() for _ in range(3)]
 
 
-def step(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, backend: str) -> None:
+def step(qkv: list[Tensor], mask: AttentionMask | None, backend: str) -> None:
+    q, k, v = qkv
     if mask is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     else:

@@ -14,6 +14,7 @@ import argparse
 import importlib
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -40,7 +41,7 @@ def run_parts(names: list[str], output: Path, *, smoke: bool) -> bool:
     end = time.monotonic() + TOTAL_SECONDS
     machine = describe_machine(smoke=smoke)
     console.print(machine)
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for name in names:
         seconds = min(PARTS[name].seconds, end - time.monotonic())
         if seconds < MIN_SECONDS:
@@ -49,9 +50,10 @@ def run_parts(names: list[str], output: Path, *, smoke: bool) -> bool:
             rows = output / f"{name}.jsonl"
             results[name] = run_part(command_of(name, rows, seconds, smoke=smoke), rows, seconds)
         write_report(output, machine, results)
-        status, taken, rows_made = (results[name][key] for key in ("status", "seconds", "rows"))
-        console.print(f"{name}: {status}, {taken:.0f} s, {len(rows_made)} rows", highlight=False)
-        for line in results[name].get("log", []):
+        result = results[name]
+        summary = f"{name}: {result['status']}, {result['seconds']:.0f} s, {len(result['rows'])} rows"
+        console.print(summary, highlight=False)
+        for line in result.get("log", []):
             console.print(f"    {line}", highlight=False, markup=False)
     console.print((output / "gpu.md").read_text(), highlight=False, markup=False, soft_wrap=True)
     console.print(f"written: {output / 'gpu.json'}, {output / 'gpu.md'}", highlight=False)

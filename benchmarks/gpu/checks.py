@@ -39,7 +39,7 @@ def run_tests(bench: Bench) -> None:
 def read_outcomes(report: Path) -> list[dict[str, object]]:
     """Return the outcomes of a JUnit file: the number of tests by outcome, then each test that failed."""
     counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
-    failures = []
+    failures: list[dict[str, object]] = []
     for case in ElementTree.parse(report).iter("testcase"):
         failure = next((child for child in case if child.tag in ("failure", "error")), None)
         outcome = "failed" if failure is not None else "skipped" if case.find("skipped") is not None else "passed"
@@ -47,4 +47,4 @@ def read_outcomes(report: Path) -> list[dict[str, object]]:
         if failure is not None:
             text = " ".join((failure.get("message") or failure.text or "").split())[:MAX_MESSAGE]
             failures.append({"outcome": "failed", "detail": f"{case.get('name')}: {text}"})
-    return [{"outcome": name, "count": count} for name, count in counts.items()] + failures
+    return [*({"outcome": name, "count": count} for name, count in counts.items()), *failures]

@@ -117,7 +117,7 @@ class Layer:
         names = MASKS[::5] if bench.smoke else MASKS  # compilation takes ten seconds a kernel on a CPU
         backends = BACKENDS if length <= MAX_DENSE_LENGTH else BACKENDS[:-1]
         for name in names:
-            facts = {"S": length, "mask": name}
+            facts = {"table": "Time of a layer", "S": length, "mask": name}
             if not bench.has_time(8, **facts):
                 return
             with bench.attempt(**facts):
@@ -161,7 +161,11 @@ class Layer:
         inputs = self.qkv(length)
         ids = lognormal_documents(length).to(bench.device)
         for name, window in list(CLOSURES.items())[: 1 if bench.smoke else None]:
-            facts: dict[str, object] = {"S": length, "mask": name}
+            facts: dict[str, object] = {
+                "table": "FlexAttention with our and the usual mask_mod",
+                "S": length,
+                "mask": name,
+            }
             if not bench.has_time(15, **facts):
                 return
             with bench.attempt(**facts):
@@ -186,7 +190,7 @@ class Layer:
         with torch.no_grad():
             expected = attend(q.float(), k.float(), v.float(), mask, backend="reference")
         for backend in BACKENDS:
-            facts = {"S": length, "mask": f"{name}: error of {backend}"}
+            facts = {"table": f"Error of the output against float32, {name}", "S": length, "backend": backend}
             with bench.attempt(**facts):
                 out = attend(q, k, v, mask, backend=backend).detach().float()
                 bench.record(**facts, **{"relative error": float((out - expected).norm() / expected.norm())})

@@ -26,10 +26,11 @@ def mask_making(bench: Bench) -> None:
             return
         with bench.attempt(**facts):
             contestants = makers(bench, length)
+            names = list(contestants)
             errors = bench.warm_up(contestants)
             times = bench.in_turn(contestants)
             results: dict[str, object] = {**times, **errors}
-            bench.record(**facts, **{f"{name}, ms": results[name] for name in makers(bench, length)})
+            bench.record(**facts, **{f"{name}, ms": results[name] for name in names})
 
 
 def makers(bench: Bench, length: int) -> dict[str, Callable[[], object]]:

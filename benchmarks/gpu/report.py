@@ -16,19 +16,19 @@ from benchmarks.gpu.parts import PARTS
 
 def describe_machine(*, smoke: bool) -> dict[str, Any]:
     """Return the card, its memory, the driver and the versions of the software."""
-    facts: dict[str, Any] = {
+    versions = {
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
     }
     if smoke or not torch.cuda.is_available():
-        return {"device": f"CPU ({platform.machine()}), smoke test in small sizes", **facts}
+        return {"device": f"CPU ({platform.machine()}), smoke test in small sizes", **versions}
     properties = torch.cuda.get_device_properties(0)
     return {
         "device": properties.name,
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "driver": driver_version(),
-        **facts,
+        **versions,
         "cudnn": torch.backends.cudnn.version(),
     }
 
@@ -63,18 +63,23 @@ def to_markdown(machine: dict[str, Any], parts: dict[str, dict[str, Any]]) -> st
         lines += [f"### {PARTS[name].title}", ""]
         if part["status"] != "finished":
             lines += [f"{part['status'].capitalize()}; what was measured until then:", ""]
-        lines += [*table(part["rows"]), ""]
+        for title in dict.fromkeys(row.get("table") for row in part["rows"]):
+            lines += [f"{title}:", ""] if title else []
+            lines += [*to_table([row for row in part["rows"] if row.get("table") == title]), ""]
     return "\n".join(lines)
 
 
-def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+def to_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the lines of a Markdown table with a column for each key, in the order of their first appearance.
+
+    A column of errors comes last.
 
     Provisional rows, which a later row with the same `contestant` replaces, are left out.
     """
     final = {row.get("contestant") for row in rows if not row.get("provisional")}
     rows = [row for row in rows if not (row.get("provisional") and row.get("contestant") in final)]
-    columns = list(dict.fromkeys(key for row in rows for key in row if key != "provisional"))
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("provisional", "table")))
+    columns.sort(key=lambda column: column == "error")
     if not columns:
         return ["Nothing was measured."]
     body = [[cell(row.get(column)) for column in columns] for row in rows]

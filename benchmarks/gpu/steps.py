@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -80,6 +81,9 @@ class Trained:
             with torch_block_mask(batch) if contestant == "create_block_mask" else nullcontext():
                 self.step(batch)
 
+    def contestants(self) -> dict[str, Callable[[], object]]:
+        return {name: functools.partial(self.steps, name) for name in CONTESTANTS}
+
     def tokens(self) -> int:
         return sum(batch.tokens.numel() for batch in self.batches)
 
@@ -106,8 +110,7 @@ def small_model(bench: Bench) -> None:
     config = TINY if bench.smoke else SMALL
     trained = Trained(bench, config, rows=rows, length=length, layouts=4)
     eager = Trained(bench, config, rows=rows, length=length, layouts=4, compiled=False)
-    runs: dict[str, Callable[[], object]] = {name: lambda name=name: trained.steps(name) for name in CONTESTANTS}
-    runs["auto, not compiled"] = lambda: eager.steps(OURS)
+    runs = {**trained.contestants(), "auto, not compiled": functools.partial(eager.steps, OURS)}
     with bench.attempt(contestant="transformers"):
         name, theirs = transformers_steps(bench, trained)
         runs[name] = theirs
@@ -134,7 +137,7 @@ def large_model(bench: Bench) -> None:
         torch.cuda.empty_cache()
     else:
         return
-    measure(bench, trained, {name: lambda name=name: trained.steps(name) for name in CONTESTANTS}, seconds=12)
+    measure(bench, trained, trained.contestants(), seconds=12)
 
 
 def fitting_layers(config: Llama3Config, length: int) -> int:
