@@ -110,7 +110,10 @@ def small_model(bench: Bench) -> None:
     config = TINY if bench.smoke else SMALL
     trained = Trained(bench, config, rows=rows, length=length, layouts=4)
     eager = Trained(bench, config, rows=rows, length=length, layouts=4, compiled=False)
-    runs = {**trained.contestants(), "auto, not compiled": functools.partial(eager.steps, OURS)}
+    runs: dict[str, Callable[[], object]] = {
+        **trained.contestants(),
+        "auto, not compiled": functools.partial(eager.steps, OURS),
+    }
     with bench.attempt(contestant="transformers"):
         name, theirs = transformers_steps(bench, trained)
         runs[name] = theirs
