@@ -22,7 +22,7 @@ def run_tests(bench: Bench) -> None:
     report = bench.file.with_suffix(".xml")
     report.unlink(missing_ok=True)
     command = [
-        sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider",
+        sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider",
         "--continue-on-collection-errors", f"--junitxml={report}", *files,
     ]  # fmt: skip
     try:

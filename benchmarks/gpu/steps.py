@@ -32,6 +32,7 @@ from sightline.training.optimizer import build_optimizer
 from sightline.training.step import train_step
 
 RATE = 1e-5
+TURNS_SECONDS = 5.0
 OURS = "auto"
 CONTESTANTS = (OURS, "dense mask", "create_block_mask", "flex")
 """Attention of the model: the backend that `auto` chooses, SDPA with a dense mask, flex with the usual closure and
@@ -110,18 +111,20 @@ def small_model(bench: Bench) -> None:
     config = TINY if bench.smoke else SMALL
     trained = Trained(bench, config, rows=rows, length=length, layouts=4)
     eager = Trained(bench, config, rows=rows, length=length, layouts=4, compiled=False)
+    compiled = trained.contestants()
+    # Those that compile nothing come before the others, which may take all the time that is left.
     runs: dict[str, Callable[[], object]] = {
-        **trained.contestants(),
+        OURS: compiled.pop(OURS),
         "auto, not compiled": functools.partial(eager.steps, OURS),
     }
     with bench.attempt(contestant="transformers"):
         name, theirs = transformers_steps(bench, trained)
         runs[name] = theirs
-    measure(bench, trained, runs, seconds=8)
+    measure(bench, trained, {**runs, **compiled})
 
 
 def large_model(bench: Bench) -> None:
-    """As many layers of the 8B model as fit, with one row of 8192 tokens. With fewer if memory runs out."""
+    """Train as many layers of the 8B model as fit, on a row of 8192 tokens; fewer if memory runs out."""
     config = config_of("llama3-8b")
     length = 128 if bench.smoke else 8192
     layers = 2 if bench.smoke else fitting_layers(config, length)
@@ -140,7 +143,7 @@ def large_model(bench: Bench) -> None:
         torch.cuda.empty_cache()
     else:
         return
-    measure(bench, trained, trained.contestants(), seconds=12)
+    measure(bench, trained, trained.contestants())
 
 
 def fitting_layers(config: Llama3Config, length: int) -> int:
@@ -157,10 +160,10 @@ def fitting_layers(config: Llama3Config, length: int) -> int:
     return max(1, int((0.92 * free - head - reserve) / (18 * layer + activations)))
 
 
-def measure(bench: Bench, trained: Trained, runs: dict[str, Callable[[], object]], *, seconds: float) -> None:
+def measure(bench: Bench, trained: Trained, runs: dict[str, Callable[[], object]]) -> None:
     """Record each contestant alone when it is warm, then all of them in turn.
 
-    seconds  time that a contestant must have to start
+    A contestant starts only if there is time for the warm-up of the slowest so far, and to take turns.
     """
     shape = {"layers": trained.config.num_layers, "rows": trained.batches[0].shape[0], "S": trained.batches[0].shape[1]}
     peak = find_peak(bench.device, trained.dtype)
@@ -172,9 +175,11 @@ def measure(bench: Bench, trained: Trained, runs: dict[str, Callable[[], object]
         rate = {"ms a step": milliseconds / len(trained.batches), "tokens/s": 1e3 * tokens / milliseconds}
         return {**rate, "MFU of visible pairs": f"{flops / (milliseconds / 1e3) / peak.flops:.1%}"}
 
+    slowest = 0.0
     for name, run in runs.items():
-        if not bench.has_time(seconds, contestant=name, **shape):
+        if not bench.has_time(slowest + TURNS_SECONDS, contestant=name, **shape):
             continue
+        begin = bench.time_left()
         with bench.attempt(contestant=name, **shape):
             for _ in range(2):
                 run()
@@ -185,6 +190,7 @@ def measure(bench: Bench, trained: Trained, runs: dict[str, Callable[[], object]
                 memory[name] = torch.cuda.max_memory_allocated() / 2**30
             bench.record(contestant=name, **shape, **facts(alone), provisional=True)
             warm[name] = run
+        slowest = max(slowest, begin - bench.time_left())
     before = counters["stats"]["unique_graphs"]
     times = bench.in_turn(warm)
     compiled = counters["stats"]["unique_graphs"] - before

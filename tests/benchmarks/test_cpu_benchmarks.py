@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, memory, timing, training_step
+from benchmarks import attention, masks, memory, timing, training_step
 from benchmarks.plain_model import PlainModel
 from benchmarks.step_profile import GROUPS, profile_groups
 from sightline.masks import AttentionMask
@@ -33,15 +33,23 @@ def test_neighborhood_equals_its_mask_mod() -> None:
     assert attention.neighborhood(lines * width + 5, width).visible_pairs() == expected.visible_pairs()
 
 
+def test_scattered_mask() -> None:
+    mask = masks.scattered(64, 8)
+    assert mask.intervals == 8 and int(mask.visible_pairs()) == 64 * 8
+    assert not torch.equal(mask.start[0, 0], mask.start[0, 1])
+    with pytest.raises(SystemExit, match="at most 32"):
+        masks.scattered(64, 33)
+
+
 def test_masks_of_the_table() -> None:
-    masks = attention.masks(1024)
-    dense = {name: mask.to_dense()[0] for name, mask in masks.items()}
+    table = attention.masks(1024)
+    dense = {name: mask.to_dense()[0] for name, mask in table.items()}
     empty = torch.arange(1024) % 3 == 0
     assert not dense["every third row empty"][empty].any()
     assert torch.equal(dense["every third row empty"][~empty], dense["one document"][~empty])
     assert dense["documents, 64 tokens"].sum() == 16 * 64 * 65 // 2
     assert dense["images in text"][0, :60].all() and not dense["images in text"][0, 60:].any()
-    assert masks["shared prefix, 8 responses"].intervals == 2
+    assert table["shared prefix, 8 responses"].intervals == 2
 
 
 def test_the_batched_call_equals_attention_over_documents_of_equal_size() -> None:
@@ -85,8 +93,8 @@ def test_plain_model_equals_ours_with_a_dense_mask_and_with_a_loop_over_document
     batch = timing.packed_rows(900, ours.config.vocab_size, seed=3)
     assert batch.document_ids.max() >= 2
     with torch.no_grad():
-        masks = ours.get_attention_masks(batch)
-        expected = ours(batch.tokens, attention_masks=masks, positions=batch.positions)
+        attention_masks = ours.get_attention_masks(batch)
+        expected = ours(batch.tokens, attention_masks=attention_masks, positions=batch.positions)
         for form in ("dense mask", "document loop"):
             torch.testing.assert_close(model(batch, form), expected, rtol=1e-4, atol=1e-4)
         assert (model(batch, "leaky causal") - expected).abs().max() > 0.1
