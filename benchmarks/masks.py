@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -67,7 +66,7 @@ def compare(lengths: list[int], rounds: int, threads: int) -> None:
 
         mask = build()
         window = sliding_window(1, length, 256) & document(ids)
-        contestants: dict[str, Callable[[], object]] = {
+        contestants = {
             "build": build,
             "window": lambda length=length, ids=ids: sliding_window(1, length, 256) & document(ids),
             "prefix": lambda order=order, ids=ids, p=positions: (

@@ -34,7 +34,7 @@ PARTS = {
     "step-8b": Part("A training step, layers of an 8B model", "steps:large_model", 85),
     "recompiles": Part("Compiled graphs over many layouts", "layouts:recompiles", 60),
     "masks": Part("Mask making", "layouts:mask_making", 40),
-    "kernels-long": Part("Attention, forward + backward, 32k and 128k", "kernels:long", 75),
+    "kernels-long": Part("Attention, forward + backward, 32k and 128k", "kernels:long", 65),
 }
 """By name, in the order in which they run. No part takes more than two minutes, all of them less than nine."""
 

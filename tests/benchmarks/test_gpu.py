@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.checks import read_outcomes
 from benchmarks.gpu.parts import PARTS, ROOT, read_rows, run_part
 from benchmarks.gpu.report import to_markdown, to_table
-from benchmarks.gpu.steps import TINY, Trained
+from benchmarks.gpu.steps import TINY, Trained, fitting_layers
+from sightline.models import build_skeleton, config_of
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -163,6 +165,20 @@ def test_markdown() -> None:
     text = to_markdown(machine, {"masks": {"status": "stopped after 3 s", "rows": [{"table": "Times", "S": 1}]}})
     assert "on H100 (79.6 GiB, driver 580.1, CUDA 13.0), torch 2.11.0." in text
     assert "### Mask making\n\nStopped after 3 s; what was measured until then:\n\nTimes:\n\n| S |" in text
+
+
+def test_layers_of_the_8b_model_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights in float32, their gradients and the state of AdamW take 16 bytes a parameter."""
+    config = config_of("llama3-8b")
+    layer = sum(p.numel() for p in build_skeleton(replace(config, num_layers=1)).layers.parameters())
+    ends = 2 * config.vocab_size * config.hidden_size
+    layers = {}
+    for gib in (40, 80, 141):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gib=gib: (gib * 2**30, gib * 2**30))
+        layers[gib] = fitting_layers(config, 8192)
+        assert 16 * (ends + layers[gib] * layer) < gib * 2**30
+    assert 1 <= layers[40] < layers[80] < layers[141] <= config.num_layers
+    assert 16 * (ends + 2 * layers[80] * layer) > 80 * 2**30  # twice as many do not fit
 
 
 def test_flops_of_a_step_count_visible_pairs(tmp_path: Path) -> None:
