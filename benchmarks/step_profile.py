@@ -7,7 +7,7 @@ has the sequence number of the operator of the forward that it differentiates, a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -44,8 +44,7 @@ def profile_groups(step: Callable[[], object], steps: int) -> dict[str, float]:
             with record_function(PREFIX + "other"):
                 step()
     events = sorted(profiler.events() or [], key=lambda event: event.time_range.start)
-    # Operators that make no autograd node leave the sequence number to the next one, so the last of a number made it.
-    forward = {event.sequence_nr: group for event in events if (group := range_of(event)) and event.sequence_nr >= 0}
+    forward = forward_groups(events)
     seconds = dict.fromkeys(GROUPS, 0.0)
     for event in events:
         group = group_of(event, forward)
@@ -70,6 +69,14 @@ def in_range(group: str, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*arguments, **options)
 
     return run
+
+
+def forward_groups(events: Sequence[Any]) -> dict[int, str]:
+    """Return the group of each operator of the forward by its sequence number. Events are in the order of their start.
+
+    Operators that make no autograd node leave the number to the next operator, so the last event of a number made it.
+    """
+    return {event.sequence_nr: group for event in events if (group := range_of(event)) and event.sequence_nr >= 0}
 
 
 def range_of(event: Any) -> str | None:

@@ -16,6 +16,7 @@ MEASURE_SECONDS = 1.5  # of all contestants that take turns
 MAX_ROUNDS = 20
 MIN_ROUNDS = 3
 MAX_MESSAGE = 300
+QUEUE_CYCLES = 10_000_000  # about 5 ms
 
 
 class Bench:
@@ -72,7 +73,7 @@ class Bench:
                 del contestants[name]
         return errors
 
-    def in_turn(self, contestants: dict[str, Callable[[], object]]) -> dict[str, float]:
+    def in_turn(self, contestants: dict[str, Callable[[], object]], *, kernels_only: bool = False) -> dict[str, float]:
         """Median milliseconds of each warm contestant. They run A B C A B C ..., within `MEASURE_SECONDS` or so."""
         times: dict[str, list[float]] = {name: [] for name in contestants}
         begin = time.monotonic()
@@ -81,17 +82,23 @@ class Bench:
             if lap >= MIN_ROUNDS and (spent > MEASURE_SECONDS or self.time_left() < spent / lap):
                 break
             for name, run in contestants.items():
-                times[name].append(self.milliseconds(run))
+                times[name].append(self.milliseconds(run, kernels_only=kernels_only))
         return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
-    def milliseconds(self, run: Callable[[], object]) -> float:
-        """Time of one call from an idle device to an idle device, with the time to launch its kernels."""
+    def milliseconds(self, run: Callable[[], object], *, kernels_only: bool = False) -> float:
+        """Time of one call from an idle device to an idle device.
+
+        kernels_only  without the time to launch the kernels, which in training is hidden by the kernels before them:
+                      the device waits until the host has queued the call
+        """
         self.synchronize()
         if self.device.type != "cuda":
             begin = time.perf_counter()
             run()
             return 1e3 * (time.perf_counter() - begin)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if kernels_only:
+            torch.cuda._sleep(QUEUE_CYCLES)
         start.record()
         run()
         end.record()

@@ -128,7 +128,7 @@ class Layer:
                 if name == names[0]:  # it takes more than a second for 128k, whatever the mask
                     contestants["full causal row"] = self.step(inputs, self.causal)
                 errors |= bench.warm_up(contestants)
-                times = bench.in_turn(contestants)
+                times = bench.in_turn(contestants, kernels_only=True)
                 work = self.flops * int(mask.visible_pairs().sum())
                 results: dict[str, object] = {"pairs": f"{mask.visible_pairs().sum() / (length**2 / 2):.1%} of causal"}
                 for contestant in (*backends, "dense mask", "full causal row"):
@@ -178,7 +178,7 @@ class Layer:
                                                                          enable_gqa=True),
                 )  # fmt: skip
                 errors = bench.warm_up(contestants)
-                results: dict[str, object] = {**errors, **bench.in_turn(contestants)}
+                results: dict[str, object] = {**errors, **bench.in_turn(contestants, kernels_only=True)}
                 bench.record(**facts, **{"ours, ms": results.get("flex"), "closure, ms": results.get("closure")})
 
     def errors(self, length: int) -> None:

@@ -169,6 +169,7 @@ def measure(bench: Bench, trained: Trained, runs: dict[str, Callable[[], object]
     peak = find_peak(bench.device, trained.dtype)
     tokens, flops = trained.tokens(), trained.flops()
     memory: dict[str, float] = {}
+    kernels: dict[str, str] = {}
     warm: dict[str, Callable[[], object]] = {}
 
     def facts(milliseconds: float) -> dict[str, object]:
@@ -190,12 +191,14 @@ def measure(bench: Bench, trained: Trained, runs: dict[str, Callable[[], object]
                 memory[name] = torch.cuda.max_memory_allocated() / 2**30
             bench.record(contestant=name, **shape, **facts(alone), provisional=True)
             warm[name] = run
+            if name in CONTESTANTS:
+                kernels[name] = trained.model.attention_kernels["attention"].split(":")[0]
         slowest = max(slowest, begin - bench.time_left())
     before = counters["stats"]["unique_graphs"]
     times = bench.in_turn(warm)
     compiled = counters["stats"]["unique_graphs"] - before
     for name, milliseconds in times.items():
-        results = {**facts(milliseconds), "peak GiB": memory.get(name)}
+        results = {"kernel": kernels.get(name), **facts(milliseconds), "peak GiB": memory.get(name)}
         if OURS in times:
             results["auto is faster by"] = f"{milliseconds / times[OURS]:.2f}x"
         bench.record(contestant=name, **shape, **results)

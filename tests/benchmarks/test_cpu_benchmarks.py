@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import attention, masks, memory, timing, training_step
+from benchmarks import attention, masks, memory, step_profile, timing, training_step
 from benchmarks.plain_model import PlainModel
 from benchmarks.step_profile import GROUPS, profile_groups
 from sightline.masks import AttentionMask
@@ -115,8 +116,23 @@ def test_profile_covers_the_step() -> None:
     seconds = profile_groups(step, 1)
     assert set(seconds) == set(GROUPS) and all(value > 0 for value in seconds.values())
     total = sum(seconds.values())
-    # Forward and backward of the matrix products are most of the step; little of it is without a group.
     assert seconds["linear"] > seconds["norm"] and seconds["other"] < 0.3 * total
+
+
+def test_profile_finds_the_group_of_every_backward_operator() -> None:
+    step = training_step.ours(256, 1, "lognormal")
+    with step_profile.marked(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step()
+    events = sorted(profiler.events(), key=lambda event: event.time_range.start)
+    forward = step_profile.forward_groups(events)
+    groups: dict[str, list[str | None]] = {}
+    for event in events:
+        if event.name.startswith(step_profile.BACKWARD):
+            groups.setdefault(event.name.split(": ")[1], []).append(step_profile.group_of(event, forward))
+    assert groups["MmBackward0"] == ["linear"] * 7 * 6 and groups["_RotateBackward"] == ["rope"] * 2 * 6
+    assert groups["PowBackward0"] == ["norm"] * 13 and groups["SiluBackward0"] == ["swiglu"] * 6
+    assert sum(group == "attention" for found in groups.values() for group in found) >= 6
+    assert "loss" in {group for found in groups.values() for group in found}
 
 
 @pytest.mark.slow
