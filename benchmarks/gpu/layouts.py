@@ -80,13 +80,15 @@ def recompiles(bench: Bench) -> None:
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
     with bench.attempt(what="flex, five rules"):
         attention_graphs(bench)
-    if bench.has_time(5, what="compiled layers"):
-        with bench.attempt(what="compiled layers"):
-            model_graphs(bench)
+    for backend in ("tiled",) if bench.smoke else ("varlen", "flex"):
+        what = f"compiled layers, {backend}"
+        if bench.has_time(10, what=what):
+            with bench.attempt(what=what):
+                model_graphs(bench, backend, what)
 
 
 def attention_graphs(bench: Bench) -> None:
-    """One kernel for each number of intervals, padded to a power of two, is expected, whatever the layout."""
+    """Record the graphs of attention alone: one for each number of intervals, padded to a power of two, is expected."""
     layouts, length = (12, 256) if bench.smoke else (1000, 2048)
     layer = Layer(bench)
     inputs = layer.qkv(length)
@@ -107,21 +109,18 @@ def attention_graphs(bench: Bench) -> None:
     )  # fmt: skip
 
 
-def model_graphs(bench: Bench) -> None:
-    """A model with compiled layers: the graphs of the first steps, and those of all later steps."""
+def model_graphs(bench: Bench, backend: str, what: str) -> None:
+    """Record the graphs of the first steps of a model with compiled layers, and those of all later steps."""
     config = Llama3Config(vocab_size=512, hidden_size=64 if bench.smoke else 512, num_layers=2)
-    for backend in ("tiled",) if bench.smoke else ("varlen", "flex"):
-        trained = Trained(bench, config, rows=1, length=256 if bench.smoke else 2048, layouts=100)
-        trained.model.attention_backend = backend
-        before, first, steps = graphs(), 0, 0
-        while steps < len(trained.batches) and (steps < 10 or bench.time_left() > 3):
-            trained.step(trained.batches[steps])
-            steps += 1
-            first = graphs() - before if steps == 5 else first
-        bench.record(
-            what=f"compiled layers, {backend}", layouts=steps,
-            **{"graphs of the first 5 steps": first, "graphs of the later steps": graphs() - before - first},
-        )  # fmt: skip
+    trained = Trained(bench, config, rows=1, length=256 if bench.smoke else 2048, layouts=100)
+    trained.model.attention_backend = backend
+    before, first, steps = graphs(), 0, 0
+    while steps < len(trained.batches) and (steps < 10 or bench.time_left() > 3):
+        trained.step(trained.batches[steps])
+        steps += 1
+        first = graphs() - before if steps == 5 else first
+    later = graphs() - before - first
+    bench.record(what=what, layouts=steps, **{"graphs of the first 5 steps": first, "graphs of the later steps": later})
 
 
 def graphs() -> int:
