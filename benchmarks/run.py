@@ -9,7 +9,7 @@ import torch
 
 CPU = [
     ("benchmarks.masks", []),
-    ("benchmarks.attention", []),
+    ("benchmarks.attention", ["--dense"]),
     ("benchmarks.attention", ["--kv-heads", "2", "--lengths", "8192"]),
     ("benchmarks.memory", []),
     ("benchmarks.training_step", ["--threads", "1"]),

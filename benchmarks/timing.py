@@ -14,20 +14,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sightline.batch import IGNORE, Batch
+
 RESULTS = Path(__file__).parent / "results"
 
 
-def in_turn(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each contestant. They run A B C A B C ..., so that noise of the machine affects all alike."""
+def in_turn(
+    contestants: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Median seconds of each contestant. They run A B C A B C ..., so that noise of the machine affects all alike.
+
+    clock  returns seconds; `time.process_time` leaves out the time that other processes take from one thread
+    """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for lap in range(rounds + 1):
         for name, run in contestants.items():
             _wait()
-            begin = time.perf_counter()
+            begin = clock()
             run()
             _wait()
             if lap > 0:  # the first lap is warm-up
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(clock() - begin)
     return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
 
@@ -69,7 +76,16 @@ def _contestant(pipe: Connection, maker: Callable[..., Callable[[], object]], ar
         begin = time.perf_counter()
         run()
         pipe.send(time.perf_counter() - begin)
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    pipe.send(peak_mib())
+
+
+def peak_mib() -> float:
+    """Peak memory of this process in MiB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where ru_maxrss of a new process starts at the peak of its parent
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
 
 
 def _wait() -> None:
@@ -107,6 +123,15 @@ def positions_of(document_ids: Tensor) -> Tensor:
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return (index - index.masked_fill(~starts, 0).cummax(dim=1).values).to(torch.int32)
+
+
+def packed_rows(length: int, vocabulary: int, seed: int, rows: int = 1) -> Batch:
+    """Batch of random tokens in lognormal documents of median 300."""
+    ids = lognormal_documents(length, rows, seed=seed)
+    tokens = torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+    labels = torch.full_like(tokens, IGNORE)
+    labels[:, :-1] = torch.where(ids[:, 1:] == ids[:, :-1], tokens[:, 1:], IGNORE)
+    return Batch(tokens=tokens, labels=labels, document_ids=ids, positions=positions_of(ids))
 
 
 def machine() -> str:

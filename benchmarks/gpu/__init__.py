@@ -1,0 +1,1 @@
+"""Measurements on one GPU, in one command: `python -m benchmarks.gpu`."""
