@@ -159,7 +159,7 @@ def build_plan(masks: dict[str, AttentionMask], owner: Tensor, degree: int) -> C
     pieces = build_pieces([[(first, last, int(owner[first])) for first, last in pairwise(edges)]])
     needs = {name: find_key_ranges(mask, pieces) for name, mask in masks.items()}
     transfers = {name: find_transfers(need, pieces, len(owner)) for name, need in needs.items()}
-    return ContextPlan(masks, degree, pieces, needs, transfers)
+    return ContextPlan(masks, degree, pieces, needs, transfers, dict.fromkeys(masks, 1))
 
 
 def owners_of_shards(indices: object, degree: int) -> Tensor:

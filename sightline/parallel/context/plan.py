@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from sightline.attention.tiles import TILE
+from sightline.config import ParallelConfig
 from sightline.masks import AttentionMask, named_masks
 from sightline.numbers import divisors, nearest
+from sightline.parallel.context.bound import least_keys
 from sightline.parallel.context.orders import Costs, Piece, balanced, contiguous, headtail, roundrobin
 from sightline.parallel.context.reassign import reassign
 from sightline.parallel.context.shard import ContextShard
@@ -28,7 +30,7 @@ from sightline.parallel.context.transfers import (
     offset_in_group,
 )
 
-BALANCE = 1.05  # work that a rank may have in the balanced order, as a multiple of the mean
+BALANCE = ParallelConfig.context_balance
 START_TOLERANCE = 0.02  # the search starts with work at most this fraction above the mean, and then uses the rest
 ROUNDS = 200  # of the search, for up to 8 ranks; more ranks have more pairs
 MOST_ROUNDS = 1000
@@ -45,6 +47,8 @@ class ContextPlan:
     pieces: Pieces
     key_ranges: Mapping[str, KeyRanges]
     transfers: Mapping[str, Transfers]
+    layers: Mapping[str, int]
+    balance: float = BALANCE
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,8 +66,7 @@ class ContextPlan:
         starts = self.pieces.row * self.shape[1] + self.pieces.first
         total = np.zeros(self.degree, dtype=np.int64)
         for mask in self.masks.values():
-            pairs = (mask.stop - mask.start).sum(dim=2).flatten().numpy()
-            np.add.at(total, self.pieces.rank, np.add.reduceat(pairs, starts))
+            np.add.at(total, self.pieces.rank, np.add.reduceat(_pairs(mask).ravel(), starts))
         return torch.from_numpy(total)
 
     def sent_keys(self) -> Tensor:
@@ -77,6 +80,27 @@ class ContextPlan:
     def received_keys(self) -> Tensor:
         """int64 [degree]: keys from other ranks, summed over rows and masks (one layer per mask)."""
         return self.sent_keys().sum(dim=0)
+
+    def least_keys(self, name: str | None = None) -> int:
+        """Lower bound of the sum of `received_keys`, for one mask or for all, that follows from the balance limit.
+
+        It holds for every plan in which no rank has more work of a row than the limit, or than a rank of this plan if
+        that is more: a document with more work must be cut, and each later part needs the keys before it. See `bound`.
+        """
+        rows, length = self.shape
+        names = list(self.masks) if name is None else [name]
+        work = sum(layers * _pairs(self.masks[mask]) for mask, layers in self.layers.items())
+        assert isinstance(work, np.ndarray)
+        of_pieces = np.add.reduceat(work.ravel(), self.pieces.row * length + self.pieces.first)
+        of_ranks = np.zeros((rows, self.degree))
+        np.add.at(of_ranks, (self.pieces.row, self.pieces.rank), of_pieces)
+        slack = (self.balance - 1) * of_ranks.mean()
+        limits = np.maximum(of_ranks.mean(axis=1) + slack, of_ranks.max(axis=1))
+        return sum(
+            least_keys(self.masks[mask][row : row + 1], work[row], self.degree, limits[row])
+            for mask in names
+            for row in range(rows)
+        )
 
     def _received_by_row(self, name: str) -> Integers:
         """int64 [B]: keys of one mask that all ranks receive from others, for each row."""
@@ -146,7 +170,7 @@ def plan_context(
     weights = {name: layers if isinstance(layers, int) else layers[name] for name in named}
     rows, length, _ = next(iter(named.values())).shape
     if order != "balanced":
-        return _build_plan(named, [FIXED_ORDERS[order](length, degree)] * rows, degree)
+        return _build_plan(named, [FIXED_ORDERS[order](length, degree)] * rows, degree, weights, balance)
     costs = _row_costs(named, weights)
     mean = sum(row.work_before[length] for row in costs) / rows / degree
     slack = (balance - 1) * mean
@@ -156,32 +180,34 @@ def plan_context(
         reassign(pieces, row, degree, row.work_before[length] / degree + slack, rounds)
         for pieces, row in zip(start, costs, strict=True)
     ]
-    return _cheapest(named, weights, start, improved, degree)
-
-
-def _cheapest(
-    masks: Mapping[str, AttentionMask],
-    weights: Mapping[str, int],
-    first: list[list[Piece]],
-    second: list[list[Piece]],
-    degree: int,
-) -> ContextPlan:
-    """Choose for each row the second order if it receives fewer keys, weighted by layers: costs of cuts are estimates."""
-    plans = [_build_plan(masks, orders, degree) for orders in (first, second)]
-    keys = [np.sum([weights[name] * plan._received_by_row(name) for name in masks], axis=0) for plan in plans]
+    # The costs of cuts are estimates, so count the keys, and keep the rows that do not receive fewer than at the start.
+    plans = [_build_plan(named, orders, degree, weights, balance) for orders in (start, improved)]
+    keys = [np.sum([weights[name] * plan._received_by_row(name) for name in named], axis=0) for plan in plans]
     fewer = keys[1] < keys[0]
     if fewer.all() or not fewer.any():
         return plans[int(fewer.all())]
-    return _build_plan(masks, [second[row] if fewer[row] else first[row] for row in range(len(first))], degree)
+    mixed = [improved[row] if fewer[row] else start[row] for row in range(rows)]
+    return _build_plan(named, mixed, degree, weights, balance)
 
 
-def _build_plan(masks: Mapping[str, AttentionMask], rows: list[list[Piece]], degree: int) -> ContextPlan:
+def _build_plan(
+    masks: Mapping[str, AttentionMask],
+    rows: list[list[Piece]],
+    degree: int,
+    layers: Mapping[str, int],
+    balance: float,
+) -> ContextPlan:
     """Return the plan of rows of the given orders."""
     pieces = build_pieces(rows)
     length = rows[0][-1][1]
     key_ranges = {name: find_key_ranges(mask, pieces) for name, mask in masks.items()}
     transfers = {name: find_transfers(ranges, pieces, length) for name, ranges in key_ranges.items()}
-    return ContextPlan(masks, degree, pieces, key_ranges, transfers)
+    return ContextPlan(masks, degree, pieces, key_ranges, transfers, layers, balance)
+
+
+def _pairs(mask: AttentionMask) -> Integers:
+    """Visible pairs of each query: int64 [B, Q]."""
+    return (mask.stop - mask.start).sum(dim=2, dtype=torch.int64).numpy()
 
 
 def _check(
@@ -195,8 +221,8 @@ def _check(
         raise ValueError(f"the context degree must be at least 1, got {degree}")
     if not 1 <= balance < math.inf:
         raise ValueError(
-            f"balance must be at least 1 and finite, got {balance}: the work that a rank may have, as a multiple of the "
-            f"mean; the default is {BALANCE}"
+            f"balance must be at least 1 and finite, got {balance}: it is the work that a rank may have, as a multiple "
+            f"of the mean; the default is {BALANCE}"
         )
     shapes = {name: mask.shape for name, mask in masks.items()}
     rows, length, _ = next(iter(shapes.values()))
