@@ -24,7 +24,6 @@ All other documents may be divided at will here, so plans do not quite reach the
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +34,7 @@ from sightline.parallel.context.transfers import Integers
 
 PRICES = (0.0, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.7, 1.0)  # as fractions of the work limit per token
 COST_STEPS = 64  # values of c that are compared
+MOST_COUNTED = 8  # documents counted by their ends if p > 0; with p = 0, any number
 
 
 class Documents(NamedTuple):
@@ -52,38 +52,58 @@ def least_keys(mask: AttentionMask, work: Integers, degree: int, limit: float) -
     limit  work that a rank may have at most
     """
     found = _find_documents(mask, work)
+    share = len(work) // degree
+    prices = sorted({round(fraction * limit / share) for fraction in PRICES} - {0})
+    bounds = [_with_price(found, work, degree, limit, price) for price in prices]
+    return max(_without_price(found, work, degree, limit), *bounds, 0)
+
+
+def _without_price(found: Documents, work: Integers, degree: int, limit: float) -> int:
+    """Return the bound for p = 0: that of each document alone, added up."""
+    total = 0
+    for first, last in zip(found.first, found.last, strict=True):
+        ends = int(_Ends(work[first:last], degree, len(work) // degree, limit, 0).least(0).sum())
+        if not ends:
+            break  # the documents after it have less work
+        total += ends
+    return total
+
+
+def _with_price(found: Documents, work: Integers, degree: int, limit: float, price: int) -> int:
+    """Return the bound for p = `price`: the greatest for the first 1, 2, ... documents counted by their ends."""
     bound, share = 0, len(work) // degree
-    for price in sorted({round(fraction * limit / share) for fraction in PRICES}):
-        excess = work - price
-        whole = np.array([-excess[first:last].sum() for first, last in zip(*found[:2], strict=True)])
-        cheap = np.maximum(-excess, 0)
-        supply = float(cheap[~found.covered].sum() + np.maximum(whole, 0).sum())
-        key_price = _key_price(found, excess, whole, price)
-        ends: list[_Ends] = []
-        for number, (first, last) in enumerate(zip(*found[:2], strict=True)):
-            supply += float(cheap[first:last].sum() - max(0, whole[number]))
-            ends.append(_Ends(excess[first:last], degree, share, limit - price * share))
-            if not ends[-1].least(supply).any():
-                break  # this document can be whole, so it only adds supply, and so do those with less work
-            bound = max(bound, _least_total(ends, supply, key_price))
+    excess = work - price
+    whole = np.array([-excess[first:last].sum() for first, last in zip(found.first, found.last, strict=True)])
+    cheap = np.maximum(-excess, 0)
+    supply = float(cheap[~found.covered].sum() + np.maximum(whole, 0).sum())
+    key_price = _key_price(found, excess, whole, price)
+    ends: list[_Ends] = []
+    for first, last, gain in zip(found.first[:MOST_COUNTED], found.last, whole, strict=False):
+        supply += float(cheap[first:last].sum() - max(0, gain))
+        ends.append(_Ends(excess[first:last], degree, share, limit - price * share, supply))
+        if not ends[-1].least(supply).any():
+            break  # it can be whole, so it only adds supply, and so do documents with less work
+        bound = max(bound, _least_total(ends, supply, key_price))
     return bound
 
 
 class _Ends:
-    """Least ends of one document that must be cut.
+    """Least ends of one document.
 
     suffix  sum of (work - price) from each token to the end of the document, negated and increasing
     """
 
-    def __init__(self, excess: Integers, degree: int, share: int, budget: float) -> None:
+    def __init__(self, excess: Integers, degree: int, share: int, budget: float, supply: float) -> None:
         suffix = np.append(excess[::-1].cumsum()[::-1], 0)
         self.suffix = -np.minimum.accumulate(suffix)
         ranks = np.arange(1, degree)
         self.budgets = ranks * budget + 1e-6  # of 1, 2, ... ranks
         self.tokens = np.maximum(0, len(excess) - ranks * share)
+        needed = self.least(supply) > 0  # all later supplies are greater
+        self.budgets, self.tokens = self.budgets[needed], self.tokens[needed]
 
-    def least(self, supply: float) -> Integers:
-        """Least ends before those of 1, 2, ... ranks: int64 [degree - 1]."""
+    def least(self, supply: float | NDArray[np.float64]) -> Integers:
+        """Least ends before those of 1, 2, ... ranks: int64 [..., degree - 1], without those that are 0 anyway."""
         return np.maximum(self.suffix.searchsorted(-(self.budgets + supply)), self.tokens)
 
 
@@ -93,11 +113,10 @@ def _least_total(ends: list[_Ends], supply: float, key_price: float) -> int:
     Between two compared values of c, the lower one counts for c and the higher one for the ends.
     """
     most = sum(int(document.least(supply).sum()) for document in ends)
-    costs = [most * step // COST_STEPS for step in range(COST_STEPS + 1)]
-    total = most
-    for low, high in pairwise(costs):
-        total = min(total, low + sum(int(document.least(supply + key_price * high).sum()) for document in ends))
-    return total
+    costs = most * np.arange(COST_STEPS + 1) // COST_STEPS
+    supplies = (supply + key_price * costs[1:, None]).astype(np.float64)
+    totals = costs[:-1] + sum(document.least(supplies).sum(axis=1) for document in ends)
+    return min(most, int(totals.min()))
 
 
 def _key_price(documents: Documents, excess: Integers, whole: Integers, price: int) -> float:

@@ -87,8 +87,7 @@ def test_no_assignment_receives_fewer_keys_for_any_mask(pair, heavy: int) -> Non
 
 
 def test_the_bound_of_one_document_on_two_ranks() -> None:
-    """Tokens 7, 8 and 9 have work 27 of 55, token 6 has 7: one rank may have three of them, or four from 34 on, and five
-    from 40 on, which are all that it has."""
+    """The last 3 tokens have work 27 of 55, the last 4 have 34, the last 5 have 40, and a rank has 5 tokens."""
     found = assert_true_bound(causal(1, 10), np.arange(1, 11), 10, 2)
     assert {bound for limit, (bound, _) in found.items() if limit < 34} == {7}
     assert {bound for limit, (bound, _) in found.items() if 34 <= limit < 40} == {6}
