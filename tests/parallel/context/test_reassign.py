@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from hypothesis import strategies as st
 from sightline.config import ParallelConfig
 from sightline.masks import AttentionMask, causal, document, sliding_window
 from sightline.parallel import plan_context
+from sightline.parallel.context.apply import shard_inputs
 from sightline.parallel.context.orders import Costs, balanced
 from sightline.parallel.context.plan import ContextPlan
 from sightline.parallel.context.reassign import reassign
+from sightline.parallel.mesh import Mesh
 
 
 def lognormal(seed: int, length: int = 32768) -> AttentionMask:
@@ -56,6 +60,22 @@ def test_more_imbalance_saves_keys() -> None:
     assert keys == sorted(keys, reverse=True) and keys[3] < 0.7 * keys[0]
     assert bounds == sorted(bounds, reverse=True)
     assert most[-1] > 1.1
+
+
+@pytest.mark.parametrize("balance", [1.05, 1.3])
+def test_the_option_reaches_the_plan(balance: float) -> None:
+    mask = lognormal(0)
+    parallel = ParallelConfig(context=8, context_balance=balance)
+    mesh = SimpleNamespace(size=lambda axis: 8, index=lambda axis: 3, parallel=parallel)
+    model = SimpleNamespace(
+        layers={"0": SimpleNamespace(mask_name="full")},
+        attention_shape=lambda name: (2,),
+        per_token_inputs=lambda inputs: {},
+        context_parallel_heads=None,
+    )
+    tokens = torch.arange(32768)[None]
+    inputs: Any = shard_inputs({"tokens": tokens, "attention_masks": {"full": mask}}, model, cast(Mesh, mesh))
+    assert torch.equal(inputs["tokens"], plan_context(mask, 8, layers=2, balance=balance).queries(3))
 
 
 def test_plans_are_the_same_in_every_call() -> None:
