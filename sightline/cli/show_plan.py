@@ -118,11 +118,12 @@ def show_context(console: Console, title: str, run: Run, found: Estimate, rows: 
     micro_batch_size = training.rows_per_forward(training.global_batch_size // found.mesh.size("data"))
     degrees = dict.fromkeys((run.parallel.context, *(d for d in DEGREES if length % d == 0)))
     table = Table(box=None, padding=(0, 2), header_style="bold")
-    for heading in ("context", "order", "max/mean work", *(f"{name} keys" for name in masks), "bytes/step"):
+    keys = [heading for name in masks for heading in (f"{name} keys", "at least")]
+    for heading in ("context", "order", "max/mean work", *keys, "bytes/step"):
         table.add_column(heading, justify="right")
     for degree in degrees:
         for order in ORDERS:
-            plan = plan_context(masks, degree, order, layers=layers)
+            plan = plan_context(masks, degree, order, layers=layers, balance=run.parallel.context_balance)
             fractions = {name: received_fraction(plan, name) for name in masks}
             received_bytes = 2 * sum(  # keys in the forward, their gradients in the backward
                 fraction * found.key_bytes.get(name, 0.0) * length * (degree - 1) / degree * micro_batch_size
@@ -130,20 +131,26 @@ def show_context(console: Console, title: str, run: Run, found: Estimate, rows: 
             )
             table.add_row(
                 str(degree), order, f"{work_imbalance(plan, layers):.3f}",
-                *(f"{fraction:.1%}" for fraction in fractions.values()), size(received_bytes * found.microbatches),
+                *(cell for name in masks for cell in (f"{fractions[name]:.1%}", f"{least_fraction(plan, name):.1%}")),
+                size(received_bytes * found.microbatches),
             )  # fmt: skip
     console.print(
         f"[bold]context parallelism[/bold] of {len(next(iter(masks.values())).start)} rows of {length:,} tokens of ",
         shown(run.data.source),
         "\nwork: visible pairs of all layers, maximum over ranks / mean; keys: those received, as a "
-        "fraction of an all-gather\n(a ring sends as many); bytes/step: received by a rank in all layers, on average\n",
+        "fraction of an all-gather\n(a ring sends as many), and the lower bound of plans whose work is as balanced; "
+        "bytes/step: received by a rank in\nall layers, on average. The order balanced allows a max/mean work of "
+        f"--parallel.context-balance {run.parallel.context_balance:g} in each row\n",
         sep="",
         soft_wrap=True,
     )
     console.print(table)
     if picture:
         with writing(picture):
-            plan = plan_context(masks, run.parallel.context, run.parallel.context_order, layers=layers)
+            parallel = run.parallel
+            plan = plan_context(
+                masks, parallel.context, parallel.context_order, layers=layers, balance=parallel.context_balance
+            )
             plot_context_plan(plan, picture)
 
 
@@ -162,6 +169,12 @@ def received_fraction(plan: ContextPlan, name: str) -> float:
     remote = transfers.source != transfers.target
     rows, length = plan.shape
     return float(np.sum(transfers.length[remote])) / max(1, rows * length * (plan.degree - 1))
+
+
+def least_fraction(plan: ContextPlan, name: str) -> float:
+    """Lower bound of the keys of one mask that all ranks receive, as a fraction of those in an all-gather."""
+    rows, length = plan.shape
+    return plan.least_keys(name) / max(1, rows * length * (plan.degree - 1))
 
 
 def work_imbalance(plan: ContextPlan, layers: dict[str, int]) -> float:

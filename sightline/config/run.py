@@ -144,6 +144,9 @@ class ParallelConfig:
     context_order: Literal["balanced", "contiguous", "headtail", "roundrobin"] = "balanced"
     """How context parallelism assigns the tokens of a row to ranks.
     `balanced` equalizes the attention work of all ranks under the masks of the run."""
+    context_balance: float = 1.05
+    """Attention work that a rank may have in the order `balanced`, as a multiple of the mean, at least 1.
+    Ranks receive fewer keys if it is greater; `sightline plan` shows how many."""
     offload: bool = False
     """Offload sharded weights, gradients and optimizer state to CPU memory: slower, for models that do not fit."""
     timeout: int = 600
@@ -155,6 +158,11 @@ class ParallelConfig:
         if self.timeout > LONGEST_TIMEOUT:
             raise ValueError(
                 f"parallel.timeout must be at most {LONGEST_TIMEOUT} seconds (one week), got {self.timeout}"
+            )
+        if self.context_balance < 1:
+            raise ValueError(
+                "parallel.context-balance must be at least 1, the work of all ranks being equal, got "
+                f"{self.context_balance}; the default is 1.05"
             )
         if self.shard < 1 and self.shard != -1:
             raise ValueError(

@@ -11,7 +11,7 @@ import torch
 
 from sightline.cli.main import run as command
 from sightline.cli.plan import main
-from sightline.cli.show_plan import received_fraction, work_imbalance
+from sightline.cli.show_plan import least_fraction, received_fraction, work_imbalance
 from sightline.config import DataConfig
 from sightline.masks import causal, document
 from sightline.parallel import plan_context
@@ -83,8 +83,9 @@ def test_received_fraction_and_work_imbalance() -> None:
     mask = causal(1, 8) & document(torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]]))
     separate = plan_context(mask, 2, "contiguous")
     assert received_fraction(separate, "attention") == 0.0 and work_imbalance(separate, {"attention": 1}) == 1.0
+    assert least_fraction(separate, "attention") == 0.0
     full_row = plan_context(causal(1, 8), 2, "contiguous")  # an all-gather receives 8 keys, of which 4 are visible
-    assert received_fraction(full_row, "attention") == 0.5
+    assert received_fraction(full_row, "attention") == least_fraction(full_row, "attention") == 0.5
     assert work_imbalance(full_row, {"attention": 3}) == pytest.approx((5 + 6 + 7 + 8) / 18)
 
 

@@ -53,7 +53,8 @@ def shard_inputs(inputs: dict[str, Any], model: Any, mesh: Mesh) -> dict[str, An
     decoder_names = {str(layer.mask_name) for layer in model.layers.values()}
     decoder_masks = {name: mask for name, mask in masks.items() if name in decoder_names}
     layers = {name: model.attention_shape(name)[0] for name in decoder_masks}
-    plan = plan_context(decoder_masks, degree, mesh.parallel.context_order, layers=layers)
+    parallel = mesh.parallel
+    plan = plan_context(decoder_masks, degree, parallel.context_order, layers=layers, balance=parallel.context_balance)
     full_rows = model.context_parallel_heads is not None
     shards = {name: plan.shard(rank, name, full_rows=full_rows) for name in decoder_masks}
     local_tokens = plan.queries(rank)

@@ -33,7 +33,7 @@ def headtail(length: int, degree: int) -> list[Piece]:
     head = share - tail
     heads = [(rank * head, (rank + 1) * head, rank) for rank in range(degree)]
     tails = [(length - (rank + 1) * tail, length - rank * tail, rank) for rank in reversed(range(degree))]
-    return _merge_adjacent(heads + tails)
+    return merge_adjacent(heads + tails)
 
 
 def roundrobin(length: int, degree: int) -> list[Piece]:
@@ -42,7 +42,7 @@ def roundrobin(length: int, degree: int) -> list[Piece]:
     Short rows have smaller blocks, so that a rank has at least four: a power of two that divides S / degree.
     """
     block = max(1, math.gcd(length // degree, 4 * TILE) // 4)
-    return _merge_adjacent([(first, first + block, first // block % degree) for first in range(0, length, block)])
+    return merge_adjacent([(first, first + block, first // block % degree) for first in range(0, length, block)])
 
 
 class Costs(NamedTuple):
@@ -81,7 +81,7 @@ def balanced(costs: Costs, degree: int, slack: float) -> list[Piece]:
         if not found:  # between two probes the work may cross the mean twice; between adjacent tokens it cannot
             stride = max(1, stride // 2)
     windows = sorted(sorted(spans) for spans in [*windows, circle])  # adjacent windows go to adjacent ranks
-    return _merge_adjacent(sorted((*span, rank) for rank, spans in enumerate(windows) for span in spans))
+    return merge_adjacent(sorted((*span, rank) for rank, spans in enumerate(windows) for span in spans))
 
 
 class _Band(NamedTuple):
@@ -236,7 +236,7 @@ def _rotated(circle: list[Span], share: int) -> list[Span]:
     return front[::-1] + back
 
 
-def _merge_adjacent(pieces: list[Piece]) -> list[Piece]:
+def merge_adjacent(pieces: list[Piece]) -> list[Piece]:
     """Drop empty pieces from a sorted list and merge adjacent pieces of one rank."""
     merged: list[Piece] = []
     for first, last, rank in pieces:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 from sightline.attention.tiles import TILE
+from sightline.config import ParallelConfig
 from sightline.masks import AttentionMask, named_masks
 from sightline.numbers import divisors, nearest
+from sightline.parallel.context.bound import least_keys
 from sightline.parallel.context.orders import Costs, Piece, balanced, contiguous, headtail, roundrobin
+from sightline.parallel.context.reassign import reassign
 from sightline.parallel.context.shard import ContextShard
 from sightline.parallel.context.transfers import (
     Integers,
@@ -26,7 +30,10 @@ from sightline.parallel.context.transfers import (
     offset_in_group,
 )
 
-TOLERANCE = 0.02  # in the balanced order, a rank may exceed the mean work by this fraction of it; 0.04 saves no keys
+BALANCE = ParallelConfig.context_balance
+START_TOLERANCE = 0.02  # the search starts with work at most this fraction above the mean, and then uses the rest
+ROUNDS = 200  # of the search, for up to 8 ranks; more ranks have more pairs
+MOST_ROUNDS = 1000
 FIXED_ORDERS = {order.__name__: order for order in (contiguous, headtail, roundrobin)}
 ORDERS = ("balanced", *FIXED_ORDERS)
 
@@ -40,6 +47,8 @@ class ContextPlan:
     pieces: Pieces
     key_ranges: Mapping[str, KeyRanges]
     transfers: Mapping[str, Transfers]
+    layers: Mapping[str, int]
+    balance: float = BALANCE
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,8 +66,7 @@ class ContextPlan:
         starts = self.pieces.row * self.shape[1] + self.pieces.first
         total = np.zeros(self.degree, dtype=np.int64)
         for mask in self.masks.values():
-            pairs = (mask.stop - mask.start).sum(dim=2).flatten().numpy()
-            np.add.at(total, self.pieces.rank, np.add.reduceat(pairs, starts))
+            np.add.at(total, self.pieces.rank, np.add.reduceat(_pairs(mask).ravel(), starts))
         return torch.from_numpy(total)
 
     def sent_keys(self) -> Tensor:
@@ -72,6 +80,34 @@ class ContextPlan:
     def received_keys(self) -> Tensor:
         """int64 [degree]: keys from other ranks, summed over rows and masks (one layer per mask)."""
         return self.sent_keys().sum(dim=0)
+
+    def least_keys(self, name: str | None = None) -> int:
+        """Lower bound of the sum of `received_keys`, for one mask or for all, that follows from the balance limit.
+
+        It holds for every plan in which no rank has more work of a row than the limit, or than a rank of this plan if
+        that is more: a document with more work must be cut, and each later part needs the keys before it. See `bound`.
+        """
+        rows, length = self.shape
+        names = list(self.masks) if name is None else [name]
+        work = sum(layers * _pairs(self.masks[mask]) for mask, layers in self.layers.items())
+        assert isinstance(work, np.ndarray)
+        of_pieces = np.add.reduceat(work.ravel(), self.pieces.row * length + self.pieces.first)
+        of_ranks = np.zeros((rows, self.degree))
+        np.add.at(of_ranks, (self.pieces.row, self.pieces.rank), of_pieces)
+        slack = (self.balance - 1) * of_ranks.mean()
+        limits = np.maximum(of_ranks.mean(axis=1) + slack, of_ranks.max(axis=1))
+        return sum(
+            least_keys(self.masks[mask][row : row + 1], work[row], self.degree, limits[row])
+            for mask in names
+            for row in range(rows)
+        )
+
+    def _received_by_row(self, name: str) -> Integers:
+        """int64 [B]: keys of one mask that all ranks receive from others, for each row."""
+        transfers = self.transfers[name]
+        received = np.zeros(self.shape[0], dtype=np.int64)
+        np.add.at(received, transfers.row, transfers.length * (transfers.source != transfers.target))
+        return received
 
     def shard(self, rank: int, name: str | None = None, *, full_rows: bool = False) -> ContextShard:
         """Return the local mask of `rank` and the keys that it sends and receives in a layer with mask `name`.
@@ -114,37 +150,80 @@ def plan_context(
     order: str = "balanced",
     *,
     layers: Mapping[str, int] | int = 1,
+    balance: float = BALANCE,
 ) -> ContextPlan:
     """Shard the tokens of packed rows across `degree` ranks and plan the exchange of keys.
 
-    masks   self-attention masks of one shape: a single mask, named "attention", or several by name
-    order   "balanced", "contiguous", "headtail" or "roundrobin"; see `orders`
-    layers  number of layers that use each mask: the weight of its visible pairs in the balanced order
+    masks    self-attention masks of one shape: a single mask, named "attention", or several by name
+    order    "balanced", "contiguous", "headtail" or "roundrobin"; see `orders`
+    layers   number of layers that use each mask: the weight of its visible pairs in the balanced order
+    balance  work that a rank may have in the balanced order, as a multiple of the mean: more of it saves keys. Single
+             tokens with more work than that may exceed it
 
     Raises:
-        ValueError: if the degree does not divide the row length, the masks differ in shape, or the order is unknown.
+        ValueError: if the degree does not divide the row length, the masks differ in shape, the order is unknown, or
+            balance is below 1.
     """
     named = named_masks(masks)
-    _check(named, degree, order, layers)
+    _check(named, degree, order, layers, balance)
     named = {name: mask.cpu() for name, mask in named.items()}
     weights = {name: layers if isinstance(layers, int) else layers[name] for name in named}
     rows, length, _ = next(iter(named.values())).shape
-    if order == "balanced":
-        pieces = build_pieces(_balanced_rows(named, weights, degree))
-    else:
-        pieces = build_pieces([FIXED_ORDERS[order](length, degree)] * rows)
-    key_ranges = {name: find_key_ranges(mask, pieces) for name, mask in named.items()}
+    if order != "balanced":
+        return _build_plan(named, [FIXED_ORDERS[order](length, degree)] * rows, degree, weights, balance)
+    costs = _row_costs(named, weights)
+    mean = sum(row.work_before[length] for row in costs) / rows / degree
+    slack = (balance - 1) * mean
+    start = [balanced(row, degree, min(slack, START_TOLERANCE * mean)) for row in costs]
+    rounds = max(1, min(MOST_ROUNDS, ROUNDS * max(8, degree) // 8) // rows)
+    improved = [
+        reassign(pieces, row, degree, row.work_before[length] / degree + slack, rounds)
+        for pieces, row in zip(start, costs, strict=True)
+    ]
+    # The costs of cuts are estimates, so count the keys, and keep the rows that do not receive fewer than at the start.
+    plans = [_build_plan(named, orders, degree, weights, balance) for orders in (start, improved)]
+    keys = [np.sum([weights[name] * plan._received_by_row(name) for name in named], axis=0) for plan in plans]
+    fewer = keys[1] < keys[0]
+    if fewer.all() or not fewer.any():
+        return plans[int(fewer.all())]
+    mixed = [improved[row] if fewer[row] else start[row] for row in range(rows)]
+    return _build_plan(named, mixed, degree, weights, balance)
+
+
+def _build_plan(
+    masks: Mapping[str, AttentionMask],
+    rows: list[list[Piece]],
+    degree: int,
+    layers: Mapping[str, int],
+    balance: float,
+) -> ContextPlan:
+    """Return the plan of rows of the given orders."""
+    pieces = build_pieces(rows)
+    length = rows[0][-1][1]
+    key_ranges = {name: find_key_ranges(mask, pieces) for name, mask in masks.items()}
     transfers = {name: find_transfers(ranges, pieces, length) for name, ranges in key_ranges.items()}
-    return ContextPlan(named, degree, pieces, key_ranges, transfers)
+    return ContextPlan(masks, degree, pieces, key_ranges, transfers, layers, balance)
 
 
-def _check(masks: Mapping[str, AttentionMask], degree: int, order: str, layers: Mapping[str, int] | int) -> None:
+def _pairs(mask: AttentionMask) -> Integers:
+    """Visible pairs of each query: int64 [B, Q]."""
+    return (mask.stop - mask.start).sum(dim=2, dtype=torch.int64).numpy()
+
+
+def _check(
+    masks: Mapping[str, AttentionMask], degree: int, order: str, layers: Mapping[str, int] | int, balance: float
+) -> None:
     if not masks:
         raise ValueError("plan_context needs at least one mask, got none")
     if order not in ORDERS:
         raise ValueError(f"unknown order {order!r}; the orders are {', '.join(ORDERS)}")
     if degree < 1:
         raise ValueError(f"the context degree must be at least 1, got {degree}")
+    if not 1 <= balance < math.inf:
+        raise ValueError(
+            f"balance must be at least 1 and finite, got {balance}: it is the work that a rank may have, as a multiple "
+            f"of the mean; the default is {BALANCE}"
+        )
     shapes = {name: mask.shape for name, mask in masks.items()}
     rows, length, _ = next(iter(shapes.values()))
     if any(shape != (rows, length, length) for shape in shapes.values()):
@@ -163,10 +242,11 @@ def _check(masks: Mapping[str, AttentionMask], degree: int, order: str, layers: 
         raise ValueError(f"layers has the names {sorted(layers)}; expected those of the masks, {sorted(masks)}")
 
 
-def _balanced_rows(masks: Mapping[str, AttentionMask], weights: Mapping[str, int], degree: int) -> list[list[Piece]]:
-    """Return the balanced order of each row. The tolerance is a fraction of the mean work of all rows.
+def _row_costs(masks: Mapping[str, AttentionMask], weights: Mapping[str, int]) -> list[Costs]:
+    """Return the costs of the tokens of each row, weighted by layers.
 
-    A cut before a token costs the earlier keys that the token attends to: they are sent to the rank that owns it.
+    A cut before a token costs the earlier keys that the token attends to, which are sent to its rank, and the keys from
+    there on that the token before it attends to.
     """
     rows, length, _ = next(iter(masks.values())).shape
     work, cut_keys = torch.zeros(2, rows, length, dtype=torch.int32)  # layers x S at most, far from 2^31
@@ -174,14 +254,13 @@ def _balanced_rows(masks: Mapping[str, AttentionMask], weights: Mapping[str, int
     for name, mask in masks.items():
         work.add_(_count_keys(mask.start, mask.stop), alpha=weights[name])
         cut_keys.add_(_count_keys(mask.start.minimum(token), mask.stop.minimum(token)), alpha=weights[name])
+        start, stop = mask.start[:, :-1].maximum(token[1:]), mask.stop[:, :-1].maximum(token[1:])
+        cut_keys[:, 1:].add_(_count_keys(start, stop), alpha=weights[name])
     work_before = np.zeros((rows, length + 1), dtype=np.int64)
     np.cumsum(work.numpy(), axis=1, out=work_before[:, 1:])
     falls = (cut_keys[:, 1:] < cut_keys[:, :-1]).numpy()
-    slack = TOLERANCE * float(work_before[:, -1].mean()) / degree
     return [
-        balanced(
-            Costs(work_before[row].data, cut_keys[row].numpy().data, (falls[row].nonzero()[0] + 1).data), degree, slack
-        )
+        Costs(work_before[row].data, cut_keys[row].numpy().data, (falls[row].nonzero()[0] + 1).data)
         for row in range(rows)
     ]
 
