@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from sightline.attention import Exchanges, KernelRequirements, LocalExchanges, Lowered, check_backend, lower
+from sightline.attention import Exchanges, KernelRequirements, LocalExchanges, Lowered, check_backend, lower_or_one_query
 from sightline.batch import Batch, ImageSizes
 from sightline.config.checks import check_values
 from sightline.config.renamed import RenamedFields
@@ -179,6 +179,7 @@ class Decoder(nn.Module):
         labels: Tensor | None = None,
         cache: dict[str, LayerCache] | None = None,
         loss_inputs: dict[str, Tensor] | None = None,
+        last_token_only: bool = False,
     ) -> Tensor:
         """Return logits [B, S, V]; with labels, the loss summed over tokens in float32, without storing logits.
 
@@ -190,16 +191,12 @@ class Decoder(nn.Module):
         labels           int64 [B, S], -100 for tokens without a loss
         cache            {layer name: cache} from `new_cache`, for generation; the tokens of this call are appended
         loss_inputs      {name: [B, S]} from `loss.per_token_inputs`, if the loss needs any
+        last_token_only  return only the logits of the last token of each row, [B, 1, V]
         """
         h = tokens if self.embedding is None else self.embedding(tokens)
-        return self.forward_embedded(
-            h,
-            attention_masks=attention_masks,
-            positions=positions,
-            labels=labels,
-            cache=cache,
-            loss_inputs=loss_inputs,
-        )
+        inputs: dict[str, Any] = {"attention_masks": attention_masks, "positions": positions, "labels": labels}
+        inputs |= {"cache": cache, "loss_inputs": loss_inputs, "last_token_only": last_token_only}
+        return self.forward_embedded(h, **inputs)
 
     def forward_embedded(
         self,
@@ -210,13 +207,14 @@ class Decoder(nn.Module):
         labels: Tensor | None,
         cache: dict[str, LayerCache] | None,
         loss_inputs: dict[str, Tensor] | None = None,
+        last_token_only: bool = False,
     ) -> Tensor:
         """Run `forward` from embedded tokens h [B, S, W] on; families with their own embedding step call this."""
         lowered = self.lower_masks(named_masks(attention_masks), h)
         h = self.layers(h, lowered, self.encode_positions(positions), cache)
         if self.norm is None:
             return h
-        return self.head(self.norm(h), labels, loss_inputs)
+        return self.head(self.norm(h[:, -1:] if last_token_only else h), labels, loss_inputs)
 
     def hidden_state_modules(self) -> list[nn.Module]:
         """Return the modules between the embedding and the final norm: here `layers`, as one module.
@@ -281,7 +279,7 @@ class Decoder(nn.Module):
         lowered = {}
         for name, original in masks.items():
             mask, exchange = self.exchanges.bind(original, h.device)
-            lowered[name] = lower(
+            lowered[name] = lower_or_one_query(
                 mask,
                 backend=self.attention_backend,
                 device=h.device,

@@ -1,0 +1,85 @@
+"""Attention of one query per row, as in generation with a cache: two matrix products and a softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sightline.attention.attend import Lowered, lower
+from sightline.attention.exchange import Exchange, LocalExchange
+from sightline.masks import AttentionMask
+from sightline.masks.segments import number_segments
+
+
+def lower_or_one_query(
+    mask: AttentionMask,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    training: bool,
+    backend: str,
+    exchange: Exchange,
+    segments: bool,
+    **requirements: Any,
+) -> Lowered:
+    """Return `lower` of a mask, or with the backend `auto` and one query per row on a CPU a mask for `OneQuery`.
+
+    Rows without a visible key, gradients and context parallelism need `lower`.
+    """
+    one_query = mask.shape[1] == 1 and device.type == "cpu" and isinstance(exchange, LocalExchange)
+    visible = mask.visible_queries() if one_query and backend == "auto" and not training else None
+    if visible is None or not bool(visible.all()):
+        options: dict[str, Any] = {"device": device, "dtype": dtype, "training": training, "backend": backend}
+        return lower(mask, **options, exchange=exchange, segments=segments, **requirements)
+    kernel = OneQuery()
+    numbers = number_segments(mask) if segments else None
+    return Lowered(mask, kernel, kernel.why, kernel.lower(mask, dtype), exchange, visible, numbers)
+
+
+class OneQuery:
+    """Attention of one query per row on a CPU, where the overhead of a fused kernel's tiles is greater than its gain.
+
+    It is no choice of `attention.backend`, since it has no backward.
+    """
+
+    name = "one query"
+    why = "each row has one query, and no gradients are needed"
+
+    def lower(self, mask: AttentionMask, dtype: torch.dtype) -> Tensor | None:
+        """Return the bias of the scores, [B, 1, 1, T]: 0 or -inf. None if every query attends to all keys."""
+        if mask.intervals == 1 and bool(((mask.start == 0) & (mask.stop == mask.key_length)).all()):
+            return None
+        hidden = ~mask.to_dense()[:, None]
+        return torch.zeros(hidden.shape, dtype=_compute_dtype(dtype)).masked_fill_(hidden, -torch.inf)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        inputs: Tensor | None,
+        scale: float,
+        sinks: Tensor | None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """q [B, H, 1, D], k [B, G, T, D], v [B, G, T, E] -> [B, H, 1, E]; every query must attend to some key."""
+        dtype = _compute_dtype(q.dtype)
+        # The H / G query heads of a group are the rows of one matrix, so the keys of a group are read once.
+        grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]).to(dtype)
+        scores = (grouped * scale) @ k.to(dtype).mT
+        if softcap is not None:
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
+        if inputs is not None:
+            scores += inputs
+        if sinks is None:
+            weights = scores.softmax(dim=-1)
+        else:
+            sink = sinks.to(dtype).view(1, k.shape[1], -1, 1).expand(len(q), -1, -1, -1)
+            weights = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
+        return (weights @ v.to(dtype)).to(q.dtype).view(*q.shape[:3], -1)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
