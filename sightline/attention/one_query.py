@@ -1,10 +1,11 @@
-"""Attention of one query per row, as in generation with a cache: two matrix products and a softmax."""
+"""Attention of one query per row, as in generation with a cache."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sightline.attention.attend import Lowered, lower
@@ -52,7 +53,7 @@ class OneQuery:
         if mask.intervals == 1 and bool(((mask.start == 0) & (mask.stop == mask.key_length)).all()):
             return None
         hidden = ~mask.to_dense()[:, None]
-        return torch.zeros(hidden.shape, dtype=_compute_dtype(dtype)).masked_fill_(hidden, -torch.inf)
+        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
     def attend(
         self,
@@ -65,10 +66,13 @@ class OneQuery:
         softcap: float | None = None,
     ) -> Tensor:
         """q [B, H, 1, D], k [B, G, T, D], v [B, G, T, E] -> [B, H, 1, E]; every query must attend to some key."""
-        dtype = _compute_dtype(q.dtype)
         # The H / G query heads of a group are the rows of one matrix, so the keys of a group are read once.
-        grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]).to(dtype)
-        scores = (grouped * scale) @ k.to(dtype).mT
+        grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+        if sinks is None and softcap is None and v.shape[3] == q.shape[3]:
+            bias = None if inputs is None else inputs.expand(-1, -1, grouped.shape[2], -1)
+            return F.scaled_dot_product_attention(grouped, k, v, bias, scale=scale).view_as(q)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        scores = torch.matmul(grouped.to(dtype) * scale, k.to(dtype).mT)
         if softcap is not None:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
         if inputs is not None:
@@ -78,8 +82,4 @@ class OneQuery:
         else:
             sink = sinks.to(dtype).view(1, k.shape[1], -1, 1).expand(len(q), -1, -1, -1)
             weights = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
-        return (weights @ v.to(dtype)).to(q.dtype).view(*q.shape[:3], -1)
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+        return torch.matmul(weights, v.to(dtype)).to(q.dtype).view(*q.shape[:3], -1)

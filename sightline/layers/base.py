@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from torch import nn
 
 from sightline.layers.cache import KeyValueCache
+from sightline.layers.linear import Linear
 
 
 class TensorParallelLayer(nn.Module):
@@ -73,7 +74,7 @@ class RecurrentLayer(TensorParallelLayer):
         raise NotImplementedError
 
 
-class OutputProjection(nn.Linear):
+class OutputProjection(Linear):
     """Linear layer from hidden states to logits, without bias: one row for each token of the vocabulary."""
 
 

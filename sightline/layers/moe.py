@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from sightline.layers.base import TensorParallelLayer, flops_per_token
 from sightline.layers.grouped import grouped_linear, grouped_linears
+from sightline.layers.linear import linear
 from sightline.layers.precision import no_autocast
 
 
@@ -111,7 +112,7 @@ class Router(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         with no_autocast(x):
             bias = None if self.bias is None else self.bias.to(dtype)
-            logits = F.linear(x.to(dtype), self.weight.to(dtype), bias)
+            logits = linear(x.to(dtype), self.weight.to(dtype), bias)
         return logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()
 
     def _mask_groups(self, scores: Tensor) -> Tensor:
@@ -267,12 +268,22 @@ def permute(tokens: Tensor, permutation: Tensor, top_k: int) -> Tensor:
     tokens       [N, W]
     permutation  int64 [N * K]; pair i belongs to token i // top_k
     """
+    if not torch.is_grad_enabled():
+        return tokens.index_select(0, permutation // top_k)
     return _Permute.apply(tokens, permutation, top_k)
 
 
 def unpermute(rows: Tensor, weights: Tensor, permutation: Tensor) -> Tensor:
     """Inverse of `permute`: return the sum [N, W] of each token's K rows, weighted by `weights` [N, K]."""
-    return _Unpermute.apply(rows, weights.to(rows.dtype), permutation)
+    weights = weights.to(rows.dtype)
+    if not torch.is_grad_enabled():
+        return _weighted_sums(rows, weights, permutation)
+    return _Unpermute.apply(rows, weights, permutation)
+
+
+def _weighted_sums(rows: Tensor, weights: Tensor, permutation: Tensor) -> Tensor:
+    index = _inverse_permutation(permutation, weights.shape[1])
+    return F.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
 
 
 def _inverse_permutation(permutation: Tensor, top_k: int) -> Tensor:
@@ -299,8 +310,7 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, permutation: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights, permutation)
-        index = _inverse_permutation(permutation, weights.shape[1])
-        return F.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
+        return _weighted_sums(rows, weights, permutation)
 
     @staticmethod
     @once_differentiable

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sightline.attention import Lowered
 from sightline.layers.base import RecurrentLayer
 from sightline.layers.cache import RecurrentCache
+from sightline.layers.linear import Linear
 from sightline.layers.norm import RMSNorm
 from sightline.layers.precision import no_autocast
 from sightline.masks import AttentionMask
@@ -186,15 +187,15 @@ class GatedDeltaNet(RecurrentLayer):
         values = num_value_heads * value_head_dim
         # Channels of each key head in `qkv`: its query, its key, and the values of the value heads that share it.
         self.qkv_sizes = [key_head_dim, key_head_dim, values // num_key_heads]
-        self.qkv = nn.Linear(hidden_size, num_key_heads * sum(self.qkv_sizes), bias=False)
+        self.qkv = Linear(hidden_size, num_key_heads * sum(self.qkv_sizes), bias=False)
         self.convolution = CausalConvolution(num_key_heads * sum(self.qkv_sizes), conv_kernel)
-        self.beta = nn.Linear(hidden_size, num_value_heads, bias=False)
-        self.decay = nn.Linear(hidden_size, num_value_heads, bias=False)
+        self.beta = Linear(hidden_size, num_value_heads, bias=False)
+        self.decay = Linear(hidden_size, num_value_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(num_value_heads))
         self.dt_bias = nn.Parameter(torch.empty(num_value_heads))
         self.norm = RMSNorm(value_head_dim, norm_eps)
-        self.gate = nn.Linear(hidden_size, values, bias=False)
-        self.output = nn.Linear(values, hidden_size, bias=False)
+        self.gate = Linear(hidden_size, values, bias=False)
+        self.output = Linear(values, hidden_size, bias=False)
 
     def init_weights(self, std: float, output_std: float) -> None:
         """Initialize weights to normal, with std K^-0.5 for the convolution, and norm and dt_bias to 1.

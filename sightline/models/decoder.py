@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -31,6 +30,7 @@ from sightline.layers import (
     build_rotation,
     compute_loss,
     flops_per_token,
+    linear,
     linear_cross_entropy,
     rope_frequencies,
     routers_of,
@@ -102,7 +102,7 @@ class Decoder(nn.Module):
             (len(module.gate) for module in self.layers.modules() if isinstance(module, Experts)), default=0
         )
         # Both take the weight of the output projection, and are replaced when the vocabulary is sharded.
-        self.logits: Callable[[Tensor, Tensor], Tensor] = F.linear
+        self.logits: Callable[[Tensor, Tensor], Tensor] = linear
         self.token_losses: Callable[..., Tensor] = linear_cross_entropy
         self.loss: Loss = LOSSES[0]
         self.context_group: ProcessGroup | None = None  # ranks that share each row; None without context parallelism

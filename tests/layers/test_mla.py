@@ -98,8 +98,8 @@ def test_cache_holds_latent_and_shared_key_only() -> None:
         out = layer(x[:, new], lowered(part, torch.float64), build_rotation(new[None], frequencies), cache)
         assert_close(out, full[:, new])
         start = end
-    latents, keys = cache.append(torch.zeros(1, 1, 1, 9), torch.zeros(1, 1, 1, 4))
-    assert (latents.shape, keys.shape) == ((1, 1, 13, 9), (1, 1, 13, 4)), "9 + 4 values per token, for all heads"
+    (joint,) = cache.append(torch.zeros(1, 1, 1, 13))
+    assert joint.shape == (1, 1, 13, 13), "9 + 4 values per token, for all heads"
 
 
 def test_initial_spread() -> None:
