@@ -10,7 +10,7 @@ from sightline.layers.base import (
     flops_per_token,
 )
 from sightline.layers.cache import KeyValueCache, LayerCache, RecurrentCache
-from sightline.layers.linear import Linear, linear
+from sightline.layers.linear import Linear
 from sightline.layers.loss import add_gradient_of, linear_cross_entropy
 from sightline.layers.losses import LOSSES, Loss, compute_loss, get_loss
 from sightline.layers.mla import MultiHeadLatentAttention
@@ -49,7 +49,6 @@ __all__ = [
     "compute_loss",
     "flops_per_token",
     "get_loss",
-    "linear",
     "linear_cross_entropy",
     "rope_frequencies",
     "rotate",

@@ -30,11 +30,11 @@ from sightline.layers import (
     build_rotation,
     compute_loss,
     flops_per_token,
-    linear,
     linear_cross_entropy,
     rope_frequencies,
     routers_of,
 )
+from sightline.layers.linear import linear
 from sightline.layers.precision import autocast_dtype
 from sightline.masks import AttentionMask, causal, document, named_masks
 from sightline.models.block import Layer, Layers
