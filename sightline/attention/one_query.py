@@ -9,38 +9,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sightline.attention.attend import Lowered, lower
+from sightline.attention.backend import KernelRequirements, Unsupported
 from sightline.attention.exchange import Exchange, LocalExchange
 from sightline.masks import AttentionMask
 from sightline.masks.segments import number_segments
 
 
 def lower_or_one_query(
-    mask: AttentionMask,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    training: bool,
-    backend: str,
-    exchange: Exchange,
-    segments: bool,
-    **requirements: Any,
+    mask: AttentionMask, *, backend: str, exchange: Exchange, segments: bool, **requirements: Any
 ) -> Lowered:
-    """Return `lower` of a mask, or with the backend `auto` and one query per row on a CPU a mask for `OneQuery`.
+    """Return `lower` of a mask; with the backend `auto` and one query per row, a mask for `OneQuery` if it applies.
 
-    Rows without a visible key, gradients and context parallelism need `lower`.
+    Arguments and errors are those of `lower`.
     """
-    one_query = mask.shape[1] == 1 and device.type == "cpu" and isinstance(exchange, LocalExchange)
-    visible = mask.visible_queries() if one_query and backend == "auto" and not training else None
-    if visible is None or not bool(visible.all()):
-        options: dict[str, Any] = {"device": device, "dtype": dtype, "training": training, "backend": backend}
-        return lower(mask, **options, exchange=exchange, segments=segments, **requirements)
-    kernel = OneQuery()
-    numbers = number_segments(mask) if segments else None
-    return Lowered(mask, kernel, kernel.why, kernel.lower(mask, dtype), exchange, visible, numbers)
+    kernel, needs = OneQuery(), KernelRequirements(**requirements)
+    if backend == "auto" and isinstance(exchange, LocalExchange) and kernel.supports(needs) is None:
+        inputs = kernel.lower(mask, needs)
+        if not isinstance(inputs, Unsupported):
+            numbers = number_segments(mask) if segments else None
+            return Lowered(mask, kernel, kernel.why, inputs, exchange, mask.visible_queries(), numbers)
+    return lower(mask, backend=backend, exchange=exchange, segments=segments, **requirements)
 
 
 class OneQuery:
-    """Attention of one query per row on a CPU, where the overhead of a fused kernel's tiles is greater than its gain.
+    """Attention of one query per row on a CPU, where the overhead of a kernel for tiles is greater than its gain.
 
     It is no choice of `attention.backend`, since it has no backward.
     """
@@ -48,12 +40,22 @@ class OneQuery:
     name = "one query"
     why = "each row has one query, and no gradients are needed"
 
-    def lower(self, mask: AttentionMask, dtype: torch.dtype) -> Tensor | None:
+    def supports(self, requirements: KernelRequirements) -> str | None:
+        if requirements.training:
+            return "one query has no backward"
+        device = requirements.device.type
+        return None if device == "cpu" else f"one query runs on a CPU only, got device {device}"
+
+    def lower(self, mask: AttentionMask, requirements: KernelRequirements) -> Tensor | None | Unsupported:
         """Return the bias of the scores, [B, 1, 1, T]: 0 or -inf. None if every query attends to all keys."""
+        if mask.shape[1] != 1:
+            return Unsupported(f"rows have {mask.shape[1]} queries")
         if mask.intervals == 1 and bool(((mask.start == 0) & (mask.stop == mask.key_length)).all()):
             return None
         hidden = ~mask.to_dense()[:, None]
-        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+        if bool(hidden.all(dim=-1).any()):
+            return Unsupported("a query attends to no key")  # its softmax would be NaN
+        return torch.zeros(hidden.shape, dtype=requirements.dtype).masked_fill_(hidden, -torch.inf)
 
     def attend(
         self,
@@ -65,7 +67,7 @@ class OneQuery:
         sinks: Tensor | None,
         softcap: float | None = None,
     ) -> Tensor:
-        """q [B, H, 1, D], k [B, G, T, D], v [B, G, T, E] -> [B, H, 1, E]; every query must attend to some key."""
+        """q [B, H, 1, D], k [B, G, T, D], v [B, G, T, E] -> [B, H, 1, E]."""
         # The H / G query heads of a group are the rows of one matrix, so the keys of a group are read once.
         grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
         if sinks is None and softcap is None and v.shape[3] == q.shape[3]:

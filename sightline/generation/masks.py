@@ -102,9 +102,7 @@ class StepMasks:
                 )
 
 
-def new_token_masks(
-    model: Decoder, tokenizer: object, prompt: Prompt, new: Sequence[int]
-) -> dict[str, AttentionMask]:
+def new_token_masks(model: Decoder, tokenizer: object, prompt: Prompt, new: Sequence[int]) -> dict[str, AttentionMask]:
     """Return the masks of the decoder layers for the text of a prompt and new tokens: the queries of the new tokens."""
     batch = one_document([*prompt.ids, *new], prompt.extra)
     index = torch.arange(len(prompt.ids), batch.shape[1])

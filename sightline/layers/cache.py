@@ -124,4 +124,8 @@ def stack_caches(caches: Sequence[dict[str, LayerCache]]) -> dict[str, LayerCach
     """Join the rows of several caches {layer name: cache}."""
     if len(caches) == 1:
         return caches[0]
-    return {name: type(cache).stack([other[name] for other in caches]) for name, cache in caches[0].items()}  # type: ignore[arg-type]
+    joined: dict[str, LayerCache] = {}
+    for name, first in caches[0].items():
+        parts: list = [cache[name] for cache in caches]
+        joined[name] = first.stack(parts)
+    return joined

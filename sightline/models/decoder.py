@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from sightline.attention import Exchanges, KernelRequirements, LocalExchanges, Lowered, check_backend, lower_or_one_query
+from sightline.attention import (
+    Exchanges,
+    KernelRequirements,
+    LocalExchanges,
+    Lowered,
+    check_backend,
+    lower_or_one_query,
+)
 from sightline.batch import Batch, ImageSizes
 from sightline.config.checks import check_values
 from sightline.config.renamed import RenamedFields

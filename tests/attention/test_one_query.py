@@ -68,7 +68,7 @@ def test_softcap_and_values_of_another_size() -> None:
     mask = MASKS["unequal rows"]
     q, k, v = make_inputs(9, 4, 2)
     v = v[..., :5]
-    out = OneQuery().attend(q, k, v, OneQuery().lower(mask, torch.float64), SCALE, None, 1.5)
+    out = OneQuery().attend(q, k, v, lowered(mask).inputs, SCALE, None, 1.5)
     scores = 1.5 * torch.tanh(SCALE * q @ k.repeat_interleave(2, dim=1).mT / 1.5)
     scores = scores.masked_fill(~mask.to_dense()[:, None], -torch.inf)
     torch.testing.assert_close(out, scores.softmax(dim=-1) @ v.repeat_interleave(2, dim=1), atol=1e-12, rtol=0)

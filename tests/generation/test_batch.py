@@ -140,7 +140,9 @@ def test_images_in_a_batch() -> None:
     assert swapped[0] != texts[0], "the images make no difference"
 
 
-@pytest.mark.parametrize(("name", "mask_name", "most"), [("gpt_oss-debug", "window", 6), ("llama4-debug", "chunked", 9)])
+@pytest.mark.parametrize(
+    ("name", "mask_name", "most"), [("gpt_oss-debug", "window", 6), ("llama4-debug", "chunked", 9)]
+)
 def test_windows_and_chunks_bound_the_cache(name: str, mask_name: str, most: int, monkeypatch: Any) -> None:
     """Layers with a window keep as many keys as a query attends to; the others keep all keys."""
     model, lengths = short_windows(name), {}
