@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,11 @@ def cases(count: int) -> dict[str, tuple[list[list[int]], int]]:
     }
 
 
+def keep(texts: dict[str, Any], who: str, run: Callable[..., Any], *arguments: Any) -> None:
+    """Run a contestant and keep its texts."""
+    texts[who] = run(*arguments)
+
+
 def compare(name: str, options: argparse.Namespace, threads: int) -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
@@ -140,14 +146,10 @@ def compare(name: str, options: argparse.Namespace, threads: int) -> list[dict[s
     rows: list[dict[str, object]] = []
     for case, (prompts, count) in cases(options.new_tokens).items():
         texts: dict[str, list[list[int]]] = {}
-
-        def contestant(who: str, run: Callable[..., list[list[int]]], model: Any) -> Callable[[], None]:
-            def generate_texts(prompts: Any = prompts, count: int = count, texts: Any = texts) -> None:
-                texts[who] = run(model, prompts, count)
-
-            return generate_texts
-
-        contestants = {"ours": contestant("ours", our_run, ours), "theirs": contestant("theirs", their_run, theirs)}
+        contestants = {
+            "ours": partial(keep, texts, "ours", our_run, ours, prompts, count),
+            "theirs": partial(keep, texts, "theirs", their_run, theirs, prompts, count),
+        }
         with torch.no_grad():
             seconds = in_turn(contestants, options.rounds)
         tokens = len(prompts[0]) if count == 1 else len(prompts) * count

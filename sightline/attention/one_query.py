@@ -46,7 +46,7 @@ class OneQuery:
         device = requirements.device.type
         return None if device == "cpu" else f"one query runs on a CPU only, got device {device}"
 
-    def lower(self, mask: AttentionMask, requirements: KernelRequirements) -> Tensor | None | Unsupported:
+    def lower(self, mask: AttentionMask, requirements: KernelRequirements) -> Tensor | Unsupported | None:
         """Return the bias of the scores, [B, 1, 1, T]: 0 or -inf. None if every query attends to all keys."""
         if mask.shape[1] != 1:
             return Unsupported(f"rows have {mask.shape[1]} queries")

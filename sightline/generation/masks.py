@@ -97,8 +97,9 @@ class StepMasks:
             stop = used.stop.clamp(max=mask.key_length)
             if not AttentionMask.from_intervals(used.start, stop, mask.key_length).equal(mask):
                 raise ValueError(
-                    f"the mask {name!r} of a {type(model).__name__} depends on the generated tokens, but generation builds "
-                    "it before they are known; let get_attention_masks use document_ids, positions and the prompt only"
+                    f"the mask {name!r} of a {type(model).__name__} depends on the generated tokens, but generation "
+                    "builds it before they are known; let get_attention_masks use document_ids, positions and the "
+                    "tokens of the prompt only"
                 )
 
 

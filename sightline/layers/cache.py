@@ -59,7 +59,7 @@ class KeyValueCache:
 
     @classmethod
     def stack(cls, caches: Sequence[KeyValueCache]) -> KeyValueCache:
-        """Join the rows of several caches. Their last columns become one; shorter ones are filled with 0 on the left."""
+        """Join the rows of several caches: their last columns become one; shorter ones get zeros on the left."""
         assert all(cache.first == 0 for cache in caches), "caches are joined before columns are dropped"
         joined, rows = cls(), [cache._buffers[0].shape[0] for cache in caches]
         joined.length = max(cache.length for cache in caches)

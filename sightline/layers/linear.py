@@ -19,8 +19,8 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x weight' + bias as F.linear does; without gradients in float32 on a CPU by oneDNN.
 
-    F.linear calls MKL, which has no AVX-512 kernels for processors of other vendors: on an AMD EPYC, oneDNN takes 0.75 of
-    its time for one token and half of its time for 64 tokens and more.
+    F.linear calls MKL, which uses AVX-512 on Intel's processors only: on an AMD EPYC, oneDNN takes 0.75 of its time for
+    one token and half of its time for 64 tokens and more.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _onednn_applies(x, weight):
         return F.linear(x, weight, bias)
