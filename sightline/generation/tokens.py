@@ -44,7 +44,8 @@ def generate_tokens(
     logits, cache = prefill(model, tokenizer, prompts, device)
     active, texts = list(range(len(prompts))), [[] for _ in prompts]  # type: list[int], list[list[int]]
     for step in range(sampling.max_new_tokens):
-        logits[:, list(model.suppress_tokens)] = -torch.inf
+        if model.suppress_tokens:
+            logits[:, list(model.suppress_tokens)] = -torch.inf
         tokens = sample_batch(logits, sampling, generators)
         kept = [i for i, token in enumerate(tokens) if token != tokenizer.eos_id]
         new = {active[i]: tokens[i] for i in kept}

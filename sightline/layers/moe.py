@@ -248,6 +248,9 @@ class MoE(TensorParallelLayer):
         """
         tokens = x.flatten(0, 1)
         routing = self.router(tokens, None if visible is None else visible.flatten())
+        if len(tokens) == 1 and not torch.is_grad_enabled():
+            out = self._one_token(tokens, routing).view_as(x)
+            return out if self.shared is None else out + self.shared(x)
         # The N * K (token, expert) pairs sorted by expert; pairs that are not routed come last.
         permutation = routing.experts.flatten().argsort(stable=True)
         rows = permute(tokens, permutation, self.router.top_k)
@@ -256,6 +259,14 @@ class MoE(TensorParallelLayer):
             rows, weights = rows * weights.flatten()[permutation, None], torch.ones_like(weights)
         out = unpermute(self.experts(rows, routing.counts), weights, permutation).view_as(x)
         return out if self.shared is None else out + self.shared(x)
+
+    def _one_token(self, token: Tensor, routing: Routing) -> Tensor:
+        """Return the weighted sum of the experts of one token [1, W], which needs no permutation of tokens."""
+        order = routing.experts[0].argsort()
+        rows, weights = token.expand(len(order), -1), routing.weights[:, order]
+        if self.score_before_experts:
+            rows, weights = rows * weights.T, torch.ones_like(weights)
+        return weights.to(rows.dtype) @ self.experts(rows, routing.counts)
 
 
 # Autograd's backward of indexing adds rows in no fixed order on a GPU. Here forward and backward are gathers, and the
