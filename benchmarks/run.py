@@ -16,6 +16,7 @@ CPU = [
     ("benchmarks.training_step", ["--threads", "2"]),
     ("benchmarks.families", ["--rounds", "3"]),
     ("benchmarks.moe", []),
+    ("benchmarks.decode", []),
     ("benchmarks.mesh", []),
     ("benchmarks.scale", []),
     ("benchmarks.context_plan", []),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +20,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
-def no_autocast(x: Tensor) -> torch.autocast:
-    """Return a context manager that disables autocast for the device of `x`."""
-    return torch.autocast(autocast_device_type(x), enabled=False)
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context manager that disables autocast for the device of `x`; a trivial one if autocast is off."""
+    device_type = autocast_device_type(x)
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

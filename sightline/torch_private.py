@@ -1,7 +1,8 @@
-"""Functions that avoid importing slow parts of PyTorch before their first use. Tested with torch 2.11 to 2.13."""
+"""Private functions of PyTorch, some of which avoid importing slow parts of it. Tested with torch 2.11 to 2.13."""
 
 from __future__ import annotations
 
+import platform
 import sys
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -18,3 +19,16 @@ def is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
     """Return whether a tensor is a DTensor: always False while torch.distributed.tensor is not imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+HAS_ONEDNN_LINEAR = (
+    platform.machine() in ("x86_64", "AMD64")  # not tried on others
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+"""Whether `onednn_linear` can be called."""
+
+
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return F.linear(x, weight, bias), computed by oneDNN; without autograd."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -3,6 +3,7 @@
 from sightline.attention.attend import BACKENDS, CHOICES, Lowered, attend, check_backend, lower
 from sightline.attention.backend import KernelRequirements
 from sightline.attention.exchange import Exchange, Exchanges, LocalExchanges
+from sightline.attention.one_query import OneQuery, lower_or_one_query
 
 __all__ = [
     "BACKENDS",
@@ -12,7 +13,9 @@ __all__ = [
     "KernelRequirements",
     "LocalExchanges",
     "Lowered",
+    "OneQuery",
     "attend",
     "check_backend",
     "lower",
+    "lower_or_one_query",
 ]

@@ -18,7 +18,7 @@ from sightline.cli.source import SourceArgument, find_source
 from sightline.config.checks import check_text
 from sightline.data import Tokenizer, pack_patches
 from sightline.data.image_files import read_image
-from sightline.generation import SamplingConfig, stream
+from sightline.generation import SamplingConfig, generate_batch, stream
 from sightline.models import VLMConfig
 from sightline.training.device import choose_device
 
@@ -28,11 +28,13 @@ IMAGE_PLACEHOLDER = "<image>"
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(SamplingConfig):
-    """Continue a prompt with a trained model, token by token.
+    """Continue a prompt, or a batch of prompts, with a trained model.
 
     examples:
       sightline generate runs/llama3-tiny --prompt "def " --temperature 0.5
       sightline generate ~/Qwen3-0.6B --prompt "The capital of France is"
+      sightline generate ~/Qwen3-0.6B --prompt "The capital of France is" --prompt "2 + 2 ="
+      sightline generate ~/Qwen3-0.6B --prompt-file prompts.txt
       sightline generate runs/vlm-tiny --image circle.png --prompt "<image>a"
       sightline generate package.module:RUN --prompt "def "
     """
@@ -42,10 +44,13 @@ class Generate(SamplingConfig):
     Or package.module:NAME, a Run of your own, for its output directory."""
     family: str | None = None
     """The family of the directory's model, if it is your own: package.module:NAME, a Family or a Run."""
-    prompt: str = "def "
-    """The text to continue; `<image>` marks the position of an image."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """The text to continue, "def " by default; `<image>` marks the position of an image. Repeat the option to continue
+    several texts together, each with a seed of its own: seed, seed + 1, ..."""
+    prompt_file: Path | None = None
+    """Text file with one prompt per line, after those of --prompt; empty lines are skipped."""
     image: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """Image file, for vision-language models; repeat the option for more images, in the order of the prompt."""
+    """Image file, for vision-language models; repeat the option for more images, in the order of the prompts."""
     max_new_tokens: int = 200
     """Most tokens to generate; generation stops earlier if the model ends the document."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -56,16 +61,59 @@ class Generate(SamplingConfig):
 
 def main(argv: list[str]) -> None:
     options = parse_options(Generate, argv, prog="sightline generate")
-    check_text("--prompt", options.prompt)
+    texts = read_texts(options.prompt, options.prompt_file)
     device = choose_device(config.TrainingConfig(device=options.device))
     directory, family = find_source(options.source, options.family)
     model, tokenizer = sightline.load(directory, device=device, family=family, verify=options.verify)
-    prompt, extra = read_prompt(options.prompt, options.image, model.config, tokenizer)
-    pieces = stream(model, tokenizer, prompt, options, extra=extra)
-    print(options.prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    prompts, extras = read_prompts(texts, options.image, model.config, tokenizer)
+    if len(texts) == 1:
+        pieces = stream(model, tokenizer, prompts[0], options, extra=extras[0])
+        print(texts[0], end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+        return
+    for text, generated in zip(texts, generate_batch(model, tokenizer, prompts, options, extras=extras), strict=True):
+        print(f"{text}{generated}\n")
+
+
+def read_texts(prompts: Sequence[str], path: Path | None) -> list[str]:
+    """Return the texts to continue: those of the command line, then the lines of a file; "def " if there are none.
+
+    Raises:
+        ValueError: if a text has characters that cannot be encoded, or the file cannot be read or has no prompt.
+    """
+    texts = list(prompts)
+    if path is not None:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompt-file {path}: {error}; expected a UTF-8 text file, one prompt a line") from error
+        if not any(line.strip() for line in lines):
+            raise ValueError(f"--prompt-file {path} has no prompt; expected one a line")
+        texts += [line for line in lines if line.strip()]
+    for text in texts:
+        check_text("--prompt", text)
+    return texts or ["def "]
+
+
+def read_prompts(
+    texts: Sequence[str], images: Sequence[Path], model: object, tokenizer: Tokenizer
+) -> tuple[list[str | list[int]], list[dict[str, Tensor]]]:
+    """Return `read_prompt` of each text; each takes as many of the images as it has placeholders, in order.
+
+    Raises:
+        ValueError: if `read_prompt` does, or images are left over.
+    """
+    prompts, extras, remaining = [], [], list(images)
+    for index, text in enumerate(texts):
+        last = index == len(texts) - 1  # gets the images that are left, so that their number is checked
+        count = len(remaining) if last else text.count(IMAGE_PLACEHOLDER)
+        prompt, extra = read_prompt(text, remaining[:count], model, tokenizer)
+        prompts.append(prompt)
+        extras.append(extra)
+        remaining = remaining[count:]
+    return prompts, extras
 
 
 def read_prompt(

@@ -8,8 +8,10 @@ from sightline.layers.base import (
     TensorParallelLayer,
     attention_layers,
     flops_per_token,
+    kernel_requirements,
 )
 from sightline.layers.cache import KeyValueCache, LayerCache, RecurrentCache
+from sightline.layers.linear import Linear
 from sightline.layers.loss import add_gradient_of, linear_cross_entropy
 from sightline.layers.losses import LOSSES, Loss, compute_loss, get_loss
 from sightline.layers.mla import MultiHeadLatentAttention
@@ -27,6 +29,7 @@ __all__ = [
     "GroupedQueryAttention",
     "KeyValueCache",
     "LayerCache",
+    "Linear",
     "Llama3RopeScaling",
     "Loss",
     "MoE",
@@ -47,6 +50,7 @@ __all__ = [
     "compute_loss",
     "flops_per_token",
     "get_loss",
+    "kernel_requirements",
     "linear_cross_entropy",
     "rope_frequencies",
     "rotate",

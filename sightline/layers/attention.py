@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sightline.attention import Lowered, attend
 from sightline.layers.base import AttentionLayer
 from sightline.layers.cache import KeyValueCache
+from sightline.layers.linear import Linear
 from sightline.layers.norm import RMSNorm
 from sightline.layers.rope import rotate
 
@@ -43,10 +44,10 @@ class GroupedQueryAttention(AttentionLayer):
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
-        self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
-        self.value = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
-        self.output = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+        self.query = Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.key = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.value = Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.output = Linear(num_heads * head_dim, hidden_size, bias=bias)
         self.query_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
         self.key_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
         self.sinks = nn.Parameter(torch.empty(num_heads)) if sinks else None

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from torch import nn
 
 from sightline.layers.cache import KeyValueCache
+from sightline.layers.linear import Linear
 
 
 class TensorParallelLayer(nn.Module):
@@ -76,7 +77,7 @@ class RecurrentLayer(TensorParallelLayer):
         raise NotImplementedError
 
 
-class OutputProjection(nn.Linear):
+class OutputProjection(Linear):
     """Linear layer from hidden states to logits, without bias: one row for each token of the vocabulary."""
 
 
@@ -168,3 +169,15 @@ def _flops_of_matrices(module: nn.Module) -> float:
 def attention_layers(module: nn.Module) -> list[AttentionLayer]:
     """Return the attention layers of a module, in order."""
     return [layer for layer in module.modules() if isinstance(layer, AttentionLayer)]
+
+
+def kernel_requirements(module: nn.Module) -> dict[str, Any]:
+    """Return the features that a kernel needs to run every attention layer of a module: fields of
+    `KernelRequirements`."""
+    needs = [layer.kernel_requirements() for layer in attention_layers(module)]
+    return {
+        "sinks": any(need["sinks"] for need in needs),
+        "head_dim": max((need["head_dim"] for need in needs), default=None),
+        "value_dim": max((need["value_dim"] for need in needs), default=None),
+        "softcap": any(need.get("softcap", False) for need in needs),
+    }

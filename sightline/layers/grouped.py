@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sightline.layers.linear import linear
 from sightline.precision import autocast_dtype
 from sightline.torch_private import disable_compiler
 
@@ -64,7 +65,22 @@ def _by_kernel(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None) -
 
 @disable_compiler  # every new `counts` would recompile
 def _by_group(x: Tensor, counts: Tensor, *layers: Layer) -> tuple[Tensor, ...]:
+    if not torch.is_grad_enabled():
+        return _without_gradients(x, counts.tolist(), *layers)
     return _ByGroup.apply(x, counts.tolist(), *(part for layer in layers for part in layer))
+
+
+def _without_gradients(x: Tensor, counts: list[int], *layers: Layer) -> tuple[Tensor, ...]:
+    """Return the products of each layer. Groups without rows cost nothing, which is most of them in generation."""
+    outs = []
+    for weight, bias in layers:
+        parts = [
+            linear(x[rows], weight[group], None if bias is None else bias[group]) for group, rows in _slices(counts)
+        ]
+        if sum(counts) < len(x) or not parts:
+            parts.append(x.new_zeros(len(x) - sum(counts), weight.shape[1]))
+        outs.append(torch.cat(parts))
+    return tuple(outs)
 
 
 class _ByGroup(torch.autograd.Function):
@@ -96,7 +112,7 @@ class _ByGroup(torch.autograd.Function):
         grad_x = torch.empty_like(x) if need_x else None
         grad_weights = [torch.empty_like(w) if need else None for w, need in zip(weights, needs[::2], strict=True)]
         grad_biases = [w.new_empty(w.shape[:2]) if need else None for w, need in zip(weights, needs[1::2], strict=True)]
-        for group, rows in _slices(ctx.counts):
+        for group, rows in _slices(ctx.counts, empty=True):  # the weights of an empty group get a gradient of 0
             for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
                 if grad_x is not None and i == 0:
                     torch.mm(grad[rows], weight[group], out=grad_x[rows])
@@ -111,8 +127,10 @@ class _ByGroup(torch.autograd.Function):
         return grad_x, None, *(grad for layer in zip(grad_weights, grad_biases, strict=True) for grad in layer)
 
 
-def _slices(counts: list[int]) -> Iterator[tuple[int, slice]]:
-    """Yield each group with the slice of its rows."""
+def _slices(counts: list[int], *, empty: bool = False) -> Iterator[tuple[int, slice]]:
+    """Yield each group that has rows, or with `empty` each group, with the slice of its rows."""
     start = 0
     for group, count in enumerate(counts):
-        yield group, slice(start, start := start + count)
+        if count or empty:
+            yield group, slice(start, start + count)
+        start += count

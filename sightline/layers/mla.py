@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sightline.attention import Lowered, attend
+from sightline.attention import Lowered, OneQuery, attend
 from sightline.layers.base import AttentionLayer
 from sightline.layers.cache import KeyValueCache
+from sightline.layers.linear import Linear
 from sightline.layers.norm import RMSNorm
 from sightline.layers.rope import Rotation, rotate
 
@@ -45,14 +46,14 @@ class MultiHeadLatentAttention(AttentionLayer):
         self.kv_lora_rank, self.v_head_dim = kv_lora_rank, v_head_dim
         self.qk_nope_head_dim, self.qk_rope_head_dim = qk_nope_head_dim, qk_rope_head_dim
         self.scale = score_factor * (qk_nope_head_dim + qk_rope_head_dim) ** -0.5
-        self.query_down = None if q_lora_rank is None else nn.Linear(hidden_size, q_lora_rank, bias=False)
+        self.query_down = None if q_lora_rank is None else Linear(hidden_size, q_lora_rank, bias=False)
         self.query_norm = None if q_lora_rank is None else RMSNorm(q_lora_rank, LATENT_NORM_EPS)
         query_channels = num_heads * (qk_nope_head_dim + qk_rope_head_dim)
-        self.query = nn.Linear(q_lora_rank or hidden_size, query_channels, bias=False)
-        self.kv_down = nn.Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=False)
+        self.query = Linear(q_lora_rank or hidden_size, query_channels, bias=False)
+        self.kv_down = Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=False)
         self.kv_norm = RMSNorm(kv_lora_rank, LATENT_NORM_EPS)
-        self.kv = nn.Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
-        self.output = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
+        self.kv = Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
+        self.output = Linear(num_heads * v_head_dim, hidden_size, bias=False)
 
     def init_weights(self, std: float, output_std: float) -> None:
         """Initialize weights to normal with these standard deviations; weights that read a latent use fan_in^-0.5."""
@@ -88,7 +89,10 @@ class MultiHeadLatentAttention(AttentionLayer):
         latent, k_rope = self.kv_norm(latent)[:, :, None], rotate(k_rope[:, :, None], rotation)  # one head
         latent, k_rope = latent.transpose(1, 2), k_rope.transpose(1, 2)
         if cache is not None:
-            latent, k_rope = cache.append(latent, k_rope)
+            (joint,) = cache.append(torch.cat([latent, k_rope], dim=-1))
+            if isinstance(mask.backend, OneQuery):
+                return self._attend_to_latents(x, mask, rotation, joint)
+            latent, k_rope = joint.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         pending = mask.exchange.start(latent, k_rope)  # overlaps with the computation of the queries
         q_BSHD = self._queries(x, rotation)
         latent, k_rope = (t.transpose(1, 2) for t in pending.wait())
@@ -97,13 +101,35 @@ class MultiHeadLatentAttention(AttentionLayer):
         out = attend(q, k, v, mask, scale=self.scale)
         return self.output(out.transpose(1, 2).flatten(2))
 
+    def _attend_to_latents(self, x: Tensor, mask: Lowered, rotation: Rotation, joint: Tensor) -> Tensor:
+        """Compute `forward` of one token per row without the keys and values of the cached tokens.
+
+        A score q_nope' W k of a latent k is (W' q_nope)' k, so the query moves to the space of the latents; the sum of
+        the weighted latents is projected to the value. The cached tokens are read once for all heads.
+
+        x      [B, 1, W]
+        joint  [B, 1, T, kv_lora_rank + qk_rope_head_dim], the latents and the shared keys of all tokens so far
+        """
+        weight = self.kv.weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))  # [H, channels, rank]
+        key_weight, value_weight = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        q_nope, q_rope = self._split_queries(x, rotation)
+        q_latent = torch.bmm(q_nope[:, 0].transpose(0, 1), key_weight).transpose(0, 1)  # [B, H, rank]
+        q = torch.cat([q_latent, q_rope[:, 0]], dim=-1)[:, :, None]
+        out = attend(q, joint, joint[..., : self.kv_lora_rank], mask, scale=self.scale)
+        values = torch.bmm(out[:, :, 0].transpose(0, 1), value_weight.mT).transpose(0, 1)  # [B, H, v_head_dim]
+        return self.output(values.flatten(1)[:, None])
+
     def _queries(self, x: Tensor, rotation: Rotation) -> Tensor:
         """Return the queries [B, S, H, D] after RoPE, D = qk_nope_head_dim + qk_rope_head_dim."""
+        return torch.cat(self._split_queries(x, rotation), dim=-1)
+
+    def _split_queries(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Return the queries without RoPE [B, S, H, qk_nope_head_dim] and with RoPE [B, S, H, qk_rope_head_dim]."""
         if self.query_down is not None and self.query_norm is not None:
             x = self.query_norm(self.query_down(x))
         q = self.query(x).unflatten(-1, (-1, self.qk_nope_head_dim + self.qk_rope_head_dim))
         q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        return torch.cat([q_nope, rotate(q_rope, rotation)], dim=-1)
+        return q_nope, rotate(q_rope, rotation)
 
     def _keys_and_values(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys [B, T, H, D] and values [B, T, H, v_head_dim].

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sightline.layers.base import TensorParallelLayer
+from sightline.layers.linear import Linear
 
 
 class SwiGLU(TensorParallelLayer):
@@ -17,9 +18,9 @@ class SwiGLU(TensorParallelLayer):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate = Linear(hidden_size, intermediate_size, bias=False)
+        self.up = Linear(hidden_size, intermediate_size, bias=False)
+        self.down = Linear(intermediate_size, hidden_size, bias=False)
 
     def init_weights(self, std: float, output_std: float) -> None:
         for linear in (self.gate, self.up):

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from sightline.layers.base import TensorParallelLayer, flops_per_token
 from sightline.layers.grouped import grouped_linear, grouped_linears
+from sightline.layers.linear import linear
 from sightline.precision import no_autocast
 
 
@@ -111,7 +112,7 @@ class Router(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         with no_autocast(x):
             bias = None if self.bias is None else self.bias.to(dtype)
-            logits = F.linear(x.to(dtype), self.weight.to(dtype), bias)
+            logits = linear(x.to(dtype), self.weight.to(dtype), bias)
         return logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()
 
     def _mask_groups(self, scores: Tensor) -> Tensor:
@@ -247,6 +248,9 @@ class MoE(TensorParallelLayer):
         """
         tokens = x.flatten(0, 1)
         routing = self.router(tokens, None if visible is None else visible.flatten())
+        if len(tokens) == 1 and not torch.is_grad_enabled():
+            out = self._one_token(tokens, routing).view_as(x)
+            return out if self.shared is None else out + self.shared(x)
         # The N * K (token, expert) pairs sorted by expert; pairs that are not routed come last.
         permutation = routing.experts.flatten().argsort(stable=True)
         rows = permute(tokens, permutation, self.router.top_k)
@@ -255,6 +259,14 @@ class MoE(TensorParallelLayer):
             rows, weights = rows * weights.flatten()[permutation, None], torch.ones_like(weights)
         out = unpermute(self.experts(rows, routing.counts), weights, permutation).view_as(x)
         return out if self.shared is None else out + self.shared(x)
+
+    def _one_token(self, token: Tensor, routing: Routing) -> Tensor:
+        """Return the weighted sum of the experts of one token [1, W], which needs no permutation of tokens."""
+        order = routing.experts[0].argsort()
+        rows, weights = token.expand(len(order), -1), routing.weights[:, order]
+        if self.score_before_experts:
+            rows, weights = rows * weights.T, torch.ones_like(weights)
+        return weights.to(rows.dtype) @ self.experts(rows, routing.counts)
 
 
 # Autograd's backward of indexing adds rows in no fixed order on a GPU. Here forward and backward are gathers, and the
@@ -267,12 +279,22 @@ def permute(tokens: Tensor, permutation: Tensor, top_k: int) -> Tensor:
     tokens       [N, W]
     permutation  int64 [N * K]; pair i belongs to token i // top_k
     """
+    if not torch.is_grad_enabled():
+        return tokens.index_select(0, permutation // top_k)
     return _Permute.apply(tokens, permutation, top_k)
 
 
 def unpermute(rows: Tensor, weights: Tensor, permutation: Tensor) -> Tensor:
     """Inverse of `permute`: return the sum [N, W] of each token's K rows, weighted by `weights` [N, K]."""
-    return _Unpermute.apply(rows, weights.to(rows.dtype), permutation)
+    weights = weights.to(rows.dtype)
+    if not torch.is_grad_enabled():
+        return _weighted_sums(rows, weights, permutation)
+    return _Unpermute.apply(rows, weights, permutation)
+
+
+def _weighted_sums(rows: Tensor, weights: Tensor, permutation: Tensor) -> Tensor:
+    index = _inverse_permutation(permutation, weights.shape[1])
+    return F.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
 
 
 def _inverse_permutation(permutation: Tensor, top_k: int) -> Tensor:
@@ -299,8 +321,7 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, permutation: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights, permutation)
-        index = _inverse_permutation(permutation, weights.shape[1])
-        return F.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
+        return _weighted_sums(rows, weights, permutation)
 
     @staticmethod
     @once_differentiable

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sightline.attention import Lowered
 from sightline.layers.base import RecurrentLayer
 from sightline.layers.cache import RecurrentCache
+from sightline.layers.linear import Linear
 from sightline.layers.norm import RMSNorm
 from sightline.masks import AttentionMask
 from sightline.precision import no_autocast
@@ -31,6 +32,8 @@ def causal_convolution(x: Tensor, weight: Tensor, segments: Tensor, past: Tensor
     """
     length, history = x.shape[1], weight.shape[1] - 1
     y = x * weight[:, history]
+    if length == 1 and past is not None:
+        return y + (past * weight[:, :history].T).sum(dim=1, keepdim=True) * (segments == 0)[..., None]
     x = F.pad(x, (0, 0, history, 0)) if past is None else torch.cat([past, x], dim=1)
     padded = F.pad(segments, (history, 0))
     for lag in range(1, history + 1):
@@ -75,6 +78,8 @@ def gated_delta_rule(
     P is 0 between documents, and a_i is 0 from the first document start on, so each document has a separate system.
     """
     dtype, length = v.dtype, v.shape[1]
+    if length == 1 and state is not None:
+        return _one_token(q, k, v, decay, beta, segments, state)
     with no_autocast(v):
         chunk_size = min(chunk_size, length)
         pair_decay, state_decay = _decay_factors(
@@ -103,6 +108,23 @@ def gated_delta_rule(
 
         o = (q * state_decay) @ torch.stack(states) + (qk * pair_decay) @ torch.stack(updates)
     return o.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length].to(dtype), state
+
+
+def _one_token(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, segments: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute `gated_delta_rule` of one token per row, the recurrence itself."""
+    dtype, repeat = v.dtype, v.shape[2] // k.shape[2]
+    with no_autocast(v):
+        q, k, v, decay, beta = (_at_least_float32(t[:, 0]) for t in (q, k, v, decay, beta))
+        if repeat > 1:
+            q, k = q.repeat_interleave(repeat, dim=1), k.repeat_interleave(repeat, dim=1)
+        keep = decay.exp() * (segments == 0)  # [B, H]; 0 where the token starts a document
+        state = state * keep[..., None, None]
+        update = beta[..., None] * (v - (k[..., None, :] @ state)[..., 0, :])
+        state = torch.addcmul(state, k[..., None], update[..., None, :])
+        o = q[..., None, :] @ state
+    return o.transpose(1, 2).to(dtype), state
 
 
 def _decay_factors(decay: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,15 +208,15 @@ class GatedDeltaNet(RecurrentLayer):
         values = num_value_heads * value_head_dim
         # Channels of each key head in `qkv`: its query, its key, and the values of the value heads that share it.
         self.qkv_sizes = [key_head_dim, key_head_dim, values // num_key_heads]
-        self.qkv = nn.Linear(hidden_size, num_key_heads * sum(self.qkv_sizes), bias=False)
+        self.qkv = Linear(hidden_size, num_key_heads * sum(self.qkv_sizes), bias=False)
         self.convolution = CausalConvolution(num_key_heads * sum(self.qkv_sizes), conv_kernel)
-        self.beta = nn.Linear(hidden_size, num_value_heads, bias=False)
-        self.decay = nn.Linear(hidden_size, num_value_heads, bias=False)
+        self.beta = Linear(hidden_size, num_value_heads, bias=False)
+        self.decay = Linear(hidden_size, num_value_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(num_value_heads))
         self.dt_bias = nn.Parameter(torch.empty(num_value_heads))
         self.norm = RMSNorm(value_head_dim, norm_eps)
-        self.gate = nn.Linear(hidden_size, values, bias=False)
-        self.output = nn.Linear(values, hidden_size, bias=False)
+        self.gate = Linear(hidden_size, values, bias=False)
+        self.output = Linear(values, hidden_size, bias=False)
 
     def init_weights(self, std: float, output_std: float) -> None:
         """Initialize weights to normal, with std K^-0.5 for the convolution, and norm and dt_bias to 1.

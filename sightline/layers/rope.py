@@ -154,6 +154,8 @@ def build_rotation(positions: Tensor, frequencies: Tensor, factor: float = 1.0) 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate the channel pairs of x [B, S, H, D]; computed in float32, returned in the dtype of x."""
+    if not torch.is_grad_enabled():
+        return _apply_rotation(x, rotation.cos, rotation.sin)
     return _Rotate.apply(x, rotation.cos, rotation.sin)
 
 

@@ -9,11 +9,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from sightline.attention import Exchanges, KernelRequirements, LocalExchanges, Lowered, check_backend, lower
+from sightline.attention import (
+    Exchanges,
+    KernelRequirements,
+    LocalExchanges,
+    Lowered,
+    check_backend,
+    lower_or_one_query,
+)
 from sightline.batch import Batch, ImageSizes
 from sightline.config.checks import check_values
 from sightline.config.renamed import RenamedFields
@@ -31,10 +37,12 @@ from sightline.layers import (
     build_rotation,
     compute_loss,
     flops_per_token,
+    kernel_requirements,
     linear_cross_entropy,
     rope_frequencies,
     routers_of,
 )
+from sightline.layers.linear import linear
 from sightline.masks import AttentionMask, causal, document, named_masks
 from sightline.models.block import Layer, Layers
 from sightline.models.checks import check_positive
@@ -102,7 +110,7 @@ class Decoder(nn.Module):
             (len(module.gate) for module in self.layers.modules() if isinstance(module, Experts)), default=0
         )
         # Both take the weight of the output projection, and are replaced when the vocabulary is sharded.
-        self.logits: Callable[[Tensor, Tensor], Tensor] = F.linear
+        self.logits: Callable[[Tensor, Tensor], Tensor] = linear
         self.token_losses: Callable[..., Tensor] = linear_cross_entropy
         self.loss: Loss = LOSSES[0]
         self.context_group: ProcessGroup | None = None  # ranks that share each row; None without context parallelism
@@ -179,6 +187,7 @@ class Decoder(nn.Module):
         labels: Tensor | None = None,
         cache: dict[str, LayerCache] | None = None,
         loss_inputs: dict[str, Tensor] | None = None,
+        last_token_only: bool = False,
     ) -> Tensor:
         """Return logits [B, S, V]; with labels, the loss summed over tokens in float32, without storing logits.
 
@@ -190,16 +199,12 @@ class Decoder(nn.Module):
         labels           int64 [B, S], -100 for tokens without a loss
         cache            {layer name: cache} from `new_cache`, for generation; the tokens of this call are appended
         loss_inputs      {name: [B, S]} from `loss.per_token_inputs`, if the loss needs any
+        last_token_only  return only the logits of the last token of each row, [B, 1, V]
         """
         h = tokens if self.embedding is None else self.embedding(tokens)
-        return self.forward_embedded(
-            h,
-            attention_masks=attention_masks,
-            positions=positions,
-            labels=labels,
-            cache=cache,
-            loss_inputs=loss_inputs,
-        )
+        inputs: dict[str, Any] = {"attention_masks": attention_masks, "positions": positions, "labels": labels}
+        inputs |= {"cache": cache, "loss_inputs": loss_inputs, "last_token_only": last_token_only}
+        return self.forward_embedded(h, **inputs)
 
     def forward_embedded(
         self,
@@ -210,13 +215,14 @@ class Decoder(nn.Module):
         labels: Tensor | None,
         cache: dict[str, LayerCache] | None,
         loss_inputs: dict[str, Tensor] | None = None,
+        last_token_only: bool = False,
     ) -> Tensor:
         """Run `forward` from embedded tokens h [B, S, W] on; families with their own embedding step call this."""
         lowered = self.lower_masks(named_masks(attention_masks), h)
         h = self.layers(h, lowered, self.encode_positions(positions), cache)
         if self.norm is None:
             return h
-        return self.head(self.norm(h), labels, loss_inputs)
+        return self.head(self.norm(h[:, -1:] if last_token_only else h), labels, loss_inputs)
 
     def hidden_state_modules(self) -> list[nn.Module]:
         """Return the modules between the embedding and the final norm: here `layers`, as one module.
@@ -253,13 +259,7 @@ class Decoder(nn.Module):
     @cached_property
     def kernel_requirements(self) -> dict[str, Any]:
         """Features that a kernel needs to run every attention layer, as fields of `KernelRequirements`."""
-        needs = [layer.kernel_requirements() for layer in attention_layers(self)]
-        return {
-            "sinks": any(need["sinks"] for need in needs),
-            "head_dim": max((need["head_dim"] for need in needs), default=None),
-            "value_dim": max((need["value_dim"] for need in needs), default=None),
-            "softcap": any(need.get("softcap", False) for need in needs),
-        }
+        return kernel_requirements(self)
 
     def check_backend(
         self, device: torch.device, dtype: torch.dtype, *, training: bool, same_tokens: bool = True
@@ -283,7 +283,7 @@ class Decoder(nn.Module):
         lowered = {}
         for name, original in masks.items():
             mask, exchange = self.exchanges.bind(original, h.device)
-            lowered[name] = lower(
+            lowered[name] = lower_or_one_query(
                 mask,
                 backend=self.attention_backend,
                 device=h.device,

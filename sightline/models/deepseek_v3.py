@@ -230,6 +230,7 @@ class DeepseekV3(Decoder):
         labels: Tensor | None = None,
         cache: dict[str, LayerCache] | None = None,
         loss_inputs: dict[str, Tensor] | None = None,
+        last_token_only: bool = False,
         next_tokens: Tensor | None = None,
         next_labels: Tensor | None = None,
     ) -> Tensor:
@@ -238,14 +239,9 @@ class DeepseekV3(Decoder):
         next_tokens, next_labels  int64 [B, S], from `shift_for_mtp`; needed only if `tokens` are not full rows
         """
         if self.prediction is None or labels is None or not self.training:
-            return super().forward(
-                tokens,
-                attention_masks=attention_masks,
-                positions=positions,
-                labels=labels,
-                cache=cache,
-                loss_inputs=loss_inputs,
-            )
+            inputs: dict[str, Any] = {"attention_masks": attention_masks, "positions": positions, "labels": labels}
+            inputs |= {"cache": cache, "loss_inputs": loss_inputs, "last_token_only": last_token_only}
+            return super().forward(tokens, **inputs)
         assert self.embedding is not None and self.norm is not None, "MTP needs embedding and output head on one rank"
         h = self.embedding(tokens)
         lowered, rotation = self.lower_masks(named_masks(attention_masks), h), self.encode_positions(positions)

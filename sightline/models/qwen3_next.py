@@ -19,6 +19,7 @@ from sightline.layers import (
     GatedDeltaNet,
     GroupedQueryAttention,
     KeyValueCache,
+    Linear,
     MoE,
     Rotation,
     Router,
@@ -122,7 +123,7 @@ class GatedAttention(GroupedQueryAttention):
         super().__init__(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim)
         self.query_norm = ZeroCenteredRMSNorm(config.head_dim, config.norm_eps)
         self.key_norm = ZeroCenteredRMSNorm(config.head_dim, config.norm_eps)
-        self.gate = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=False)
+        self.gate = Linear(config.hidden_size, config.num_heads * config.head_dim, bias=False)
 
     def init_weights(self, std: float, output_std: float) -> None:
         super().init_weights(std, output_std)
@@ -141,7 +142,7 @@ class SharedExpert(SwiGLU):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__(hidden_size, intermediate_size)
-        self.share = nn.Linear(hidden_size, 1, bias=False)
+        self.share = Linear(hidden_size, 1, bias=False)
 
     def init_weights(self, std: float, output_std: float) -> None:
         super().init_weights(std, output_std)

@@ -189,6 +189,7 @@ class VLM(Llama3):
         labels: Tensor | None = None,
         cache: dict[str, LayerCache] | None = None,
         loss_inputs: dict[str, Tensor] | None = None,
+        last_token_only: bool = False,
         patches: Tensor | None = None,
         patch_grid: Tensor | None = None,
         image_index: Tensor | None = None,
@@ -209,9 +210,8 @@ class VLM(Llama3):
                 image_index = index_image_tokens(tokens == self.config.image_token_id)
             h = insert_image_features(h, features, image_index)
         masks = {"decoder": masks["decoder"]}
-        return self.forward_embedded(
-            h, attention_masks=masks, positions=positions, labels=labels, cache=cache, loss_inputs=loss_inputs
-        )
+        inputs: dict[str, Any] = {"attention_masks": masks, "positions": positions, "labels": labels, "cache": cache}
+        return self.forward_embedded(h, **inputs, loss_inputs=loss_inputs, last_token_only=last_token_only)
 
     def encode_images(self, patches: Tensor, patch_grid: Tensor, mask: AttentionMask) -> Tensor:
         """Map patches [B, P, C] to the embeddings of each row's image tokens: [B, P / spatial_merge_size^2, W]."""

@@ -121,3 +121,42 @@ def test_file_that_is_not_an_image_is_refused(vlm_directory: Path, tmp_path: Pat
     (tmp_path / "notes.png").write_text("no image")
     with pytest.raises(ValueError, match=r"cannot read an image from .*notes.png"):
         generate.main([str(vlm_directory), "--prompt", "<image>a", "--image", str(tmp_path / "notes.png")])
+
+
+def test_several_prompts_are_continued_together(
+    directory: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Prompts of the command line come first, then those of the file; prompt i has seed + i."""
+    (tmp_path / "prompts.txt").write_text("the large\n\n  \na\n")
+    model, texts = load_pretrained(directory), ["a small", "red", "the large", "a"]
+    alone = [
+        generation.generate(model, tokenizer, text, SamplingConfig(max_new_tokens=8, seed=2 + i))
+        for i, text in enumerate(texts)
+    ]
+    options = ["--prompt", texts[0], "--prompt", texts[1], "--prompt-file", tmp_path / "prompts.txt", "--seed", 2]
+    output = generated_text(capsys, directory, *options)
+    assert output == "".join(f"{text}{generated}\n\n" for text, generated in zip(texts, alone, strict=True))
+
+
+def test_images_go_to_the_prompts_in_order(
+    vlm_directory: Path, tokenizer: Tokenizer, drawings: list[Path], capsys: pytest.CaptureFixture
+) -> None:
+    prompts = ["<image>a", "the", "red<image>"]
+    options = [option for prompt in prompts for option in ("--prompt", prompt)]
+    images = [option for path in drawings for option in ("--image", path)]
+    output = generated_text(capsys, vlm_directory, *options, *images, "--temperature", 0)
+    alone = [
+        generated_text(capsys, vlm_directory, "--prompt", prompt, *image, "--temperature", 0)
+        for prompt, image in zip(prompts, (images[:2], [], images[2:]), strict=True)
+    ]
+    assert output == "".join(f"{text}\n" for text in alone)
+    with pytest.raises(ValueError, match=r"'red' contains <image> 0 times, but --image was given 1 times"):
+        generated_text(capsys, vlm_directory, "--prompt", "<image>a", "--prompt", "red", *images)
+
+
+def test_bad_prompt_files_are_refused(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for name, text in (("empty.txt", "has no prompt"), ("latin.txt", "expected a UTF-8"), ("none.txt", "No such file")):
+        with pytest.raises(ValueError, match=rf"--prompt-file .*{name}.*{text}"):
+            generate.main([str(directory), "--prompt-file", str(tmp_path / name)])

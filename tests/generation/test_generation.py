@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sightline import Batch
 from sightline.generation import SamplingConfig, generate, stream
-from sightline.generation.text import sample
+from sightline.generation.sampling import sample
 from sightline.layers import KeyValueCache
 from sightline.masks import AttentionMask, document, sliding_window
 from sightline.models import Llama3, build_model

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from sightline.attention import Lowered
+from sightline.attention import Lowered, lower_or_one_query
+from sightline.attention.exchange import LocalExchange
 from sightline.layers import KeyValueCache, MultiHeadLatentAttention, Rotation, build_rotation, rope_frequencies
 from sightline.masks import AttentionMask, causal, document
 from tests.support.lowering import lowered
@@ -98,8 +99,8 @@ def test_cache_holds_latent_and_shared_key_only() -> None:
         out = layer(x[:, new], lowered(part, torch.float64), build_rotation(new[None], frequencies), cache)
         assert_close(out, full[:, new])
         start = end
-    latents, keys = cache.append(torch.zeros(1, 1, 1, 9), torch.zeros(1, 1, 1, 4))
-    assert (latents.shape, keys.shape) == ((1, 1, 13, 9), (1, 1, 13, 4)), "9 + 4 values per token, for all heads"
+    (joint,) = cache.append(torch.zeros(1, 1, 1, 13))
+    assert joint.shape == (1, 1, 13, 13), "9 + 4 values per token, for all heads"
 
 
 def test_initial_spread() -> None:
@@ -116,3 +117,20 @@ def test_initial_spread() -> None:
     )
     direct.init_weights(0.5, 0.25)
     assert direct.query.weight.std().item() == pytest.approx(0.5, rel=0.05)
+
+
+def test_latents_attended_to_directly_equal_expanded_keys_and_values() -> None:
+    """One token per row after a cache of unequal rows: without gradients through the latents, else expanded."""
+    layer, frequencies = make_layer(), rope_frequencies(4, 100.0)
+    x, start = torch.randn(2, 12, W, dtype=torch.float64), torch.tensor([[[0]], [[5]]], dtype=torch.int32)
+    mask = AttentionMask(start, torch.full_like(start, 12), 12)
+    outs = {}
+    for backend in ("auto", "reference"):
+        cache, prompt = KeyValueCache(), causal(2, 11)
+        options = {"device": torch.device("cpu"), "dtype": torch.float64, "training": False, "segments": False}
+        with torch.no_grad():
+            layer(x[:, :11], lowered(prompt, torch.float64), build_rotation(torch.arange(11)[None], frequencies), cache)
+            one = lower_or_one_query(mask, backend=backend, exchange=LocalExchange(mask), **options)
+            outs[one.backend.name] = layer(x[:, 11:], one, build_rotation(torch.tensor([[11]]), frequencies), cache)
+    assert set(outs) == {"one query", "reference"}
+    torch.testing.assert_close(outs["one query"], outs["reference"], atol=1e-12, rtol=0)

@@ -149,6 +149,17 @@ MOES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", MOES)
+@pytest.mark.parametrize(("tokens", "visible"), [(1, True), (1, False), (3, True)])
+def test_few_tokens_without_gradients_equal_loop(name: str, tokens: int, visible: bool) -> None:
+    """Most experts have no tokens, as in generation; padding gets the shared expert only."""
+    torch.manual_seed(0)
+    moe, x = make_moe(**MOES[name]), torch.randn(tokens, 1, W, dtype=torch.float64)
+    is_visible = torch.full((tokens, 1), visible)
+    with torch.no_grad():
+        torch.testing.assert_close(moe(x, is_visible), reference(moe, x, is_visible), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("name", MOES)
 def test_output_and_gradients_equal_reference(name: str) -> None:
     moe, x = make_moe(**MOES[name]), torch.randn(2, 9, W, dtype=torch.float64, requires_grad=True)
     out, expected = moe(x, VISIBLE), reference(moe, x, VISIBLE)

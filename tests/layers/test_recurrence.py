@@ -133,6 +133,31 @@ def test_chunked_rule_equals_reference(layout: str, with_state: bool) -> None:
     torch.testing.assert_close(grads, wanted, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("start", [[0, 0], [0, 1]])
+def test_one_token_with_a_state_equals_reference(start: list[int]) -> None:
+    """As in generation with a cache; a token that starts a document resets the state of its row."""
+    segments = torch.tensor(start)[:, None]
+    state = torch.randn(2, 4, 5, 3, dtype=torch.float64, requires_grad=True)
+    tensors = (*inputs(2, 1), state)
+    got = gated_delta_rule(*tensors[:5], segments, state)
+    expected = reference_delta_rule(*tensors[:5], segments, state)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+    weights = [torch.randn_like(value) for value in got]
+    grads = [torch.autograd.grad(values, tensors, weights, retain_graph=True) for values in (got, expected)]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+
+
+def test_convolution_of_one_token_equals_reference() -> None:
+    weight, past = torch.randn(3, 4, dtype=torch.float64), torch.randn(2, 3, 3, dtype=torch.float64)
+    x = torch.randn(2, 1, 3, dtype=torch.float64)
+    got = causal_convolution(x, weight, torch.tensor([[0], [1]]), past)
+    full = torch.cat([past, x], dim=1)
+    expected = reference_convolution(full, weight, torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]]))[:, -1:]
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+
+
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 17))
 @settings(max_examples=25, deadline=None)
 def test_any_layout_and_chunk_size(lengths: list[int], chunk_size: int) -> None:

@@ -1,0 +1,67 @@
+"""`linear` and the grouped products without gradients, against F.linear and the products with gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sightline.layers import Linear
+from sightline.layers import linear as module
+from sightline.layers.grouped import grouped_linear
+from sightline.torch_private import HAS_ONEDNN_LINEAR
+
+
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Return the list of inputs that reach oneDNN."""
+    calls: list[Tensor] = []
+    compute = module.onednn_linear
+
+    def spy(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        calls.append(x)
+        return compute(x, weight, bias)
+
+    monkeypatch.setattr(module, "onednn_linear", spy)
+    return calls
+
+
+@pytest.mark.skipif(not HAS_ONEDNN_LINEAR, reason="PyTorch was built without oneDNN, or for another processor")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 64])
+def test_equals_f_linear_without_gradients(rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    calls = spied(monkeypatch)
+    layer, x = Linear(48, 33, bias=bias), torch.randn(rows, 3, 48)
+    inputs = [x, x.transpose(0, 1), x[..., ::2].repeat_interleave(2, dim=-1), torch.randn(rows, 3, 96)[..., 48:]]
+    expected = [F.linear(x, layer.weight, layer.bias) for x in inputs]
+    with torch.no_grad():
+        for x, want in zip(inputs, expected, strict=True):
+            torch.testing.assert_close(layer(x), want, atol=1e-5, rtol=1e-5)
+        weight = torch.randn(2, 33, 4, 48)[1, :, 2]  # strided
+        torch.testing.assert_close(module.linear(inputs[0], weight), F.linear(inputs[0], weight), atol=1e-4, rtol=1e-5)
+    assert len(calls) == 5
+
+
+def test_gradients_other_dtypes_and_autocast_use_f_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = spied(monkeypatch)
+    layer, x = Linear(8, 4), torch.randn(2, 8)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad():
+        assert layer.double()(x.double()).dtype == torch.float64
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer.float()(x).dtype == torch.bfloat16
+    assert not calls
+
+
+@pytest.mark.parametrize("counts", [[2, 0, 3, 0], [0, 0, 0, 0], [0, 0, 0, 5], [1, 1, 1, 1]])
+@pytest.mark.parametrize("bias", [False, True])
+def test_grouped_products_without_gradients(counts: list[int], bias: bool) -> None:
+    """Groups without rows are skipped; the rows after the last group give 0."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 8), torch.randn(4, 5, 8)
+    biases = torch.randn(4, 5) if bias else None
+    expected = grouped_linear(x, weight.requires_grad_(), torch.tensor(counts), biases)
+    with torch.no_grad():
+        actual = grouped_linear(x, weight, torch.tensor(counts), biases)
+    torch.testing.assert_close(actual, expected.detach(), atol=1e-5, rtol=1e-5)
+    assert torch.equal(actual[sum(counts) :], torch.zeros(6 - sum(counts), 5))
