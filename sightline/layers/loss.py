@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sightline.batch import IGNORE
+from sightline.layers.linear import linear, weight_gradient
 from sightline.precision import autocast_dtype, no_autocast
 
 CHUNK_SIZE = 512
@@ -135,8 +136,7 @@ def _token_losses(
 ) -> Tensor:
     losses = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
     for tokens, labels, weights in selected.split(chunk_size):
-        logits = losses.new_empty(len(tokens), len(weight))
-        _matmul_into(logits, hidden[tokens], weight.t())
+        logits = _product(hidden[tokens], weight, losses.dtype)
         loss = losses_to_grads(logits, labels)
         losses[tokens] = loss if weights is None else loss * weights
     return losses
@@ -158,22 +158,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=dtype)
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
-        buffer = hidden.new_empty(min(chunk_size, len(selected.tokens)), len(weight), dtype=dtype)
         for tokens, labels, weights in selected.split(chunk_size):
-            x, logits = hidden[tokens], buffer[: len(tokens)]
-            _matmul_into(logits, x, weight.t())
+            x = hidden[tokens]
+            logits = _product(x, weight, dtype)
             losses = losses_to_grads(logits, labels)
             if weights is not None:
                 losses *= weights
                 logits *= weights[:, None]
             loss += losses.sum()
             grad_logits = logits.to(hidden.dtype)
+            del logits  # before the next chunk needs as much memory
             if grad_hidden is not None:
-                grad = torch.empty_like(x, dtype=dtype)
-                _matmul_into(grad, grad_logits, weight)
-                grad_hidden[tokens] = grad.to(hidden.dtype)
+                grad_hidden[tokens] = _product(grad_logits, weight.t(), dtype).to(hidden.dtype)
             if grad_weight is not None:
-                _matmul_into(grad_weight, grad_logits.t(), x, add=True)
+                _add_weight_gradient(grad_weight, grad_logits, x)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -189,11 +187,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def _matmul_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
-    """Compute out = a @ b or out += a @ b, accumulated in the precision of `out` even if a and b have less."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b, beta=int(add))
-        return
+def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x weight', accumulated in `dtype` even if x and weight have less precision."""
+    if x.dtype == dtype:
+        return linear(x, weight)
     # CUDA tensor cores accumulate bfloat16 in float32; CPUs multiply float32 several times faster than bfloat16.
-    product = torch.mm(a, b, out_dtype=out.dtype) if a.is_cuda else a.to(out.dtype) @ b.to(out.dtype)
-    out.add_(product) if add else out.copy_(product)
+    return torch.mm(x, weight.t(), out_dtype=dtype) if x.is_cuda else linear(x.to(dtype), weight.to(dtype))
+
+
+def _add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    """Compute total += grad' x, accumulated in the dtype of `total`."""
+    if x.is_cuda:
+        total.add_(grad.t() @ x if x.dtype == total.dtype else torch.mm(grad.t(), x, out_dtype=total.dtype))
+    else:
+        total.add_(weight_gradient(grad.to(total.dtype), x.to(total.dtype)))
