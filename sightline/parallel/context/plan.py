@@ -32,8 +32,8 @@ from sightline.parallel.context.transfers import (
 
 BALANCE = ParallelConfig.context_balance
 START_TOLERANCE = 0.02  # the search starts with work at most this fraction above the mean, and then uses the rest
-ROUNDS = 200  # of the search, for up to 8 ranks; more ranks have more pairs
-MOST_ROUNDS = 1000
+ROUNDS = 200  # of the search for a batch on up to 8 ranks: about 10 ms; more ranks have more pairs
+MOST_ROUNDS = 400
 FIXED_ORDERS = {order.__name__: order for order in (contiguous, headtail, roundrobin)}
 ORDERS = ("balanced", *FIXED_ORDERS)
 

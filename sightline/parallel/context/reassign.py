@@ -51,6 +51,7 @@ class _Search:
         self.cut_keys: Integers = np.append(np.asarray(costs.cut_keys), 0)
         self.share = (len(self.cut_keys) - 1) // degree
         self.limit = limit
+        self.costs = costs  # single entries of a memoryview are faster than those of an array
         self.random = np.random.default_rng(0)
         self.owned = self._split_at_free_cuts(pieces, degree)
         self.keys = [self._sum_cut_keys(spans) for spans in self.owned]
@@ -126,18 +127,19 @@ class _Search:
         """Sort spans and join those that were cut at a cost."""
         joined: list[Span] = []
         for first, last in sorted(spans):
-            if joined and joined[-1][1] == first and self.cut_keys[first]:
+            if joined and joined[-1][1] == first and self.costs.cut_keys[first]:
                 joined[-1] = (joined[-1][0], last)
             else:
                 joined.append((first, last))
         return joined
 
     def _sum_cut_keys(self, spans: list[Span]) -> int:
-        return int(self.cut_keys[[first for first, _ in spans]].sum())
+        cut_keys = self.costs.cut_keys
+        return sum(cut_keys[first] for first, _ in spans)
 
     def _sum_work(self, spans: list[Span]) -> int:
-        first, last = np.array(spans).T
-        return int((self.work_before[last] - self.work_before[first]).sum())
+        work_before = self.costs.work_before
+        return sum(work_before[last] - work_before[first] for first, last in spans)
 
 
 def _halves(spans: list[Span], start: int, share: int) -> tuple[list[Span], list[Span]]:
