@@ -12,10 +12,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from sightline.layers import RMSNorm, SwiGLU
+from sightline.layers import Linear, RMSNorm, SwiGLU
 from sightline.layers import attention as attention_layer
 from sightline.models.decoder import Decoder
 from sightline.training import step as training_step
@@ -28,7 +27,7 @@ PATCHED: tuple[tuple[Any, str, str], ...] = (
     (attention_layer, "attend", "attention"),
     (attention_layer, "rotate", "rope"),
     (Decoder, "head", "loss"),
-    (nn.Linear, "forward", "linear"),
+    (Linear, "forward", "linear"),
     (RMSNorm, "forward", "norm"),
     (SwiGLU, "forward", "swiglu"),
     (training_step, "clip_gradients", "optimizer"),

@@ -59,8 +59,10 @@ class _OneDnnLinear(torch.autograd.Function):
 
 
 def _onednn_applies(x: Tensor, weight: Tensor) -> bool:
-    """Whether both are plain float32 tensors on a CPU, not empty and without autocast; FSDP and tracing use subclasses of
-    Tensor."""
+    """Whether both are plain float32 tensors on a CPU, not empty and without autocast.
+
+    FSDP and tracing use subclasses of Tensor.
+    """
     plain = type(x) in (Tensor, nn.Parameter) and type(weight) in (Tensor, nn.Parameter)
     float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     return HAS_ONEDNN_LINEAR and plain and float32 and x.device.type == "cpu" and x.numel() * weight.numel() > 0

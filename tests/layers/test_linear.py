@@ -73,7 +73,7 @@ def test_gradients_equal_those_of_f_linear(
     actual, expected = derivatives(layer(x)), derivatives(F.linear(x, layer.weight, layer.bias))
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-5)
-    assert len(calls) > 3
+    assert not calls if shape == (0,) else len(calls) > 3
     layer.weight.requires_grad_(False)
     layer(x).sum().backward()
     layer(x.detach()).sum().backward() if bias else None
