@@ -34,7 +34,7 @@ class Lowered:
     reason    why this backend was chosen, for the log
     inputs    kernel inputs, built by `backend.lower`
     exchange  provides the keys and values that the mask indexes
-    visible   bool [B, Q] on the device: false for fully masked queries (padding)
+    visible   bool [B, Q] on the device: false for fully masked queries (padding); None if there are none for sure
     segments  int64 [B, S] on the device: document numbers of the full rows, for recurrent layers (see
               `sightline.masks.segments`); None if not requested
     """
@@ -44,7 +44,7 @@ class Lowered:
     reason: str
     inputs: Any
     exchange: Exchange
-    visible: Tensor
+    visible: Tensor | None
     segments: Tensor | None = None
 
 

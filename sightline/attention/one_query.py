@@ -27,7 +27,7 @@ def lower_or_one_query(
         inputs = kernel.lower(mask, needs)
         if not isinstance(inputs, Unsupported):
             numbers = number_segments(mask) if segments else None
-            return Lowered(mask, kernel, kernel.why, inputs, exchange, mask.visible_queries(), numbers)
+            return Lowered(mask, kernel, kernel.why, inputs, exchange, None, numbers)  # no query is fully masked
     return lower(mask, backend=backend, exchange=exchange, segments=segments, **requirements)
 
 
