@@ -148,7 +148,10 @@ class Decoder(nn.Module):
             nn.init.normal_(self.output.weight, std=std)
 
     def get_attention_masks(self, batch: Batch, tokenizer: object = None) -> Masks:
-        """Return the model's masks for a packed batch. Default: causal attention within each document."""
+        """Return the model's masks for a packed batch. Default: causal attention within each document.
+
+        Generation calls it before the new tokens are known, so they must not depend on the values of generated tokens.
+        """
         rows, length = batch.shape
         return causal(rows, length, device=batch.tokens.device) & document(batch.document_ids)
 
