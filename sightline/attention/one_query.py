@@ -15,7 +15,7 @@ from sightline.masks import AttentionMask
 from sightline.masks.segments import number_segments
 
 
-def lower_or_one_query(
+def lower_queries(
     mask: AttentionMask, *, backend: str, exchange: Exchange, segments: bool, **requirements: Any
 ) -> Lowered:
     """Return `lower` of a mask; with the backend `auto` and one query per row, a mask for `OneQuery` if it applies.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sightline.attention import OneQuery, attend, lower, lower_or_one_query
+from sightline.attention import OneQuery, attend, lower, lower_queries
 from sightline.attention.exchange import LocalExchange
 from sightline.masks import AttentionMask
 
@@ -37,7 +37,7 @@ def make_inputs(keys: int, heads: int, kv_heads: int, dtype: torch.dtype = torch
 
 def lowered(mask: AttentionMask, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
     options = {"backend": "auto", "training": False, "segments": False, **options}
-    return lower_or_one_query(mask, device=torch.device("cpu"), dtype=dtype, exchange=LocalExchange(mask), **options)
+    return lower_queries(mask, device=torch.device("cpu"), dtype=dtype, exchange=LocalExchange(mask), **options)
 
 
 @pytest.mark.parametrize("name", MASKS)

@@ -26,7 +26,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 64])
 def test_equals_f_linear_without_gradients(rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all layouts of the tokens and the weight. The weight is so small that oneDNN takes 64 rows only."""
+    """All layouts of the tokens and the weight are tried. The weight is so small that oneDNN takes 64 rows only."""
     torch.manual_seed(0)
     calls = spied(monkeypatch)
     layer, x = Linear(96, 33, bias=bias), torch.randn(rows, 1, 96)
