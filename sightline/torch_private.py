@@ -21,6 +21,18 @@ def is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_intercepted(*tensors: torch.Tensor) -> bool:
+    """Return whether a computation must be visible to PyTorch: for a trace, a mode, forward-mode or `torch.func`."""
+    functorch = torch._C._functorch
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or functorch.peek_interpreter_stack() is not None
+        or any(functorch.is_legacy_batchedtensor(x) for x in tensors)
+    )
+
+
 HAS_ONEDNN_LINEAR = (
     platform.machine() in ("x86_64", "AMD64")  # not tried on others
     and torch.backends.mkldnn.is_available()

@@ -55,7 +55,7 @@ def _load() -> ctypes.CDLL | Missing:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    """Declare the types of the functions in csrc/attention.h."""
+    """Declare the types of the functions in csrc/attention.h and csrc/linear.h."""
     text, code, size, pointer = ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
     library.sightline_native_init.argtypes = [pointer, pointer]
     library.sightline_native_init.restype = None
@@ -76,6 +76,7 @@ def _declare(library: ctypes.CDLL) -> None:
     for name in ("forward", "backward"):
         function = getattr(library, f"sightline_attention_{name}")
         function.argtypes, function.restype = [text], code  # the arguments are packed in bytes
+    library.sightline_linear.argtypes, library.sightline_linear.restype = [text], code
 
 
 def get_library() -> ctypes.CDLL:
@@ -106,7 +107,7 @@ def check(code: int) -> None:
     """
     if code:
         text = get_library().sightline_native_error(code).decode()
-        raise (MemoryError if code == OUT_OF_MEMORY else ValueError)(f"native attention: {text}")
+        raise (MemoryError if code == OUT_OF_MEMORY else ValueError)(f"native kernel: {text}")
 
 
 def instruction_set() -> str:

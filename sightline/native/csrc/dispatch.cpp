@@ -15,6 +15,7 @@ struct Kernel {
   const char* name;
   int32_t (*forward)(const sightline_attention&);
   int32_t (*backward)(const sightline_attention&);
+  int32_t (*linear)(const sightline_linear_arguments&);
   bool (*supported)();
 };
 
@@ -30,10 +31,10 @@ bool has_avx512() {
 
 const Kernel KERNELS[] = {  // widest first
 #ifdef SIGHTLINE_X86
-    {"avx512", avx512::forward, avx512::backward, has_avx512},
-    {"avx2", avx2::forward, avx2::backward, has_avx2},
+    {"avx512", avx512::forward, avx512::backward, avx512::linear, has_avx512},
+    {"avx2", avx2::forward, avx2::backward, avx2::linear, has_avx2},
 #endif
-    {"baseline", baseline::forward, baseline::backward, always},
+    {"baseline", baseline::forward, baseline::backward, baseline::linear, always},
 };
 
 const Kernel* widest() {
@@ -199,4 +200,19 @@ SIGHTLINE_EXPORT int32_t sightline_attention_forward(const sightline_attention* 
 SIGHTLINE_EXPORT int32_t sightline_attention_backward(const sightline_attention* args) {
   const int32_t code = check(*args, true);
   return code == SIGHTLINE_OK ? selected->backward(*args) : code;
+}
+
+SIGHTLINE_EXPORT int32_t sightline_linear(const sightline_linear_arguments* args) {
+  const int64_t sizes[] = {args->rows, args->groups, args->features, args->channels};
+  for (int64_t size : sizes)
+    if (size < 0 || size > INT32_MAX) return SIGHTLINE_BAD_SIZES;
+  if (args->channels < SIGHTLINE_MIN_CHANNELS || (!args->counts && args->groups != 1)) return SIGHTLINE_BAD_SIZES;
+  int64_t left = args->rows;
+  for (int64_t group = 0; args->counts && group < args->groups; group++) {
+    if (args->counts[group] < 0 || args->counts[group] > left) return SIGHTLINE_BAD_SIZES;
+    left -= args->counts[group];
+  }
+  if (args->rows == 0 || args->groups == 0 || args->features == 0) return SIGHTLINE_OK;
+  if (!args->x || !args->weight || !args->out) return SIGHTLINE_BAD_SIZES;
+  return selected->linear(*args);
 }

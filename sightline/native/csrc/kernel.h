@@ -1,9 +1,11 @@
-// Interface between the entry points (dispatch.cpp) and the kernels (attention.cpp, compiled once per instruction set).
+// Interface between the entry points (dispatch.cpp) and the kernels (attention.cpp and linear.cpp, compiled once per
+// instruction set).
 //
-// No inline function or template may be defined here: attention.cpp is compiled with several instruction sets, and the
+// No inline function or template may be defined here: the kernels are compiled with several instruction sets, and the
 // linker would keep one copy for all of them, possibly one that this processor cannot run.
 #pragma once
 #include "attention.h"
+#include "linear.h"
 
 namespace sightline {
 
@@ -15,10 +17,11 @@ void parallel_for(int64_t count, int64_t grain, sightline_task task, void* conte
 int64_t num_threads();
 
 // The arguments are checked before these are called: sizes, intervals and plan are valid.
-#define SIGHTLINE_DECLARE_KERNEL(isa)                  \
-  namespace isa {                                      \
-  int32_t forward(const sightline_attention& args);    \
-  int32_t backward(const sightline_attention& args);   \
+#define SIGHTLINE_DECLARE_KERNEL(isa)                     \
+  namespace isa {                                         \
+  int32_t forward(const sightline_attention& args);       \
+  int32_t backward(const sightline_attention& args);      \
+  int32_t linear(const sightline_linear_arguments& args); \
   }
 SIGHTLINE_DECLARE_KERNEL(baseline)
 SIGHTLINE_DECLARE_KERNEL(avx2)
