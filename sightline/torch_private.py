@@ -21,15 +21,16 @@ def is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def is_intercepted(*tensors: torch.Tensor) -> bool:
-    """Return whether a computation must be visible to PyTorch: for a trace, a mode, forward-mode or `torch.func`."""
+def is_intercepted(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Return whether a product of x and y must be an operator of PyTorch: in a trace, a mode or a transform."""
     functorch = torch._C._functorch
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or torch.autograd.forward_ad._current_level >= 0
         or functorch.peek_interpreter_stack() is not None
-        or any(functorch.is_legacy_batchedtensor(x) for x in tensors)
+        or functorch.is_legacy_batchedtensor(x)
+        or functorch.is_legacy_batchedtensor(y)
     )
 
 

@@ -178,7 +178,7 @@ SIGHTLINE_EXPORT const char* sightline_native_error(int32_t code) {
     case SIGHTLINE_OK:
       return "no error";
     case SIGHTLINE_BAD_SIZES:
-      return "sizes are negative or too large, query heads are not a multiple of key/value heads, or a tensor is missing";
+      return "sizes are negative or too large, query heads are not a multiple of key/value heads, groups have more rows than there are, or a tensor is missing";
     case SIGHTLINE_BAD_INTERVALS:
       return "intervals are not canonical: out of range, unsorted, overlapping, or after an empty one";
     case SIGHTLINE_BAD_PLAN:
@@ -206,7 +206,7 @@ SIGHTLINE_EXPORT int32_t sightline_linear(const sightline_linear_arguments* args
   const int64_t sizes[] = {args->rows, args->groups, args->features, args->channels};
   for (int64_t size : sizes)
     if (size < 0 || size > INT32_MAX) return SIGHTLINE_BAD_SIZES;
-  if (args->channels < SIGHTLINE_MIN_CHANNELS || (!args->counts && args->groups != 1)) return SIGHTLINE_BAD_SIZES;
+  if (args->channels < SIGHTLINE_MIN_CHANNELS || (!args->counts && args->groups > 1)) return SIGHTLINE_BAD_SIZES;
   int64_t left = args->rows;
   for (int64_t group = 0; args->counts && group < args->groups; group++) {
     if (args->counts[group] < 0 || args->counts[group] > left) return SIGHTLINE_BAD_SIZES;
