@@ -69,14 +69,15 @@ def _by_group(x: Tensor, counts: Tensor, *layers: Layer) -> tuple[Tensor, ...]:
     if not torch.is_grad_enabled():
         sizes = counts.tolist()
         if max(sizes) <= FEW_TOKENS and all(is_plain_float32(x, w) and has_native(x, w) for w, _ in layers):
-            return tuple(_by_native(x, weight, counts, bias) for weight, bias in layers)
+            return tuple(_by_native(x, weight, counts, bias, sum(sizes)) for weight, bias in layers)
         return _without_gradients(x, sizes, *layers)
     return _ByGroup.apply(x, counts.tolist(), *(part for layer in layers for part in layer))
 
 
-def _by_native(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None) -> Tensor:
+def _by_native(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None, used: int) -> Tensor:
     out = few_tokens_linear(x, weight, bias, counts)
-    out[int(counts.sum()) :] = 0
+    if used < len(x):
+        out[used:] = 0
     return out
 
 

@@ -45,7 +45,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def has_native(x: Tensor, weight: Tensor) -> bool:
-    """Whether the native kernel can compute a product of plain float32 tensors."""
+    """Whether the native kernel is built and can compute a product of plain float32 tensors."""
     fits = weight.shape[-1] >= MIN_CHANNELS and weight.stride(-1) == 1
     return fits and why_missing() is None and not is_intercepted(x, weight)
 
