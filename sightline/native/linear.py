@@ -44,7 +44,7 @@ def few_tokens_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, cou
     if not fits or x.shape[1] != channels or channels < MIN_CHANNELS or weight.stride(-1) != 1:
         described = [None if t is None else (tuple(t.shape), t.dtype, t.device) for t in (x, weight, bias, counts)]
         raise ValueError(
-            "native linear: expected x [M, W], contiguous weight [E, F, W], bias [E, F] in float32 and counts int64 [E] "
+            "native linear: expected x [M, W], contiguous weight [E, F, W], bias [E, F] in float32, counts int64 [E] "
             f"on the CPU, W at least {MIN_CHANNELS}, got {described}"
         )
     x = x if x.stride(1) == 1 else x.contiguous()
