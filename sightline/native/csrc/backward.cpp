@@ -1,8 +1,8 @@
 // Attention over intervals of keys: backward. See forward.cpp; compiled once per instruction set too.
 //
-// The gradients of a key head are sums over the query blocks that read it. One thread adds up those of a key head of one
-// row of the batch. If that leaves threads idle, the blocks of a row are split into parts of nearly equal work; each part
-// has its own sums, which are added up at the end, always in the same order.
+// The gradients of a key head are sums over the query blocks that read it. One thread adds up those of a key head of
+// one row of the batch. If that leaves threads idle, the blocks of a row are split into parts of nearly equal work;
+// each part has its own sums, which are added up at the end, always in the same order.
 #include "block.h"
 #include "jobs.h"
 
@@ -12,8 +12,8 @@ namespace {
 
 // The sums of a part have the keys of its span only. All sums together take at most `parts` times the memory of the
 // gradients of keys and values in float32, less where the blocks of a part read few of the keys (causal masks half,
-// windows once), and `parts` is 1 from `threads` key heads and rows on, or nearly so: see `choose_parts`. If it is 1, each
-// thread has a buffer of the gradients of one head, or none if they are added in place.
+// windows once), and `parts` is 1 from `threads` key heads and rows on, or nearly so: see `choose_parts`. If it is 1,
+// each thread has a buffer of the gradients of one head, or none if they are added in place.
 struct BackwardJob : Job {
   int64_t parts;                // of each row
   int64_t* bounds = nullptr;    // [batch, parts + 1], first block of each part
@@ -136,7 +136,8 @@ struct HeadRows {
   Rows queries, d_out;
 };
 template <class T>
-HeadRows load_head(const BackwardJob& job, const Block& block, int64_t head, int64_t r, const Buffers& to, double* d_sink) {
+HeadRows load_head(
+    const BackwardJob& job, const Block& block, int64_t head, int64_t r, const Buffers& to, double* d_sink) {
   const sightline_attention& args = job.args;
   const int64_t d = job.sizes.d, dv = job.sizes.dv;
   float *q = to.queries + r * BLOCK * d, *d_out = to.d_outs + r * BLOCK * dv, *delta = to.delta + r * BLOCK;
@@ -234,8 +235,8 @@ void backward_worker(int64_t, int64_t, void* context) {
     for (int64_t index = bound[0]; index < bound[1]; index++)
       for (int64_t first = 0; first < s.group; first += MAX_GROUP)
         compute_block<T>(
-            job, Block(args, index), kv_head, kv_head * s.group + first, min(MAX_GROUP, s.group - first), d_key, d_value,
-            job.d_sinks + task * s.group + first, buffers);
+            job, Block(args, index), kv_head, kv_head * s.group + first, min(MAX_GROUP, s.group - first), d_key,
+            d_value, job.d_sinks + task * s.group + first, buffers);
     if (!in_place && job.parts == 1) {
       write_gradient<T>(args.d_k, row, kv_head, 0, args.keys, args.head_dim, s.d, d_key.data);
       write_gradient<T>(args.d_v, row, kv_head, 0, args.keys, args.value_dim, s.dv, d_value.data);

@@ -145,12 +145,13 @@ inline void zero_padding(const Block& block, int64_t size, float* rows) {
 
 // Keys or values of the chunk, packed.
 template <class T>
-Rows pack_chunk(const sightline_tensor& x, int64_t head, const Block& block, int64_t size, int64_t padded, float* buffer) {
+Rows pack_chunk(
+    const sightline_tensor& x, int64_t head, const Block& block, int64_t size, int64_t padded, float* buffer) {
   return pack<T>(at<T>(x, block.row, head, block.key), x.stride[2], block.keys, size, padded, buffer);
 }
 
-// Keys or values of the chunk as an operand of `multiply_visible` alone: not padded, and not copied if they are float32.
-// Whether they are finite does not matter there: each pair has a score of its own.
+// Keys or values of the chunk as an operand of `multiply_visible` alone: not padded, and not copied if they are
+// float32. Whether they are finite does not matter there: each pair has a score of its own.
 template <class T>
 Rows read_chunk(const sightline_tensor& x, int64_t head, const Block& block, int64_t size, float* buffer) {
   if constexpr (sizeof(typename T::Element) == sizeof(float))

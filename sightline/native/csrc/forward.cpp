@@ -1,14 +1,14 @@
-// Attention over intervals of keys: forward. Compiled once per instruction set: SIGHTLINE_ISA is its name and namespace,
-// SIGHTLINE_LANES the floats of a vector.
+// Attention over intervals of keys: forward. Compiled once per instruction set: SIGHTLINE_ISA is its name and
+// namespace, SIGHTLINE_LANES the floats of a vector.
 //
 // A block of at most 64 queries reads a list of chunks of keys (see plan.cpp). All scores are kept transposed, keys by
-// queries, so that a lane of a vector is one query: the maximum, the sum and the mask of a query are lane-wise, keys and
-// values are read one float at a time, and only the queries of a block are transposed. For each key one 64-bit word says
-// which queries of the block attend to it.
+// queries, so that a lane of a vector is one query: the maximum, the sum and the mask of a query are lane-wise, keys
+// and values are read one float at a time, and only the queries of a block are transposed. For each key one 64-bit word
+// says which queries of the block attend to it.
 //
-// Two products make the forward and five the backward, each from one kernel, `multiply`: S' = K Q', O += P V; and
-// S' = K Q', dP' = V dO', dV += P' dO, dK += dS' Q, dQ += dS K (FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2).
-// A product skips the vectors of queries, or the keys, in which nothing is visible.
+// Two products make the forward and five the backward, each from one kernel, `multiply`: S' = K Q', O += P V; and S' =
+// K Q', dP' = V dO', dV += P' dO, dK += dS' Q, dQ += dS K (FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2). A
+// product skips the vectors of queries, or the keys, in which nothing is visible.
 #include "block.h"
 #include "jobs.h"
 
@@ -42,8 +42,8 @@ struct Buffers {
   }
 };
 
-// Replace the scores of one head by weights 2^(score - maximum), update its maxima [BLOCK] and sums [BLOCK], and rescale
-// what earlier chunks added to its outs [BLOCK, dv].
+// Replace the scores of one head by weights 2^(score - maximum), update its maxima [BLOCK] and sums [BLOCK], and
+// rescale what earlier chunks added to its outs [BLOCK, dv].
 void update_softmax(
     const Block& block, const LaneBits& lanes, float softcap, int64_t dv, float* scores, float* maxima, float* sums,
     float* outs) {
@@ -142,7 +142,8 @@ void forward_worker(int64_t, int64_t, void* context) {
     // The blocks of a head follow each other, from the last, which often has the most keys.
     const int64_t index = blocks - 1 - task % blocks, kv_head = task / blocks / subgroups;
     const int64_t first = task / blocks % subgroups * MAX_GROUP;
-    compute_block<T>(job, Block(job.args, index), kv_head, kv_head * group + first, min(MAX_GROUP, group - first), buffers);
+    compute_block<T>(
+        job, Block(job.args, index), kv_head, kv_head * group + first, min(MAX_GROUP, group - first), buffers);
   }
 }
 

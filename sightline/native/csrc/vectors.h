@@ -54,8 +54,8 @@ inline Vector exp2(Vector x) {
   return select(x < -126.0f, Vector{}, y);
 }
 
-// tanh(x), with a relative error of 2e-7: a large soft cap multiplies small tanh by a large number. 1 - 2 / (e^(2|x|) + 1)
-// cancels for small x, where Cephes' tanhf has a polynomial.
+// tanh(x), with a relative error of 2e-7: a large soft cap multiplies small tanh by a large number. 1 - 2 / (e^(2|x|) +
+// 1) cancels for small x, where Cephes' tanhf has a polynomial.
 inline Vector tanh(Vector x) {
   const Vector size = select(x < 0.0f, -x, x);
   const Vector e = exp2(size * (-2.0f * LOG2E));  // e^(-2|x|)
