@@ -82,7 +82,7 @@ def run_python(code: str) -> str:
 
 
 def test_a_forked_process_computes_the_same() -> None:
-    """As workers of a DataLoader do, which use one thread."""
+    """Workers of a DataLoader are forked, and use one thread."""
     code = """
 import os, torch
 from tests.attention.test_native_threads import are_equal, results

@@ -16,7 +16,7 @@ namespace sightline {
 namespace SIGHTLINE_ISA {
 namespace {
 
-// Buffers of a thread, for the query heads of a task.
+// Buffers of a thread, for the query heads of a task: 0.8 MB for 8 heads of 128 channels, for any number of tokens.
 struct Buffers {
   int64_t floats;     // of all buffers
   float* queries;     // [heads, d, BLOCK], transposed and scaled
