@@ -3,7 +3,7 @@
 from sightline.attention.attend import BACKENDS, CHOICES, Lowered, attend, check_backend, lower
 from sightline.attention.backend import KernelRequirements
 from sightline.attention.exchange import Exchange, Exchanges, LocalExchanges
-from sightline.attention.one_query import OneQuery, lower_or_one_query
+from sightline.attention.one_query import OneQuery, lower_queries
 
 __all__ = [
     "BACKENDS",
@@ -17,5 +17,5 @@ __all__ = [
     "attend",
     "check_backend",
     "lower",
-    "lower_or_one_query",
+    "lower_queries",
 ]

@@ -38,7 +38,7 @@ class Lowered:
     requirements  what the backend was asked to support
     inputs        kernel inputs, built by `backend.lower`
     exchange      provides the keys and values that the mask indexes
-    visible       bool [B, Q] on the device: false for fully masked queries (padding)
+    visible       bool [B, Q] on the device: false for fully masked queries (padding); None if there are none for sure
     segments      int64 [B, S] on the device: document numbers of the full rows, for recurrent layers (see
                   `sightline.masks.segments`); None if not requested
     """
@@ -49,7 +49,7 @@ class Lowered:
     requirements: KernelRequirements
     inputs: Any
     exchange: Exchange
-    visible: Tensor
+    visible: Tensor | None
     segments: Tensor | None = None
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sightline.attention.attend import Lowered, lower
 from sightline.attention.backend import KernelRequirements, Unsupported
 from sightline.attention.exchange import Exchange, LocalExchange
+from sightline.attention.torch_private import flash_forward
 from sightline.masks import AttentionMask
 from sightline.masks.segments import number_segments
 
 
-def lower_or_one_query(
+def lower_queries(
     mask: AttentionMask, *, backend: str, exchange: Exchange, segments: bool, **requirements: Any
 ) -> Lowered:
     """Return `lower` of a mask; with the backend `auto` and one query per row, a mask for `OneQuery` if it applies.
@@ -27,7 +27,8 @@ def lower_or_one_query(
         inputs = kernel.lower(mask, needs)
         if not isinstance(inputs, Unsupported):
             numbers = number_segments(mask) if segments else None
-            return Lowered(mask, kernel, kernel.why, needs, inputs, exchange, mask.visible_queries(), numbers)
+            # No query is fully masked.
+            return Lowered(mask, kernel, kernel.why, needs, inputs, exchange, None, numbers)
     return lower(mask, backend=backend, exchange=exchange, segments=segments, **requirements)
 
 
@@ -70,18 +71,22 @@ class OneQuery:
         """q [B, H, 1, D], k [B, G, T, D], v [B, G, T, E] -> [B, H, 1, E]."""
         # The H / G query heads of a group are the rows of one matrix, so the keys of a group are read once.
         grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-        if sinks is None and softcap is None and v.shape[3] == q.shape[3]:
+        sink = None if sinks is None else sinks.view(1, k.shape[1], -1)
+        if softcap is None and v.shape[3] == q.shape[3]:
             bias = None if inputs is None else inputs.expand(-1, -1, grouped.shape[2], -1)
-            return F.scaled_dot_product_attention(grouped, k, v, bias, scale=scale).view_as(q)
+            out, lse = flash_forward(grouped, k, v, 0.0, False, attn_mask=bias, scale=scale)
+            if sink is not None:  # it has no value: the other weights become smaller
+                out = (out * (lse - sink).sigmoid()[..., None]).to(q.dtype)
+            return out.view_as(q)
         dtype = torch.promote_types(q.dtype, torch.float32)
         scores = torch.matmul(grouped.to(dtype) * scale, k.to(dtype).mT)
         if softcap is not None:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
         if inputs is not None:
             scores += inputs
-        if sinks is None:
+        if sink is None:
             weights = scores.softmax(dim=-1)
         else:
-            sink = sinks.to(dtype).view(1, k.shape[1], -1, 1).expand(len(q), -1, -1, -1)
-            weights = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
+            column = sink.to(dtype).expand(len(q), -1, -1)[..., None]
+            weights = torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
         return torch.matmul(weights, v.to(dtype)).to(q.dtype).view(*q.shape[:3], -1)

@@ -26,6 +26,15 @@ from sightline.training.flops import GPU_PEAKS
 from sightline.training.terminal import shown
 
 DEGREES = (8, 64, 512)
+CONTEXT_LEGEND = """
+work: visible pairs of all layers, maximum over ranks / mean; keys: those received, as a fraction of an all-gather
+(a ring sends as many), and the lower bound of plans whose work is as balanced; bytes/step: received by a rank in
+all layers, on average. The order balanced allows a max/mean work of --parallel.context-balance {:g} in each row
+"""
+FAR = 1.3  # received keys as a multiple of the lower bound, above which the reason is printed
+FAR_LEGEND = f"""
+The order balanced receives more than {FAR} times the lower bound with context {{}}: the bound lets all documents but
+the longest be divided at no cost, and the search for better plans stops after about 10 ms"""
 """Context degrees that are shown in addition to that of the run."""
 
 
@@ -121,10 +130,13 @@ def show_context(console: Console, title: str, run: Run, found: Estimate, rows: 
     keys = [heading for name in masks for heading in (f"{name} keys", "at least")]
     for heading in ("context", "order", "max/mean work", *keys, "bytes/step"):
         table.add_column(heading, justify="right")
+    far: list[str] = []  # degrees whose balanced plan is far from the lower bound
     for degree in degrees:
         for order in ORDERS:
             plan = plan_context(masks, degree, order, layers=layers, balance=run.parallel.context_balance)
             fractions = {name: received_fraction(plan, name) for name in masks}
+            if order == "balanced" and any(fractions[name] > FAR * least_fraction(plan, name) for name in masks):
+                far.append(str(degree))
             received_bytes = 2 * sum(  # keys in the forward, their gradients in the backward
                 fraction * found.key_bytes.get(name, 0.0) * length * (degree - 1) / degree * micro_batch_size
                 for name, fraction in fractions.items()
@@ -134,17 +146,14 @@ def show_context(console: Console, title: str, run: Run, found: Estimate, rows: 
                 *(cell for name in masks for cell in (f"{fractions[name]:.1%}", f"{least_fraction(plan, name):.1%}")),
                 size(received_bytes * found.microbatches),
             )  # fmt: skip
+    rows = len(next(iter(masks.values())).start)
     console.print(
-        f"[bold]context parallelism[/bold] of {len(next(iter(masks.values())).start)} rows of {length:,} tokens of ",
-        shown(run.data.source),
-        "\nwork: visible pairs of all layers, maximum over ranks / mean; keys: those received, as a "
-        "fraction of an all-gather\n(a ring sends as many), and the lower bound of plans whose work is as balanced; "
-        "bytes/step: received by a rank in\nall layers, on average. The order balanced allows a max/mean work of "
-        f"--parallel.context-balance {run.parallel.context_balance:g} in each row\n",
-        sep="",
-        soft_wrap=True,
-    )
+        f"[bold]context parallelism[/bold] of {rows} rows of {length:,} tokens of ", shown(run.data.source),
+        CONTEXT_LEGEND.format(run.parallel.context_balance), sep="", soft_wrap=True,
+    )  # fmt: skip
     console.print(table)
+    if far:
+        console.print(FAR_LEGEND.format(", ".join(far)), soft_wrap=True)
     if picture:
         with writing(picture):
             parallel = run.parallel

@@ -72,14 +72,16 @@ def _by_group(x: Tensor, counts: Tensor, *layers: Layer) -> tuple[Tensor, ...]:
 
 def _without_gradients(x: Tensor, counts: list[int], *layers: Layer) -> tuple[Tensor, ...]:
     """Return the products of each layer. Groups without rows cost nothing, which is most of them in generation."""
+    groups = [group for group, count in enumerate(counts) if count]
+    missing = len(x) - sum(counts)
+    parts = x.split([*(counts[group] for group in groups), missing])
     outs = []
     for weight, bias in layers:
-        parts = [
-            linear(x[rows], weight[group], None if bias is None else bias[group]) for group, rows in _slices(counts)
-        ]
-        if sum(counts) < len(x) or not parts:
-            parts.append(x.new_zeros(len(x) - sum(counts), weight.shape[1]))
-        outs.append(torch.cat(parts))
+        biases = [None if bias is None else bias[group] for group in groups]
+        out = [linear(part, weight[group], b) for part, group, b in zip(parts, groups, biases, strict=False)]
+        if missing or not out:
+            out.append(x.new_zeros(missing, weight.shape[1]))
+        outs.append(torch.cat(out))
     return tuple(outs)
 
 

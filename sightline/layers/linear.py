@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from sightline.torch_private import HAS_ONEDNN_LINEAR, onednn_linear
 
+ONEDNN_SIZE = 2**17
+"""Products of the number of tokens and the elements of the weight from which oneDNN's overhead of 8 us is small."""
+
 
 class Linear(nn.Linear):
     """nn.Linear whose forward is `linear`."""
@@ -19,22 +22,26 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x weight' + bias as F.linear does; in float32 on a CPU by oneDNN, forward and backward.
+    """Return x weight' + bias as F.linear does; faster in float32 on a CPU, forward and backward.
 
-    F.linear calls MKL, which uses AVX-512 on Intel's processors only: on an AMD EPYC, oneDNN takes 0.75 of its time for
-    one token and half of its time for 64 tokens and more.
+    F.linear calls MKL, which uses AVX-512 on Intel's processors only, and which is slow for 2 to 4 tokens. On an AMD
+    EPYC, the product of the weight and the transposed tokens takes half of its time for 2 to 4 tokens; oneDNN takes
+    0.75 of its time for one token and a large weight, and half of its time for 64 tokens and more.
     """
-    if torch.compiler.is_compiling() or not _onednn_applies(x, weight):
+    if torch.compiler.is_compiling() or not _is_plain_float32(x, weight):
         return F.linear(x, weight, bias)
-    if not torch.is_grad_enabled():
-        return onednn_linear(x, weight, bias)
-    return _OneDnnLinear.apply(x, weight, bias)
+    rows = x.numel() // max(1, x.shape[-1])
+    with_onednn = HAS_ONEDNN_LINEAR and rows * weight.numel() >= ONEDNN_SIZE
+    if torch.is_grad_enabled():
+        return _OneDnnLinear.apply(x, weight, bias) if with_onednn else F.linear(x, weight, bias)
+    if 2 <= rows <= 4:
+        out = torch.mm(weight, x.reshape(rows, -1).t()).t().contiguous().view(*x.shape[:-1], -1)
+        return out if bias is None else out.add_(bias)
+    return onednn_linear(x, weight, bias) if with_onednn else F.linear(x, weight, bias)
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """Return grad' x [N, K], the gradient of the weight of `linear`, for grad [M, N] and x [M, K]."""
-    if torch.compiler.is_compiling() or not _onednn_applies(grad, x):
-        return grad.t() @ x
     # oneDNN is faster with the larger size as that of the weight, also with a copy of the result.
     return linear(x.t(), grad.t()).t().contiguous() if grad.shape[1] > x.shape[1] else linear(grad.t(), x.t())
 
@@ -58,11 +65,7 @@ class _OneDnnLinear(torch.autograd.Function):
         return grad_x, grad_weight, rows.sum(dim=0) if ctx.has_bias and need_bias else None
 
 
-def _onednn_applies(x: Tensor, weight: Tensor) -> bool:
-    """Whether both are plain float32 tensors on a CPU, not empty and without autocast.
-
-    FSDP and tracing use subclasses of Tensor.
-    """
+def _is_plain_float32(x: Tensor, weight: Tensor) -> bool:
+    """Whether both are plain float32 tensors on a CPU, without autocast; FSDP and tracing use subclasses of Tensor."""
     plain = type(x) in (Tensor, nn.Parameter) and type(weight) in (Tensor, nn.Parameter)
-    float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return HAS_ONEDNN_LINEAR and plain and float32 and x.device.type == "cpu" and x.numel() * weight.numel() > 0
+    return plain and x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")

@@ -92,12 +92,15 @@ class Router(nn.Module):
     def forward(self, x: Tensor, visible: Tensor | None = None) -> Routing:
         """x [N, W] -> Routing. `visible` bool [N] is False for padding, which is neither routed nor counted."""
         scores = self._scores(x)
-        biased = scores.detach() if self.expert_bias is None else scores.detach() + self.expert_bias
+        biased = scores.detach() if scores.requires_grad else scores
+        if self.expert_bias is not None:
+            biased = biased + self.expert_bias
         experts = self._mask_groups(biased).topk(self.top_k, dim=-1, sorted=False).indices
         weights = scores.gather(1, experts)
         if self.renormalize:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)  # all sigmoids may be 0
-        weights = weights * self.scale
+        if self.scale != 1.0:
+            weights = weights * self.scale
         if visible is not None:
             weights = weights.masked_fill(~visible[:, None], 0.0)
             experts = experts.masked_fill(~visible[:, None], len(self.weight))

@@ -12,14 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from sightline.attention import (
-    Exchanges,
-    KernelRequirements,
-    LocalExchanges,
-    Lowered,
-    check_backend,
-    lower_or_one_query,
-)
+from sightline.attention import Exchanges, KernelRequirements, LocalExchanges, Lowered, check_backend, lower_queries
 from sightline.batch import Batch, ImageSizes
 from sightline.config.checks import check_values
 from sightline.config.renamed import RenamedFields
@@ -149,7 +142,10 @@ class Decoder(nn.Module):
             nn.init.normal_(self.output.weight, std=std)
 
     def get_attention_masks(self, batch: Batch, tokenizer: object = None) -> Masks:
-        """Return the model's masks for a packed batch. Default: causal attention within each document."""
+        """Return the model's masks for a packed batch. Default: causal attention within each document.
+
+        They must not depend on the values of generated tokens, which generation does not know yet.
+        """
         rows, length = batch.shape
         return causal(rows, length, device=batch.tokens.device) & document(batch.document_ids)
 
@@ -283,7 +279,7 @@ class Decoder(nn.Module):
         lowered = {}
         for name, original in masks.items():
             mask, exchange = self.exchanges.bind(original, h.device)
-            lowered[name] = lower_or_one_query(
+            lowered[name] = lower_queries(
                 mask,
                 backend=self.attention_backend,
                 device=h.device,

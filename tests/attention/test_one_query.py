@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sightline.attention import OneQuery, attend, lower, lower_or_one_query
+from sightline.attention import OneQuery, attend, lower, lower_queries
 from sightline.attention.exchange import LocalExchange
 from sightline.masks import AttentionMask
 
@@ -37,7 +37,7 @@ def make_inputs(keys: int, heads: int, kv_heads: int, dtype: torch.dtype = torch
 
 def lowered(mask: AttentionMask, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
     options = {"backend": "auto", "training": False, "segments": False, **options}
-    return lower_or_one_query(mask, device=torch.device("cpu"), dtype=dtype, exchange=LocalExchange(mask), **options)
+    return lower_queries(mask, device=torch.device("cpu"), dtype=dtype, exchange=LocalExchange(mask), **options)
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -64,14 +64,18 @@ def test_half_precision_with_sinks() -> None:
         torch.testing.assert_close(out.float(), expected, atol=0.03, rtol=0.03)
 
 
-def test_softcap_and_values_of_another_size() -> None:
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-1, 2, 4, dtype=torch.float64)])
+def test_softcap_and_values_of_another_size(sinks: Tensor | None) -> None:
     mask = MASKS["unequal rows"]
     q, k, v = make_inputs(9, 4, 2)
     v = v[..., :5]
-    out = OneQuery().attend(q, k, v, lowered(mask).inputs, SCALE, None, 1.5)
+    out = OneQuery().attend(q, k, v, lowered(mask).inputs, SCALE, sinks, 1.5)
     scores = 1.5 * torch.tanh(SCALE * q @ k.repeat_interleave(2, dim=1).mT / 1.5)
     scores = scores.masked_fill(~mask.to_dense()[:, None], -torch.inf)
-    torch.testing.assert_close(out, scores.softmax(dim=-1) @ v.repeat_interleave(2, dim=1), atol=1e-12, rtol=0)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, 4, 1, 1).expand(2, -1, -1, -1)], dim=-1)
+    expected = scores.softmax(dim=-1)[..., :9] @ v.repeat_interleave(2, dim=1)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
 
 
 def test_other_cases_are_lowered() -> None:

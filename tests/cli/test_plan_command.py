@@ -79,6 +79,17 @@ def test_context_orders_and_picture(recipe: str, tmp_path: Path, capsys: pytest.
     assert picture.read_bytes().startswith(b"\x89PNG") and out.endswith(f"wrote {picture}\n")
 
 
+def test_the_reason_for_a_plan_far_from_the_lower_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["llama3-debug", "--parallel.context", "2", "--rows", "2"])
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.split()[1:2] == ["balanced"]]
+    far = [degree for degree, _, _, keys, least, *_ in rows if float(keys[:-1]) > 1.31 * float(least[:-1])]
+    near = [degree for degree, _, _, keys, least, *_ in rows if float(keys[:-1]) < 1.29 * float(least[:-1])]
+    named = re.findall(r"times the lower bound with context ([\d, ]+):", out)
+    listed = named[0].split(", ") if named else []
+    assert rows and set(far) <= set(listed) and not set(near) & set(listed)
+
+
 def test_received_fraction_and_work_imbalance() -> None:
     mask = causal(1, 8) & document(torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]]))
     separate = plan_context(mask, 2, "contiguous")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from sightline.attention import Lowered, lower_or_one_query
+from sightline.attention import Lowered, lower_queries
 from sightline.attention.exchange import LocalExchange
 from sightline.layers import KeyValueCache, MultiHeadLatentAttention, Rotation, build_rotation, rope_frequencies
 from sightline.masks import AttentionMask, causal, document
@@ -130,7 +130,7 @@ def test_latents_attended_to_directly_equal_expanded_keys_and_values() -> None:
         options = {"device": torch.device("cpu"), "dtype": torch.float64, "training": False, "segments": False}
         with torch.no_grad():
             layer(x[:, :11], lowered(prompt, torch.float64), build_rotation(torch.arange(11)[None], frequencies), cache)
-            one = lower_or_one_query(mask, backend=backend, exchange=LocalExchange(mask), **options)
+            one = lower_queries(mask, backend=backend, exchange=LocalExchange(mask), **options)
             outs[one.backend.name] = layer(x[:, 11:], one, build_rotation(torch.tensor([[11]]), frequencies), cache)
     assert set(outs) == {"one query", "reference"}
     torch.testing.assert_close(outs["one query"], outs["reference"], atol=1e-12, rtol=0)

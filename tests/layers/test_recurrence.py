@@ -135,7 +135,7 @@ def test_chunked_rule_equals_reference(layout: str, with_state: bool) -> None:
 
 @pytest.mark.parametrize("start", [[0, 0], [0, 1]])
 def test_one_token_with_a_state_equals_reference(start: list[int]) -> None:
-    """As in generation with a cache; a token that starts a document resets the state of its row."""
+    """A token that starts a document resets the state of its row."""
     segments = torch.tensor(start)[:, None]
     state = torch.randn(2, 4, 5, 3, dtype=torch.float64, requires_grad=True)
     tensors = (*inputs(2, 1), state)

@@ -198,8 +198,8 @@ def test_mask_is_lowered_once_per_forward(monkeypatch: pytest.MonkeyPatch) -> No
         calls.append({name: kwargs[name] for name in expected})
         return lower(*args, **kwargs)
 
-    lower = decoder.lower_or_one_query
-    monkeypatch.setattr(decoder, "lower_or_one_query", spy)
+    lower = decoder.lower_queries
+    monkeypatch.setattr(decoder, "lower_queries", spy)
     model, batch = make_model(backend="sdpa"), make_batch()
     expected = {"backend": "sdpa", "device": torch.device("cpu"), "dtype": torch.float32, "training": True}
     run(model, batch)
