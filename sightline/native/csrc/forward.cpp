@@ -16,6 +16,8 @@ namespace sightline {
 namespace SIGHTLINE_ISA {
 namespace {
 
+constexpr int64_t GROUPED_BLOCKS = 8;  // blocks that a thread computes for one head before it turns to the next head
+
 // Buffers of a thread, for the query heads of a task: 0.8 MB for 8 heads of 128 channels, for any number of tokens.
 struct Buffers {
   int64_t floats;     // of all buffers
@@ -135,13 +137,16 @@ template <class T>
 void forward_worker(int64_t, int64_t, void* context) {
   Job& job = *static_cast<Job*>(context);
   const int64_t blocks = job.args.num_blocks, group = job.sizes.group, subgroups = divide_up(group, MAX_GROUP);
+  const int64_t heads = job.args.kv_heads * subgroups;
   Memory memory;
   if (!memory.allocate(Buffers(job.sizes, nullptr).floats)) return job.fail();
   const Buffers buffers(job.sizes, memory.data);
   for (int64_t task; (task = job.take()) < job.tasks;) {
-    // The blocks of a head follow each other, from the last, which often has the most keys.
-    const int64_t index = blocks - 1 - task % blocks, kv_head = task / blocks / subgroups;
-    const int64_t first = task / blocks % subgroups * MAX_GROUP;
+    // Groups of blocks from the last, which often has the most keys; in a group, head by head: neighbors in time are then
+    // neighbors in memory, where all heads of a token lie together.
+    const int64_t rank = task / (GROUPED_BLOCKS * heads) * GROUPED_BLOCKS, place = task % (GROUPED_BLOCKS * heads);
+    const int64_t count = min(GROUPED_BLOCKS, blocks - rank), index = blocks - 1 - rank - place % count;
+    const int64_t kv_head = place / count / subgroups, first = place / count % subgroups * MAX_GROUP;
     compute_block<T>(
         job, Block(job.args, index), kv_head, kv_head * group + first, min(MAX_GROUP, group - first), buffers);
   }
