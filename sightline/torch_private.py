@@ -27,6 +27,8 @@ HAS_ONEDNN_LINEAR = (
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
 """Whether `onednn_linear` can be called."""
+ONEDNN_OPS = (torch.ops.mkldnn._linear_pointwise.default,) if HAS_ONEDNN_LINEAR else ()
+"""The operator that `onednn_linear` calls, for selective recompute."""
 
 
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
