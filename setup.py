@@ -48,7 +48,8 @@ class BuildNative(build_ext):
         jobs = [(CSRC / f"{name}.cpp", name, ()) for name in ("dispatch", "plan")]
         for name, (width, flags) in VARIANTS.items() if is_x86 else [("baseline", VARIANTS["baseline"])]:
             defines = (f"-DSIGHTLINE_ISA={name}", f"-DSIGHTLINE_LANES={width}")
-            jobs.append((CSRC / "attention.cpp", f"attention_{name}", (*flags, *defines)))
+            for source in ("attention", "norm"):
+                jobs.append((CSRC / f"{source}.cpp", f"{source}_{name}", (*flags, *defines)))
         for source, name, flags in jobs:
             objects.append(str(directory / f"{name}.o"))
             self.run_compiler([*compiler, *common, *flags, "-c", str(source), "-o", objects[-1]])
@@ -81,7 +82,7 @@ class Wheel(bdist_wheel):
 
 extension = Extension(
     "sightline.native.libsightline",
-    sources=[str(CSRC / f"{name}.cpp") for name in ("attention", "dispatch", "plan")],
+    sources=[str(CSRC / f"{name}.cpp") for name in ("attention", "dispatch", "norm", "plan")],
     depends=[str(path) for path in sorted(CSRC.glob("*.h"))],
     optional=True,  # a compiler that fails gives a warning
 )

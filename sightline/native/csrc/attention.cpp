@@ -10,19 +10,17 @@
 // S' = K Q', dP' = V dO', dV += P' dO, dK += dS' Q, dQ += dS K (FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2).
 // A product skips the vectors of queries, or the keys, in which nothing is visible.
 //
-// Nothing here may use templates or inline functions of the standard library: the linker keeps one copy for all
-// instruction sets, possibly one that this processor cannot run. The same holds for headers of our own.
-#include <math.h>
+// The rules at the top of vector.h hold here too.
 #include <stdlib.h>
 #include <string.h>
 
 #include "kernel.h"
+#include "vector.h"
 
 namespace sightline {
 namespace SIGHTLINE_ISA {
 namespace {
 
-constexpr int LANES = SIGHTLINE_LANES;
 #if SIGHTLINE_LANES == 16 || defined(__aarch64__)
 constexpr int ROWS = 6, VECTORS = 4;  // of a tile of `multiply`: 24 accumulators in 32 registers
 #elif SIGHTLINE_LANES == 8
@@ -33,40 +31,8 @@ constexpr int ROWS = 4, VECTORS = 2;
 constexpr int BLOCK = MAX_QUERIES;  // most queries of a block: the bits of a word
 constexpr int CHUNK = MAX_KEYS;     // most keys of a chunk
 constexpr int MAX_GROUP = 8;        // most query heads that share the packed keys of a chunk
-constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
 
-typedef float Vector __attribute__((vector_size(LANES * 4)));
-typedef float UnalignedVector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef uint16_t HalfInts __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
-
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-inline Vector load(const float* p) { return *reinterpret_cast<const UnalignedVector*>(p); }
-inline void store(float* p, Vector x) { *reinterpret_cast<UnalignedVector*>(p) = x; }
-inline Vector splat(float x) { return x - Vector{}; }
-inline Vector select(Ints condition, Vector a, Vector b) {
-  return reinterpret_cast<Vector>((condition & reinterpret_cast<Ints>(a)) | (~condition & reinterpret_cast<Ints>(b)));
-}
-
-// 2^x for x <= 0, with a relative error of 1e-7; 0 below 2^-126, NaN for NaN. Polynomial of Cephes' exp2f.
-inline Vector exp2(Vector x) {
-  const Vector magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  Vector shifted = x + magic;
-  Vector f = x - (shifted - magic);
-  Vector y = splat(1.535336188319500e-4f);
-  y = y * f + 1.339887440266574e-3f;
-  y = y * f + 9.618437357674640e-3f;
-  y = y * f + 5.550332471162809e-2f;
-  y = y * f + 2.402264791363012e-1f;
-  y = y * f + 6.931472028550421e-1f;
-  y = y * f + 1.0f;
-  Ints exponent = (reinterpret_cast<Ints>(shifted) + (127 - 0x4B400000)) << 23;
-  y = y * reinterpret_cast<Vector>(exponent);
-  return select(x < -126.0f, Vector{}, y);
-}
 
 // tanh(x) = 1 - 2 / (e^(2|x|) + 1), with the sign of x.
 inline Vector tanh(Vector x) {
