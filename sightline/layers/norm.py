@@ -16,8 +16,8 @@ from torch.autograd.forward_ad import unpack_dual
 from sightline.native import why_missing
 from sightline.native.norm import empty_outputs, rms_norm_backward, rms_norm_forward
 
-MIN_SIZE = 65536
-"""Elements below which PyTorch's function is used: it takes less time to call."""
+MIN_SIZE = 32768
+"""Elements of x below which PyTorch's function takes less time."""
 FORWARD, BACKWARD = "sightline::rms_norm", "sightline::rms_norm_backward"
 
 torch.library.define(

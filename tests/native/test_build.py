@@ -90,7 +90,8 @@ def test_the_tests_pass_under_sanitizers(sources: Path) -> None:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "SIGHTLINE_NATIVE_LIBRARY": str(library),
     }
-    tests = ["tests/attention/test_native.py", "tests/native/test_plan.py", "tests/native/test_library.py"]
+    files = ("attention/test_native", "layers/test_native_norm", "native/test_plan", "native/test_library")
+    tests = [f"tests/{file}.py" for file in files]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-m", "not slow", "-p", "no:cacheprovider", *tests]
     tested = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert tested.returncode == 0, tested.stdout[-5000:] + tested.stderr[-5000:]
