@@ -15,6 +15,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from sightline.native import why_missing
 from sightline.native.norm import empty_outputs, rms_norm_backward, rms_norm_forward
+from sightline.torch_private import is_fake
 
 MIN_SIZE = 32768
 """Elements of x below which PyTorch's function takes less time."""
@@ -75,10 +76,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _native_applies(x: Tensor, weight: Tensor) -> bool:
     """Whether both are plain float32 tensors on a CPU, large enough, without autocast and forward-mode derivatives.
 
-    FSDP and tracing use subclasses of Tensor.
+    Fake tensors count as plain, so that estimates of activation memory trace the operator. FSDP uses other subclasses.
     """
     return (
-        all(type(tensor) in (Tensor, nn.Parameter) for tensor in (x, weight))
+        all(type(tensor) in (Tensor, nn.Parameter) or is_fake(tensor) for tensor in (x, weight))
         and x.numel() >= MIN_SIZE
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
