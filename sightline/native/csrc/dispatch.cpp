@@ -1,4 +1,5 @@
-// The C entry points: check the arguments, and run the kernel compiled for the widest instruction set of the processor.
+// The C entry points: check the arguments, and run the kernel that is compiled for the widest instruction set of the
+// processor.
 #include <string.h>
 
 #include "kernel.h"
@@ -6,8 +7,6 @@
 #define SIGHTLINE_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace sightline {
-
-int32_t check_intervals(const int32_t* start, const int32_t* stop, int64_t num_queries, int64_t keys, int64_t intervals);
 
 namespace {
 
@@ -96,7 +95,7 @@ int32_t check_plan(const sightline_attention& args) {
     const int64_t first_chunk = chunk;
     int64_t end = 0;
     for (; chunk < last_chunk; chunk++) {
-      const int32_t *keys = args.chunks + 2 * chunk;
+      const int32_t* keys = args.chunks + 2 * chunk;
       if (keys[0] < end || keys[1] <= keys[0] || keys[1] > args.keys || keys[1] - keys[0] > MAX_KEYS)
         return SIGHTLINE_BAD_PLAN;
       end = keys[1];
@@ -114,6 +113,11 @@ int32_t check(const sightline_attention& args, bool backward) {
                            args.kv_heads, args.head_dim, args.value_dim, args.intervals};
   for (int64_t size : sizes)
     if (size < 0 || size > INT32_MAX) return SIGHTLINE_BAD_SIZES;
+  const int64_t channels = args.head_dim + args.value_dim;
+  if (too_large(args.batch, args.queries, args.heads, channels) ||
+      too_large(args.batch, args.keys, args.kv_heads, channels) ||
+      too_large(args.batch, args.queries, args.intervals, 1))
+    return SIGHTLINE_BAD_SIZES;
   if (args.kv_heads == 0 ? args.heads != 0 : args.heads % args.kv_heads != 0) return SIGHTLINE_BAD_SIZES;
   if (args.dtype != SIGHTLINE_FLOAT32 && args.dtype != SIGHTLINE_BFLOAT16) return SIGHTLINE_BAD_SIZES;
   const int64_t queries = args.batch * args.queries;
@@ -186,7 +190,8 @@ SIGHTLINE_EXPORT const char* sightline_native_error(int32_t code) {
     case SIGHTLINE_OK:
       return "no error";
     case SIGHTLINE_BAD_SIZES:
-      return "sizes are negative or too large, query heads are not a multiple of key/value heads, or a tensor is missing";
+      return "sizes are negative or too large, query heads are not a multiple of key/value heads, or a tensor is "
+             "missing";
     case SIGHTLINE_BAD_INTERVALS:
       return "intervals are not canonical: out of range, unsorted, overlapping, or after an empty one";
     case SIGHTLINE_BAD_PLAN:

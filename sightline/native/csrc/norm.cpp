@@ -1,8 +1,8 @@
-// RMSNorm, forward and backward. Compiled once per instruction set, as attention.cpp; see vector.h.
+// RMSNorm, forward and backward. Compiled once per instruction set, see vectors.h.
 #include <string.h>
 
 #include "kernel.h"
-#include "vector.h"
+#include "vectors.h"
 
 namespace sightline {
 namespace SIGHTLINE_ISA {
@@ -64,7 +64,7 @@ void norm_gradient_blocks(int64_t begin, int64_t end, void* context) {
   const int64_t whole = n.size / LANES * LANES, rest = n.size - whole;
   for (int64_t block = begin; block < end; block++) {
     float* sums = n.partial + block * n.size;
-    memset(sums, 0, n.size * sizeof(float));
+    memset(sums, 0, bytes(n.size));
     for (int64_t row = block * n.block_rows; row < min((block + 1) * n.block_rows, n.rows); row++) {
       const float *x = n.x + row * n.stride, *d_out = n.d_out + row * n.size;
       float* d_x = n.d_x + row * n.size;
@@ -107,7 +107,7 @@ void rms_norm_backward(
   n.block_rows = max(16, (rows + SIGHTLINE_NORM_BLOCKS - 1) / SIGHTLINE_NORM_BLOCKS);
   const int64_t blocks = (rows + n.block_rows - 1) / n.block_rows;
   parallel_for(blocks, max(1, GRAIN / (size * n.block_rows)), norm_gradient_blocks, &n);
-  memset(d_weight, 0, size * sizeof(float));
+  memset(d_weight, 0, bytes(size));
   for (int64_t block = 0; block < blocks; block++)
     for (int64_t i = 0; i < size; i++) d_weight[i] += partial[block * size + i];
 }
