@@ -21,6 +21,12 @@ def is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has a shape but no data: always False while no fake tensor can exist."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
+
+
 HAS_ONEDNN_LINEAR = (
     platform.machine() in ("x86_64", "AMD64")  # not tried on others
     and torch.backends.mkldnn.is_available()

@@ -14,6 +14,8 @@ struct Kernel {
   const char* name;
   int32_t (*forward)(const sightline_attention&);
   int32_t (*backward)(const sightline_attention&);
+  decltype(baseline::rms_norm_forward)* rms_norm_forward;
+  decltype(baseline::rms_norm_backward)* rms_norm_backward;
   bool (*supported)();
 };
 
@@ -27,13 +29,16 @@ bool has_avx512() {
 }
 #endif
 
+#define SIGHTLINE_KERNEL(isa, supported) \
+  {#isa, isa::forward, isa::backward, isa::rms_norm_forward, isa::rms_norm_backward, supported}
 const Kernel KERNELS[] = {  // widest first
 #ifdef SIGHTLINE_X86
-    {"avx512", avx512::forward, avx512::backward, has_avx512},
-    {"avx2", avx2::forward, avx2::backward, has_avx2},
+    SIGHTLINE_KERNEL(avx512, has_avx512),
+    SIGHTLINE_KERNEL(avx2, has_avx2),
 #endif
-    {"baseline", baseline::forward, baseline::backward, always},
+    SIGHTLINE_KERNEL(baseline, always),
 };
+#undef SIGHTLINE_KERNEL
 
 const Kernel* widest() {
 #ifdef SIGHTLINE_X86
@@ -132,6 +137,10 @@ int32_t check(const sightline_attention& args, bool backward) {
   return code == SIGHTLINE_OK ? check_plan(args) : code;
 }
 
+bool is_matrix(int64_t rows, int64_t size) {
+  return rows >= 0 && size > 0 && size <= INT32_MAX && rows <= INT64_MAX / 8 / size;
+}
+
 }  // namespace
 
 void parallel_for(int64_t count, int64_t grain, sightline_task task, void* context) {
@@ -204,4 +213,21 @@ SIGHTLINE_EXPORT int32_t sightline_attention_forward(const sightline_attention* 
 SIGHTLINE_EXPORT int32_t sightline_attention_backward(const sightline_attention* args) {
   const int32_t code = check(*args, true);
   return code == SIGHTLINE_OK ? selected->backward(*args) : code;
+}
+
+SIGHTLINE_EXPORT int32_t sightline_rms_norm_forward(
+    const float* x, int64_t stride, const float* weight, int64_t rows, int64_t size, double eps, float* out,
+    float* rstd) {
+  if (!is_matrix(rows, size) || !weight || (rows && !(x && out && rstd))) return SIGHTLINE_BAD_SIZES;
+  selected->rms_norm_forward(x, stride, weight, rows, size, eps, out, rstd);
+  return SIGHTLINE_OK;
+}
+
+SIGHTLINE_EXPORT int32_t sightline_rms_norm_backward(
+    const float* d_out, const float* x, int64_t stride, const float* weight, const float* rstd, int64_t rows,
+    int64_t size, float* d_x, float* d_weight, float* partial) {
+  if (!is_matrix(rows, size) || !weight || !d_weight || !partial || (rows && !(d_out && x && rstd && d_x)))
+    return SIGHTLINE_BAD_SIZES;
+  selected->rms_norm_backward(d_out, x, stride, weight, rstd, rows, size, d_x, d_weight, partial);
+  return SIGHTLINE_OK;
 }

@@ -1,10 +1,11 @@
-// Interface between the entry points (dispatch.cpp) and the kernels (forward.cpp and backward.cpp, compiled once
-// per instruction set).
+// Interface between the entry points (dispatch.cpp) and the kernels (forward.cpp, backward.cpp and norm.cpp,
+// compiled once per instruction set).
 //
 // No inline function or template may be defined here: the kernels are compiled with several instruction sets, and the
 // linker would keep one copy for all of them, possibly one that this processor cannot run.
 #pragma once
 #include "attention.h"
+#include "norm.h"
 
 namespace sightline {
 
@@ -23,10 +24,16 @@ int32_t check_intervals(
     const int32_t* start, const int32_t* stop, int64_t num_queries, int64_t keys, int64_t intervals);
 
 // The arguments are checked before these are called: sizes, intervals and plan are valid.
-#define SIGHTLINE_DECLARE_KERNEL(isa)                  \
-  namespace isa {                                      \
-  int32_t forward(const sightline_attention& args);    \
-  int32_t backward(const sightline_attention& args);   \
+#define SIGHTLINE_DECLARE_KERNEL(isa)                                                                            \
+  namespace isa {                                                                                                \
+  int32_t forward(const sightline_attention& args);                                                              \
+  int32_t backward(const sightline_attention& args);                                                             \
+  void rms_norm_forward(                                                                                         \
+      const float* x, int64_t stride, const float* weight, int64_t rows, int64_t size, double eps, float* out,   \
+      float* rstd);                                                                                              \
+  void rms_norm_backward(                                                                                        \
+      const float* d_out, const float* x, int64_t stride, const float* weight, const float* rstd, int64_t rows,  \
+      int64_t size, float* d_x, float* d_weight, float* partial);                                                \
   }
 SIGHTLINE_DECLARE_KERNEL(baseline)
 SIGHTLINE_DECLARE_KERNEL(avx2)
