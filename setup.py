@@ -21,12 +21,16 @@ CSRC = Path("sightline/native/csrc")
 LIBRARY = "libsightline.dylib" if sys.platform == "darwin" else "libsightline.so"
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
-    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wshadow"),
 )
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
 VARIANTS = {"baseline": (4, ()), "avx2": (8, AVX2), "avx512": (16, AVX512)}
 """Instruction sets of the kernel: floats per vector and flags. Other processors than x86-64 have only the first."""
+
+
+KERNELS = ("forward", "backward", "linear", "norm")
+"""Sources that are compiled for each instruction set."""
 
 
 def find_compiler() -> list[str]:
@@ -48,8 +52,7 @@ class BuildNative(build_ext):
         jobs = [(CSRC / f"{name}.cpp", name, ()) for name in ("dispatch", "plan")]
         for name, (width, flags) in VARIANTS.items() if is_x86 else [("baseline", VARIANTS["baseline"])]:
             defines = (f"-DSIGHTLINE_ISA={name}", f"-DSIGHTLINE_LANES={width}")
-            for source in ("attention", "linear"):
-                jobs.append((CSRC / f"{source}.cpp", f"{source}_{name}", (*flags, *defines)))
+            jobs += [(CSRC / f"{source}.cpp", f"{source}_{name}", (*flags, *defines)) for source in KERNELS]
         for source, name, flags in jobs:
             objects.append(str(directory / f"{name}.o"))
             self.run_compiler([*compiler, *common, *flags, "-c", str(source), "-o", objects[-1]])
@@ -82,7 +85,7 @@ class Wheel(bdist_wheel):
 
 extension = Extension(
     "sightline.native.libsightline",
-    sources=[str(CSRC / f"{name}.cpp") for name in ("attention", "dispatch", "linear", "plan")],
+    sources=[str(CSRC / f"{name}.cpp") for name in (*KERNELS, "dispatch", "plan")],
     depends=[str(path) for path in sorted(CSRC.glob("*.h"))],
     optional=True,  # a compiler that fails gives a warning
 )

@@ -21,6 +21,12 @@ def is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has a shape but no data: always False while no fake tensor can exist."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
+
+
 def is_intercepted(x: torch.Tensor, y: torch.Tensor) -> bool:
     """Return whether a product of x and y must be an operator of PyTorch: in a trace, a mode or a transform."""
     functorch = torch._C._functorch
@@ -40,6 +46,8 @@ HAS_ONEDNN_LINEAR = (
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
 """Whether `onednn_linear` can be called."""
+ONEDNN_OPS = (torch.ops.mkldnn._linear_pointwise.default,) if HAS_ONEDNN_LINEAR else ()
+"""The operator that `onednn_linear` calls, for selective recompute."""
 
 
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -1,12 +1,38 @@
-"""Root-mean-square normalization."""
+"""Root-mean-square normalization, on a CPU in one pass over memory by the native kernel.
+
+torch.ops.sightline.rms_norm(x, weight, eps) -> (output, 1 / root-mean-square of each row)
+torch.ops.sightline.rms_norm_backward(d_out, x, weight, rstd) -> (gradients of x and weight)
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
+
+from sightline.native import why_missing
+from sightline.native.norm import empty_outputs, rms_norm_backward, rms_norm_forward
+from sightline.torch_private import is_fake
+
+MIN_SIZE = 32768
+"""Elements of x below which PyTorch's function takes less time."""
+FORWARD, BACKWARD = "sightline::rms_norm", "sightline::rms_norm_backward"
+
+torch.library.define(
+    FORWARD, "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
+)
+torch.library.define(
+    BACKWARD,
+    "(Tensor d_out, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl(FORWARD, "cpu", rms_norm_forward)
+torch.library.impl(BACKWARD, "cpu", rms_norm_backward)
+NORM = torch.ops.sightline.rms_norm.default
+NORM_BACKWARD = torch.ops.sightline.rms_norm_backward.default
 
 
 class RMSNorm(nn.Module):
@@ -23,7 +49,7 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class ZeroCenteredRMSNorm(RMSNorm):
@@ -33,4 +59,62 @@ class ZeroCenteredRMSNorm(RMSNorm):
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, 1 + self.weight, self.eps)
+        return rms_norm(x, 1 + self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dim: x [..., W], weight [W] -> [..., W].
+
+    F.rms_norm runs six operators on a CPU, each of which reads and writes whole tensors, and keeps some of them for the
+    backward.
+    """
+    if torch.compiler.is_compiling() or not _native_applies(x, weight):
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return NORM(x, weight, eps)[0]
+
+
+def _native_applies(x: Tensor, weight: Tensor) -> bool:
+    """Whether both are plain float32 tensors on a CPU, large enough, without autocast and forward-mode derivatives.
+
+    Fake tensors count as plain, so that estimates of activation memory trace the operator. FSDP uses other subclasses.
+    """
+    return (
+        all(type(tensor) in (Tensor, nn.Parameter) or is_fake(tensor) for tensor in (x, weight))
+        and x.numel() >= MIN_SIZE
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and unpack_dual(x).tangent is None
+        and unpack_dual(weight).tangent is None
+        and why_missing() is None
+    )
+
+
+@torch.library.register_fake(FORWARD)
+def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return empty_outputs(x)
+
+
+@torch.library.register_fake(BACKWARD)
+def _(d_out: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return empty_outputs(x)[0], weight.new_empty(weight.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, d_out: Tensor, _d_rstd: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, rstd = ctx.saved_tensors
+    if not torch.is_grad_enabled():
+        return *NORM_BACKWARD(d_out, x, weight, rstd), None
+    # With create_graph=True the gradients are differentiated in turn: those of PyTorch's function can be.
+    out = F.rms_norm(x, weight.shape, weight, ctx.eps)
+    wanted = [tensor for tensor in (x, weight) if tensor.requires_grad]
+    found = iter(torch.autograd.grad(out, wanted, d_out, create_graph=True))
+    return *(next(found) if tensor.requires_grad else None for tensor in (x, weight)), None
+
+
+torch.library.register_autograd(FORWARD, _backward, setup_context=_save_for_backward)

@@ -1,4 +1,4 @@
-"""The native CPU kernels in C++, an optional shared library: attention over intervals of keys, and linear layers."""
+"""The native CPU kernels in C++, an optional shared library: attention over intervals, RMSNorm, linear layers."""
 
 from sightline.native.kernel import attention_backward, attention_forward, pack_intervals
 from sightline.native.library import describe, why_missing

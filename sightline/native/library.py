@@ -55,8 +55,15 @@ def _load() -> ctypes.CDLL | Missing:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    """Declare the types of the functions in csrc/attention.h and csrc/linear.h."""
+    """Declare the types of the functions in csrc/attention.h, csrc/linear.h and csrc/norm.h."""
     text, code, size, pointer = ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+    norms: dict[str, list[Any]] = {
+        "forward": [pointer, size, pointer, size, size, ctypes.c_double, pointer, pointer],
+        "backward": [pointer, pointer, size, pointer, pointer, size, size, pointer, pointer, pointer],
+    }
+    for name, types in norms.items():
+        function = getattr(library, f"sightline_rms_norm_{name}")
+        function.argtypes, function.restype = types, code
     library.sightline_native_init.argtypes = [pointer, pointer]
     library.sightline_native_init.restype = None
     for name in ("isa", "compiled", "supported"):

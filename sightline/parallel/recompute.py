@@ -20,10 +20,11 @@ from sightline.parallel.torch_private import (
     RECEIVING_OPS,
     ignore_profiler_ops_of_recompute,
 )
+from sightline.torch_private import ONEDNN_OPS
 
 ops = torch.ops.aten
 SAVED_OPS: list[Any] = [
-    *(ops.mm.default, ops.addmm.default, ops.bmm.default, ops.baddbmm.default, GROUPED_MM),
+    *(ops.mm.default, ops.addmm.default, ops.bmm.default, ops.baddbmm.default, GROUPED_MM, *ONEDNN_OPS),
     *ATTENTION_OPS,
     *RECEIVING_OPS,  # results of communication, which is then not repeated
 ]

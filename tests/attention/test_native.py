@@ -164,7 +164,7 @@ def results(mask: AttentionMask, leaves: list[Tensor]) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, [*leaves, sinks], cotangent)]
 
 
-@pytest.mark.parametrize("value", [3.0, 1e4])
+@pytest.mark.parametrize("value", [3.0, 1e4, float("inf"), -float("inf"), float("nan")])
 def test_no_leakage_between_documents(value: float) -> None:
     """Perturb one token: outputs and gradients of the other documents stay bitwise equal."""
     ids = documents(3, 1, 200, 5, 1, 40, 2, 17, 31)

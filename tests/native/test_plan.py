@@ -175,6 +175,11 @@ def test_wrong_sizes_and_missing_pointers_give_an_error_code() -> None:
             call = Call(mask)
             call.fields[field] = value
             assert all(code in CODES - {OK} for code in call.codes()), (field, value)
+    for fields in ((0, 1), (0, 2, 3, 4), (0, 1, 3, 5, 6), range(8)):  # whose product overflows
+        call = Call(mask)
+        for field in fields:
+            call.fields[field] = 2**31 - 1
+        assert call.codes() == (1, 1), fields
     for field in Call.POINTERS:
         call = Call(mask)
         call.fields[field] = 0

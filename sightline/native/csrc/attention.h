@@ -33,7 +33,7 @@ typedef struct {
   double softcap;           // 0: none; else scores are softcap * tanh(scale * q k / softcap)
   const int32_t* start;     // [batch, queries, intervals], canonical intervals (see AttentionMask)
   const int32_t* stop;
-  const int32_t* blocks;    // [num_blocks, 4] from sightline_attention_plan: row, first query, end of queries, first chunk
+  const int32_t* blocks;    // [num_blocks, 4] from sightline_attention_plan: row, first query, end, first chunk
   int64_t num_blocks;
   const int32_t* chunks;    // [num_chunks, 2] from sightline_attention_plan: first key, end of keys
   int64_t num_chunks;
@@ -48,7 +48,8 @@ typedef struct {
 } sightline_attention;
 
 typedef void (*sightline_task)(int64_t begin, int64_t end, void* context);
-typedef int32_t (*sightline_parallel_for)(int64_t begin, int64_t end, int64_t grain, sightline_task task, void* context);
+typedef int32_t (*sightline_parallel_for)(
+    int64_t begin, int64_t end, int64_t grain, sightline_task task, void* context);
 typedef int32_t (*sightline_num_threads)(uint32_t* threads);
 
 // Set the thread pool; NULL, NULL runs everything on the calling thread. Called once, before any other function.
@@ -65,8 +66,8 @@ int32_t sightline_native_select(const char* name);
 int64_t sightline_native_struct_size(void);
 const char* sightline_native_error(int32_t code);
 
-// Split the queries into blocks of at most 64 that read nearby keys, and list the runs of keys that each block reads, in
-// ascending order and in chunks. Depends on the mask only, so it is computed once and shared by all layers.
+// Split the queries into blocks of at most 64 that read nearby keys, and list the runs of keys that each block reads,
+// in ascending order and in chunks. Depends on the mask only, so it is computed once and shared by all layers.
 //
 // blocks  capacity max_blocks x 4; chunks  capacity max_chunks x 2. If a capacity is too small nothing more is written
 // there; the needed numbers are returned in num_blocks and num_chunks either way, so that a second call succeeds.

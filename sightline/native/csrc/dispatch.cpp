@@ -1,4 +1,5 @@
-// The C entry points: check the arguments, and run the kernel compiled for the widest instruction set of the processor.
+// The C entry points: check the arguments, and run the kernel that is compiled for the widest instruction set of the
+// processor.
 #include <string.h>
 
 #include "kernel.h"
@@ -7,15 +8,15 @@
 
 namespace sightline {
 
-int32_t check_intervals(const int32_t* start, const int32_t* stop, int64_t num_queries, int64_t keys, int64_t intervals);
-
 namespace {
 
 struct Kernel {
   const char* name;
   int32_t (*forward)(const sightline_attention&);
   int32_t (*backward)(const sightline_attention&);
-  int32_t (*linear)(const sightline_linear_arguments&);
+  decltype(baseline::rms_norm_forward)* rms_norm_forward;
+  decltype(baseline::rms_norm_backward)* rms_norm_backward;
+  decltype(baseline::linear)* linear;
   bool (*supported)();
 };
 
@@ -29,13 +30,16 @@ bool has_avx512() {
 }
 #endif
 
+#define SIGHTLINE_KERNEL(isa, supported) \
+  {#isa, isa::forward, isa::backward, isa::rms_norm_forward, isa::rms_norm_backward, isa::linear, supported}
 const Kernel KERNELS[] = {  // widest first
 #ifdef SIGHTLINE_X86
-    {"avx512", avx512::forward, avx512::backward, avx512::linear, has_avx512},
-    {"avx2", avx2::forward, avx2::backward, avx2::linear, has_avx2},
+    SIGHTLINE_KERNEL(avx512, has_avx512),
+    SIGHTLINE_KERNEL(avx2, has_avx2),
 #endif
-    {"baseline", baseline::forward, baseline::backward, baseline::linear, always},
+    SIGHTLINE_KERNEL(baseline, always),
 };
+#undef SIGHTLINE_KERNEL
 
 const Kernel* widest() {
 #ifdef SIGHTLINE_X86
@@ -92,7 +96,7 @@ int32_t check_plan(const sightline_attention& args) {
     const int64_t first_chunk = chunk;
     int64_t end = 0;
     for (; chunk < last_chunk; chunk++) {
-      const int32_t *keys = args.chunks + 2 * chunk;
+      const int32_t* keys = args.chunks + 2 * chunk;
       if (keys[0] < end || keys[1] <= keys[0] || keys[1] > args.keys || keys[1] - keys[0] > MAX_KEYS)
         return SIGHTLINE_BAD_PLAN;
       end = keys[1];
@@ -110,6 +114,11 @@ int32_t check(const sightline_attention& args, bool backward) {
                            args.kv_heads, args.head_dim, args.value_dim, args.intervals};
   for (int64_t size : sizes)
     if (size < 0 || size > INT32_MAX) return SIGHTLINE_BAD_SIZES;
+  const int64_t channels = args.head_dim + args.value_dim;
+  if (too_large(args.batch, args.queries, args.heads, channels) ||
+      too_large(args.batch, args.keys, args.kv_heads, channels) ||
+      too_large(args.batch, args.queries, args.intervals, 1))
+    return SIGHTLINE_BAD_SIZES;
   if (args.kv_heads == 0 ? args.heads != 0 : args.heads % args.kv_heads != 0) return SIGHTLINE_BAD_SIZES;
   if (args.dtype != SIGHTLINE_FLOAT32 && args.dtype != SIGHTLINE_BFLOAT16) return SIGHTLINE_BAD_SIZES;
   const int64_t queries = args.batch * args.queries;
@@ -127,6 +136,10 @@ int32_t check(const sightline_attention& args, bool backward) {
   if (queries > 0 && args.intervals > 0 && (!args.start || !args.stop)) return SIGHTLINE_BAD_INTERVALS;
   const int32_t code = check_intervals(args.start, args.stop, queries, args.keys, args.intervals);
   return code == SIGHTLINE_OK ? check_plan(args) : code;
+}
+
+bool is_matrix(int64_t rows, int64_t size) {
+  return rows >= 0 && size > 0 && size <= INT32_MAX && rows <= INT64_MAX / 8 / size;
 }
 
 }  // namespace
@@ -178,7 +191,8 @@ SIGHTLINE_EXPORT const char* sightline_native_error(int32_t code) {
     case SIGHTLINE_OK:
       return "no error";
     case SIGHTLINE_BAD_SIZES:
-      return "sizes are negative or too large, query heads are not a multiple of key/value heads, groups have more rows than there are, or a tensor is missing";
+      return "sizes are negative or too large, query heads are not a multiple of key/value heads, groups have "
+             "more rows than there are, or a tensor is missing";
     case SIGHTLINE_BAD_INTERVALS:
       return "intervals are not canonical: out of range, unsorted, overlapping, or after an empty one";
     case SIGHTLINE_BAD_PLAN:
@@ -200,6 +214,23 @@ SIGHTLINE_EXPORT int32_t sightline_attention_forward(const sightline_attention* 
 SIGHTLINE_EXPORT int32_t sightline_attention_backward(const sightline_attention* args) {
   const int32_t code = check(*args, true);
   return code == SIGHTLINE_OK ? selected->backward(*args) : code;
+}
+
+SIGHTLINE_EXPORT int32_t sightline_rms_norm_forward(
+    const float* x, int64_t stride, const float* weight, int64_t rows, int64_t size, double eps, float* out,
+    float* rstd) {
+  if (!is_matrix(rows, size) || !weight || (rows && !(x && out && rstd))) return SIGHTLINE_BAD_SIZES;
+  selected->rms_norm_forward(x, stride, weight, rows, size, eps, out, rstd);
+  return SIGHTLINE_OK;
+}
+
+SIGHTLINE_EXPORT int32_t sightline_rms_norm_backward(
+    const float* d_out, const float* x, int64_t stride, const float* weight, const float* rstd, int64_t rows,
+    int64_t size, float* d_x, float* d_weight, float* partial) {
+  if (!is_matrix(rows, size) || !weight || !d_weight || !partial || (rows && !(d_out && x && rstd && d_x)))
+    return SIGHTLINE_BAD_SIZES;
+  selected->rms_norm_backward(d_out, x, stride, weight, rstd, rows, size, d_x, d_weight, partial);
+  return SIGHTLINE_OK;
 }
 
 SIGHTLINE_EXPORT int32_t sightline_linear(const sightline_linear_arguments* args) {

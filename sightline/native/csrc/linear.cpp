@@ -5,7 +5,7 @@
 // alone, which is what the prefetchers of processors expect, for up to TOKENS tokens; further tokens find a block of LANES
 // rows in the cache. The partial sums of these rows are added up together: a vector holds the results of LANES features.
 //
-// Nothing here may use templates or inline functions of the standard library, as in attention.cpp.
+// Nothing here may use templates or inline functions of the standard library: see vectors.h.
 #include <stdlib.h>
 
 #include "kernel.h"

@@ -19,7 +19,8 @@ struct Mask {
   int64_t at(int64_t row, int64_t query) const { return (row * queries + query) * intervals; }
 };
 
-// Merge sorted runs `a` and the intervals of one query into `out`; join runs at most GAP keys apart. Return their number.
+// Merge sorted runs `a` and the intervals of one query into `out`; join runs at most GAP keys apart. Return their
+// number.
 int64_t merge(const Run* a, int64_t count, const int32_t* start, const int32_t* stop, int64_t intervals, Run* out) {
   int64_t i = 0, k = 0, n = 0;
   while (i < count || (k < intervals && stop[k] > start[k])) {
@@ -55,12 +56,17 @@ int64_t add_chunks(const Run* runs, int64_t count, int32_t* chunks, int64_t capa
     for (int64_t first = runs[i].first; first < runs[i].end; first += MAX_KEYS, num_chunks++) {
       if (num_chunks >= capacity) continue;
       chunks[2 * num_chunks] = static_cast<int32_t>(first);
-      chunks[2 * num_chunks + 1] = static_cast<int32_t>(first + MAX_KEYS < runs[i].end ? first + MAX_KEYS : runs[i].end);
+      const int64_t end = first + MAX_KEYS;
+      chunks[2 * num_chunks + 1] = end < runs[i].end ? static_cast<int32_t>(end) : runs[i].end;
     }
   return num_chunks;
 }
 
 }  // namespace
+
+bool too_large(int64_t a, int64_t b, int64_t c, int64_t d) {
+  return static_cast<__int128>(a) * b * c * d > 1ll << 47;
+}
 
 int32_t check_intervals(
     const int32_t* start, const int32_t* stop, int64_t num_queries, int64_t keys, int64_t intervals) {
@@ -85,11 +91,12 @@ int32_t check_intervals(
 
 extern "C" __attribute__((visibility("default"))) int32_t sightline_attention_plan(
     const int32_t* start, const int32_t* stop, int64_t batch, int64_t queries, int64_t keys, int64_t intervals,
-    int32_t* blocks, int64_t max_blocks, int32_t* chunks, int64_t max_chunks, int64_t* num_blocks, int64_t* num_chunks) {
+    int32_t* blocks, int64_t max_blocks, int32_t* chunks, int64_t max_chunks, int64_t* num_blocks,
+    int64_t* num_chunks) {
   using namespace sightline;
   *num_blocks = *num_chunks = 0;
   if (batch < 0 || queries < 0 || keys < 0 || intervals < 0 || keys > INT32_MAX || queries > INT32_MAX ||
-      batch > INT32_MAX || intervals > INT32_MAX)
+      batch > INT32_MAX || intervals > INT32_MAX || too_large(batch, queries, intervals, 1))
     return SIGHTLINE_BAD_SIZES;
   const int32_t code = check_intervals(start, stop, batch * queries, keys, intervals);
   if (code != SIGHTLINE_OK) return code;
