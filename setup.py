@@ -29,7 +29,7 @@ VARIANTS = {"baseline": (4, ()), "avx2": (8, AVX2), "avx512": (16, AVX512)}
 """Instruction sets of the kernel: floats per vector and flags. Other processors than x86-64 have only the first."""
 
 
-KERNELS = ("forward", "backward", "norm")
+KERNELS = ("forward", "backward", "linear", "norm")
 """Sources that are compiled for each instruction set."""
 
 

@@ -91,18 +91,22 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, sinks: Te
     Raises:
         ValueError: if they do not.
     """
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"expected q [B, H, Q, D], k [B, G, T, D] and v [B, G, T, Dv], got {shapes}")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"queries and keys must have the same B and D, got {shapes}")
-    if 0 in (q.shape[1], k.shape[1], q.shape[3], v.shape[3]):
-        raise ValueError(f"heads and channels must be at least 1, got {shapes}")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"query heads must be a multiple of key/value heads, got {q.shape[1]} and {k.shape[1]}")
-    if mask.shape != (q.shape[0], q.shape[2], k.shape[2]):
+        raise ValueError(f"expected q [B, H, Q, D], k [B, G, T, D] and v [B, G, T, Dv], got {_shapes(q, k, v)}")
+    (rows, heads, queries, dim), (key_rows, kv_heads, keys, key_dim) = q.shape, k.shape
+    if rows != key_rows or dim != key_dim:
+        raise ValueError(f"queries and keys must have the same B and D, got {_shapes(q, k, v)}")
+    if 0 in (heads, kv_heads, dim, v.shape[3]):
+        raise ValueError(f"heads and channels must be at least 1, got {_shapes(q, k, v)}")
+    if heads % kv_heads:
+        raise ValueError(f"query heads must be a multiple of key/value heads, got {heads} and {kv_heads}")
+    if mask.shape != (rows, queries, keys):
         raise ValueError(
-            f"the mask is for (B, Q, T) = {mask.shape}, but {shapes} need {(q.shape[0], q.shape[2], k.shape[2])}"
+            f"the mask is for (B, Q, T) = {mask.shape}, but {_shapes(q, k, v)} need {(rows, queries, keys)}"
         )
-    if sinks is not None and sinks.shape != (q.shape[1],):
-        raise ValueError(f"sinks must be [H] = [{q.shape[1]}], one logit per query head, got {tuple(sinks.shape)}")
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks must be [H] = [{heads}], one logit per query head, got {tuple(sinks.shape)}")
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sightline.layers.linear import linear
+from sightline.layers.linear import FEW_TOKENS, has_native, is_plain_float32, linear
+from sightline.native import few_tokens_linear
 from sightline.precision import autocast_dtype
 from sightline.torch_private import disable_compiler
 
@@ -66,8 +67,18 @@ def _by_kernel(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None) -
 @disable_compiler  # every new `counts` would recompile
 def _by_group(x: Tensor, counts: Tensor, *layers: Layer) -> tuple[Tensor, ...]:
     if not torch.is_grad_enabled():
-        return _without_gradients(x, counts.tolist(), *layers)
+        sizes = counts.tolist()
+        if max(sizes) <= FEW_TOKENS and all(is_plain_float32(x, w) and has_native(x, w) for w, _ in layers):
+            return tuple(_by_native(x, weight, counts, bias, sum(sizes)) for weight, bias in layers)
+        return _without_gradients(x, sizes, *layers)
     return _ByGroup.apply(x, counts.tolist(), *(part for layer in layers for part in layer))
+
+
+def _by_native(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None, used: int) -> Tensor:
+    out = few_tokens_linear(x, weight, bias, counts)
+    if used < len(x):
+        out[used:] = 0
+    return out
 
 
 def _without_gradients(x: Tensor, counts: list[int], *layers: Layer) -> tuple[Tensor, ...]:

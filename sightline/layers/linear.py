@@ -1,4 +1,4 @@
-"""Linear layers that use the faster of PyTorch's two CPU libraries."""
+"""Linear layers that use the fastest of the native kernel and PyTorch's two CPU libraries."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sightline.torch_private import HAS_ONEDNN_LINEAR, onednn_linear
+from sightline.native import MIN_CHANNELS, few_tokens_linear, why_missing
+from sightline.torch_private import HAS_ONEDNN_LINEAR, is_intercepted, onednn_linear
 
 ONEDNN_SIZE = 2**17
 """Products of the number of tokens and the elements of the weight from which oneDNN's overhead of 8 us is small."""
+
+FEW_TOKENS = 16
+"""Most tokens for which the native kernel is the fastest."""
+NATIVE_SIZE = 2**15
+"""Elements of the weight from which the overhead of the native kernel of 3 us is small."""
 
 
 class Linear(nn.Linear):
@@ -24,20 +30,24 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x weight' + bias as F.linear does; faster in float32 on a CPU, forward and backward.
 
-    F.linear calls MKL, which uses AVX-512 on Intel's processors only, and which is slow for 2 to 4 tokens. On an AMD
-    EPYC, the product of the weight and the transposed tokens takes half of its time for 2 to 4 tokens; oneDNN takes
-    0.75 of its time for one token and a large weight, and half of its time for 64 tokens and more.
+    F.linear calls MKL, which uses AVX-512 on Intel's processors only. On an AMD EPYC, the native kernel takes half of
+    its time for one token and 0.4 to 0.8 for 2 to 16; oneDNN takes half of its time for 64 tokens and more.
     """
-    if torch.compiler.is_compiling() or not _is_plain_float32(x, weight):
+    if torch.compiler.is_compiling() or not is_plain_float32(x, weight):
         return F.linear(x, weight, bias)
     rows = x.numel() // max(1, x.shape[-1])
     with_onednn = HAS_ONEDNN_LINEAR and rows * weight.numel() >= ONEDNN_SIZE
     if torch.is_grad_enabled():
         return _OneDnnLinear.apply(x, weight, bias) if with_onednn else F.linear(x, weight, bias)
-    if 2 <= rows <= 4:
-        out = torch.mm(weight, x.reshape(rows, -1).t()).t().contiguous().view(*x.shape[:-1], -1)
-        return out if bias is None else out.add_(bias)
+    if 1 <= rows <= FEW_TOKENS and weight.numel() >= NATIVE_SIZE and has_native(x, weight):
+        return few_tokens_linear(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)
     return onednn_linear(x, weight, bias) if with_onednn else F.linear(x, weight, bias)
+
+
+def has_native(x: Tensor, weight: Tensor) -> bool:
+    """Whether the native kernel is built and can compute a product of plain float32 tensors."""
+    fits = weight.shape[-1] >= MIN_CHANNELS and weight.stride(-1) == 1
+    return fits and why_missing() is None and not is_intercepted(x, weight)
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -65,7 +75,7 @@ class _OneDnnLinear(torch.autograd.Function):
         return grad_x, grad_weight, rows.sum(dim=0) if ctx.has_bias and need_bias else None
 
 
-def _is_plain_float32(x: Tensor, weight: Tensor) -> bool:
+def is_plain_float32(x: Tensor, weight: Tensor) -> bool:
     """Whether both are plain float32 tensors on a CPU, without autocast; FSDP and tracing use subclasses of Tensor."""
     plain = type(x) in (Tensor, nn.Parameter) and type(weight) in (Tensor, nn.Parameter)
     return plain and x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")

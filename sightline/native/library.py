@@ -55,7 +55,7 @@ def _load() -> ctypes.CDLL | Missing:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    """Declare the types of the functions in csrc/attention.h and csrc/norm.h."""
+    """Declare the types of the functions in csrc/attention.h, csrc/linear.h and csrc/norm.h."""
     text, code, size, pointer = ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
     norms: dict[str, list[Any]] = {
         "forward": [pointer, size, pointer, size, size, ctypes.c_double, pointer, pointer],
@@ -83,6 +83,7 @@ def _declare(library: ctypes.CDLL) -> None:
     for name in ("forward", "backward"):
         function = getattr(library, f"sightline_attention_{name}")
         function.argtypes, function.restype = [text], code  # the arguments are packed in bytes
+    library.sightline_linear.argtypes, library.sightline_linear.restype = [text], code
 
 
 def get_library() -> ctypes.CDLL:

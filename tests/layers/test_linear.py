@@ -1,13 +1,19 @@
 """`linear` and the grouped products without gradients, against F.linear and the products with gradients."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from sightline.layers import Linear
+from sightline.layers import grouped as grouped_module
 from sightline.layers import linear as module
 from sightline.layers.grouped import grouped_linear
+from tests.support.native import needs_native
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
@@ -40,6 +46,85 @@ def test_equals_f_linear_without_gradients(rows: int, bias: bool, monkeypatch: p
             torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(module.linear(inputs[0], weight), F.linear(inputs[0], weight), atol=1e-4, rtol=1e-5)
     assert len(calls) == (6 if rows == 64 and module.HAS_ONEDNN_LINEAR else 0)
+
+
+@pytest.fixture
+def native_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The inputs that reach the native kernel, which takes weights of every size."""
+    calls: list[Tensor] = []
+    compute = module.few_tokens_linear
+
+    def spy(x: Tensor, *arguments: Tensor | None) -> Tensor:
+        calls.append(x)
+        return compute(x, *arguments)
+
+    monkeypatch.setattr(module, "NATIVE_SIZE", 1)
+    for one in (module, grouped_module):
+        monkeypatch.setattr(one, "few_tokens_linear", spy)
+    return calls
+
+
+@needs_native
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 4, 5, 16, 17])
+def test_few_tokens_use_the_native_kernel(rows: int, bias: bool, native_calls: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    layer, x = Linear(40, 33, bias=bias), torch.randn(rows, 1, 40)
+    inputs = [x, x[:, 0], x.transpose(0, 1), torch.randn(rows, 1, 80)[..., 40:], torch.randn(rows, 40, 2)[..., 0]]
+    with torch.no_grad():
+        for one in inputs:
+            out = layer(one)
+            assert out.is_contiguous()
+            torch.testing.assert_close(out, F.linear(one, layer.weight, layer.bias), atol=1e-5, rtol=1e-5)
+    assert len(native_calls) == (len(inputs) if 1 <= rows <= 16 else 0)
+    layer(x).sum().backward()
+    assert len(native_calls) == (len(inputs) if 1 <= rows <= 16 else 0), "gradients are computed by PyTorch"
+
+
+@needs_native
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_what_must_be_an_operator_is_one(native_calls: list[Tensor]) -> None:
+    """A trace, a mode, forward-mode derivatives, torch.func and batched gradients must find an operator of PyTorch."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 40), torch.randn(33, 40)
+    expected = F.linear(x, weight)
+
+    def tangent() -> Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(module.linear(forward_ad.make_dual(x, x), weight)).tangent
+
+    def flops() -> Tensor:
+        with FlopCounterMode(display=False) as counter:
+            out = module.linear(x, weight)
+        assert counter.get_total_flops() == 2 * 3 * 33 * 40
+        return out
+
+    ways: dict[str, Callable[[], Tensor]] = {
+        "forward mode": tangent,
+        "mode": flops,
+        "vmap": lambda: torch.func.vmap(lambda x: module.linear(x[None], weight)[0])(x),
+        "trace": lambda: torch.jit.trace(lambda x: module.linear(x, weight), torch.randn(3, 40), check_trace=False)(x),
+        "transposed weight": lambda: module.linear(x, weight.t().contiguous().t()),
+    }
+    with torch.no_grad():
+        for name, way in ways.items():
+            torch.testing.assert_close(way(), expected, atol=1e-4, rtol=1e-4, msg=name)
+    assert not native_calls
+
+
+@needs_native
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("counts", [[1, 0, 16], [0, 17, 2], [0, 0, 0]])
+def test_groups_of_few_tokens_use_the_native_kernel(counts: list[int], bias: bool, native_calls: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(sum(counts) + 3, 24), torch.randn(3, 20, 24)
+    b = torch.randn(3, 20) if bias else None
+    expected = grouped_linear(x, weight, torch.tensor(counts), b)  # with gradients: by PyTorch
+    with torch.no_grad():
+        out = grouped_linear(x, weight, torch.tensor(counts), b)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert out[sum(counts) :].eq(0).all()
+    assert any(len(call) == len(x) for call in native_calls) == (max(counts) <= 16)
 
 
 def test_other_dtypes_and_autocast_use_f_linear(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,8 @@ def test_the_tests_pass_under_sanitizers(sources: Path) -> None:
     """All tests of the kernel but one: a process under a sanitizer reserves more addresses than a limit allows."""
     attention = [f"tests/attention/test_native{name}.py" for name in ("", "_odd_values", "_threads")]
     limited = "tests/attention/test_native_threads.py::test_without_memory_an_error_is_raised"
-    others = [f"tests/{name}.py" for name in ("layers/test_native_norm", "native/test_plan", "native/test_library")]
+    names = ("layers/test_native_norm", "native/test_linear", "native/test_plan", "native/test_library")
+    others = [f"tests/{name}.py" for name in names]
     tested = run_tests_under_sanitizers(sources, *attention, *others, f"--deselect={limited}")
     assert tested.returncode == 0, tested.stdout[-5000:] + tested.stderr[-5000:]
     assert " passed" in tested.stdout and "skipped" not in tested.stdout

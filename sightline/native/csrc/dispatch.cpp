@@ -16,6 +16,7 @@ struct Kernel {
   int32_t (*backward)(const sightline_attention&);
   decltype(baseline::rms_norm_forward)* rms_norm_forward;
   decltype(baseline::rms_norm_backward)* rms_norm_backward;
+  decltype(baseline::linear)* linear;
   bool (*supported)();
 };
 
@@ -30,7 +31,7 @@ bool has_avx512() {
 #endif
 
 #define SIGHTLINE_KERNEL(isa, supported) \
-  {#isa, isa::forward, isa::backward, isa::rms_norm_forward, isa::rms_norm_backward, supported}
+  {#isa, isa::forward, isa::backward, isa::rms_norm_forward, isa::rms_norm_backward, isa::linear, supported}
 const Kernel KERNELS[] = {  // widest first
 #ifdef SIGHTLINE_X86
     SIGHTLINE_KERNEL(avx512, has_avx512),
@@ -190,8 +191,8 @@ SIGHTLINE_EXPORT const char* sightline_native_error(int32_t code) {
     case SIGHTLINE_OK:
       return "no error";
     case SIGHTLINE_BAD_SIZES:
-      return "sizes are negative or too large, query heads are not a multiple of key/value heads, or a tensor is "
-             "missing";
+      return "sizes are negative or too large, query heads are not a multiple of key/value heads, groups have "
+             "more rows than there are, or a tensor is missing";
     case SIGHTLINE_BAD_INTERVALS:
       return "intervals are not canonical: out of range, unsorted, overlapping, or after an empty one";
     case SIGHTLINE_BAD_PLAN:
@@ -230,4 +231,19 @@ SIGHTLINE_EXPORT int32_t sightline_rms_norm_backward(
     return SIGHTLINE_BAD_SIZES;
   selected->rms_norm_backward(d_out, x, stride, weight, rstd, rows, size, d_x, d_weight, partial);
   return SIGHTLINE_OK;
+}
+
+SIGHTLINE_EXPORT int32_t sightline_linear(const sightline_linear_arguments* args) {
+  const int64_t sizes[] = {args->rows, args->groups, args->features, args->channels};
+  for (int64_t size : sizes)
+    if (size < 0 || size > INT32_MAX) return SIGHTLINE_BAD_SIZES;
+  if (args->channels < SIGHTLINE_MIN_CHANNELS || (!args->counts && args->groups > 1)) return SIGHTLINE_BAD_SIZES;
+  int64_t left = args->rows;
+  for (int64_t group = 0; args->counts && group < args->groups; group++) {
+    if (args->counts[group] < 0 || args->counts[group] > left) return SIGHTLINE_BAD_SIZES;
+    left -= args->counts[group];
+  }
+  if (args->rows == 0 || args->groups == 0 || args->features == 0) return SIGHTLINE_OK;
+  if (!args->x || !args->weight || !args->out) return SIGHTLINE_BAD_SIZES;
+  return selected->linear(*args);
 }

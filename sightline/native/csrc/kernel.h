@@ -1,10 +1,11 @@
-// Interface between the entry points (dispatch.cpp) and the kernels (forward.cpp, backward.cpp and norm.cpp,
+// Interface between the entry points (dispatch.cpp) and the kernels (forward, backward, linear and norm.cpp,
 // compiled once per instruction set).
 //
 // No inline function or template may be defined here: the kernels are compiled with several instruction sets, and the
 // linker would keep one copy for all of them, possibly one that this processor cannot run.
 #pragma once
 #include "attention.h"
+#include "linear.h"
 #include "norm.h"
 
 namespace sightline {
@@ -28,6 +29,7 @@ int32_t check_intervals(
   namespace isa {                                                                                                \
   int32_t forward(const sightline_attention& args);                                                              \
   int32_t backward(const sightline_attention& args);                                                             \
+  int32_t linear(const sightline_linear_arguments& args);                                                        \
   void rms_norm_forward(                                                                                         \
       const float* x, int64_t stride, const float* weight, int64_t rows, int64_t size, double eps, float* out,   \
       float* rstd);                                                                                              \
