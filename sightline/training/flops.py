@@ -7,6 +7,8 @@ from time import perf_counter
 
 import torch
 
+from sightline.layers.linear import linear
+
 # Dense peak FLOP/s from the data sheets: (float32 without TF32, bfloat16). The first key contained in the device name
 # counts, so specific names come before general ones.
 GPU_PEAKS = {
@@ -46,14 +48,15 @@ def find_peak(device: torch.device, dtype: str) -> Peak:
     return Peak(measure_peak(device), "float32 matmul, measured now")
 
 
+@torch.no_grad()
 def measure_peak(device: torch.device, size: int = 1024) -> float:
-    """Return the best FLOP/s of several square float32 matmuls, run for about 0.2 s."""
+    """Return the best FLOP/s of several square float32 products, as layers compute them, run for about 0.2 s."""
     a, b = torch.ones(2, size, size, device=device)  # not torch.rand, which would change the random numbers of the run
     fastest, start = float("inf"), perf_counter()
-    out = a @ b  # warm-up, not timed
+    linear(a, b)  # warm-up, not timed
     while perf_counter() - start < MEASURE_SECONDS or fastest == float("inf"):
         started = perf_counter()
-        torch.mm(a, b, out=out)
+        linear(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         fastest = min(fastest, perf_counter() - started)
