@@ -120,4 +120,4 @@ for call in (lambda: native(*leaves, mask), lambda: native(*(x[..., :4] for x in
     except MemoryError as error:
         print(error)
 """
-    assert run_python(code) == "native attention: out of memory\ncomputed\n"
+    assert run_python(code) == "native kernel: out of memory\ncomputed\n"
