@@ -27,17 +27,21 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return module is not None and isinstance(tensor, module.FakeTensor)
 
 
-def is_intercepted(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Return whether a product of x and y must be an operator of PyTorch: in a trace, a mode or a transform."""
+def in_transform(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Return whether a product of x and y is inside a transform of torch.func or a forward-mode derivative."""
     functorch = torch._C._functorch
     return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        torch.autograd.forward_ad._current_level >= 0
         or functorch.peek_interpreter_stack() is not None
         or functorch.is_legacy_batchedtensor(x)
         or functorch.is_legacy_batchedtensor(y)
     )
+
+
+def is_intercepted(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Return whether a product of x and y must be an operator of PyTorch: in a trace, a mode or a transform."""
+    has_mode = torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+    return has_mode or in_transform(x, y)
 
 
 HAS_ONEDNN_LINEAR = (

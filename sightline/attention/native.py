@@ -21,25 +21,20 @@ from sightline.attention.torch_private import mark_dynamic_size
 from sightline.masks import AttentionMask
 from sightline.native import attention_backward, attention_forward, pack_intervals, why_missing
 from sightline.native.kernel import DTYPES, empty_gradients, empty_outputs
+from sightline.native.operator import define_operator
 
 REMEDY = "use the backend `reference` (--attention.backend reference)"
-FORWARD, BACKWARD = "sightline::attention", "sightline::attention_backward"
-
-torch.library.define(
-    FORWARD,
+ATTENTION = define_operator(
+    "attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor mask, float scale, float softcap) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    attention_forward,
 )
-torch.library.define(
-    BACKWARD,
+ATTENTION_BACKWARD = define_operator(
+    "attention_backward",
     "(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor mask, Tensor out, Tensor lse, float scale, "
     "float softcap) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    attention_backward,
 )
-torch.library.impl(FORWARD, "cpu", attention_forward)
-torch.library.impl(BACKWARD, "cpu", attention_backward)
-ATTENTION = torch.ops.sightline.attention.default
-ATTENTION_BACKWARD = torch.ops.sightline.attention_backward.default
 
 
 @dataclass(frozen=True)  # not a tuple, for whose contents torch.compile would recompile
@@ -86,12 +81,12 @@ class Native:
         return ATTENTION(q, k, v, sinks, inputs.packed, scale, softcap or 0.0)[0]
 
 
-@torch.library.register_fake(FORWARD)
+@torch.library.register_fake(ATTENTION)
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return empty_outputs(q, v)
 
 
-@torch.library.register_fake(BACKWARD)
+@torch.library.register_fake(ATTENTION_BACKWARD)
 def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
     return empty_gradients(q, k, v, sinks)
 
@@ -112,5 +107,5 @@ def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
     raise RuntimeError(f"the native attention backend has no second derivatives; {REMEDY}")
 
 
-torch.library.register_autograd(FORWARD, _backward, setup_context=_save_for_backward)
-torch.library.register_autograd(BACKWARD, _refuse_second_derivative)
+torch.library.register_autograd(ATTENTION, _backward, setup_context=_save_for_backward)
+torch.library.register_autograd(ATTENTION_BACKWARD, _refuse_second_derivative)

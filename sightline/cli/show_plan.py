@@ -135,7 +135,8 @@ def show_context(console: Console, title: str, run: Run, found: Estimate, rows: 
         for order in ORDERS:
             plan = plan_context(masks, degree, order, layers=layers, balance=run.parallel.context_balance)
             fractions = {name: received_fraction(plan, name) for name in masks}
-            if order == "balanced" and any(fractions[name] > FAR * least_fraction(plan, name) for name in masks):
+            least = {name: least_fraction(plan, name) for name in masks}
+            if order == "balanced" and any(fractions[name] > FAR * least[name] for name in masks):
                 far.append(str(degree))
             received_bytes = 2 * sum(  # keys in the forward, their gradients in the backward
                 fraction * found.key_bytes.get(name, 0.0) * length * (degree - 1) / degree * micro_batch_size
@@ -143,7 +144,7 @@ def show_context(console: Console, title: str, run: Run, found: Estimate, rows: 
             )
             table.add_row(
                 str(degree), order, f"{work_imbalance(plan, layers):.3f}",
-                *(cell for name in masks for cell in (f"{fractions[name]:.1%}", f"{least_fraction(plan, name):.1%}")),
+                *(cell for name in masks for cell in (f"{fractions[name]:.1%}", f"{least[name]:.1%}")),
                 size(received_bytes * found.microbatches),
             )  # fmt: skip
     rows = len(next(iter(masks.values())).start)

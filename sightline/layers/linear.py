@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sightline.native import MIN_CHANNELS, few_tokens_linear, why_missing
-from sightline.torch_private import HAS_ONEDNN_LINEAR, is_intercepted, onednn_linear
+from sightline.torch_private import HAS_ONEDNN_LINEAR, in_transform, is_fake, is_intercepted, onednn_linear
 
 ONEDNN_SIZE = 2**17
 """Products of the number of tokens and the elements of the weight from which oneDNN's overhead of 8 us is small."""
@@ -33,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     F.linear calls MKL, which uses AVX-512 on Intel's processors only. On an AMD EPYC, the native kernel takes half of
     its time for one token and 0.4 to 0.8 for 2 to 16; oneDNN takes half of its time for 64 tokens and more.
     """
-    if torch.compiler.is_compiling() or not is_plain_float32(x, weight):
+    if torch.compiler.is_compiling() or not is_plain_float32(x, weight) or in_transform(x, weight):
         return F.linear(x, weight, bias)
     rows = x.numel() // max(1, x.shape[-1])
     with_onednn = HAS_ONEDNN_LINEAR and rows * weight.numel() >= ONEDNN_SIZE
@@ -75,7 +75,14 @@ class _OneDnnLinear(torch.autograd.Function):
         return grad_x, grad_weight, rows.sum(dim=0) if ctx.has_bias and need_bias else None
 
 
-def is_plain_float32(x: Tensor, weight: Tensor) -> bool:
-    """Whether both are plain float32 tensors on a CPU, without autocast; FSDP and tracing use subclasses of Tensor."""
-    plain = type(x) in (Tensor, nn.Parameter) and type(weight) in (Tensor, nn.Parameter)
-    return plain and x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+def is_plain_float32(x: Tensor, weight: Tensor, *, allow_fake: bool = False) -> bool:
+    """Whether both are plain float32 tensors on a CPU, without autocast; FSDP and tracing use subclasses of Tensor.
+
+    allow_fake  whether fake tensors count as plain, so that estimates of activation memory trace the operator
+    """
+    return not torch.is_autocast_enabled("cpu") and all(
+        tensor.dtype == torch.float32
+        and tensor.device.type == "cpu"
+        and (type(tensor) in (Tensor, nn.Parameter) or (allow_fake and is_fake(tensor)))
+        for tensor in (x, weight)
+    )

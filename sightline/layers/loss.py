@@ -197,7 +197,9 @@ def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor) -> None:
     """Compute total += grad' x, accumulated in the dtype of `total`."""
-    if x.is_cuda:
-        total.add_(grad.t() @ x if x.dtype == total.dtype else torch.mm(grad.t(), x, out_dtype=total.dtype))
-    else:
+    if not x.is_cuda:
         total.add_(weight_gradient(grad.to(total.dtype), x.to(total.dtype)))
+    elif x.dtype == total.dtype:
+        total.addmm_(grad.t(), x)  # without a copy of the size of the weight
+    else:
+        total.add_(torch.mm(grad.t(), x, out_dtype=total.dtype))

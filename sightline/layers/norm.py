@@ -13,26 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
+from sightline.layers.linear import is_plain_float32
 from sightline.native import why_missing
 from sightline.native.norm import empty_outputs, rms_norm_backward, rms_norm_forward
-from sightline.torch_private import is_fake
+from sightline.native.operator import define_operator
 
 MIN_SIZE = 32768
 """Elements of x below which PyTorch's function takes less time."""
-FORWARD, BACKWARD = "sightline::rms_norm", "sightline::rms_norm_backward"
-
-torch.library.define(
-    FORWARD, "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
-)
-torch.library.define(
-    BACKWARD,
+NORM = define_operator("rms_norm", "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", rms_norm_forward)
+NORM_BACKWARD = define_operator(
+    "rms_norm_backward",
     "(Tensor d_out, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    rms_norm_backward,
 )
-torch.library.impl(FORWARD, "cpu", rms_norm_forward)
-torch.library.impl(BACKWARD, "cpu", rms_norm_backward)
-NORM = torch.ops.sightline.rms_norm.default
-NORM_BACKWARD = torch.ops.sightline.rms_norm_backward.default
 
 
 class RMSNorm(nn.Module):
@@ -74,28 +67,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _native_applies(x: Tensor, weight: Tensor) -> bool:
-    """Whether both are plain float32 tensors on a CPU, large enough, without autocast and forward-mode derivatives.
-
-    Fake tensors count as plain, so that estimates of activation memory trace the operator. FSDP uses other subclasses.
-    """
+    """Whether both are plain float32 tensors on a CPU, large enough, without autocast and forward-mode derivatives."""
     return (
-        all(type(tensor) in (Tensor, nn.Parameter) or is_fake(tensor) for tensor in (x, weight))
+        is_plain_float32(x, weight, allow_fake=True)
         and x.numel() >= MIN_SIZE
-        and x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and not torch.is_autocast_enabled("cpu")
         and unpack_dual(x).tangent is None
         and unpack_dual(weight).tangent is None
         and why_missing() is None
     )
 
 
-@torch.library.register_fake(FORWARD)
+@torch.library.register_fake(NORM)
 def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return empty_outputs(x)
 
 
-@torch.library.register_fake(BACKWARD)
+@torch.library.register_fake(NORM_BACKWARD)
 def _(d_out: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     return empty_outputs(x)[0], weight.new_empty(weight.shape)
 
@@ -117,4 +104,4 @@ def _backward(ctx: Any, d_out: Tensor, _d_rstd: Tensor | None) -> tuple[Tensor |
     return *(next(found) if tensor.requires_grad else None for tensor in (x, weight)), None
 
 
-torch.library.register_autograd(FORWARD, _backward, setup_context=_save_for_backward)
+torch.library.register_autograd(NORM, _backward, setup_context=_save_for_backward)

@@ -198,9 +198,10 @@ class Decoder(nn.Module):
         last_token_only  return only the logits of the last token of each row, [B, 1, V]
         """
         h = tokens if self.embedding is None else self.embedding(tokens)
-        inputs: dict[str, Any] = {"attention_masks": attention_masks, "positions": positions, "labels": labels}
-        inputs |= {"cache": cache, "loss_inputs": loss_inputs, "last_token_only": last_token_only}
-        return self.forward_embedded(h, **inputs)
+        return self.forward_embedded(
+            h, attention_masks=attention_masks, positions=positions, labels=labels, cache=cache,
+            loss_inputs=loss_inputs, last_token_only=last_token_only,
+        )  # fmt: skip
 
     def forward_embedded(
         self,

@@ -239,9 +239,10 @@ class DeepseekV3(Decoder):
         next_tokens, next_labels  int64 [B, S], from `shift_for_mtp`; needed only if `tokens` are not full rows
         """
         if self.prediction is None or labels is None or not self.training:
-            inputs: dict[str, Any] = {"attention_masks": attention_masks, "positions": positions, "labels": labels}
-            inputs |= {"cache": cache, "loss_inputs": loss_inputs, "last_token_only": last_token_only}
-            return super().forward(tokens, **inputs)
+            return super().forward(
+                tokens, attention_masks=attention_masks, positions=positions, labels=labels, cache=cache,
+                loss_inputs=loss_inputs, last_token_only=last_token_only,
+            )  # fmt: skip
         assert self.embedding is not None and self.norm is not None, "MTP needs embedding and output head on one rank"
         h = self.embedding(tokens)
         lowered, rotation = self.lower_masks(named_masks(attention_masks), h), self.encode_positions(positions)

@@ -210,8 +210,10 @@ class VLM(Llama3):
                 image_index = index_image_tokens(tokens == self.config.image_token_id)
             h = insert_image_features(h, features, image_index)
         masks = {"decoder": masks["decoder"]}
-        inputs: dict[str, Any] = {"attention_masks": masks, "positions": positions, "labels": labels, "cache": cache}
-        return self.forward_embedded(h, **inputs, loss_inputs=loss_inputs, last_token_only=last_token_only)
+        return self.forward_embedded(
+            h, attention_masks=masks, positions=positions, labels=labels, cache=cache,
+            loss_inputs=loss_inputs, last_token_only=last_token_only,
+        )  # fmt: skip
 
     def encode_images(self, patches: Tensor, patch_grid: Tensor, mask: AttentionMask) -> Tensor:
         """Map patches [B, P, C] to the embeddings of each row's image tokens: [B, P / spatial_merge_size^2, W]."""

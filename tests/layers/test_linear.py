@@ -167,6 +167,20 @@ def test_gradients_equal_those_of_f_linear(
     assert layer.weight.grad is None and x.grad is not None
 
 
+def test_transforms_equal_those_of_f_linear() -> None:
+    """Transforms of torch.func and forward-mode derivatives of a product that is large enough for oneDNN."""
+    torch.manual_seed(0)
+    layer, x = Linear(256, 32), torch.randn(64, 256)
+    transforms: dict[str, Callable[[Callable[[Tensor], Tensor]], Tensor]] = {
+        "grad": lambda f: torch.func.grad(lambda x: f(x).square().sum())(x),
+        "jvp": lambda f: torch.func.jvp(f, (x,), (x,))[1],
+        "vmap": lambda f: torch.func.vmap(f)(x.view(2, 32, 256)),
+    }
+    for name, transform in transforms.items():
+        expected = transform(lambda x: F.linear(x, layer.weight, layer.bias))
+        torch.testing.assert_close(transform(layer), expected, atol=1e-4, rtol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("counts", [[2, 0, 3, 0], [0, 0, 0, 0], [0, 0, 0, 5], [1, 1, 1, 1]])
 @pytest.mark.parametrize("bias", [False, True])
 def test_grouped_products_without_gradients(counts: list[int], bias: bool) -> None:
