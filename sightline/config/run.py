@@ -24,7 +24,7 @@ class DataConfig(RenamedFields):
     """Source of the documents: `python-stdlib`, `synthetic-images`, `hf:NAME` or a path.
     `python-stdlib` is the source code of the standard library of the running Python.
     `synthetic-images` is generated images with captions, for vision-language models.
-    `hf:NAME` is the train split of a Hugging Face dataset (needs the extra `hf`).
+    `hf:NAME` is the train split of a Hugging Face dataset (needs the extra `data`).
     A path is a .txt, .md, .py or .jsonl file, or a folder of such files."""
     text_field: str = "text"
     """Name of the text field in .jsonl files and Hugging Face datasets."""

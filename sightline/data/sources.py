@@ -17,7 +17,7 @@ from sightline.data.synthetic_images import SYNTHETIC_IMAGES, caption_documents
 
 try:
     import datasets
-except ImportError:  # the extra `hf`
+except ImportError:  # the extra `data`
     datasets = None  # type: ignore[assignment]
 
 EXTENSIONS = (".jsonl", ".md", ".py", ".txt")
@@ -129,7 +129,7 @@ def _skip_reason(text: str | None) -> str | None:
 def _load_dataset(data: DataConfig) -> Documents:
     """Load the `train` split of a Hugging Face dataset; `datasets` caches the lengths of the texts."""
     if datasets is None:
-        raise ValueError(f"data.source {data.source} needs the package `datasets`: pip install 'sightline[hf]'")
+        raise ValueError(f"data.source {data.source} needs the package `datasets`: pip install 'sightline[data]'")
     name = data.source.removeprefix("hf:")
     try:
         dataset = datasets.load_dataset(name, split="train")

@@ -136,7 +136,7 @@ def test_dataset_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         load("hf:some/name")
 
 
-@pytest.mark.skipif(sources.datasets is None, reason="needs the extra `hf`")
+@pytest.mark.skipif(sources.datasets is None, reason="needs the extra `data`")
 def test_dataset_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     lines = [{"body": text, "id": index} for index, text in enumerate(["one", "", None, "  ", "four", "é"])]

@@ -1,0 +1,1 @@
+"""Leakage test of any module."""
