@@ -47,10 +47,12 @@ class Record:
 
     implementations  attention implementation of the model's configs before `enable`: {name of the sub-config: name}
     handles          its hooks
+    packed           rows of the forwards that run, if `share_prompts` packs its batches
     """
 
     implementations: dict[str, str] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
+    packed: list[Any] | None = None
 
 
 def enable(model: Model, check: bool = True) -> Model:
@@ -70,7 +72,7 @@ def enable(model: Model, check: bool = True) -> Model:
     Raises:
         ValueError: if packed rows cannot be right in this model; the message says why and what to do.
     """
-    roots = list(_models(model))
+    roots = list(models_in(model))
     if not roots:
         raise ValueError(
             f"sightline.hf.enable needs a model of transformers, or one that wraps it, got {type(model).__name__}"
@@ -81,7 +83,7 @@ def enable(model: Model, check: bool = True) -> Model:
     for root in roots:
         _enable_one(root)
     if model not in roots:
-        _hook(model, _record(model))
+        _hook(model, record_of(model))
     return model
 
 
@@ -106,13 +108,13 @@ def is_enabled(model: nn.Module) -> bool:
     return any(RECORD in vars(module) for module in model.modules())
 
 
-def _models(model: nn.Module) -> Iterator[PreTrainedModel]:
+def models_in(model: nn.Module) -> Iterator[PreTrainedModel]:
     """Yield the outermost models of transformers in a module."""
     if isinstance(model, PreTrainedModel):
         yield model
     else:
         for child in model.children():
-            yield from _models(child)
+            yield from models_in(child)
 
 
 def _check_class(model: PreTrainedModel) -> None:
@@ -137,7 +139,7 @@ def _check_class(model: PreTrainedModel) -> None:
 
 
 def _enable_one(model: PreTrainedModel) -> None:
-    record = _record(model)
+    record = record_of(model)
     record.implementations = _implementations(model)
     model.set_attn_implementation(_requested(model))
     for module in model.modules():
@@ -173,7 +175,8 @@ def _requested(model: PreTrainedModel) -> dict[str, str]:
     return requested
 
 
-def _record(module: nn.Module) -> Record:
+def record_of(module: nn.Module) -> Record:
+    """Return the changes of a module, for hooks that others add."""
     return vars(module).setdefault(RECORD, Record())
 
 
