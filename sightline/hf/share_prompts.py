@@ -1,8 +1,8 @@
 """share_prompts(): let TRL's trainers compute each prompt once, whose batches repeat it in every row.
 
-The trainers of TRL ask their model for the log-probabilities of a padded batch: `model(input_ids=..., attention_mask=...,
-labels=..., fused_lm_head=True)`. A hook before the model packs the sequences of the batch, without padding and with
-shared beginnings once. A hook after it puts each value back in its place in the batch. Tried with TRL 1.16.
+The trainers of TRL ask their model for the log-probabilities of a padded batch, with `fused_lm_head=True`. A hook
+before the model packs the sequences, without padding and with shared beginnings once. A hook after it puts each value
+back in its place in the batch. Tried with TRL 1.16.
 """
 
 from __future__ import annotations
