@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sightline.batch import IGNORE, PADDING
+from sightline.batch import IGNORE
 
 SHORTEST_SHARED = 16
 """Shared tokens that are worth a document of their own."""
@@ -27,7 +27,7 @@ Tokens = tuple[int, ...]
 class GroupedRows:
     """N responses and their prompts in B rows of S tokens.
 
-    input_ids     int64 [B, S]
+    input_ids     int64 [B, S]; padding is 0
     position_ids  int64 [B, S], positions in the sequence of prompt and response
     document_ids  int32 [B, S]; -1: padding
     prefix_ids    int32 [B, S], the document that each token's document continues; its own id if none
@@ -155,8 +155,8 @@ def build_rows(rows: list[list[Document]], index: Tensor, targets: Sequence[int]
     targets  the tokens that are predicted, one for each place of `index` that is not -1, row by row
     """
     shape = len(rows), max(sum(len(d.tokens) for d in row) for row in rows)
-    input_ids = torch.full(shape, PADDING)
-    position_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE)
+    input_ids, position_ids = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+    labels = torch.full(shape, IGNORE)
     document_ids, prefix_ids = (torch.full(shape, -1, dtype=torch.int32) for _ in range(2))
     for row, documents in enumerate(rows):
         start = 0
