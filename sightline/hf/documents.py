@@ -98,7 +98,7 @@ def find_documents(
     prefix_ids        int [B, S], the document that each token's document continues; its own id if none
     cu_seq_lens_q/_k  int [N + 1], starts of all documents in the concatenated rows, and the end
     seq_idx           int [B, S], document numbers
-    attention_mask    [B, S]: 0 is padding; numbers from 1 on are documents if any is more than 1
+    attention_mask    [B, S]: 0 is padding; integers from 1 on are documents if any is more than 1
     position_ids      [B, S], or [4, B, S] with text positions first, or [3, B, S]
     guess             int [B, S], documents that were inferred from position_ids that are not known here
 
@@ -114,7 +114,7 @@ def find_documents(
         found["document_lengths"] = _from_lengths(document_lengths, shape)
     if document_ids is not None:
         found["document_ids"] = _as_ids("document_ids", document_ids, shape)
-    if padding is not None and attention_mask is not None and bool((attention_mask > 1).any()):
+    if padding is not None and attention_mask is not None and _numbers_documents(attention_mask):
         found["attention_mask"] = attention_mask.to(torch.int32) - 1
     if seq_idx is not None:
         found["seq_idx"] = _as_ids("seq_idx", seq_idx, shape)
@@ -157,6 +157,11 @@ def _tree(
         )
     parents = torch.where(ids < 0, ids, _as_ids("prefix_ids", prefix_ids, shape))
     return Documents(ids, source, parents, position_ids.cpu().long().expand(shape))
+
+
+def _numbers_documents(attention_mask: Tensor) -> bool:
+    """Return whether a mask [B, S] numbers documents from 1 on. Numbers that are no integers are weights of tokens."""
+    return not attention_mask.is_floating_point() and bool((attention_mask > 1).any())
 
 
 def _as_ids(name: str, ids: Tensor, shape: tuple[int, int]) -> Tensor:

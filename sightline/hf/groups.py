@@ -140,7 +140,7 @@ def pack_sequences(
         documents: list[Document] = []
         start = number * width
         for tree in row:
-            places |= {tokens: torch.tensor(at) + start for tokens, at in tree.places.items()}
+            places |= {tokens: torch.tensor(at, dtype=torch.int64) + start for tokens, at in tree.places.items()}
             shift = len(documents)
             documents += [d._replace(parent=d.parent + shift) if d.parent >= 0 else d for d in tree.documents]
             start += tree.size

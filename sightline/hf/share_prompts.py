@@ -21,8 +21,9 @@ from sightline.torch_private import disable_compiler
 if TYPE_CHECKING:
     from transformers import Trainer
 
-PACKED = {"input_ids", "attention_mask", "labels"}
-KEPT = {"fused_lm_head", "use_cache", "num_items_in_batch"}
+TRAINERS = {"GRPOTrainer", "RLOOTrainer", "DPOTrainer", "KTOTrainer"}
+PACKED = ("input_ids", "attention_mask", "labels")
+KEPT = ("fused_lm_head", "use_cache", "output_router_logits")
 
 
 def share_prompts(trainer: Trainer) -> None:
@@ -34,20 +35,17 @@ def share_prompts(trainer: Trainer) -> None:
     `num_generations`. `sightline.hf.disable(model)` reverts it.
 
     Raises:
-        ValueError: if the trainer does not use TRL's fused output head, or needs an auxiliary loss of a router.
+        ValueError: if it is another trainer, or a version of TRL that computes log-probabilities in another way.
     """
-    if getattr(trainer, "aux_loss_enabled", False):
-        raise ValueError(
-            "share_prompts: the auxiliary loss of the router would count each prompt once, not once for each response; "
-            "set output_router_logits=False in the model's config"
-        )
+    if not TRAINERS & {cls.__name__ for cls in type(trainer).__mro__}:
+        raise ValueError(f"share_prompts is for TRL's {', '.join(sorted(TRAINERS))}, got a {type(trainer).__name__}")
     for model in (trainer.model, getattr(trainer, "ref_model", None)):
         if model is None:
             continue
         if not any(_has_fused_head(inner) for inner in models_in(model)):
             raise ValueError(
-                f"share_prompts: {type(trainer).__name__} has not added TRL's fused output head to "
-                f"{type(model).__name__}; it needs a GRPOTrainer, RLOOTrainer, DPOTrainer or KTOTrainer of TRL 1.16"
+                f"share_prompts: {type(trainer).__name__} has not added a fused output head to {type(model).__name__}: "
+                "this version of TRL is not supported; use TRL 1.16"
             )
         if not is_enabled(model):
             enable(model)
@@ -55,7 +53,7 @@ def share_prompts(trainer: Trainer) -> None:
         if record.packed is None:
             record.packed = []
             record.handles.append(model.register_forward_pre_hook(_pack, prepend=True, with_kwargs=True))
-            record.handles.append(model.register_forward_hook(_unpack, with_kwargs=True, always_call=True))
+            record.handles.append(model.register_forward_hook(_unpack, always_call=True))
 
 
 def _has_fused_head(model: nn.Module) -> bool:
@@ -70,37 +68,40 @@ def _pack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     """Replace a padded batch by packed rows; other calls, such as those of `generate`, stay as they are."""
     rows = None
     if kwargs.get("fused_lm_head"):
-        others = {name for name, value in kwargs.items() if name not in PACKED | KEPT and value is not None}
-        if others or args or any(kwargs.get(name) is None for name in PACKED):
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        if args or given.keys() - {*PACKED, *KEPT} or set(PACKED) - given.keys():
             raise ValueError(
-                f"share_prompts packs batches of {', '.join(sorted(PACKED))} only, got {', '.join(sorted(kwargs))}; "
-                "train without share_prompts"
+                f"share_prompts packs batches of {', '.join(PACKED)} only, got {', '.join(given)}; train without it"
             )
-        batch = {name: kwargs[name] for name in PACKED}
-        rows = pack_batch(**batch)
-        device = batch["input_ids"].device
-        kwargs = {name: value for name, value in kwargs.items() if name in KEPT}
+        device = given["input_ids"].device
+        rows, counts = pack_batch(*(given[name] for name in PACKED))
+        kwargs = {name: given[name] for name in KEPT if name in given}
         kwargs |= {**rows.inputs(device), "shift_labels": rows.labels.to(device)}
+        if given.get("output_router_logits"):
+            kwargs["attention_mask"] = counts.to(device)  # the weights of the router's auxiliary loss
     packed = record_of(module).packed
     assert packed is not None, "share_prompts has set it"
     packed.append(rows)
     return args, kwargs
 
 
-def _unpack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Return the output with the values [B, S] of packed tokens as [N, L - 1], and the loss of the batch."""
+def _unpack(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Return the output with the values of the padded batch [N, L - 1] in place of those of packed tokens [B, S].
+
+    There is no loss: a packed token belongs to several sequences.
+    """
     packed = record_of(module).packed
     rows = packed.pop() if packed else None  # there is none if the hook before the forward has raised
     if rows is None or output is None:
         return output
-    values = {name: rows.gather(value) for name, value in output.items() if value.shape == rows.labels.shape}
-    count = kwargs.get("num_items_in_batch")
-    count = values["label_mask"].sum().clamp(min=1) if count is None else count
-    return type(output)(**values, loss=-values["log_probs"].sum() / count)
+    values = {name: rows.gather(x) if x.shape == rows.labels.shape else x for name, x in output.items()}
+    return type(output)(**(values | {"loss": None}))
 
 
-def pack_batch(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> GroupedRows:
+def pack_batch(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[GroupedRows, Tensor]:
     """Return the rows of a padded batch [N, L], with an index [N, L - 1] as TRL shifts labels.
+
+    The second result, float32 [B, S], is how often the batch has each packed token.
 
     Raises:
         ValueError: if a label is not the token at its place.
@@ -117,4 +118,6 @@ def pack_batch(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Gro
         row[columns[1:]] = place[:-1]
     index = predicted_by.masked_fill(~scored, -1)[:, 1:]
     targets = tokens[:, 1:][index >= 0]
-    return build_rows(rows, index, targets.tolist())
+    packed = build_rows(rows, index, targets.tolist())
+    counts = torch.cat(places).bincount(minlength=packed.labels.numel())
+    return packed, counts.view(packed.labels.shape).float()
