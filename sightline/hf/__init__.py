@@ -13,6 +13,7 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, make_mask)
 
 __all__ = [
+    "NAME",
     "GroupedRows",
     "ResponseLogProbs",
     "disable",
