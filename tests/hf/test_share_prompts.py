@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Trainer
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
 from sightline.hf import disable, share_prompts
 from tests.support.hf_models import tiny_model
@@ -83,6 +84,13 @@ def build_dpo(model: PreTrainedModel, directory: Path) -> DPOTrainer:
     args = DPOConfig(output_dir=str(directory), per_device_train_batch_size=4, **OPTIONS)
     frozen = copy.deepcopy(model)
     return DPOTrainer(model, frozen, args, train_dataset=Dataset.from_dict(columns), processing_class=build_tokenizer())
+
+
+def build_kto(model: PreTrainedModel, directory: Path) -> KTOTrainer:
+    columns = {"prompt": words(4, 1) * 2, "completion": words(8, 2, 1, 9), "label": [True, False] * 4}
+    args = KTOConfig(output_dir=str(directory), per_device_train_batch_size=8, **OPTIONS)
+    frozen = copy.deepcopy(model)
+    return KTOTrainer(model, frozen, args, train_dataset=Dataset.from_dict(columns), processing_class=build_tokenizer())
 
 
 def padded_groups() -> dict[str, Tensor]:
@@ -151,7 +159,7 @@ def check_equal(runs: list[tuple[list[dict[str, float]], Tensor]]) -> None:
     (expected_logs, expected), (logs, change) = runs
     assert len(logs) == 2
     for got, want in zip(logs, expected_logs, strict=True):
-        assert got == pytest.approx(want, rel=1e-4, abs=2e-5)
+        assert got == pytest.approx(want, rel=2e-5, abs=5e-6)
     assert (change - expected).norm() < 5e-5 * expected.norm()
 
 
@@ -185,9 +193,30 @@ def test_steps_with_lora_equal_those_of_padded_batches(tmp_path):
     check_equal(runs)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
-def test_steps_of_dpo_equal_those_of_padded_batches(family, tmp_path):
-    check_equal([train(build_dpo(tiny_model(family), tmp_path), shared) for shared in (False, True)])
+@pytest.mark.parametrize(("build", "family"), [(build_dpo, "llama"), (build_dpo, "gpt_oss"), (build_kto, "llama")])
+def test_steps_on_preferences_equal_those_of_padded_batches(build, family, tmp_path):
+    """The loss of gpt-oss has the auxiliary loss of its router."""
+    check_equal([train(build(tiny_model(family), tmp_path), shared) for shared in (False, True)])
+
+
+def test_pairs_of_dpo_equal_the_concatenated_forward(tmp_path):
+    model = tiny_model("llama")
+    trainer = build_dpo(model, tmp_path)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)  # the reference model is another
+    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    expected = trainer._compute_loss(model, inputs, return_outputs=False)
+    expected.backward()
+    expected_gradient = model.lm_head.weight.grad.clone()
+    share_prompts(trainer)
+    counts = count_tokens(model)
+    model.zero_grad()
+    loss = trainer._compute_loss(model, inputs, return_outputs=False)
+    loss.backward()
+    assert loss.item() != pytest.approx(math.log(2), abs=1e-3)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-6)
+    assert (model.lm_head.weight.grad - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
+    assert counts[0] < 0.6 * inputs["input_ids"].numel()
 
 
 def test_auxiliary_loss_of_the_router_counts_each_token_of_the_batch(tmp_path):
