@@ -1,0 +1,126 @@
+"""DDP, FSDP2, accelerate and Trainer on two processes: the weights of one process and of each document alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from sightline.hf import PackedCollator, enable, is_enabled
+from tests.support.hf import build_gpt_oss, build_llama, build_llama4, check_isolated, random_documents, train_alone
+from tests.support.processes import run_on_ranks
+
+DOCUMENTS = [{"input_ids": tokens} for tokens in random_documents(16, seed=3)]
+STEPS = [DOCUMENTS[:8], DOCUMENTS[8:]]  # of both processes
+BUILD = {"llama": build_llama, "gpt_oss": build_gpt_oss, "llama4": build_llama4}
+LR = 0.5
+
+
+def shard(model: PreTrainedModel) -> PreTrainedModel:
+    for layer in model.get_decoder().layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any], backward: Any) -> None:
+    """Take one step on the labels of all ranks; DDP and FSDP2 take the mean of gradients, so the loss is multiplied."""
+    count = (batch["labels"] != -100).sum()
+    dist.all_reduce(count)
+    loss = model(**batch, num_items_in_batch=count).loss * dist.get_world_size()
+    optimizer.zero_grad()
+    backward(loss)
+    optimizer.step()
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    parameters = [parameter.detach() for parameter in model.parameters()]
+    return [parameter.full_tensor() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
+
+
+def train_by_hand(rank: int, family: str, wrap: Any, enable_first: bool) -> list[Tensor]:
+    model = BUILD[family]()
+    model = wrap(enable(model)) if enable_first else enable(wrap(model))
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    for examples in STEPS:
+        train_step(model, optimizer, PackedCollator()(examples[rank * 4 : rank * 4 + 4]), Tensor.backward)
+    check_isolated(model, PackedCollator()(DOCUMENTS[:4]), 1e-5 if family == "gpt_oss" else 0.0)
+    return weights(model)
+
+
+def train_with_accelerate(plugin: FullyShardedDataParallelPlugin | None) -> list[Tensor]:
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    model = enable(build_llama4())
+    loader: Any = DataLoader(DOCUMENTS, batch_size=4, collate_fn=PackedCollator())  # type: ignore[arg-type]
+    model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=LR), loader)
+    assert is_enabled(model)
+    for batch in loader:
+        assert all(isinstance(length, int) for row in batch["document_lengths"] for length in row)
+        train_step(model, optimizer, batch, accelerator.backward)
+    check_isolated(model, batch)
+    saved = accelerator.unwrap_model(model)
+    accelerator.free_memory()
+    return weights(saved)
+
+
+def train_with_trainer(directory: str, **options: Any) -> list[Tensor]:
+    args: dict[str, Any] = {"optim": "sgd", "learning_rate": LR, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    args |= {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "logging_steps": 1}
+    args |= {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 4, "max_steps": 2}
+    model, data = enable(build_llama4()), Dataset.from_list(DOCUMENTS)
+    args |= options
+    trainer = Trainer(model, TrainingArguments(directory, **args), data_collator=PackedCollator(), train_dataset=data)
+    trainer.train()
+    check_isolated(trainer.model_wrapped, next(iter(trainer.get_train_dataloader())))
+    return weights(trainer.model)
+
+
+def train_everything(rank: int, directory: str) -> dict[str, list[Tensor]]:
+    results = {}
+    for family in BUILD:
+        for name, wrap in (("ddp", DistributedDataParallel), ("fsdp2", shard)):
+            for enable_first in (True, False):
+                order = "enable first" if enable_first else "wrap first"
+                results[f"{family}, {name}, {order}"] = train_by_hand(rank, family, wrap, enable_first)
+    results["llama4, accelerate"] = train_with_accelerate(None)
+    results["llama4, trainer"] = train_with_trainer(directory)
+    return results
+
+
+CASES = [
+    f"{family}, {kind}, {order}"
+    for family in BUILD
+    for kind in ("ddp", "fsdp2")
+    for order in ("enable first", "wrap first")
+]
+CASES += ["llama4, accelerate", "llama4, trainer"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, list[Tensor]]:
+    return run_on_ranks(2, train_everything, str(tmp_path_factory.mktemp("trainer")))[0]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, list[Tensor]]:
+    results = {}
+    for family, build in BUILD.items():
+        model = build()
+        train_alone(model, STEPS, lr=LR)
+        results[family] = weights(model)
+    return results
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_each_document_alone(case, trained, alone):
+    torch.testing.assert_close(trained[case], alone[case.split(",")[0]], rtol=0, atol=2e-6)
