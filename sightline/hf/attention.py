@@ -18,6 +18,9 @@ RECURRENT = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid
 IS_ENABLED = "sightline_enabled"
 """Attribute of the attention layers of a model that `enable` has prepared."""
 
+RULE = "sightline_rule"
+"""Attribute of the same layers: the rule of the mask of their last forward."""
+
 MASKED = -9999.0
 """Largest value of an additive mask that hides a key; transformers uses the lowest finite number, or -10000."""
 
@@ -53,6 +56,8 @@ def attention(
         attention_mask = _default_mask(module, query, key, is_causal, kwargs)
     elif isinstance(attention_mask, Tensor):
         attention_mask = _dense_mask(attention_mask, query, key, describe)
+    if getattr(module, IS_ENABLED, False):
+        vars(module)[RULE] = attention_mask.rule
     inputs = [x for x in (query, key, value, s_aux) if x is not None]
     lowered = attention_mask.lower(
         {name: kwargs.get(name) for name in SOURCES},
@@ -159,6 +164,6 @@ def _refuse_recurrence(module: nn.Module, mask: PendingMask, describe: str) -> N
     packed = mask.documents is not None and mask.documents.packed
     if packed and types & RECURRENT and not getattr(module, IS_ENABLED, False):
         raise ValueError(
-            f"{describe}: this model has layers of type {', '.join(sorted(types & RECURRENT))}, which carry a state from "
-            "one document to the next; call sightline.hf.enable(model), which resets it or refuses"
+            f"{describe}: this model has layers of type {', '.join(sorted(types & RECURRENT))}, which carry a state "
+            "from one document to the next; call sightline.hf.enable(model), which resets it or refuses"
         )
