@@ -25,10 +25,13 @@ DOCUMENTS = [{"input_ids": tokens} for tokens in random_documents(16, seed=3)]
 STEPS = [DOCUMENTS[:8], DOCUMENTS[8:]]  # of both processes
 BUILD = {"llama": build_llama, "gpt_oss": build_gpt_oss, "llama4": build_llama4}
 LR = 0.5
+ORDERS = ("enable first", "wrap first")
+CASES = [f"{family}, {kind}, {order}" for family in BUILD for kind in ("ddp", "fsdp2") for order in ORDERS]
+CASES += ["llama4, accelerate", "llama4, trainer"]
 
 
 def shard(model: PreTrainedModel) -> PreTrainedModel:
-    for layer in model.get_decoder().layers:
+    for layer in model.model.layers:
         fully_shard(layer)
     return fully_shard(model)
 
@@ -89,21 +92,11 @@ def train_everything(rank: int, directory: str) -> dict[str, list[Tensor]]:
     results = {}
     for family in BUILD:
         for name, wrap in (("ddp", DistributedDataParallel), ("fsdp2", shard)):
-            for enable_first in (True, False):
-                order = "enable first" if enable_first else "wrap first"
-                results[f"{family}, {name}, {order}"] = train_by_hand(rank, family, wrap, enable_first)
+            for order in ORDERS:
+                results[f"{family}, {name}, {order}"] = train_by_hand(rank, family, wrap, order == "enable first")
     results["llama4, accelerate"] = train_with_accelerate(None)
     results["llama4, trainer"] = train_with_trainer(directory)
     return results
-
-
-CASES = [
-    f"{family}, {kind}, {order}"
-    for family in BUILD
-    for kind in ("ddp", "fsdp2")
-    for order in ("enable first", "wrap first")
-]
-CASES += ["llama4, accelerate", "llama4, trainer"]
 
 
 @pytest.fixture(scope="module")

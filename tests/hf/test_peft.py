@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from sightline.hf import PackedCollator, enable
+from sightline.hf import PackedCollator, disable, enable
 from tests.support.hf import (
     build_gpt_oss,
     build_llama,
@@ -53,7 +53,7 @@ def test_lora_equals_each_document_alone(family, order, tmp_path):
     check_isolated(model.base_model.model, batch, tolerance)
     with model.disable_adapter():
         check_isolated(model, batch, tolerance)
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     decoder = model.base_model.model.model
     with torch.no_grad():
         hidden = decoder(**inputs).last_hidden_state
@@ -78,3 +78,6 @@ def test_a_copy_is_enabled_by_itself(family):
     assert [first.item(), second.item()] == [loss.item() for loss in expected]
     assert all(parameter.grad is None for parameter in model.parameters())
     check_isolated(other, batches[0], 1e-5 if family == "gpt_oss" else 0.0)
+    assert disable(other).config._attn_implementation == "eager"
+    assert not any(module._forward_pre_hooks for module in other.modules())
+    assert model(**batches[0]).loss.item() == expected[0].item()  # only the copy is disabled
