@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -27,7 +29,7 @@ BUILD = {"llama": build_llama, "gpt_oss": build_gpt_oss, "llama4": build_llama4}
 LR = 0.5
 ORDERS = ("enable first", "wrap first")
 CASES = [f"{family}, {kind}, {order}" for family in BUILD for kind in ("ddp", "fsdp2") for order in ORDERS]
-CASES += ["llama4, accelerate", "llama4, trainer"]
+CASES += [f"llama4, {loop}, {kind}" for loop in ("accelerate", "trainer") for kind in ("ddp", "fsdp2")]
 
 
 def shard(model: PreTrainedModel) -> PreTrainedModel:
@@ -61,30 +63,45 @@ def train_by_hand(rank: int, family: str, wrap: Any, enable_first: bool) -> list
     return weights(model)
 
 
-def train_with_accelerate(plugin: FullyShardedDataParallelPlugin | None) -> list[Tensor]:
+class State(AcceleratorState):
+    """State of accelerate that shards if there is a plugin: on a CPU, accelerate itself falls back to DDP."""
+
+    def __init__(self, *args: Any, fsdp_plugin: FullyShardedDataParallelPlugin | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+
+def check_wrapped(model: nn.Module, kind: str, batch: dict[str, Any]) -> None:
+    assert is_enabled(model) and isinstance(model, {"ddp": DistributedDataParallel, "fsdp2": FSDPModule}[kind])
+    assert all(isinstance(length, int) for row in batch["document_lengths"] for length in row)
+    check_isolated(model, batch)
+
+
+def train_with_accelerate(kind: str) -> list[Tensor]:
+    wrap = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["Llama4TextDecoderLayer"]}
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **wrap) if kind == "fsdp2" else None
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     model = enable(build_llama4())
     loader: Any = DataLoader(DOCUMENTS, batch_size=4, collate_fn=PackedCollator())  # type: ignore[arg-type]
     model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=LR), loader)
-    assert is_enabled(model)
     for batch in loader:
-        assert all(isinstance(length, int) for row in batch["document_lengths"] for length in row)
         train_step(model, optimizer, batch, accelerator.backward)
-    check_isolated(model, batch)
-    saved = accelerator.unwrap_model(model)
-    accelerator.free_memory()
-    return weights(saved)
+    check_wrapped(model, kind, batch)
+    return weights(accelerator.unwrap_model(model))
 
 
-def train_with_trainer(directory: str, **options: Any) -> list[Tensor]:
-    args: dict[str, Any] = {"optim": "sgd", "learning_rate": LR, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
-    args |= {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "logging_steps": 1}
-    args |= {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 4, "max_steps": 2}
-    model, data = enable(build_llama4()), Dataset.from_list(DOCUMENTS)
-    args |= options
-    trainer = Trainer(model, TrainingArguments(directory, **args), data_collator=PackedCollator(), train_dataset=data)
+def train_with_trainer(kind: str, directory: str) -> list[Tensor]:
+    options: dict[str, Any] = {"optim": "sgd", "learning_rate": LR, "lr_scheduler_type": "constant"}
+    options |= {"max_grad_norm": 0.0, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
+    options |= {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 4, "max_steps": 2}
+    if kind == "fsdp2":
+        config = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["Llama4TextDecoderLayer"]}
+        options |= {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
+    model, args, data = enable(build_llama4()), TrainingArguments(directory, **options), Dataset.from_list(DOCUMENTS)
+    trainer = Trainer(model, args, data_collator=PackedCollator(), train_dataset=data)
     trainer.train()
-    check_isolated(trainer.model_wrapped, next(iter(trainer.get_train_dataloader())))
+    check_wrapped(trainer.model_wrapped, kind, next(iter(trainer.get_train_dataloader())))
     return weights(trainer.model)
 
 
@@ -94,8 +111,12 @@ def train_everything(rank: int, directory: str) -> dict[str, list[Tensor]]:
         for name, wrap in (("ddp", DistributedDataParallel), ("fsdp2", shard)):
             for order in ORDERS:
                 results[f"{family}, {name}, {order}"] = train_by_hand(rank, family, wrap, order == "enable first")
-    results["llama4, accelerate"] = train_with_accelerate(None)
-    results["llama4, trainer"] = train_with_trainer(directory)
+    for kind in ("ddp", "fsdp2"):
+        with patch("accelerate.accelerator.AcceleratorState", State):
+            results[f"llama4, accelerate, {kind}"] = train_with_accelerate(kind)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            results[f"llama4, trainer, {kind}"] = train_with_trainer(kind, directory)
+            AcceleratorState._reset_state(reset_partial_state=True)
     return results
 
 
