@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, RobertaConfig, RobertaForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from sightline.hf import PackedCollator
+from sightline.hf import PackedCollator, enable
+from sightline.hf.documents import find_documents
 
 EXAMPLES = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6, 7, 8]}, {"input_ids": [9]}]
 
@@ -125,3 +126,33 @@ def test_refused_examples(examples, message):
 def test_refused_options():
     with pytest.raises(ValueError, match="max_length must be at least 1 token, or None for one row, got 0"):
         PackedCollator(max_length=0)
+
+
+def test_documents_are_found_without_reading_a_device():
+    """With document_lengths, tensors on a device stay there; reading one on the meta device would raise."""
+    batch = PackedCollator(max_length=6)(EXAMPLES)
+    names = ("document_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "position_ids")
+    on_device = {name: batch[name].to("meta") for name in names}
+    found = find_documents((2, 6), document_lengths=batch["document_lengths"], **on_device)
+    assert found is not None and found.ids.tolist() == batch["document_ids"].tolist()
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        find_documents((2, 6), **on_device)
+    cut = {**on_device, "cu_seq_lens_q": on_device["cu_seq_lens_q"][:2]}  # by accelerate's dispatch of 2 rows
+    with pytest.raises(ValueError, match=r"3 documents.*2 elements.*dispatch_batches"):
+        find_documents((2, 6), document_lengths=batch["document_lengths"], **cut)
+
+
+@pytest.mark.parametrize("max_length", [None, 6])
+def test_positions_of_roberta(max_length):
+    """RoBERTa counts positions from the id of its padding token + 1."""
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    config = RobertaConfig(
+        **sizes, num_attention_heads=2, max_position_embeddings=16, pad_token_id=0, is_decoder=True,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = RobertaForCausalLM(config)
+    alone = [model(input_ids=torch.tensor([example["input_ids"]])).logits[0] for example in EXAMPLES]
+    batch = PackedCollator(max_length=max_length, position_start=1)(EXAMPLES)
+    logits = enable(model)(**batch).logits
+    order = alone if max_length is None else [alone[0], alone[2], alone[1]]
+    torch.testing.assert_close(logits[batch["document_ids"] >= 0], torch.cat(order))
