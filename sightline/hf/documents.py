@@ -140,18 +140,27 @@ def find_documents(
         for name, other in found.items():
             _check_agreement(source, ids, name, other)
         _check_positions(source, ids, checked_positions)
-    elif position_ids is not None:
-        source, ids = "position_ids", _from_positions(position_ids, padding, shape)
-    elif guess is not None:
-        source, ids = "position_ids", guess.cpu().to(torch.int32).expand(shape)
-        ids = ids if padding is None else ids.masked_fill(padding, -1)
-    elif padding is not None and bool(padding.any()):
-        source, ids = "attention_mask", torch.where(padding, -1, 0).to(torch.int32)
+    elif (inferred := _infer(shape, position_ids, guess, padding)) is not None:
+        source, ids = inferred
     else:
         return None
     if prefix_ids is None:
         return Documents(ids, source)
     return _tree(ids, source, prefix_ids, position_ids, shape)
+
+
+def _infer(
+    shape: tuple[int, int], position_ids: Tensor | None, guess: Tensor | None, padding: Tensor | None
+) -> tuple[str, Tensor] | None:
+    """Return the documents that no argument states, and the argument that suggests them; None if there is none."""
+    if position_ids is not None:
+        return "position_ids", _from_positions(position_ids, padding, shape)
+    if guess is not None:
+        ids = guess.cpu().to(torch.int32).expand(shape)
+        return "position_ids", ids if padding is None else ids.masked_fill(padding, -1)
+    if padding is not None and bool(padding.any()):
+        return "attention_mask", torch.where(padding, -1, 0).to(torch.int32)
+    return None
 
 
 def one_document_per_row(shape: tuple[int, int], source: str) -> Documents:
