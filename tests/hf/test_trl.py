@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, pack_dataset
 
-from sightline.hf import PackedCollator, enable
+from sightline.hf import PackedCollator, enable, is_enabled
 from tests.support.hf import (
     build_gpt_oss,
     build_llama,
@@ -38,7 +39,6 @@ OPTIONS: dict[str, Any] = {
     "save_strategy": "no",
     "use_cpu": True,
     "bf16": False,
-    "gradient_checkpointing": False,
 }
 
 
@@ -56,10 +56,11 @@ def split(row: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"input_ids": a, "labels": b} for a, b in zip(tokens.split(lengths), labels.split(lengths), strict=True)]
 
 
-def build_sft(model: PreTrainedModel, directory: Path, **options: Any) -> SFTTrainer:
+def build_sft(model: Any, directory: Path, lora: LoraConfig | None = None, **options: Any) -> SFTTrainer:
     args = SFTConfig(output_dir=str(directory), completion_only_loss=True, **(OPTIONS | options))
     data = Dataset.from_list(examples_with_prompts())
-    return SFTTrainer(model=model, args=args, train_dataset=data, processing_class=build_tokenizer())
+    tokenizer = build_tokenizer()
+    return SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer, peft_config=lora)
 
 
 def record(trainer: SFTTrainer) -> list[list[dict[str, Any]]]:
@@ -112,6 +113,32 @@ def test_sft_of_rows_packed_before(tmp_path):
     assert largest_difference(model, reference) < 2e-6
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_sft_by_name_alone(family, tmp_path):
+    """A script that names the attention implementation, as on TRL's command line, trains as an enabled model does."""
+    BUILD[family]().save_pretrained(tmp_path / "model")
+    bfd = {"packing": True, "packing_strategy": "bfd", "max_length": 24}
+    named = build_sft(str(tmp_path / "model"), tmp_path, model_init_kwargs={"attn_implementation": "sightline"}, **bfd)
+    enabled = build_sft(enable(BUILD[family]()), tmp_path, **bfd)
+    for trainer in (named, enabled):
+        trainer.train()
+    assert not is_enabled(named.model)
+    assert largest_difference(named.model, enabled.model) < 1e-7
+
+
+def test_sft_with_lora(tmp_path):
+    """TRL adds the adapters to an enabled model."""
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    bfd = {"packing": True, "packing_strategy": "bfd", "max_length": 24}
+    trainer = build_sft(enable(build_llama()), tmp_path, lora, **bfd)
+    reference = get_peft_model(build_llama(), lora)
+    reference.load_state_dict(trainer.model.state_dict())
+    batches = record(trainer)
+    trainer.train()
+    train_alone(reference, [batches[i] + batches[i + 1] for i in (0, 2)], lr=0.5)
+    assert largest_difference(trainer.model, reference) < 2e-6
+
+
 def build_dpo(model: PreTrainedModel, ref_model: PreTrainedModel | None, directory: Path) -> DPOTrainer:
     def words(seed: int) -> list[str]:
         return [" ".join(map(str, tokens)) for tokens in random_documents(12, seed, shortest=4)]
@@ -134,7 +161,7 @@ def check_rows(model: PreTrainedModel, batch: dict[str, Any]) -> None:
     assert bool((after[0][real[0]] != before[0][real[0]]).any(-1).all())
 
 
-@pytest.mark.parametrize("reference_model", ["copy", "from_path"])
+@pytest.mark.parametrize("reference_model", ["copy", "from_path", "adapter"])
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
 def test_dpo_equals_eager(family, reference_model, tmp_path):
     """TRL pads the pairs: chosen and rejected are rows of their own. The policy and the frozen model both run on us."""
@@ -145,10 +172,16 @@ def test_dpo_equals_eager(family, reference_model, tmp_path):
         if implementation == "sightline":
             enable(model)
         frozen = copy.deepcopy(model) if reference_model == "copy" else None
+        if reference_model == "adapter":
+            torch.manual_seed(7)
+            model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
         trainer = build_dpo(model, frozen, tmp_path / implementation)
-        assert trainer.ref_model.config._attn_implementation == implementation
+        if reference_model == "adapter":
+            assert trainer.ref_model is None  # it is the model without the adapter
+        else:
+            assert trainer.ref_model.config._attn_implementation == implementation
         trainer.train()
         trained.append(model)
-        assert largest_difference(model, trainer.ref_model) > 1e-4
+        assert trainer.ref_model is None or largest_difference(model, trainer.ref_model) > 1e-4
         check_rows(model, next(iter(trainer.get_train_dataloader())))
     assert largest_difference(*trained) < 2e-6
