@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from sightline.hf import PackedCollator, enable
 from tests.support.hf import (
+    Recorder,
     build_gpt_oss,
     build_llama,
     check_isolated,
@@ -24,14 +25,6 @@ from tests.support.hf import (
 
 BUILD = {"llama": build_llama, "gpt_oss": build_gpt_oss}
 DOCUMENTS = [{"input_ids": tokens} for tokens in random_documents(24)]
-
-
-class Recorder(PackedCollator):
-    """PackedCollator that keeps the examples of each batch."""
-
-    def __call__(self, examples: Any) -> dict[str, Any]:
-        self.__dict__.setdefault("batches", []).append([dict(example) for example in examples])
-        return super().__call__(examples)
 
 
 def build_trainer(model: Any, directory: Path, collator: Any = None, **options: Any) -> Trainer:
@@ -65,7 +58,7 @@ def test_training_equals_each_document_alone(family, max_length, tmp_path):
     """Three steps of two batches: losses and weights; then the evaluation and a change of tokens in a batch."""
     model = BUILD[family]()
     reference = copy.deepcopy(model)
-    collator = Recorder(max_length=max_length)
+    collator = Recorder(PackedCollator(max_length=max_length))
     trainer = build_trainer(enable(model), tmp_path, collator)
     trainer.train()
     batches = collator.batches[:6]
@@ -126,7 +119,7 @@ def test_a_batch_dealt_by_accelerate_is_refused(tmp_path):
     with pytest.raises(ValueError, match="dispatch_batches"):
         trainer.train()
     model, reference = build_llama(), build_llama()
-    collator = Recorder()
+    collator = Recorder(PackedCollator())
     trainer = build_trainer(
         enable(model), tmp_path, collator, max_steps=1, accelerator_config={"dispatch_batches": False}
     )

@@ -15,6 +15,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, pack_dataset
 
 from sightline.hf import PackedCollator, enable, is_enabled
 from tests.support.hf import (
+    Recorder,
     build_gpt_oss,
     build_llama,
     build_tokenizer,
@@ -49,13 +50,6 @@ def examples_with_prompts() -> list[dict[str, Any]]:
     return [{"input_ids": tokens, "completion_mask": mask} for tokens, mask in zip(documents, masks, strict=True)]
 
 
-def split(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the documents of a row that TRL packed."""
-    tokens, labels = torch.as_tensor(row["input_ids"]), torch.as_tensor(row["labels"])
-    lengths = row.get("seq_lengths", [len(tokens)])
-    return [{"input_ids": a, "labels": b} for a, b in zip(tokens.split(lengths), labels.split(lengths), strict=True)]
-
-
 def build_sft(model: Any, directory: Path, lora: LoraConfig | None = None, **options: Any) -> SFTTrainer:
     args = SFTConfig(output_dir=str(directory), completion_only_loss=True, **(OPTIONS | options))
     data = Dataset.from_list(examples_with_prompts())
@@ -65,15 +59,8 @@ def build_sft(model: Any, directory: Path, lora: LoraConfig | None = None, **opt
 
 def record(trainer: SFTTrainer) -> list[list[dict[str, Any]]]:
     """Return a list to which the trainer's collator appends the documents of each batch."""
-    batches: list[list[dict[str, Any]]] = []
-    collate = trainer.data_collator
-
-    def recording(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batches.append([document for row in rows for document in split(row)])
-        return collate(rows)
-
-    trainer.data_collator = recording
-    return batches
+    trainer.data_collator = Recorder(trainer.data_collator)
+    return trainer.data_collator.batches
 
 
 @pytest.mark.parametrize("collator", ["trl", "sightline"])

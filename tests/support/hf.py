@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -83,6 +84,26 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = Whitespace()
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+class Recorder:
+    """A collator that keeps the examples of each batch, to train on them again."""
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collator = collator
+        self.batches: list[list[dict[str, Any]]] = []
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        self.batches.append([document for example in examples for document in split_documents(example)])
+        return self.collator(examples)
+
+
+def split_documents(example: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the documents of an example: several if TRL packed it."""
+    tokens = torch.as_tensor(example["input_ids"])
+    labels = torch.as_tensor(example.get("labels", tokens))
+    lengths = example.get("seq_lengths", [len(tokens)])
+    return [{"input_ids": a, "labels": b} for a, b in zip(tokens.split(lengths), labels.split(lengths), strict=True)]
 
 
 def sum_of_losses(model: nn.Module, examples: list[dict[str, Any]]) -> tuple[Tensor, int]:
