@@ -10,4 +10,4 @@ from sightline.hf.masks import make_mask
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, make_mask)
 
-__all__ = ["PackedCollator", "disable", "enable", "is_enabled"]
+__all__ = ["NAME", "PackedCollator", "disable", "enable", "is_enabled"]
