@@ -10,6 +10,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sightline.hf import PackedCollator, enable
 from sightline.hf.documents import find_documents
+from tests.support.hf import build_gpt_oss, build_llama, build_llama4, random_documents
 
 EXAMPLES = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6, 7, 8]}, {"input_ids": [9]}]
 
@@ -140,6 +141,18 @@ def test_documents_are_found_without_reading_a_device():
     cut = {**on_device, "cu_seq_lens_q": on_device["cu_seq_lens_q"][:2]}  # by accelerate's dispatch of 2 rows
     with pytest.raises(ValueError, match=r"3 documents.*2 elements.*dispatch_batches"):
         find_documents((2, 6), document_lengths=batch["document_lengths"], **cut)
+
+
+@pytest.mark.parametrize("max_length", [None, 24])
+@pytest.mark.parametrize("build", [build_llama, build_llama4, build_gpt_oss])
+def test_forward_and_backward_do_not_read_the_device(build, max_length):
+    """Reading a tensor on the meta device raises. (With use_cache=False, transformers' own mask builder reads one.)"""
+    model = enable(build().to("meta", torch.bfloat16), check=False).train()
+    batch = PackedCollator(max_length=max_length)([{"input_ids": tokens} for tokens in random_documents(6)])
+    on_device = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+    loss = model(**on_device).loss
+    loss.backward()
+    assert loss.device.type == "meta" and all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("max_length", [None, 6])
