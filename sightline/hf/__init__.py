@@ -3,6 +3,7 @@
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sightline.hf.attention import attention
+from sightline.hf.collator import PackedCollator
 from sightline.hf.enable import NAME, disable, enable, is_enabled
 from sightline.hf.groups import GroupedRows, pack_groups
 from sightline.hf.log_probs import ResponseLogProbs, response_log_probs
@@ -15,6 +16,7 @@ AttentionMaskInterface.register(NAME, make_mask)
 __all__ = [
     "NAME",
     "GroupedRows",
+    "PackedCollator",
     "ResponseLogProbs",
     "disable",
     "enable",

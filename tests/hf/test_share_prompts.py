@@ -12,15 +12,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Trainer
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
 from sightline.hf import disable, share_prompts
+from tests.support.hf import build_tokenizer
 from tests.support.hf_models import tiny_model
 
 OPTIONS: dict[str, Any] = {
@@ -40,19 +38,10 @@ OPTIONS: dict[str, Any] = {
 FAMILIES = ["llama", "gpt_oss", "gemma2", "olmo3", "deepseek_v3"]
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer whose tokens are the numbers 0 .. 127 as words."""
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3} | {str(i): i for i in range(4, 128)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
 def words(count: int, seed: int, shortest: int = 18, longest: int = 26) -> list[str]:
     draw = random.Random(seed)
     lengths = [draw.randint(shortest, longest) for _ in range(count)]
-    return [" ".join(str(draw.randrange(4, 100)) for _ in range(length)) for length in lengths]
+    return [" ".join(str(draw.randrange(4, 97)) for _ in range(length)) for length in lengths]
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
