@@ -188,13 +188,14 @@ def _build_trees(sequences: list[Tokens], max_length: int | None, shortest_share
 
 
 def _build_tree(sequences: list[Tokens], shared: list[int], shortest_shared: int) -> Tree:
-    """Return the tree of sorted, distinct sequences that share a document; shared: tokens in common with the next."""
+    """Return the tree of sorted, distinct sequences that begin alike.
+
+    shared  how many tokens each sequence has in common with the next
+    """
     documents: list[Document] = []
     places: list[list[int]] = [[] for _ in sequences]
     size = 0
-    pending = [
-        (0, len(sequences), 0, -1)
-    ]  # sequences, their tokens that are in documents already, and the last of these
+    pending = [(0, len(sequences), 0, -1)]  # a range of sequences, their tokens in documents so far, the last of these
     while pending:
         first, last, position, parent = pending.pop()
         # A common beginning ends one token early, since its last token predicts different tokens.

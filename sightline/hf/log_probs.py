@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sightline.batch import IGNORE
-from sightline.hf.enable import models_in
+from sightline.hf.enable import is_enabled, models_in
 from sightline.hf.groups import GroupedRows
 
 CHUNK_SIZE = 512
@@ -36,7 +36,15 @@ def response_log_probs(model: nn.Module, rows: GroupedRows, temperature: float =
 
     model        an enabled causal language model, on any device
     temperature  the logits are divided by it
+
+    Raises:
+        ValueError: if the model is not enabled.
     """
+    if not is_enabled(model):
+        raise ValueError(
+            f"response_log_probs: {type(model).__name__} does not know documents that continue others; call "
+            "sightline.hf.enable(model) first"
+        )
     device = next(model.parameters()).device
     has_label = rows.labels != IGNORE
     columns: Tensor | slice = slice(None)

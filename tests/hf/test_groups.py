@@ -216,6 +216,8 @@ def test_gradient_checkpointing_changes_no_gradient():
 def test_refused_arguments():
     with pytest.raises(ValueError, match="2 prompts and 1 responses; repeat the prompt"):
         pack_groups([[1], [2]], [[3]])
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not know documents that continue others"):
+        response_log_probs(tiny_model("llama"), pack_groups([[1]], [[3]]))
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         pack_groups([[1], []], [[3], [4]])
     with pytest.raises(ValueError, match="has 4 tokens, more than the longest row, 3"):
