@@ -26,6 +26,7 @@ from sightline.hf.documents import (
     reset_current,
     set_current,
 )
+from sightline.hf.recurrence import disable_recurrence, enable_recurrence, unsupported_recurrence
 from sightline.masks import AttentionMask
 from sightline.torch_private import disable_compiler
 
@@ -86,6 +87,7 @@ def enable(model: Model, check: bool = True) -> Model:
 
 def disable(model: Model) -> Model:
     """Revert `enable` and return the model. A model that is not enabled stays as it is."""
+    disable_recurrence(model)
     for module in model.modules():
         record = vars(module).pop(RECORD, None)
         vars(module).pop(IS_ENABLED, None)
@@ -122,6 +124,8 @@ def _check_class(model: PreTrainedModel) -> None:
             f"{name} computes its attention itself and takes no attn_implementation: sightline cannot reach it; do not "
             "pack rows for this model"
         )
+    if reason := unsupported_recurrence(model):
+        raise ValueError(f"{name}: {reason}")
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
@@ -146,6 +150,7 @@ def _enable_one(model: PreTrainedModel) -> None:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if isinstance(decoder, nn.Module) and decoder is not model:
         _hook(decoder, record)
+    enable_recurrence(model)
 
 
 def _implementations(model: PreTrainedModel) -> dict[str, str]:

@@ -1,0 +1,255 @@
+"""Recurrent layers over packed rows: each document is computed in a row of its own.
+
+A recurrent layer (Gated DeltaNet, Kimi Delta Attention, Mamba, a short convolution, lightning attention, RG-LRU) carries a
+state along a row. The fallbacks of transformers carry it from document to document, and refuse `cu_seq_lens_q`. Here the
+layer is called with documents as rows, a few of similar length at a time, so it starts each from an empty state: with
+any kernel, on any device, for every layer whose tokens do not know their row.
+
+Layers are recognized by the methods of transformers' caches that they call, which are the private names below. Tried with
+transformers 5.5 to 5.24.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from sightline.attention import LocalExchanges
+from sightline.hf.documents import Documents, current
+from sightline.torch_private import disable_compiler
+
+STATE_NAMES = {
+    "get_conv_state", "update_conv_state", "get_recurrent_state", "update_recurrent_state",  # most layers
+    "conv_states", "recurrent_states", "ssm_states",  # before transformers 5.22
+    "get_linear_cache", "conv1d_state",  # MiniMax, RecurrentGemma
+    "rnn_state", "rwkv_linear_attention", "mlstm_backend",  # RWKV, xLSTM
+}  # fmt: skip
+"""Attributes that the methods of a recurrent layer name, and those of no other layer."""
+
+ARGUMENT = "sightline_rows"
+"""Keyword argument by which a decoder hands the documents down to its layers, and to their recomputation in backward."""
+
+MASKS = {"attention_mask", "conv_mask"}
+CACHES = {"cache", "cache_params", "past_key_values"}
+DROPPED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "cu_seqlens"}
+"""Arguments that describe a packed row. A row with one document needs none of them."""
+
+MOST_PADDING = 1.5
+"""Documents of one group differ in length by at most this factor: little padding, and few calls of the layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Documents as rows, in groups of similar length.
+
+    tokens  for each group, int64 [N, L], the tokens of each row as indices into the B * S tokens of the forward. Rows are
+            padded on the right with their first token, whose output is dropped
+    kept    for each group, int64 [K], the outputs to keep, as indices into its N * L
+    places  int64 [B * S], for each token of the forward, its place in the kept outputs of all groups; padding comes last
+    """
+
+    tokens: list[Tensor]
+    kept: list[Tensor]
+    places: Tensor
+
+
+def enable_recurrence(model: nn.Module) -> list[str]:
+    """Reset the recurrent layers of a model at documents, and return the classes of these layers.
+
+    Rows of one document, and generation with a cache, take the same path as before.
+    """
+    kinds = set()
+    for decoder, layer in _recurrent_layers(model):
+        if _is_supported(layer):
+            vars(layer)["forward"] = functools.partial(_forward, layer, vars(layer).get("forward"))
+            kinds.add(type(layer).__name__)
+            if _hand_down not in decoder._forward_pre_hooks.values():
+                decoder.register_forward_pre_hook(_hand_down, with_kwargs=True)
+    return sorted(kinds)
+
+
+def disable_recurrence(model: nn.Module) -> None:
+    """Revert `enable_recurrence`."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, functools.partial) and forward.func is _forward:
+            del vars(module)["forward"]
+            if forward.args[1] is not None:
+                vars(module)["forward"] = forward.args[1]
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _hand_down]:
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+
+
+def unsupported_recurrence(model: nn.Module) -> str | None:
+    """Return why packed rows would be wrong in the recurrent layers of a model, with the remedy; None if they are right."""
+    kinds = sorted({type(layer).__name__ for _, layer in _recurrent_layers(model) if not _is_supported(layer)})
+    if not kinds:
+        return None
+    return (
+        f"{', '.join(kinds)} carries a state from one document of a row to the next, and sightline cannot call it with one "
+        "document at a time; do not pack rows for this model"
+    )
+
+
+def _recurrent_layers(module: nn.Module, decoder: nn.Module | None = None) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Yield each recurrent layer with the innermost model of transformers that contains it."""
+    if isinstance(module, PreTrainedModel):
+        decoder = module
+    elif decoder is not None and _names(type(module)) & STATE_NAMES:
+        yield decoder, module
+        return
+    for child in module.children():
+        yield from _recurrent_layers(child, decoder)
+
+
+@functools.cache
+def _names(cls: type) -> frozenset[str]:
+    """Return the attributes and functions that the methods of a class name."""
+    methods = (
+        inspect.unwrap(method)
+        for base in cls.__mro__
+        if base is not nn.Module and issubclass(base, nn.Module)
+        for method in vars(base).values()
+        if inspect.isfunction(method)
+    )
+    return frozenset(name for method in methods for name in method.__code__.co_names)
+
+
+def _is_supported(layer: nn.Module) -> bool:
+    """Return whether a layer takes the hidden states and keyword arguments, and computes no attention besides."""
+    if "ALL_ATTENTION_FUNCTIONS" in _names(type(layer)):
+        return False
+    parameters = inspect.signature(type(layer).forward).parameters
+    takes_mask = "attention_mask" in parameters
+    return takes_mask and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+@disable_compiler
+def _hand_down(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Add the documents of the forward to the keyword arguments that a decoder passes to its layers."""
+    tokens = next((x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None), None)
+    device = torch.device("cpu") if tokens is None else tokens.device
+    return args, {**kwargs, ARGUMENT: _find_rows(current(), device, type(decoder).__name__)}
+
+
+def _find_rows(documents: Documents | None, device: torch.device, name: str) -> Rows | None:
+    """Return the documents as rows, the same object for all calls of a forward; None if each row has one document."""
+    if documents is None or not documents.packed:
+        return None
+    if documents.source == "attention_masks" or documents.parents is not None or not _is_local(documents):
+        raise ValueError(
+            f"{name} has recurrent layers, which need whole documents, one after the other: attention_masks, prefix_ids "
+            "and context parallelism are for models that have attention layers only; pass document_ids"
+        )
+    key = ("rows", device)
+    if key not in documents.prepared:
+        documents.prepared[key] = _to_rows(documents.ids, device)
+    return documents.prepared[key]
+
+
+def _is_local(documents: Documents) -> bool:
+    return isinstance(documents.exchanges, LocalExchanges)
+
+
+def _to_rows(ids: Tensor, device: torch.device) -> Rows:
+    """Return the rows of the documents `ids`, int [B, S] on the CPU; -1 is padding."""
+    starts = torch.nn.functional.pad(ids.diff(dim=1) != 0, (1, 0), value=True).flatten().nonzero()[:, 0]
+    lengths = torch.diff(starts, append=torch.tensor([ids.numel()]))
+    spans = torch.arange(ids.numel()).split(lengths.tolist())
+    real = (ids.flatten()[starts] >= 0).tolist()
+    documents = sorted((span for span, keep in zip(spans, real, strict=True) if keep), key=len, reverse=True)
+    groups: list[list[Tensor]] = []
+    for document in documents:
+        if not groups or len(groups[-1][0]) > MOST_PADDING * len(document):
+            groups.append([])
+        groups[-1].append(document)
+    padded = [pad_sequence(group, batch_first=True, padding_value=-1) for group in groups]
+    order = torch.cat(documents)
+    places = torch.full((ids.numel(),), len(order))
+    places[order] = torch.arange(len(order))
+    return Rows(
+        [_send(torch.where(group >= 0, group, group[:, :1]), device) for group in padded],
+        [_send((group.flatten() >= 0).nonzero()[:, 0], device) for group in padded],
+        _send(places, device),
+    )
+
+
+def _send(index: Tensor, device: torch.device) -> Tensor:
+    return index if device.type == "cpu" else index.to(device, non_blocking=True)
+
+
+def _forward(layer: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """Compute a recurrent layer over the rows of one forward."""
+    forward = functools.partial(type(layer).forward, layer) if previous is None else previous
+    if ARGUMENT in kwargs:
+        rows = kwargs.pop(ARGUMENT)
+    else:
+        rows = _find_rows_in_context(args, kwargs, type(layer).__name__)
+    if rows is None:
+        return forward(*args, **kwargs)
+    return _forward_rows(layer, forward, rows, args, kwargs)
+
+
+@disable_compiler
+def _find_rows_in_context(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Rows | None:
+    """Return the documents of the running forward, for models that pass no keyword arguments to this layer."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    documents = current()
+    if documents is None and hidden.shape[1] > 1 and all(kwargs.get(cache) is None for cache in CACHES):
+        raise ValueError(
+            f"{name}: this layer is called outside of the model's forward (gradient checkpointing recomputes it in the "
+            "backward pass), and the model passes it no keyword arguments, so its documents are not known; disable "
+            "gradient checkpointing for this model"
+        )
+    return _find_rows(documents, hidden.device, name)
+
+
+@disable_compiler
+def _forward_rows(
+    layer: nn.Module, forward: Callable[..., Any], rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Compute a layer with each document as a row. Its cache stays empty, since packed rows cannot be continued."""
+    named = _by_name(type(layer), args, kwargs)
+    hidden = named.pop(next(iter(named)))
+    outputs = []
+    for tokens, kept in zip(rows.tokens, rows.kept, strict=True):
+        tokens, kept = tokens.to(hidden.device), kept.to(hidden.device)
+        output = forward(_take(hidden, tokens), **{name: _of_rows(x, tokens, hidden) for name, x in named.items()})
+        output, *others = output if isinstance(output, tuple) else (output,)
+        outputs.append(output.flatten(0, 1).index_select(0, kept))
+    padding = outputs[0].new_zeros(1, outputs[0].shape[-1])
+    merged = torch.cat([*outputs, padding]).index_select(0, rows.places.to(hidden.device)).view(*hidden.shape[:2], -1)
+    return (merged, *[None] * len(others)) if others else merged
+
+
+def _by_name(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a layer by name, the hidden states first, without those that describe a packed row."""
+    names = list(inspect.signature(cls.forward).parameters)[1:]
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    first = {names[0]: named[names[0]]}
+    rest = {name: None if name in MASKS | CACHES else x for name, x in named.items() if name not in DROPPED}
+    if "use_cache" in rest:
+        rest["use_cache"] = False
+    return {**first, **rest}
+
+
+def _of_rows(x: Any, tokens: Tensor, hidden: Tensor) -> Any:
+    """Return the part of an argument that belongs to the tokens [N, L], if it has one value per token."""
+    if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == hidden.shape[1] and x.shape[0] in (1, hidden.shape[0]):
+        return _take(x.expand(hidden.shape[0], *x.shape[1:]), tokens)
+    return x
+
+
+def _take(x: Tensor, tokens: Tensor) -> Tensor:
+    """x [B, S, ...], tokens [N, L] -> [N, L, ...]."""
+    return x.flatten(0, 1).index_select(0, tokens.flatten()).unflatten(0, tokens.shape)
