@@ -26,7 +26,7 @@ from sightline.hf.documents import (
     reset_current,
     set_current,
 )
-from sightline.hf.recurrence import disable_recurrence, enable_recurrence, unsupported_recurrence
+from sightline.hf.recurrence import disable_recurrence, enable_recurrence, needs_positions, unsupported_recurrence
 from sightline.masks import AttentionMask
 from sightline.torch_private import disable_compiler
 
@@ -132,7 +132,7 @@ def _check_class(model: PreTrainedModel) -> None:
             f"{name} is an encoder-decoder: its cross-attention does not know documents; do not pack rows for this "
             "model"
         )
-    if "position_ids" not in inspect.signature(cls.forward).parameters:
+    if "position_ids" not in inspect.signature(cls.forward).parameters and needs_positions(model):
         raise ValueError(
             f"{name} takes no position_ids: positions would run on from document to document; do not pack rows for "
             "this model"

@@ -34,6 +34,9 @@ STATE_NAMES = {
 }  # fmt: skip
 """Attributes that the methods of a recurrent layer name, and those of no other layer."""
 
+ATTENDS = "ALL_ATTENTION_FUNCTIONS"
+"""Name by which an attention layer of transformers finds its attention function."""
+
 ARGUMENT = "sightline_rows"
 """Keyword argument by which a decoder hands the documents down to its layers, and to their recomputation in backward."""
 
@@ -99,6 +102,12 @@ def unsupported_recurrence(model: nn.Module) -> str | None:
     )
 
 
+def needs_positions(model: nn.Module) -> bool:
+    """Return whether a model has layers that attend, so that the positions of its documents matter."""
+    layers = {type(module) for module in model.modules() if not isinstance(module, PreTrainedModel)}
+    return not any(True for _ in _recurrent_layers(model)) or any(ATTENDS in _names(cls) for cls in layers)
+
+
 def _recurrent_layers(module: nn.Module, decoder: nn.Module | None = None) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Yield each recurrent layer with the innermost model of transformers that contains it."""
     if isinstance(module, PreTrainedModel):
@@ -125,7 +134,7 @@ def _names(cls: type) -> frozenset[str]:
 
 def _is_supported(layer: nn.Module) -> bool:
     """Return whether a layer takes the hidden states and keyword arguments, and computes no attention besides."""
-    if "ALL_ATTENTION_FUNCTIONS" in _names(type(layer)):
+    if ATTENDS in _names(type(layer)):
         return False
     parameters = inspect.signature(type(layer).forward).parameters
     takes_mask = "attention_mask" in parameters
