@@ -30,7 +30,7 @@ STATE_NAMES = {
     "get_conv_state", "update_conv_state", "get_recurrent_state", "update_recurrent_state",  # most layers
     "conv_states", "recurrent_states", "ssm_states",  # before transformers 5.22
     "get_linear_cache", "conv1d_state",  # MiniMax, RecurrentGemma
-    "rnn_state", "rwkv_linear_attention", "mlstm_backend",  # RWKV, xLSTM
+    "rwkv_linear_attention",
 }  # fmt: skip
 """Attributes that the methods of a recurrent layer name, and those of no other layer."""
 
@@ -133,12 +133,9 @@ def _names(cls: type) -> frozenset[str]:
 
 
 def _is_supported(layer: nn.Module) -> bool:
-    """Return whether a layer takes the hidden states and keyword arguments, and computes no attention besides."""
-    if ATTENDS in _names(type(layer)):
-        return False
-    parameters = inspect.signature(type(layer).forward).parameters
-    takes_mask = "attention_mask" in parameters
-    return takes_mask and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    """Return whether a layer is the whole recurrent layer, which takes hidden states and a mask of padding."""
+    takes_mask = "attention_mask" in inspect.signature(type(layer).forward).parameters
+    return takes_mask and ATTENDS not in _names(type(layer))
 
 
 @disable_compiler
