@@ -226,12 +226,19 @@ def _find(args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) 
     if mask is not None and mask.dim() == 4 and not given:
         return one_document_per_row(shape, "attention_mask")
     cache = kwargs.get("past_key_values", kwargs.get("cache"))
-    if cache is not None and hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) > 0:
+    if cache is not None and hasattr(cache, "get_seq_length") and _holds_tokens(cache):
         _refuse_packed_cache(cache, given)
         return None
     sources = {name: kwargs.get(name) for name in GIVEN}
     found = find_documents(shape, attention_mask=mask, **sources, **given)
     return one_document_per_row(shape, "the default positions") if found is None else found
+
+
+def _holds_tokens(cache: Any) -> bool:
+    try:
+        return int(cache.get_seq_length()) > 0
+    except ValueError:  # only recurrent layers, which count no tokens
+        return bool(cache.has_previous_state())
 
 
 def _refuse_packed_cache(cache: Any, given: dict[str, Any]) -> None:

@@ -40,6 +40,8 @@ ATTENDS = "ALL_ATTENTION_FUNCTIONS"
 ARGUMENT = "sightline_rows"
 """Keyword argument by which a decoder hands the documents down to its layers, and to their recomputation in backward."""
 
+_HAD_ROWS = "_sightline_had_rows"
+
 MASKS = {"attention_mask", "conv_mask"}
 CACHES = {"cache", "cache_params", "past_key_values"}
 DROPPED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "cu_seqlens"}
@@ -82,6 +84,7 @@ def enable_recurrence(model: nn.Module) -> list[str]:
 def disable_recurrence(model: nn.Module) -> None:
     """Revert `enable_recurrence`."""
     for module in model.modules():
+        vars(module).pop(_HAD_ROWS, None)
         forward = vars(module).get("forward")
         if isinstance(forward, functools.partial) and forward.func is _forward:
             del vars(module)["forward"]
@@ -200,24 +203,29 @@ def _forward(layer: nn.Module, previous: Callable[..., Any] | None, *args: Any, 
     if ARGUMENT in kwargs:
         rows = kwargs.pop(ARGUMENT)
     else:
-        rows = _find_rows_in_context(args, kwargs, type(layer).__name__)
+        rows = _find_rows_in_context(layer, args, kwargs)
     if rows is None:
         return forward(*args, **kwargs)
     return _forward_rows(layer, forward, rows, args, kwargs)
 
 
 @disable_compiler
-def _find_rows_in_context(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Rows | None:
-    """Return the documents of the running forward, for models that pass no keyword arguments to this layer."""
-    hidden = args[0] if args else kwargs["hidden_states"]
-    documents = current()
-    if documents is None and hidden.shape[1] > 1 and all(kwargs.get(cache) is None for cache in CACHES):
+def _find_rows_in_context(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
+    """Return the documents of the running forward, for a model that passes no keyword arguments to this layer.
+
+    Raises:
+        ValueError: if the layer is recomputed in the backward pass, after that forward, and has had packed rows.
+    """
+    hidden, documents = args[0] if args else kwargs["hidden_states"], current()
+    rows = _find_rows(documents, hidden.device, type(layer).__name__)
+    if documents is None and vars(layer).get(_HAD_ROWS, False):
         raise ValueError(
-            f"{name}: this layer is called outside of the model's forward (gradient checkpointing recomputes it in the "
-            "backward pass), and the model passes it no keyword arguments, so its documents are not known; disable "
-            "gradient checkpointing for this model"
+            f"{type(layer).__name__}: gradient checkpointing recomputes this layer in the backward pass, where its "
+            "documents are not known any more, because the model passes the layer no keyword arguments; disable "
+            "gradient checkpointing for this model, or do not pack rows"
         )
-    return _find_rows(documents, hidden.device, name)
+    vars(layer)[_HAD_ROWS] = rows is not None or vars(layer).get(_HAD_ROWS, False)
+    return rows
 
 
 @disable_compiler

@@ -35,7 +35,6 @@ KIMI = {
 }
 MAMBA2 = {
     **{"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 8, "mamba_chunk_size": 16},
-    **{"layer_types": ["mamba", "attention", "mamba"]},
 }
 ZAMBA = {
     **{"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "attention_head_dim": 16},
@@ -52,7 +51,10 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "bailing_hybrid": ("BailingHybridDeltaAttention", KIMI),
     "bamba": ("BambaMixer", {**MAMBA2, "attn_layer_indices": [1]}),
     "falcon_h1": ("FalconH1Mixer", {**MAMBA2, "mamba_d_ssm": 64}),
-    "granitemoehybrid": ("GraniteMoeHybridMambaLayer", {**MAMBA2, "num_local_experts": 4}),
+    "granitemoehybrid": (
+        "GraniteMoeHybridMambaLayer",
+        {**MAMBA2, "layer_types": ["mamba", "attention", "mamba"], "num_local_experts": 4},
+    ),
     "nemotron_h": (
         "NemotronHMamba2Mixer",
         {
@@ -89,6 +91,12 @@ def build(family: str, **changes: object) -> PreTrainedModel:
     return model
 
 
+def positions(lengths: list[list[int]] = LENGTHS) -> Tensor:
+    """Return the positions [2, 37] in documents, with padding as one more."""
+    rows = [[*counts, 37 - sum(counts)] for counts in lengths]
+    return torch.stack([torch.cat([torch.arange(count) for count in row]) for row in rows])
+
+
 def tokens() -> Tensor:
     return torch.randint(3, VOCABULARY, (2, 37), generator=torch.Generator().manual_seed(1))
 
@@ -123,7 +131,7 @@ def test_packed_equals_alone(family: str) -> None:
     alone = logits_alone(model, ids)
     expected = gradients(model, alone)
     sightline.hf.enable(model)
-    packed = model(input_ids=ids, document_lengths=LENGTHS).logits
+    packed = model(input_ids=ids, position_ids=positions(), document_lengths=LENGTHS).logits
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
     assert_gradients_close(gradients(model, packed), expected)
 
@@ -142,7 +150,8 @@ def test_padding_is_in_no_document(family: str) -> None:
     alone = logits_alone(model, ids, lengths)
     expected = gradients(model, alone)
     sightline.hf.enable(model)
-    packed = model(input_ids=ids, document_lengths=lengths).logits * (alone != 0).any(dim=-1, keepdim=True)
+    packed = model(input_ids=ids, position_ids=positions(lengths), document_lengths=lengths).logits
+    packed = packed * (alone != 0).any(dim=-1, keepdim=True)
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
     assert_gradients_close(gradients(model, packed), expected)
 
@@ -164,10 +173,9 @@ def test_sources_of_transformers(source: str) -> None:
     sightline.hf.enable(model)
     lengths = torch.tensor([count for row in LENGTHS for count in row])
     documents = torch.repeat_interleave(torch.arange(len(lengths)), lengths).view(2, 37)
-    positions = torch.cat([torch.arange(int(count)) for count in lengths]).view(2, 37)
     cumulative = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    given = {"position_ids": positions, "cu_seq_lens_q": cumulative, "seq_idx": documents.int()}[source]
-    packed = model(input_ids=ids, **{"position_ids": positions, source: given}).logits
+    given = {"position_ids": positions(), "cu_seq_lens_q": cumulative, "seq_idx": documents.int()}[source]
+    packed = model(input_ids=ids, **{"position_ids": positions(), source: given}).logits
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -176,15 +184,14 @@ def test_one_document_per_row_takes_the_path_of_transformers(family: str) -> Non
     model, ids = build(family), tokens()
     mask = torch.ones_like(ids)
     mask[1, :4] = 0  # left padding
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    given = {} if "mamba" in family.split("_") else {"position_ids": positions}
+    given = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
     expected = model(input_ids=ids, attention_mask=mask, **given).logits
     sightline.hf.enable(model)
     found = model(input_ids=ids, attention_mask=mask, **given).logits
     torch.testing.assert_close(found[mask == 1], expected[mask == 1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", OF_EACH_KIND)
+@pytest.mark.parametrize("family", [name for name in OF_EACH_KIND if name != "minimax"])
 def test_generation_is_unchanged(family: str) -> None:
     model, ids = build(family), tokens()
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
@@ -194,13 +201,14 @@ def test_generation_is_unchanged(family: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("family", OF_EACH_KIND)
+@pytest.mark.parametrize("family", [name for name in OF_EACH_KIND if name != "mamba"])
 def test_recomputation_gives_the_same_bits(family: str, reentrant: bool) -> None:
     model, ids = sightline.hf.enable(build(family).train()), tokens()
-    expected = gradients(model, model(input_ids=ids, document_lengths=LENGTHS, use_cache=False).logits)
+    given = {"position_ids": positions(), "document_lengths": LENGTHS, "use_cache": False}
+    expected = gradients(model, model(input_ids=ids, **given).logits)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    logits = model(input_ids=ids, document_lengths=LENGTHS, use_cache=False).logits
+    logits = model(input_ids=ids, **given).logits
     with torch.no_grad():  # another forward in between, of other documents
         model(input_ids=ids, document_lengths=[[37], [37]], use_cache=False)
     found = gradients(model, logits)
@@ -208,11 +216,15 @@ def test_recomputation_gives_the_same_bits(family: str, reentrant: bool) -> None
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_recomputation_of_a_layer_without_keyword_arguments_is_refused() -> None:
-    model, ids = sightline.hf.enable(build("jamba").train()), tokens()
+@pytest.mark.parametrize("family", ["mamba", "jamba"])
+def test_recomputation_of_layers_without_keyword_arguments(family: str) -> None:
+    model, ids = sightline.hf.enable(build(family).train()), tokens()
+    expected = gradients(model, model(input_ids=ids, use_cache=False).logits)
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = gradients(model, model(input_ids=ids, use_cache=False).logits)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
     logits = model(input_ids=ids, document_lengths=LENGTHS, use_cache=False).logits
-    with pytest.raises(ValueError, match="JambaMambaMixer.*disable gradient checkpointing"):
+    with pytest.raises(ValueError, match="MambaMixer: .*disable gradient checkpointing"):
         logits.sum().backward()
 
 
@@ -251,7 +263,9 @@ def test_a_replaced_forward_is_kept() -> None:
     assert layer.forward is counted
 
 
-@pytest.mark.parametrize(("family", "layer"), [("zaya", "ZayaCCAProjection"), ("inkling_text", "InklingShortConvolution")])
+@pytest.mark.parametrize(
+    ("family", "layer"), [("zaya", "ZayaCCAProjection"), ("inkling_text", "InklingShortConvolution")]
+)
 def test_layers_of_another_kind_are_refused(family: str, layer: str) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **COMMON))
@@ -262,7 +276,6 @@ def test_layers_of_another_kind_are_refused(family: str, layer: str) -> None:
 def test_trees_and_masks_are_refused() -> None:
     model, ids = sightline.hf.enable(build("lfm2")), tokens()
     documents = torch.arange(37).expand(2, -1) // 10
-    positions = torch.arange(37).expand(2, -1)
     with pytest.raises(ValueError, match="need whole documents"):
         prefixes = torch.zeros_like(documents)
-        model(input_ids=ids, document_ids=documents, prefix_ids=prefixes, position_ids=positions)
+        model(input_ids=ids, document_ids=documents, prefix_ids=prefixes, position_ids=torch.arange(37).expand(2, -1))
