@@ -1,12 +1,12 @@
 """Recurrent layers over packed rows: each document is computed in a row of its own.
 
-A recurrent layer (Gated DeltaNet, Kimi Delta Attention, Mamba, a short convolution, lightning attention, RG-LRU) carries a
-state along a row. The fallbacks of transformers carry it from document to document, and refuse `cu_seq_lens_q`. Here the
-layer is called with documents as rows, a few of similar length at a time, so it starts each from an empty state: with
-any kernel, on any device, for every layer whose tokens do not know their row.
+A recurrent layer (Gated DeltaNet, Kimi Delta Attention, Mamba, a short convolution, lightning attention, RG-LRU)
+carries a state along a row. In transformers the state passes from document to document, unless a GPU kernel is installed
+that knows `cu_seq_lens_q` or `seq_idx`. Here the layer is called with the documents as rows, a few of similar length at a
+time, so each starts from an empty state: with any kernel, on any device.
 
-Layers are recognized by the methods of transformers' caches that they call, which are the private names below. Tried with
-transformers 5.5 to 5.24.
+Layers are recognized by the names below, most of them methods of transformers' caches. Tried with transformers 5.16 to
+5.24.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ ATTENDS = "ALL_ATTENTION_FUNCTIONS"
 """Name by which an attention layer of transformers finds its attention function."""
 
 ARGUMENT = "sightline_rows"
-"""Keyword argument by which a decoder hands the documents down to its layers, and to their recomputation in backward."""
+"""Keyword argument by which a decoder passes the documents to its layers, and to their recomputation in backward."""
 
 _HAD_ROWS = "_sightline_had_rows"
+"""Attribute of a layer that gets no keyword arguments and has computed packed rows."""
 
 MASKS = {"attention_mask", "conv_mask"}
 CACHES = {"cache", "cache_params", "past_key_values"}
 DROPPED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "cu_seqlens"}
-"""Arguments that describe a packed row. A row with one document needs none of them."""
+"""Arguments that describe packed rows. A row of one document needs none of them."""
 
 MOST_PADDING = 1.5
 """Documents of one group differ in length by at most this factor: little padding, and few calls of the layer."""
@@ -55,10 +56,11 @@ MOST_PADDING = 1.5
 class Rows:
     """Documents as rows, in groups of similar length.
 
-    tokens  for each group, int64 [N, L], the tokens of each row as indices into the B * S tokens of the forward. Rows are
-            padded on the right with their first token, whose output is dropped
+    tokens  for each group, int64 [N, L], the tokens of each row as indices into the B * S tokens of the forward. Rows
+            are padded on the right with their first token
     kept    for each group, int64 [K], the outputs to keep, as indices into its N * L
-    places  int64 [B * S], for each token of the forward, its place in the kept outputs of all groups; padding comes last
+    places  int64 [B * S], for each token of the forward, its place in the kept outputs of all groups; that of padding
+            is after them
     """
 
     tokens: list[Tensor]
@@ -95,13 +97,13 @@ def disable_recurrence(model: nn.Module) -> None:
 
 
 def unsupported_recurrence(model: nn.Module) -> str | None:
-    """Return why packed rows would be wrong in the recurrent layers of a model, with the remedy; None if they are right."""
+    """Return why packed rows would be wrong in recurrent layers of a model, with the remedy; None if they are right."""
     kinds = sorted({type(layer).__name__ for _, layer in _recurrent_layers(model) if not _is_supported(layer)})
     if not kinds:
         return None
     return (
-        f"{', '.join(kinds)} carries a state from one document of a row to the next, and sightline cannot call it with one "
-        "document at a time; do not pack rows for this model"
+        f"{', '.join(kinds)} carries a state from one document of a row to the next, and sightline cannot call it with "
+        "each document in a row of its own; do not pack rows for this model"
     )
 
 
@@ -155,42 +157,51 @@ def _find_rows(documents: Documents | None, device: torch.device, name: str) -> 
     """Return the documents as rows, the same object for all calls of a forward; None if each row has one document."""
     if documents is None or not documents.packed:
         return None
-    if documents.source == "attention_masks" or documents.parents is not None or not _is_local(documents):
+    if documents.source == "attention_masks" or not isinstance(documents.exchanges, LocalExchanges):
         raise ValueError(
-            f"{name} has recurrent layers, which need whole documents, one after the other: attention_masks, prefix_ids "
-            "and context parallelism are for models that have attention layers only; pass document_ids"
+            f"{name} has recurrent layers, which need all tokens of a document in order: attention_masks and context "
+            "parallelism are for models without them; pass document_ids, with prefix_ids for shared prefixes"
         )
     key = ("rows", device)
     if key not in documents.prepared:
-        documents.prepared[key] = _to_rows(documents.ids, device)
+        documents.prepared[key] = _to_rows(documents, device)
     return documents.prepared[key]
 
 
-def _is_local(documents: Documents) -> bool:
-    return isinstance(documents.exchanges, LocalExchanges)
-
-
-def _to_rows(ids: Tensor, device: torch.device) -> Rows:
-    """Return the rows of the documents `ids`, int [B, S] on the CPU; -1 is padding."""
-    starts = torch.nn.functional.pad(ids.diff(dim=1) != 0, (1, 0), value=True).flatten().nonzero()[:, 0]
-    lengths = torch.diff(starts, append=torch.tensor([ids.numel()]))
-    spans = torch.arange(ids.numel()).split(lengths.tolist())
-    real = (ids.flatten()[starts] >= 0).tolist()
-    documents = sorted((span for span, keep in zip(spans, real, strict=True) if keep), key=len, reverse=True)
-    groups: list[list[Tensor]] = []
-    for document in documents:
-        if not groups or len(groups[-1][0]) > MOST_PADDING * len(document):
+def _to_rows(documents: Documents, device: torch.device) -> Rows:
+    """Return the documents as rows. A document that continues others has their tokens before its own."""
+    sequences = sorted(_sequences(documents), key=lambda sequence: len(sequence[0]), reverse=True)
+    groups: list[list[tuple[Tensor, int]]] = []
+    for sequence in sequences:
+        if not groups or len(groups[-1][0][0]) > MOST_PADDING * len(sequence[0]):
             groups.append([])
-        groups[-1].append(document)
-    padded = [pad_sequence(group, batch_first=True, padding_value=-1) for group in groups]
-    order = torch.cat(documents)
-    places = torch.full((ids.numel(),), len(order))
+        groups[-1].append(sequence)
+    padded, kept = [], []
+    for group in groups:
+        tokens = pad_sequence([tokens for tokens, _ in group], batch_first=True, padding_value=-1)
+        length = torch.tensor([len(tokens) for tokens, _ in group])[:, None]
+        own = torch.tensor([own for _, own in group])[:, None]
+        index = torch.arange(tokens.shape[1])
+        kept.append(((index < length) & (index >= length - own)).flatten().nonzero()[:, 0])
+        padded.append(torch.where(tokens >= 0, tokens, tokens[:, :1]))
+    order = torch.cat([tokens.flatten()[index] for tokens, index in zip(padded, kept, strict=True)])
+    places = torch.full((documents.ids.numel(),), len(order))
     places[order] = torch.arange(len(order))
-    return Rows(
-        [_send(torch.where(group >= 0, group, group[:, :1]), device) for group in padded],
-        [_send((group.flatten() >= 0).nonzero()[:, 0], device) for group in padded],
-        _send(places, device),
-    )
+    return Rows([_send(x, device) for x in padded], [_send(x, device) for x in kept], _send(places, device))
+
+
+def _sequences(documents: Documents) -> Iterator[tuple[Tensor, int]]:
+    """Yield the tokens of each document after those that it continues, as indices into all rows, and how many it has."""
+    ids, mask = documents.ids, documents.mask
+    length = ids.shape[1]
+    is_first = torch.nn.functional.pad(ids.diff(dim=1) != 0, (1, 0), value=True)
+    first = (is_first & (ids >= 0)).flatten().nonzero()[:, 0]
+    last = (is_first.roll(-1, dims=1).index_fill(1, torch.tensor([length - 1]), True) & (ids >= 0)).flatten().nonzero()
+    starts, stops = (x.flatten(0, 1)[first].tolist() for x in (mask.start, mask.stop))
+    for start, end, *intervals in zip(first.tolist(), (last[:, 0] + 1).tolist(), starts, stops, strict=True):
+        row = start - start % length
+        spans = sorted((row + a, min(row + b, end)) for a, b in zip(*intervals, strict=True))
+        yield torch.cat([torch.arange(a, b) for a, b in spans if a < b]), end - start
 
 
 def _send(index: Tensor, device: torch.device) -> Tensor:
@@ -200,10 +211,7 @@ def _send(index: Tensor, device: torch.device) -> Tensor:
 def _forward(layer: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
     """Compute a recurrent layer over the rows of one forward."""
     forward = functools.partial(type(layer).forward, layer) if previous is None else previous
-    if ARGUMENT in kwargs:
-        rows = kwargs.pop(ARGUMENT)
-    else:
-        rows = _find_rows_in_context(layer, args, kwargs)
+    rows = kwargs.pop(ARGUMENT) if ARGUMENT in kwargs else _find_rows_in_context(layer, args, kwargs)
     if rows is None:
         return forward(*args, **kwargs)
     return _forward_rows(layer, forward, rows, args, kwargs)
@@ -218,7 +226,8 @@ def _find_rows_in_context(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[
     """
     hidden, documents = args[0] if args else kwargs["hidden_states"], current()
     rows = _find_rows(documents, hidden.device, type(layer).__name__)
-    if documents is None and vars(layer).get(_HAD_ROWS, False):
+    has_cache = any(kwargs.get(name) is not None for name in CACHES)
+    if documents is None and not has_cache and vars(layer).get(_HAD_ROWS, False):
         raise ValueError(
             f"{type(layer).__name__}: gradient checkpointing recomputes this layer in the backward pass, where its "
             "documents are not known any more, because the model passes the layer no keyword arguments; disable "

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import sightline.hf
 from sightline.hf.recurrence import enable_recurrence, unsupported_recurrence
+from sightline.masks import causal, document
 
 LENGTHS = [[11, 1, 20, 5], [2, 18, 17]]  # documents of two rows of 37 tokens
 VOCABULARY = 61
@@ -224,8 +225,9 @@ def test_recomputation_of_layers_without_keyword_arguments(family: str) -> None:
     found = gradients(model, model(input_ids=ids, use_cache=False).logits)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     logits = model(input_ids=ids, document_lengths=LENGTHS, use_cache=False).logits
-    with pytest.raises(ValueError, match="MambaMixer: .*disable gradient checkpointing"):
+    with pytest.raises(ValueError, match="disable gradient checkpointing"):
         logits.sum().backward()
+    model.eval().generate(ids, max_new_tokens=2)  # packed rows before do not matter with a cache
 
 
 def test_disable_and_copies() -> None:
@@ -273,9 +275,31 @@ def test_layers_of_another_kind_are_refused(family: str, layer: str) -> None:
         sightline.hf.enable(model)
 
 
-def test_trees_and_masks_are_refused() -> None:
+@pytest.mark.parametrize("family", OF_EACH_KIND)
+def test_shared_prefixes(family: str) -> None:
+    """A prompt of 9 tokens with two responses, of which one is continued twice; not all directly after their prefix."""
+    counts, parents = [9, 6, 8, 7, 7], [0, 0, 0, 1, 1]
+    model, ids = build(family), tokens()[:1]
+    documents = torch.repeat_interleave(torch.arange(5), torch.tensor(counts))[None]
+    spans = list(ids[0].split(counts))
+    chains = [spans[0], *(torch.cat([spans[0], spans[i]]) for i in (1, 2))]
+    chains += [torch.cat([chains[1], spans[i]]) for i in (3, 4)]
+    alone = torch.cat(
+        [model(input_ids=x[None], use_cache=False).logits[0, -n:] for x, n in zip(chains, counts, strict=True)]
+    )[None]
+    expected = gradients(model, alone)
+    sightline.hf.enable(model)
+    where = torch.cat([torch.arange(len(x))[-n:] for x, n in zip(chains, counts, strict=True)])[None]
+    prefixes = torch.tensor(parents)[documents]
+    packed = model(input_ids=ids, position_ids=where, document_ids=documents, prefix_ids=prefixes).logits
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+    assert_gradients_close(gradients(model, packed), expected)
+
+
+def test_masks_of_the_caller_are_refused() -> None:
     model, ids = sightline.hf.enable(build("lfm2")), tokens()
-    documents = torch.arange(37).expand(2, -1) // 10
-    with pytest.raises(ValueError, match="need whole documents"):
-        prefixes = torch.zeros_like(documents)
-        model(input_ids=ids, document_ids=documents, prefix_ids=prefixes, position_ids=torch.arange(37).expand(2, -1))
+    mask = document(torch.arange(37).expand(2, -1) // 10) & causal(2, 37)
+    with pytest.raises(
+        ValueError, match="Lfm2Model has recurrent layers, which need all tokens of a document in order"
+    ):
+        model(input_ids=ids, attention_masks=mask)
