@@ -143,8 +143,8 @@ def _packed_documents(module: nn.Module) -> Documents | None:
     if documents.source == "attention_masks" or not isinstance(documents.exchanges, LocalExchanges):
         raise ValueError(
             f"{type(module).__name__} has recurrent layers, which need all tokens of a document in order: "
-            "attention_masks and context parallelism are for models without them; pass document_ids, with prefix_ids for "
-            "shared prefixes"
+            "attention_masks and context parallelism are for models without them; pass document_ids, or prefix_ids too "
+            "for shared prefixes"
         )
     return documents
 
