@@ -132,19 +132,31 @@ def _pass_documents(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Add the documents of the forward to the keyword arguments that a decoder passes to its layers."""
-    return args, {**kwargs, ARGUMENT: _packed_documents(decoder)}
+    return args, {**kwargs, ARGUMENT: _documents_for(decoder, kwargs.get("attention_mask"))}
 
 
-def _packed_documents(module: nn.Module) -> Documents | None:
-    """Return the documents of the running forward; None if each row has one document, or continues a cache."""
-    documents = current()
-    if documents is None or not documents.packed:
+def _documents_for(module: nn.Module, mask: Any) -> Documents | None:
+    """Return the documents of the running forward, if the module's own mask of padding is not enough to compute them.
+
+    It is if each row has one document, or continues a cache.
+
+    Raises:
+        ValueError: if the documents are not known, or some of their tokens are elsewhere.
+    """
+    documents, name = current(), type(module).__name__
+    if documents is None:
         return None
+    if isinstance(mask, Tensor) and mask.dim() == 4 and documents.source == "attention_mask":
+        raise ValueError(
+            f"{name} has recurrent layers, which a mask [B, 1, Q, T] does not tell where documents start; pass "
+            "document_ids"
+        )
+    if not documents.packed:
+        return documents if mask is None and bool((documents.ids[:, 0] < 0).any()) else None
     if documents.source == "attention_masks" or not isinstance(documents.exchanges, LocalExchanges):
         raise ValueError(
-            f"{type(module).__name__} has recurrent layers, which need all tokens of a document in order: "
-            "attention_masks and context parallelism are for models without them; pass document_ids, or prefix_ids too "
-            "for shared prefixes"
+            f"{name} has recurrent layers, which need all tokens of a document in order: attention_masks and context "
+            "parallelism are for models without them; pass document_ids, or prefix_ids too for shared prefixes"
         )
     return documents
 
@@ -172,7 +184,7 @@ def _documents_without_argument(layer: nn.Module, kwargs: dict[str, Any]) -> Doc
             "documents are not known any more, because the model passes the layer no keyword arguments; disable "
             "gradient checkpointing for this model, or do not pack rows"
         )
-    documents = _packed_documents(layer)
+    documents = _documents_for(layer, kwargs.get("attention_mask"))
     vars(layer)[_WAS_PACKED] = was_packed or documents is not None
     return documents
 

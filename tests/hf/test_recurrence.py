@@ -79,7 +79,11 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     ),
 }
 INSTALLED = [family for family in FAMILIES if family in CONFIG_MAPPING]
-OF_EACH_KIND = ["qwen3_next", "kimi_linear", "bamba", "mamba", "lfm2", "minimax", "recurrent_gemma"]
+OF_EACH_KIND = [
+    family
+    for family in ("qwen3_next", "kimi_linear", "bamba", "mamba", "lfm2", "minimax", "recurrent_gemma")
+    if family in INSTALLED
+]
 
 
 def build(family: str, **changes: object) -> PreTrainedModel:
@@ -156,6 +160,18 @@ def test_padding_is_in_no_document(family: str) -> None:
     packed = packed * (alone != 0).any(dim=-1, keepdim=True)
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
     assert_gradients_close(gradients(model, packed), expected)
+
+
+@pytest.mark.parametrize("family", OF_EACH_KIND)
+def test_stated_left_padding_is_in_no_document(family: str) -> None:
+    model, ids = build(family), tokens()
+    documents = torch.zeros(2, 37, dtype=torch.int32)
+    documents[0, :5] = documents[1, :9] = -1
+    alone = [model(input_ids=row[None], use_cache=False).logits[0] for row in (ids[0, 5:], ids[1, 9:])]
+    sightline.hf.enable(model)
+    where = torch.stack([torch.arange(37) - 5, torch.arange(37) - 9]).clamp(min=0)
+    logits = model(input_ids=ids, position_ids=where, document_ids=documents).logits
+    torch.testing.assert_close(logits[documents >= 0], torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "bamba", "mamba", "lfm2", "recurrent_gemma"])
@@ -304,3 +320,5 @@ def test_masks_of_the_caller_are_refused() -> None:
         ValueError, match="Lfm2Model has recurrent layers, which need all tokens of a document in order"
     ):
         model(input_ids=ids, attention_masks=mask)
+    with pytest.raises(ValueError, match="does not tell where documents start; pass document_ids"):
+        model(input_ids=ids, attention_mask=mask.to_dense()[:, None])
