@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sightline.attention import Exchanges, LocalExchanges
+from sightline.hf.trees import check_tree
 from sightline.masks import AttentionMask, document, prefix_tree
 
 STATED = ("document_lengths", "document_ids", "attention_mask", "seq_idx", "cu_seq_lens_q")
@@ -38,7 +39,8 @@ class Documents:
     source     argument that they come from, for errors
     parents    int32 [B, S], the document that each token's document continues, its own id if none: a tree of shared
                prefixes; None if there is no tree
-    positions  int64 [B, S], positions in the tree, in which windows and chunks are counted
+    positions  int64 [B, S], positions in the tree, in which windows and chunks are counted: they ascend by 1 in each
+               document, and from a document to those that continue it
     masks      the masks themselves, by layer type, in place of the rules of transformers
     exchanges  provides the keys of `masks` under context parallelism
     prepared   masks that were lowered for these documents, shared by all layers of the forward
@@ -69,7 +71,12 @@ class Documents:
     @cached_property
     def mask(self) -> AttentionMask:
         """Mask of each token's document, in both directions, and of those that it continues."""
-        return document(self.ids) if self.parents is None else prefix_tree(self.ids, self.parents)
+        return document(self.ids) if self.tree is None else self.tree
+
+    @cached_property
+    def tree(self) -> AttentionMask | None:
+        """Mask of each token's document and those that it continues; None if documents continue no others."""
+        return None if self.parents is None else prefix_tree(self.ids, self.parents)
 
 
 _CURRENT: ContextVar[Documents | None] = ContextVar("sightline_documents", default=None)
@@ -179,7 +186,9 @@ def _tree(
             f"{'none' if position_ids is None else tuple(position_ids.shape)}"
         )
     parents = torch.where(ids < 0, ids, _as_ids("prefix_ids", prefix_ids, shape))
-    return Documents(ids, source, parents, position_ids.cpu().long().expand(shape))
+    positions = position_ids.cpu().long().expand(shape)
+    check_tree(ids, parents, positions)
+    return Documents(ids, source, parents, positions)
 
 
 def _numbers_documents(attention_mask: Tensor) -> bool:

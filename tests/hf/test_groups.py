@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sightline.hf import GroupedRows, enable, pack_groups, response_log_probs
+from sightline.hf.documents import find_documents
 from tests.support.hf_models import tiny_model
 
 FAMILIES = [
@@ -224,3 +225,25 @@ def test_refused_arguments():
         pack_groups([[1, 2]], [[3, 4]], max_length=3)
     with pytest.raises(ValueError, match="shortest_shared is a number of tokens, at least 1, got 0"):
         pack_groups([[1, 2]], [[3, 4]], shortest_shared=0)
+
+
+@pytest.mark.parametrize(
+    ("document_ids", "prefix_ids", "position_ids", "message"),
+    [
+        ([0, 0, 1, 0], [0, 0, 0, 0], [0, 1, 2, 2], "tokens are next to each other"),
+        ([1, 0, 0, 0], [0, 0, 0, 0], [3, 0, 1, 2], "each after the document that it continues"),
+        ([0, 0, 1, 1], [0, 0, 3, 3], [0, 1, 2, 3], "which must be in the row"),
+        ([0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1], "token 2 of row 0 has position 0 after 1"),
+        ([0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 2, 4], "token 3 of row 0 has position 4 after 2"),
+    ],
+)
+def test_trees_that_masks_cannot_follow_are_refused(document_ids, prefix_ids, position_ids, message):
+    given = {"document_ids": document_ids, "prefix_ids": prefix_ids, "position_ids": position_ids}
+    with pytest.raises(ValueError, match=message):
+        find_documents((1, 4), **{name: torch.tensor([values]) for name, values in given.items()})
+
+
+def test_roots_may_start_at_any_position():
+    given = {"document_ids": [0, 0, 1, 1, -1], "prefix_ids": [0, 0, 0, 0, -1], "position_ids": [2, 3, 4, 5, 0]}
+    documents = find_documents((1, 5), **{name: torch.tensor([values]) for name, values in given.items()})
+    assert documents.mask.to_dense()[0, :4, :4].tolist() == [[True] * 2 + [False] * 2] * 2 + [[True] * 4] * 2
