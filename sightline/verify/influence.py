@@ -105,10 +105,12 @@ def plan_trials(influence: Influence, tokens_per_document: int | None) -> tuple[
     document[visible] = numbers[visible].unique(return_inverse=True)[1]
     count = int(document.max()) + 1
     trials = []
-    for bit in range(max(0, count - 1).bit_length()):
+    for bit in range(max(1, (count - 1).bit_length())):
         for value in (1, 0):
             outputs = visible & ((document >> bit & 1) == value)
-            trials.append(Trial(outputs, ~influence.sources(outputs)))
+            hidden = ~influence.sources(outputs)
+            if outputs.any() and hidden.any():
+                trials.append(Trial(outputs, hidden))
     sizes = torch.bincount(document[visible], minlength=count)
     order = document.flatten().argsort(stable=True)[-int(sizes.sum()) :] if count else document.new_zeros(0)
     first = sizes.cumsum(0) - sizes
@@ -118,7 +120,6 @@ def plan_trials(influence: Influence, tokens_per_document: int | None) -> tuple[
         outputs = torch.zeros_like(visible)
         outputs.view(-1)[order[first + torch.as_tensor(offset).minimum(sizes - 1)]] = True
         hidden = ~influence.sources(outputs)
-        inside = torch.isin(numbers, numbers[outputs]) & hidden
-        if inside.any() or (not trials and hidden.any()):
+        if bool((hidden & torch.isin(numbers, numbers[outputs])).any()):
             trials.append(Trial(outputs, hidden))
     return trials, count

@@ -18,13 +18,14 @@ from sightline.verify.probe import Dependence, Probe, unchanged
 
 KINDS = {
     "embedding": r"embed|wte|wpe",
-    "head": r"head$|^output$",
+    "head": r"head\b|^output\b",
     "recurrent layer": r"linear_attn|delta|mamba|ssm|recurrent|rwkv|retention",
     "convolution": r"conv",
     "attention": r"attn|attention",
     "experts": r"expert|moe|router",
     "norm": r"norm|ln_",
     "mlp": r"mlp|feed_forward|dense",
+    "layer": r"layer|block",
 }
 """Plain words for modules, with the pattern of the attribute or the class that each is found by."""
 
@@ -106,13 +107,13 @@ def leaks(
         batch = {
             "tokens": batch.tokens, "positions": batch.positions, "attention_masks": named_masks(masks), **batch.extra
         }  # fmt: skip
-    probe, influence = Probe(module, batch, tokens, fixed_ids), Influence(masks)
-    if influence.union.shape[:2] != tuple(probe.shape):
-        raise ValueError(
-            f"the tokens are {tuple(probe.shape)}, but the masks are {influence.union}; both need one B and S"
-        )
-    trials, documents = plan_trials(influence, tokens_per_document)
     with unchanged(module):
+        probe, influence = Probe(module, batch, tokens, fixed_ids), Influence(masks)
+        if influence.union.shape[:2] != tuple(probe.shape):
+            raise ValueError(
+                f"the tokens are {tuple(probe.shape)}, but the masks are {influence.union}; expected one B and S"
+            )
+        trials, documents = plan_trials(influence, tokens_per_document)
         found = [measure(probe, trial) for trial in trials[:max_trials]]
         index = next((index for index, one in enumerate(found) if one.leaks), None)
         layer = None if index is None else find_layer(probe, trials[index])

@@ -41,9 +41,13 @@ class Dependence:
 
 @dataclass
 class Record:
-    """One run: the embedded tokens, leaves of the graph [B, S, W], and the recorded tensor [B, S, ...], if any."""
+    """One run: the embedded tokens, which are leaves of the graph, the module's output, and the recorded tensor.
+
+    All are [B, S, ...]; None if there is none.
+    """
 
     embedded: list[Tensor]
+    output: Tensor | None = None
     value: Tensor | None = None
 
 
@@ -107,7 +111,7 @@ class Probe:
             hook = self._record(record, self.module.get_submodule(name), argument)
             stack.callback(hook.remove)
             torch.manual_seed(SEED)
-            self.module(**{**self.inputs, self.name: tokens})
+            record.output = find_tensor(self.module(**{**self.inputs, self.name: tokens}), self.shape)
         return record
 
     def _embed(self, record: Record, tokens: Tensor, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
@@ -174,6 +178,8 @@ def gradient_by(record: Record, outputs: Tensor, hidden: Tensor) -> tuple[float 
     rows = value.flatten(2)[outputs]
     by_token, by_channel = (torch.randn(size, generator=generator).to(rows) for size in rows.shape)
     total = by_token @ (rows @ by_channel)
+    if record.output is not None and record.output is not value:
+        total = total + 0 * record.output.sum()  # FSDP gathers weights when a gradient reaches the output of a module
     gradients = torch.autograd.grad(total, record.embedded, allow_unused=True)
     size = sum(g.double().abs().flatten(2).amax(dim=2) for g in gradients if g is not None)
     if not isinstance(size, Tensor):
