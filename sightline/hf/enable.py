@@ -26,6 +26,7 @@ from sightline.hf.documents import (
     reset_current,
     set_current,
 )
+from sightline.hf.layer_masks import lower_before_forward
 from sightline.masks import AttentionMask
 from sightline.torch_private import disable_compiler
 
@@ -182,12 +183,20 @@ def _hook(module: nn.Module, record: Record) -> None:
     record.handles.append(module.register_forward_hook(_after_forward, always_call=True))
 
 
-@disable_compiler
 def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return _set_documents(module, args, kwargs, torch.compiler.is_compiling())
+
+
+@disable_compiler
+def _set_documents(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool
+) -> tuple[Any, dict[str, Any]]:
     given = {name: kwargs.pop(name) for name in ADDED if name in kwargs}
     outer = current()
     # Documents from outside were found by the hook of the model that calls this one.
     documents = outer if outer is not None and not given else _find(args, kwargs, given)
+    if compiled and documents is not outer:
+        lower_before_forward(module, documents)
     vars(module).setdefault(_TOKENS, []).append(set_current(documents))
     return args, kwargs
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from sightline.hf.attention import IS_ENABLED, RULE
+from sightline.attention import Lowered, lower
+from sightline.hf.attention import IS_ENABLED, LOWERED, NOTE
 from sightline.hf.documents import Documents
 from sightline.hf.rules import Rule, Tokens, layer_type
 from sightline.masks import AttentionMask
@@ -22,16 +25,9 @@ def layer_rules(model: nn.Module) -> dict[str, Rule]:
         ValueError: if the model is not enabled, layers of one type have different rules, or a rule depends on the
             inputs, such as the spans of images.
     """
-    layers = [module for module in model.modules() if getattr(module, IS_ENABLED, False)]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} is not enabled; call sightline.hf.enable(model) first")
-    if not any(RULE in vars(layer) for layer in layers):
-        _run_once(model)
     rules: dict[str, Rule] = {}
-    for layer in layers:
-        rule = vars(layer).get(RULE)
-        if rule is None:
-            continue
+    for layer in _noted_layers(model):
+        rule = vars(layer)[NOTE].rule
         name = layer_type(rule)
         if not rule.is_static():
             raise ValueError(
@@ -52,6 +48,37 @@ def build_masks(model: nn.Module, documents: Documents) -> dict[str, AttentionMa
     index = torch.arange(length).expand(rows, -1)
     tokens = Tokens(index, length, 0, documents.index_in_document, documents.positions)
     return {name: rule.mask(tokens) & documents.mask for name, rule in layer_rules(model).items()}
+
+
+def lower_before_forward(model: nn.Module, documents: Documents | None) -> None:
+    """Give each attention layer its lowered mask, for a forward in which torch.compile allows no reading of masks.
+
+    All layers of one type share a mask. With a cache (no documents) they get none.
+    """
+    layers = _noted_layers(model)
+    masks = {} if documents is None else documents.masks or build_masks(model, documents)
+    lowered: dict[Any, Lowered] = {}
+    for layer in layers:
+        vars(layer).pop(LOWERED, None)
+        if documents is None:
+            continue
+        note = vars(layer)[NOTE]
+        requirements = {**note.requirements, "training": torch.is_grad_enabled()}
+        key = (layer_type(note.rule), *requirements.values())
+        if key not in lowered:
+            mask, exchange = documents.exchanges.bind(masks[key[0]], requirements["device"])
+            lowered[key] = lower(mask, exchange=exchange, **requirements)
+        vars(layer)[LOWERED] = lowered[key]
+
+
+def _noted_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the attention layers of an enabled model, which have noted their rules."""
+    layers = [module for module in model.modules() if getattr(module, IS_ENABLED, False)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} is not enabled; call sightline.hf.enable(model) first")
+    if not any(NOTE in vars(layer) for layer in layers):
+        _run_once(model)
+    return [layer for layer in layers if NOTE in vars(layer)]
 
 
 @torch.no_grad()

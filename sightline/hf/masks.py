@@ -164,11 +164,14 @@ def make_mask(
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
-) -> PendingMask:
+) -> PendingMask | None:
     """Return the pending mask of a builder's call: the mask function of `attn_implementation="sightline"`.
 
-    The arguments are those of `transformers.masking_utils.sdpa_mask`.
+    The arguments are those of `transformers.masking_utils.sdpa_mask`. Under torch.compile it is None, since masks were
+    lowered before the model runs.
     """
+    if torch.compiler.is_compiling():
+        return None
     assert mask_function is not None, "transformers' mask builders pass a mask function"
     padding = None
     if attention_mask is not None and not bool(attention_mask.all()):
