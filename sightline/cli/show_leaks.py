@@ -12,7 +12,7 @@ from rich.text import Text
 from sightline.cli.leaks import Leaks
 from sightline.cli.output import writing
 from sightline.hf import enable, leaks
-from sightline.hf.leaks import ModelReport
+from sightline.hf.leaks import ModelReport, check_calls
 from sightline.hf.loading import load_model
 from sightline.paths import printable
 
@@ -26,6 +26,7 @@ def show_leaks(options: Leaks) -> None:
         SystemExit: with code 1 if a call leaks.
         ValueError: if the model cannot be loaded or enabled, or a call is unknown.
     """
+    check_calls(options.calls)
     model = load_model(os.path.expanduser(options.hf), options.attention)
     if options.enable:
         enable(model, check=False)  # the calls below test more

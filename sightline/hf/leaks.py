@@ -133,10 +133,18 @@ def leaks(
     return ModelReport(name_of(inner), str(attention), is_enabled(model), reports)
 
 
-def _choose_calls(inner: PreTrainedModel, model: nn.Module, chosen: Collection[str] | None) -> list[str]:
-    unknown = sorted(set(chosen or ()) - set(CALLS))
-    if unknown:
+def check_calls(names: Collection[str]) -> None:
+    """Check that all are names of calls.
+
+    Raises:
+        ValueError: if one is not; the message lists the calls.
+    """
+    if unknown := sorted(set(names) - set(CALLS)):
         raise ValueError(f"unknown calls {', '.join(unknown)}; the calls are: {', '.join(CALLS)}")
+
+
+def _choose_calls(inner: PreTrainedModel, model: nn.Module, chosen: Collection[str] | None) -> list[str]:
+    check_calls(chosen or ())
     absent = set() if is_enabled(model) else {"document_ids"}
     if "mrope_section" not in inner.config.to_json_string(use_diff=False):
         absent |= {"mrope_3", "mrope_4"}

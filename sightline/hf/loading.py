@@ -19,12 +19,18 @@ def load_model(source: str, attention: str | None = None) -> PreTrainedModel:
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     try:
         config = AutoConfig.from_pretrained(source)
-        architecture = (config.architectures or [""])[0]
-        model_class = getattr(transformers, architecture, AutoModelForCausalLM)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot load {source}: expected a directory that save_pretrained of transformers wrote, or the name of a "
+            f"model on the Hub, which is in the cache or can be downloaded; {_line(error)}"
+        ) from error
+    architecture = (config.architectures or [""])[0]
+    model_class = getattr(transformers, architecture, AutoModelForCausalLM)
+    try:
         return model_class.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"cannot load {source}{f' with attention {attention}' if attention else ''}: {reason} Expected a directory "
-            "that save_pretrained wrote, or the name of a model on the Hub, in the cache or with a network"
-        ) from error
+        raise ValueError(f"cannot load {source}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
