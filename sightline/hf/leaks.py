@@ -14,7 +14,7 @@ from sightline.hf.calls import CALLS, measure_call, name_of, random_call, transf
 from sightline.hf.documents import find_documents
 from sightline.hf.enable import ADDED, is_enabled
 from sightline.masks import AttentionMask, document
-from sightline.verify import LeakReport
+from sightline.verify import LeakReport, Untestable
 
 OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch", "loss_weights")
 """Keys of a batch that are no arguments of a leakage test: logits are tested."""
@@ -117,7 +117,8 @@ def leaks(
     calls  names of CALLS; None: all that apply to the model
 
     Raises:
-        ValueError: if there is no model of transformers, a call is unknown, or the batch states no documents.
+        ValueError: if there is no model of transformers, a call is unknown, the batch states no documents, or nothing
+            can be said about leaks because the outputs are not finite or cannot be differentiated.
     """
     inner = transformers_model(model)
     if batch is not None:
@@ -146,7 +147,7 @@ def check_calls(names: Collection[str]) -> None:
 def _choose_calls(inner: PreTrainedModel, model: nn.Module, chosen: Collection[str] | None) -> list[str]:
     check_calls(chosen or ())
     absent = set() if is_enabled(model) else {"document_ids"}
-    if "mrope_section" not in inner.config.to_json_string(use_diff=False):
+    if not any(hasattr(module, "mrope_section") for module in inner.modules()):
         absent |= {"mrope_3", "mrope_4"}
     return [name for name in CALLS if (name in chosen if chosen is not None else name not in absent)]
 
@@ -173,7 +174,7 @@ def _test(
 ) -> CallReport:
     try:
         return CallReport(name, arguments, measure_call(model, inner, inputs, masks), None)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, Untestable):
         raise
     except Exception as error:  # of any model, of any version
         message = " ".join(str(error).split())

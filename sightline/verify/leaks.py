@@ -14,7 +14,7 @@ from torch import nn
 from sightline.batch import Batch
 from sightline.masks import named_masks
 from sightline.verify.influence import Influence, Masks, Trial, plan_trials
-from sightline.verify.probe import Dependence, Probe, unchanged
+from sightline.verify.probe import Dependence, Probe, Untestable, unchanged
 
 KINDS = {
     "embedding": r"embed|wte|wpe",
@@ -101,7 +101,8 @@ def leaks(
     max_trials           upper limit of the trials of two forwards and one backward; None: no limit
 
     Raises:
-        ValueError: if the batch has no tokens, masks and batch have different shapes, or outputs are not finite.
+        Untestable: if the batch has no tokens, masks and batch have different shapes, the outputs are not finite, or
+            recomputation forbids the gradients. It is a ValueError.
     """
     if isinstance(batch, Batch):
         batch = {
@@ -110,7 +111,7 @@ def leaks(
     with unchanged(module):
         probe, influence = Probe(module, batch, tokens, fixed_ids), Influence(masks)
         if influence.union.shape[:2] != tuple(probe.shape):
-            raise ValueError(
+            raise Untestable(
                 f"the tokens are {tuple(probe.shape)}, but the masks are {influence.union}; expected one B and S"
             )
         trials, documents = plan_trials(influence, tokens_per_document)
@@ -136,12 +137,12 @@ def measure(probe: Probe, trial: Trial) -> Dependence:
     """Measure the output of the module itself.
 
     Raises:
-        ValueError: if it is no floating-point tensor [B, S, ...] and contains none, or is not finite.
+        Untestable: if it is no floating-point tensor [B, S, ...] and contains none, or is not finite.
     """
     dependence = probe.measure(trial)
     if dependence is None:
         rows, length = probe.shape
-        raise ValueError(
+        raise Untestable(
             f"the module returned no floating-point tensor [{rows}, {length}, ...]; expected one output per token"
         )
     return dependence

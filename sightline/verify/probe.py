@@ -17,6 +17,10 @@ TOKEN_NAMES = ("input_ids", "tokens", "inputs_embeds")
 SEED = 0  # of dropout and of the weights of a gradient
 
 
+class Untestable(ValueError):
+    """A leakage test that cannot be made, because of the batch or the module; says nothing about leaks."""
+
+
 @dataclass(frozen=True)
 class Dependence:
     """How much the outputs of a trial depend on its hidden inputs.
@@ -63,7 +67,7 @@ class Probe:
     ) -> None:
         names = [tokens] if tokens else [name for name in TOKEN_NAMES if isinstance(inputs.get(name), Tensor)]
         if not names or not isinstance(inputs.get(names[0]), Tensor) or inputs[names[0]].dim() < 2:
-            raise ValueError(
+            raise Untestable(
                 f"found no tokens [B, S] in the batch, which has {', '.join(inputs)}; expected one of "
                 f"{', '.join(TOKEN_NAMES)}, or the argument's name as tokens="
             )
@@ -86,7 +90,7 @@ class Probe:
         outputs, hidden = (mask.to(kept.value.device) for mask in (trial.outputs, trial.hidden))
         difference = (kept.value.detach() - changed.value.detach()).abs().flatten(2).amax(dim=2).double()
         if not name and not difference[outputs].isfinite().all():
-            raise ValueError(
+            raise Untestable(
                 "the module's outputs are not finite, so a leakage test cannot compare them; expected finite outputs "
                 "for every token that is no padding: check weights and masks"
             )
@@ -143,7 +147,7 @@ class Probe:
             return torch.where(hidden[..., None], noise, self.tokens)
         ids, index = self.tokens.masked_fill(self.fixed, int(self.tokens[~self.fixed][0])).unique(return_inverse=True)
         if len(ids) < 2:
-            raise ValueError(f"all tokens of the batch are {int(ids[0])}; expected at least two different ones")
+            raise Untestable(f"all tokens of the batch are {int(ids[0])}; expected at least two different ones")
         return torch.where(hidden & ~self.fixed, ids[(index + 1) % len(ids)], self.tokens)
 
     def called(self) -> list[str]:
@@ -167,7 +171,11 @@ class Probe:
 
 
 def gradient_by(record: Record, outputs: Tensor, hidden: Tensor) -> tuple[float | None, tuple[int, int]]:
-    """Return the relative gradient of a random sum of the outputs by hidden inputs, and the input with the largest."""
+    """Return the relative gradient of a random sum of the outputs by hidden inputs, and the input with the largest.
+
+    Raises:
+        Untestable: if recomputation forbids such gradients.
+    """
     value, nowhere = record.value, (-1, -1)
     assert value is not None
     if not record.embedded:
@@ -180,7 +188,15 @@ def gradient_by(record: Record, outputs: Tensor, hidden: Tensor) -> tuple[float 
     total = by_token @ (rows @ by_channel)
     if record.output is not None and record.output is not value:
         total = total + 0 * record.output.sum()  # FSDP gathers weights when a gradient reaches the output of a module
-    gradients = torch.autograd.grad(total, record.embedded, allow_unused=True)
+    try:
+        gradients = torch.autograd.grad(total, record.embedded, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise Untestable(
+            "recomputation with use_reentrant=True allows no gradients of chosen tensors; test the module in eval(), "
+            "or with use_reentrant=False"
+        ) from error
     size = sum(g.double().abs().flatten(2).amax(dim=2) for g in gradients if g is not None)
     if not isinstance(size, Tensor):
         return 0.0, nowhere
