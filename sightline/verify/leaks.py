@@ -101,8 +101,8 @@ def leaks(
     max_trials           upper limit of the trials of two forwards and one backward; None: no limit
 
     Raises:
-        Untestable: if the batch has no tokens, masks and batch have different shapes, the outputs are not finite, or
-            recomputation forbids the gradients. It is a ValueError.
+        Untestable: if the batch has no tokens, masks and batch have different shapes, the outputs are not finite or
+            ignore the tokens, or recomputation forbids the gradients. It is a ValueError.
     """
     if isinstance(batch, Batch):
         batch = {
@@ -116,6 +116,8 @@ def leaks(
             )
         trials, documents = plan_trials(influence, tokens_per_document)
         found = [measure(probe, trial) for trial in trials[:max_trials]]
+        if found and not any(one.any_change for one in found):
+            raise Untestable("no output changes with any token, so a leakage test shows nothing; check the weights")
         index = next((index for index, one in enumerate(found) if one.leaks), None)
         layer = None if index is None else find_layer(probe, trials[index])
     leaking = None if index is None else found[index]

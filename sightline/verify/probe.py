@@ -25,16 +25,19 @@ class Untestable(ValueError):
 class Dependence:
     """How much the outputs of a trial depend on its hidden inputs.
 
-    gradient  largest gradient of the outputs by a hidden input, relative to the largest by any input; exactly 0 if they
-              do not depend; None if the module has no embedding of the tokens that could be differentiated
-    change    largest change of an output when all hidden inputs change, relative to the largest change of the others
-    bound     changes up to here are rounding
-    source    (row, token) of the hidden input with the largest gradient; target: of the output with the largest change
+    gradient    largest gradient of the outputs by a hidden input, relative to the largest by any input; exactly 0 if
+                they do not depend; None if the module has no embedding of the tokens that could be differentiated
+    change      largest change of an output when all hidden inputs change, relative to the largest change of the others
+    bound       changes up to here are rounding
+    any_change  whether any output changed; the trial shows nothing about a module that ignores its tokens
+    source      (row, token) of the hidden input with the largest gradient
+    target      (row, token) of the output with the largest change
     """
 
     gradient: float | None
     change: float
     bound: float
+    any_change: bool
     source: tuple[int, int]
     target: tuple[int, int]
 
@@ -99,7 +102,7 @@ class Probe:
         largest = float(difference.masked_fill(outputs, 0.0).nan_to_num(0.0).max())
         change = float(wrong.max()) / max(largest, 1e-30)
         bound = max(1e-4, 16 * torch.finfo(kept.value.dtype).eps)
-        return Dependence(gradient, change, bound, source, location(wrong))
+        return Dependence(gradient, change, bound, largest > 0 or change > 0, source, location(wrong))
 
     def run(self, tokens: Tensor, name: str, argument: bool) -> Record:
         """Run the module once and record the output, or the first argument, of the first call of a submodule."""
@@ -145,9 +148,12 @@ class Probe:
             generator = torch.Generator().manual_seed(SEED)
             noise = torch.randn(self.tokens.shape, generator=generator).to(self.tokens)
             return torch.where(hidden[..., None], noise, self.tokens)
-        ids, index = self.tokens.masked_fill(self.fixed, int(self.tokens[~self.fixed][0])).unique(return_inverse=True)
+        ids = self.tokens[~self.fixed].unique()
         if len(ids) < 2:
-            raise Untestable(f"all tokens of the batch are {int(ids[0])}; expected at least two different ones")
+            raise Untestable(
+                f"the batch has {len(ids)} different tokens that may be changed, expected at least two: {ids.tolist()}"
+            )
+        index = torch.searchsorted(ids, self.tokens.contiguous())
         return torch.where(hidden & ~self.fixed, ids[(index + 1) % len(ids)], self.tokens)
 
     def called(self) -> list[str]:

@@ -375,10 +375,13 @@ def test_wrong_input_is_refused() -> None:
         leaks(model, {"ids": TOKENS}, MASK)
     with pytest.raises(ValueError, match=r"tokens are \(2, 12\), but the masks are AttentionMask\(B=1"):
         leaks(model, {"tokens": TOKENS}, causal(1, 12))
-    with pytest.raises(ValueError, match="all tokens of the batch are 3; expected at least two"):
+    with pytest.raises(ValueError, match=r"1 different tokens that may be changed, expected at least two: \[3\]"):
         leaks(model, {"tokens": torch.full((2, 12), 3)}, MASK)
     model.wrap = lambda logits: logits.mean()
     with pytest.raises(ValueError, match=r"returned no floating-point tensor \[2, 12, ...\]"):
+        test(model)
+    model.wrap = torch.zeros_like
+    with pytest.raises(ValueError, match="no output changes with any token"):
         test(model)
     model.wrap = lambda logits: logits / 0
     with pytest.raises(ValueError, match="outputs are not finite"):
