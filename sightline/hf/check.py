@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from sightline.hf.calls import measure_call, name_of, random_call, to_device, transformers_model
 from sightline.masks import document
-from sightline.verify import Untestable
+from sightline.verify import LeakReport, Untestable
 from sightline.verify.probe import find_tensor
 
 LENGTHS = (7, 9)
@@ -28,17 +29,8 @@ def check(model: nn.Module) -> None:
             Refusals of the model are raised.
     """
     inner = transformers_model(model)
-    inputs = random_call(inner.config, "position_ids", (LENGTHS,))
-    ids = inputs.pop("documents")
     with evaluation(model):
-        try:
-            report = measure_call(model, inner, inputs, document(ids), max_trials=1)
-        except Untestable:
-            raise
-        except ValueError:
-            inputs = random_call(inner.config, "cu_seq_lens", (LENGTHS,)) | {"document_ids": ids}
-            del inputs["documents"]
-            report = measure_call(model, inner, inputs, document(ids), max_trials=1)
+        inputs, report = _measure(model, inner)
         if report.leaks:
             raise ValueError(
                 f"{name_of(inner)}: the second document of a packed row depends on the first, from "
@@ -52,6 +44,25 @@ def check(model: nn.Module) -> None:
             f"the largest output, expected at most {bound:.2g}; if the positions of this model do not start at 0, "
             "build position_ids that start like its own and pass check=False; otherwise do not pack rows for it"
         )
+
+
+def _measure(model: nn.Module, inner: PreTrainedModel) -> tuple[dict[str, Any], LeakReport]:
+    """Return the arguments of the call that the model accepts, and the report of the leakage test with them."""
+    inputs = random_call(inner.config, "position_ids", (LENGTHS,))
+    ids = inputs.pop("documents")
+    try:
+        return inputs, measure_call(model, inner, inputs, document(ids), max_trials=1)
+    except (Untestable, torch.OutOfMemoryError):
+        raise
+    except Exception:  # of any model; what it raises with all arguments says more
+        inputs = random_call(inner.config, "cu_seq_lens", (LENGTHS,)) | {"document_ids": ids}
+        del inputs["documents"]
+    try:
+        return inputs, measure_call(model, inner, inputs, document(ids), max_trials=1)
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{name_of(inner)} cannot run a packed row: {error!r}; do not pack rows for it") from error
 
 
 @torch.no_grad()

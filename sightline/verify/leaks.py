@@ -30,6 +30,10 @@ KINDS = {
 """Plain words for modules, with the pattern of the attribute or the class that each is found by."""
 
 
+MANY = 8
+"""Children of a module, above which they are layers that follow each other; fewer may be parallel branches."""
+
+
 @dataclass(frozen=True)
 class LeakReport:
     """Result of a leakage test.
@@ -153,8 +157,8 @@ def measure(probe: Probe, trial: Trial) -> Dependence:
 def find_layer(probe: Probe, trial: Trial) -> str:
     """Return the name of the module in which a leak begins: its arguments do not leak, its output does.
 
-    The search goes from the module down. Among the submodules that a module calls, it bisects for the first with an
-    output that leaks: after a leak into the residual stream, the outputs of all later layers leak.
+    The search goes from the module down: among the submodules that a module calls, it looks for the first with an output
+    that leaks. It bisects long lists of layers: after a leak into the residual stream, all later layers leak.
     """
 
     @cache
@@ -166,10 +170,9 @@ def find_layer(probe: Probe, trial: Trial) -> str:
     parents = {name: parent_of(name, set(called)) for name in called}
     while True:
         children = [name for name in called if parents[name] == module]
-        index = bisect_left(children, True, key=output_leaks)
-        if index == len(children):  # parallel branches: the last one need not leak
-            index = next((index for index, name in enumerate(children) if output_leaks(name)), index)
-        if index == len(children):
+        first = bisect_left(children, True, key=output_leaks) if len(children) > MANY else 0
+        index = next((i for i in range(first, len(children)) if output_leaks(children[i])), None)
+        if index is None:
             return module
         argument = probe.measure(trial, children[index], argument=True)
         if argument is not None and argument.leaks:

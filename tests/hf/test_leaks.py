@@ -85,6 +85,12 @@ def test_recurrent_layer_that_ignores_documents() -> None:
     assert report.calls[0].report.kind == "recurrent layer"
 
 
+def test_recurrent_layer_beside_attention() -> None:
+    """Parallel branches of one layer: the attention that is called last does not leak."""
+    report = hf.leaks(hf.enable(tiny_model("falcon_h1"), check=False), calls=["no_cache"])
+    assert report.layer == "model.layers.0.mamba"
+
+
 class MixingConvolution(nn.Module):
     """A causal convolution over the row, in place of the MLP."""
 
@@ -229,3 +235,5 @@ def test_errors_of_a_model_are_listed_with_their_type() -> None:
     model.register_forward_pre_hook(lambda _m, _args: {}["missing"])
     report = hf.leaks(model, calls=["no_cache"])
     assert report.calls[0].refused == "KeyError('missing')" and not report.leaks
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot run a packed row: KeyError\('missing'\)"):
+        check(model)
