@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from sightline.hf.calls import measure_call, name_of, random_call, to_device, transformers_model
 from sightline.masks import document
 from sightline.verify import LeakReport, Untestable
-from sightline.verify.probe import find_tensor
+from sightline.verify.probe import find_tensor, unchanged
 
 LENGTHS = (7, 9)
 
@@ -29,7 +29,7 @@ def check(model: nn.Module) -> None:
             Refusals of the model are raised.
     """
     inner = transformers_model(model)
-    with evaluation(model):
+    with evaluation(model), unchanged(model):
         inputs, report = _measure(model, inner)
         if report.leaks:
             raise ValueError(

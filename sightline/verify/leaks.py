@@ -157,8 +157,8 @@ def measure(probe: Probe, trial: Trial) -> Dependence:
 def find_layer(probe: Probe, trial: Trial) -> str:
     """Return the name of the module in which a leak begins: its arguments do not leak, its output does.
 
-    The search goes from the module down: among the submodules that a module calls, it looks for the first with an output
-    that leaks. It bisects long lists of layers: after a leak into the residual stream, all later layers leak.
+    The search goes from the module down: among the submodules that a module calls, it looks for the first with an
+    output that leaks. It bisects long lists of layers: after a leak into the residual stream, all later layers leak.
     """
 
     @cache

@@ -209,6 +209,7 @@ def test_wrapped_models() -> None:
     compiled(**packed_rows(LAYOUT))
     report = hf.leaks(compiled, calls=["no_cache", "document_ids"])
     assert not report.leaks and all(one.report.gradient == 0 for one in report.calls), str(report)
+    check(compiled)
 
 
 def test_special_tokens_are_neither_drawn_nor_changed() -> None:
