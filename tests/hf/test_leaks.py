@@ -87,7 +87,7 @@ def test_recurrent_layer_that_ignores_documents() -> None:
 
 def test_recurrent_layer_beside_attention() -> None:
     """Parallel branches of one layer: the attention that is called last does not leak."""
-    report = hf.leaks(hf.enable(tiny_model("falcon_h1"), check=False), calls=["no_cache"])
+    report = hf.leaks(small("falcon_h1"), calls=["no_cache"])
     assert report.layer == "model.layers.0.mamba"
 
 
