@@ -20,18 +20,11 @@ from transformers import PreTrainedModel
 from sightline.hf.attention import ATTRIBUTES, IS_ENABLED
 from sightline.hf.calls import implementations
 from sightline.hf.check import check_packed
-from sightline.hf.documents import (
-    Documents,
-    current,
-    enter_forward,
-    find_documents,
-    inherited,
-    leave_forward,
-    one_document_per_row,
-)
+from sightline.hf.documents import Documents, find_documents, one_document_per_row
 from sightline.hf.fused_loss import disable_fused_loss, enable_fused_loss
 from sightline.hf.layer_masks import lower_before_forward
 from sightline.hf.recurrence import disable_recurrence, enable_recurrence, needs_positions, unsupported_recurrence
+from sightline.hf.running import current, enter_forward, inherited, leave_forward
 from sightline.masks import AttentionMask
 from sightline.torch_private import disable_compiler
 
