@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from sightline.hf.calls import CALLS, measure_call, name_of, random_call, transformers_model
 from sightline.hf.documents import find_documents
-from sightline.hf.enable import ADDED, is_enabled
+from sightline.hf.enable import is_enabled
+from sightline.hf.forward import ADDED
 from sightline.masks import AttentionMask, document
 from sightline.verify import LeakReport, Untestable
 

@@ -169,7 +169,13 @@ def test_deep_copy_is_a_model_of_its_own() -> None:
     assert close(other(**arguments).logits, 2 * model(**arguments).logits)
     sightline.hf.disable(other)
     assert sightline.hf.is_enabled(model) and not sightline.hf.is_enabled(other)
-    assert not other._forward_pre_hooks and model._forward_pre_hooks
+    assert "forward" not in vars(other)
+
+
+def test_positional_arguments_are_found() -> None:
+    model = sightline.hf.enable(tiny_model("llama4_text"))
+    rows = packed_rows(LAYOUT)
+    assert torch.equal(model(rows["input_ids"], None, rows["position_ids"]).logits, model(**rows).logits)
 
 
 def test_disable_restores_the_model() -> None:

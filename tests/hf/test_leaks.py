@@ -135,12 +135,6 @@ def test_ignored_sinks_are_no_leak_but_differ_from_eager(monkeypatch: pytest.Mon
     assert not torch.allclose(model(**rows).logits, expected, atol=1e-2)
 
 
-def test_models_whose_positions_do_not_start_at_0_are_refused_by_the_check() -> None:
-    model = hf.enable(tiny_model("roberta"), check=False)
-    with pytest.raises(ValueError, match=r"RobertaForCausalLM.*alone by .* positions of this model do not start at 0"):
-        check_packed(model)
-
-
 def test_positions_of_mrope() -> None:
     sections = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     model = small("Qwen2_5_VLForConditionalGeneration", rope_parameters=sections)
