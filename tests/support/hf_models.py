@@ -28,8 +28,8 @@ TINY: dict[str, Any] = {
         64, "hidden_size n_embd d_model dim embed_dim embedding_size word_embed_proj_dim lru_width out_hidden_size"
     ),
     **names(64, "output_dim projection_dim vision_output_dim cross_attention_hidden_size backbone_hidden_size"),
-    **names(4, "num_hidden_layers n_layer n_layers num_layers decoder_layers num_blocks"),
-    **names(2, "encoder_layers depth"),
+    **names(4, "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_blocks"),
+    **names(2, "depth"),
     **names(96, "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner intermediate_size_mlp"),
     **names(96, "ffn_hidden_size dense_intermediate_size"),
     **names(VOCABULARY, "vocab_size vocab_size_per_layer_input"),
