@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sightline.attention import attend
+from sightline.attention import Lowered, attend
 from sightline.hf.documents import current
 from sightline.hf.masks import SOURCES, PendingMask
 from sightline.hf.rules import All, Causal, Dense, Full, Reading, Rule, Window
+from sightline.precision import autocast_dtype
 
 RECURRENT = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid", "hybrid_sliding"}
 """Layer types of transformers' configs whose layers carry a state from token to token."""
 
 IS_ENABLED = "sightline_enabled"
 """Attribute of the attention layers of a model that `enable` has prepared."""
+
+NOTE = "sightline_note"
+"""Attribute of the same layers: the rule of the mask of their last forward, and what its kernel had to support."""
+
+LOWERED = "sightline_lowered"
+"""Attribute of the same layers under torch.compile: their mask, which was lowered before the model runs."""
 
 MASKED = -9999.0
 """Largest value of an additive mask that hides a key; transformers uses the lowest finite number, or -10000."""
@@ -47,28 +54,71 @@ def attention(
     Raises:
         ValueError: if nothing says where documents lie, or the layer needs what sightline does not compute.
     """
+    _refuse_arguments(type(module).__name__, dropout, kwargs)
+    if torch.compiler.is_compiling():
+        lowered = _lowered_before(module, attention_mask)
+    else:
+        lowered = _lower(module, query, key, value, attention_mask, is_causal, s_aux, softcap, kwargs)
+    key, value = lowered.exchange.start(key, value).wait()
+    out = attend(query, key, value, lowered, scale=scaling, sinks=s_aux, softcap=softcap)
+    return out.transpose(1, 2).contiguous(), None
+
+
+class Note(NamedTuple):
+    """Rule of a layer's mask, and the arguments of `sightline.attention.lower` for it."""
+
+    rule: Rule
+    requirements: dict[str, Any]
+
+
+def _lower(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: PendingMask | Tensor | None,
+    is_causal: bool | None,
+    s_aux: Tensor | None,
+    softcap: float | None,
+    kwargs: dict[str, Any],
+) -> Lowered:
+    """Return the lowered mask of a layer, the same object for all layers with one rule."""
     describe = type(module).__name__
-    _refuse_arguments(describe, dropout, kwargs)
     if attention_mask is None:
         attention_mask = _default_mask(module, query, key, is_causal, kwargs)
     elif isinstance(attention_mask, Tensor):
         attention_mask = _dense_mask(attention_mask, query, key, describe)
     inputs = [x for x in (query, key, value, s_aux) if x is not None]
-    lowered = attention_mask.lower(
-        {name: kwargs.get(name) for name in SOURCES},
-        describe,
-        device=query.device,
-        dtype=query.dtype,
-        training=torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
-        sinks=s_aux is not None,
-        head_dim=query.shape[-1],
-        value_dim=value.shape[-1],
-        softcap=softcap is not None,
-    )
+    requirements: dict[str, Any] = {
+        "device": query.device,
+        "dtype": autocast_dtype(query) or query.dtype,
+        "training": torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
+        "sinks": s_aux is not None,
+        "head_dim": query.shape[-1],
+        "value_dim": value.shape[-1],
+        "softcap": softcap is not None,
+    }
+    if getattr(module, IS_ENABLED, False):
+        vars(module)[NOTE] = Note(attention_mask.rule, requirements)
+    lowered = attention_mask.lower({name: kwargs.get(name) for name in SOURCES}, describe, **requirements)
     _refuse_recurrence(module, attention_mask, describe)
-    key, value = lowered.exchange.start(key, value).wait()
-    out = attend(query, key, value, lowered, scale=scaling, sinks=s_aux, softcap=softcap)
-    return out.transpose(1, 2).contiguous(), None
+    return lowered
+
+
+def _lowered_before(module: nn.Module, attention_mask: PendingMask | Tensor | None) -> Lowered:
+    """Return the mask that was lowered before a compiled model runs: nothing here breaks the graph.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    lowered = getattr(module, LOWERED, None)
+    if lowered is None or attention_mask is not None:
+        raise ValueError(
+            f"{type(module).__name__}: torch.compile needs masks that are known before the model runs: call "
+            "sightline.hf.enable(model) before torch.compile, and compile no forward with a cache, with a mask "
+            "[B, 1, Q, T], or with spans of images"
+        )
+    return lowered
 
 
 def _refuse_arguments(describe: str, dropout: float, kwargs: dict[str, Any]) -> None:
@@ -159,6 +209,6 @@ def _refuse_recurrence(module: nn.Module, mask: PendingMask, describe: str) -> N
     packed = mask.documents is not None and mask.documents.packed
     if packed and types & RECURRENT and not getattr(module, IS_ENABLED, False):
         raise ValueError(
-            f"{describe}: this model has layers of type {', '.join(sorted(types & RECURRENT))}, which carry a state from "
-            "one document to the next; call sightline.hf.enable(model), which resets it or refuses"
+            f"{describe}: this model has layers of type {', '.join(sorted(types & RECURRENT))}, which carry a state "
+            "from one document to the next; call sightline.hf.enable(model), which resets it or refuses"
         )

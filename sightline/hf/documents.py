@@ -114,9 +114,8 @@ def find_documents(
         found["document_lengths"] = _from_lengths(document_lengths, shape)
     if document_ids is not None:
         found["document_ids"] = _as_ids("document_ids", document_ids, shape)
-    if padding is not None and attention_mask is not None and not attention_mask.dtype == torch.bool:
-        if not attention_mask.is_floating_point() and bool((attention_mask > 1).any()):
-            found["attention_mask"] = attention_mask.to(torch.int32) - 1
+    if padding is not None and attention_mask is not None and bool((attention_mask > 1).any()):
+        found["attention_mask"] = attention_mask.to(torch.int32) - 1
     if seq_idx is not None:
         found["seq_idx"] = _as_ids("seq_idx", seq_idx, shape)
     if cu_seq_lens_q is not None:
@@ -256,8 +255,8 @@ def _check_agreement(source: str, ids: Tensor, name: str, other: Tensor) -> None
     if bool(differs.any()):
         row, token = differs.nonzero()[0].tolist()
         raise ValueError(
-            f"{source} and {name} state different documents, first at token {token + 1} of row {row}; pass one of them, "
-            "or make them agree"
+            f"{source} and {name} state different documents, first at token {token + 1} of row {row}; pass one of "
+            "them, or make them agree"
         )
 
 

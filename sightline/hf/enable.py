@@ -26,6 +26,7 @@ from sightline.hf.documents import (
     reset_current,
     set_current,
 )
+from sightline.hf.layer_masks import lower_before_forward
 from sightline.masks import AttentionMask
 from sightline.torch_private import disable_compiler
 
@@ -115,7 +116,7 @@ def _models(model: nn.Module) -> Iterator[PreTrainedModel]:
 
 
 def _check_class(model: PreTrainedModel) -> None:
-    cls = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))  # FSDP2 derives a class
+    cls: Any = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))  # FSDP2 derives a class
     name = cls.__name__
     if not cls._can_set_attn_implementation():
         raise ValueError(
@@ -125,12 +126,13 @@ def _check_class(model: PreTrainedModel) -> None:
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{name} is an encoder-decoder: its cross-attention does not know documents; do not pack rows for this model"
+            f"{name} is an encoder-decoder: its cross-attention does not know documents; do not pack rows for this "
+            "model"
         )
     if "position_ids" not in inspect.signature(cls.forward).parameters:
         raise ValueError(
-            f"{name} takes no position_ids: positions would run on from document to document; do not pack rows for this "
-            "model"
+            f"{name} takes no position_ids: positions would run on from document to document; do not pack rows for "
+            "this model"
         )
 
 
@@ -157,7 +159,7 @@ def _implementations(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _requested(model: PreTrainedModel) -> dict[str, str]:
-    """Return the implementations to set: sightline for the decoder, and what there is for encoders of images and audio."""
+    """Return the implementations to set: sightline for the decoder, while encoders of images and audio keep theirs."""
     config, requested = model.config, {"": NAME}
     text = config.get_text_config(decoder=True)
     for name in config.sub_configs:
@@ -181,14 +183,20 @@ def _hook(module: nn.Module, record: Record) -> None:
     record.handles.append(module.register_forward_hook(_after_forward, always_call=True))
 
 
-@disable_compiler
 def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return _set_documents(module, args, kwargs, torch.compiler.is_compiling())
+
+
+@disable_compiler
+def _set_documents(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool
+) -> tuple[Any, dict[str, Any]]:
     given = {name: kwargs.pop(name) for name in ADDED if name in kwargs}
     outer = current()
-    if outer is not None and not given:
-        documents = outer  # the hook of the model that calls this one has found them
-    else:
-        documents = _find(args, kwargs, given)
+    # Documents from outside were found by the hook of the model that calls this one.
+    documents = outer if outer is not None and not given else _find(args, kwargs, given)
+    if compiled and documents is not outer:
+        lower_before_forward(module, documents)
     vars(module).setdefault(_TOKENS, []).append(set_current(documents))
     return args, kwargs
 

@@ -52,8 +52,8 @@ class PendingMask:
 
     def __getattr__(self, name: str) -> Any:
         raise NoTensor(
-            f"this model uses its attention mask as a tensor ({name}) outside of the attention function, for example in "
-            "a sparse indexer: sightline cannot do the same; use attn_implementation='sdpa' and do not pack rows"
+            f"this model uses its attention mask as a tensor ({name}) outside of the attention function, for example "
+            "in a sparse indexer: sightline cannot do the same; use attn_implementation='sdpa' and do not pack rows"
         )
 
     def __getitem__(self, index: Any) -> Any:
@@ -135,8 +135,8 @@ class PendingMask:
             )
         if not any(isinstance(part, Causal | Dense) for part in self.rule.parts()):
             raise ValueError(
-                f"{describe}: {keys} keys for {queries} queries without a causal mask (cross-attention): sightline does "
-                "not know which documents the keys belong to; use attn_implementation='sdpa'"
+                f"{describe}: {keys} keys for {queries} queries without a causal mask (cross-attention): sightline "
+                "does not know which documents the keys belong to; use attn_implementation='sdpa'"
             )
         index = torch.arange(queries).expand(rows, -1) + self.first_query
         mask = self.rule.mask(Tokens(index, keys, self.key_offset))
@@ -149,8 +149,8 @@ def _named_mask(masks: Any, rule: Rule, describe: str) -> Any:
     name = layer_type(rule)
     if name not in masks:
         raise ValueError(
-            f"{describe}: attention_masks has no mask for layers of type {name!r}; it has {sorted(masks)}. Pass one for "
-            "each layer type of the model"
+            f"{describe}: attention_masks has no mask for layers of type {name!r}; it has {sorted(masks)}. Pass one "
+            "for each layer type of the model"
         )
     return masks[name]
 
@@ -164,11 +164,14 @@ def make_mask(
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
-) -> PendingMask:
+) -> PendingMask | None:
     """Return the pending mask of a builder's call: the mask function of `attn_implementation="sightline"`.
 
-    The arguments are those of `transformers.masking_utils.sdpa_mask`.
+    The arguments are those of `transformers.masking_utils.sdpa_mask`. Under torch.compile it is None, since masks were
+    lowered before the model runs.
     """
+    if torch.compiler.is_compiling():
+        return None
     assert mask_function is not None, "transformers' mask builders pass a mask function"
     padding = None
     if attention_mask is not None and not bool(attention_mask.all()):

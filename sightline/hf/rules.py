@@ -55,8 +55,12 @@ class Rule:
         raise NotImplementedError
 
     def parts(self) -> Iterator[Rule]:
-        """Yield the rule itself, and the rules that it combines."""
+        """Yield the rule itself, or the rules that it combines."""
         yield self
+
+    def is_static(self) -> bool:
+        """Return whether the rule is the same for all inputs."""
+        return all(isinstance(part, Causal | Full | Window | Chunk) for part in self.parts())
 
 
 @dataclass(frozen=True)
@@ -145,8 +149,8 @@ class Unknown(Rule):
         if tokens.key_length > MOST_TOKENS:
             raise ValueError(
                 f"the mask function {name} is not known to sightline: it would be evaluated for each of {queries} x "
-                f"{tokens.key_length} pairs, and the limit is {MOST_TOKENS} keys; pass attention_masks=... to the model, "
-                "which sightline.hf.enable adds, or use attn_implementation='sdpa'"
+                f"{tokens.key_length} pairs, and the limit is {MOST_TOKENS} keys; pass attention_masks=... to the "
+                "model, which sightline.hf.enable adds, or use attn_implementation='sdpa'"
             )
         _warn_once(name)
         first, positions = tokens.index[:, 0], self.positions
