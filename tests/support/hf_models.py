@@ -80,6 +80,7 @@ ALSO_WHEN_NONE = names(
 """Fields of `TINY` that are set where a configuration leaves them at None."""
 DEFAULT = object()
 SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
     "bailing_hybrid": {"num_expert_group": 2, "head_dim": 8},
     "blt": {"encoder_hash_byte_group_size": [3, 4], "encoder_hash_byte_group_vocab": 64},
     "blt_local_encoder": {"hidden_size_global": 64},
@@ -106,6 +107,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 128},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"head_dim": 8, "zero_expert_num": 2, "expert_ffn_hidden_size": 32},
     "mamba2": {"num_heads": 8, "head_dim": 16},
@@ -185,25 +188,26 @@ def tiny_fields(base: PreTrainedConfig, config_class: type[PreTrainedConfig]) ->
     return {name: value for name, value in fields.items() if value is not DEFAULT}
 
 
-def tiny_model(name: str | type[PreTrainedModel], **overrides: Any) -> PreTrainedModel:
-    """Return a random model with eager attention, in float32 and eval mode, the same at each call.
+def tiny_model(
+    name: str | type[PreTrainedModel], *, attn_implementation: str = "eager", **overrides: Any
+) -> PreTrainedModel:
+    """Return a random model in float32 and eval mode, the same at each call.
 
     name: a model_type ("llama"), a class or the name of a class. overrides: fields of the text configuration.
 
     Raises:
         ValueError: The model has more than MAX_PARAMETERS parameters; `SPECIAL` needs an entry.
     """
-    if isinstance(name, str):
-        name = getattr(transformers, causal_classes().get(name, name))
-    config = tiny_config(name.config_class, **overrides)
+    cls = getattr(transformers, causal_classes().get(name, name)) if isinstance(name, str) else name
+    config = tiny_config(cls.config_class, **overrides)
     with quiet():
         with torch.device("meta"):
-            size = sum(p.numel() for p in name._from_config(config, attn_implementation="eager").parameters())
+            size = sum(p.numel() for p in cls._from_config(config, attn_implementation="eager").parameters())
         if size > MAX_PARAMETERS:
-            raise ValueError(f"{name.__name__} has {size} parameters with the tiny configuration")
+            raise ValueError(f"{cls.__name__} has {size} parameters with the tiny configuration")
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
-            return name._from_config(config, attn_implementation="eager").eval().float()
+            return cls._from_config(config, attn_implementation=attn_implementation).eval().float()
 
 
 @contextlib.contextmanager
