@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sightline.attention import Lowered, attend
 from sightline.hf.documents import current
 from sightline.hf.masks import SOURCES, PendingMask
+from sightline.hf.name_alone import refuse_without_enable
 from sightline.hf.rules import All, Causal, Dense, Full, Reading, Rule, Window
 from sightline.precision import autocast_dtype
 
@@ -88,6 +89,12 @@ def _lower(
         attention_mask = _default_mask(module, query, key, is_causal, kwargs)
     elif isinstance(attention_mask, Tensor):
         attention_mask = _dense_mask(attention_mask, query, key, describe)
+    if key.shape[2] != attention_mask.shape[2]:
+        raise ValueError(
+            f"{describe}: the layer attends to {key.shape[2]} keys, but its mask has {attention_mask.shape[2]}: it "
+            "adds keys of its own or compressed ones, which sightline does not support; use "
+            "attn_implementation='eager' and do not pack rows"
+        )
     inputs = [x for x in (query, key, value, s_aux) if x is not None]
     requirements: dict[str, Any] = {
         "device": query.device,
@@ -102,6 +109,8 @@ def _lower(
         vars(module)[NOTE] = Note(attention_mask.rule, requirements)
     lowered = attention_mask.lower({name: kwargs.get(name) for name in SOURCES}, describe, **requirements)
     _refuse_recurrence(module, attention_mask, describe)
+    if not getattr(module, IS_ENABLED, False):
+        refuse_without_enable(module, attention_mask.documents)
     return lowered
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sightline.hf.attention import IS_ENABLED
 from sightline.hf.documents import (
@@ -27,6 +27,7 @@ from sightline.hf.documents import (
     set_current,
 )
 from sightline.hf.layer_masks import lower_before_forward
+from sightline.hf.masks import PendingMask
 from sightline.masks import AttentionMask
 from sightline.torch_private import disable_compiler
 
@@ -118,7 +119,8 @@ def _models(model: nn.Module) -> Iterator[PreTrainedModel]:
 def _check_class(model: PreTrainedModel) -> None:
     cls: Any = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))  # FSDP2 derives a class
     name = cls.__name__
-    if not cls._can_set_attn_implementation():
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if not (decoder if isinstance(decoder, PreTrainedModel) else model)._can_set_attn_implementation():
         raise ValueError(
             f"{name} computes its attention itself and takes no attn_implementation: sightline cannot reach it; do not "
             "pack rows for this model"
@@ -168,9 +170,19 @@ def _requested(model: PreTrainedModel) -> dict[str, str]:
             continue
         if sub is text or text in [getattr(sub, inner, None) for inner in sub.sub_configs]:
             requested[name] = NAME
+        elif sub._attn_implementation == NAME:
+            requested[name] = _default_implementation(model, sub)
         else:
-            requested[name] = "sdpa" if sub._attn_implementation == NAME else sub._attn_implementation
+            requested[name] = sub._attn_implementation
     return requested
+
+
+def _default_implementation(model: PreTrainedModel, config: PreTrainedConfig) -> str:
+    """Return what transformers chooses for the part of a model that has this config: sdpa, or eager."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config is config:
+            return part.get_correct_attn_implementation(None)
+    return "sdpa"
 
 
 def _record(module: nn.Module) -> Record:
@@ -218,6 +230,9 @@ def _find(args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) 
     if masks is not None:
         named = {"full_attention": masks} if isinstance(masks, AttentionMask) else dict(masks)
         return Documents(torch.zeros(shape, dtype=torch.int32), "attention_masks", masks=named)
+    if isinstance(mask, dict):  # by layer type, from `generate` or the caller
+        mask = next(iter(mask.values()), None)
+        mask = mask.padding if isinstance(mask, PendingMask) else mask
     if mask is not None and mask.dim() == 4 and not given:
         return one_document_per_row(shape, "attention_mask")
     cache = kwargs.get("past_key_values", kwargs.get("cache"))

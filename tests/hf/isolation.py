@@ -33,9 +33,14 @@ Call = dict[str, Any]
 class Outcome:
     """Outcome of one call.
 
-    verdict   right; refused, by an error of sightline; unsupported, if eager attention raises an error too; rounding,
-              if documents are isolated but the model amplifies rounding errors, with sdpa as well; error, any other
-              error; LEAK, if a document depends on another one; WRONG, if its logits are different for another reason
+    verdict   right
+              refused: by an error of sightline
+              ignored: the class ignores attn_implementation, the result is that of eager attention
+              unsupported: eager attention raises an error too
+              rounding: documents are isolated, but the model amplifies rounding errors, with sdpa too
+              error: any other error
+              LEAK: a document depends on another one
+              WRONG: the result differs for another reason
     error     largest difference of the logits from those of each document alone, relative to the largest logit
     gradient  the same for the gradients of the parameters; None where they are not compared
     reason    message of the error
@@ -183,7 +188,12 @@ def relative(came: Tensor, expected: Tensor) -> float:
 
 
 def check_call(
-    rows: Packed, model: PreTrainedModel, call: Call, layouts: Sequence[Sequence[int]], gradients: bool
+    rows: Packed,
+    model: PreTrainedModel,
+    call: Call,
+    layouts: Sequence[Sequence[int]],
+    gradients: bool = False,
+    enabled: bool = False,
 ) -> Outcome:
     """Run a call of packed rows, and compare it with each document alone."""
     logits, gradient = rows.reference(call, layouts, gradients)
@@ -193,6 +203,8 @@ def check_call(
     error = relative(came.detach(), logits)
     if error <= TOLERANCE and (moved is None or moved <= TOLERANCE):
         return Outcome("right", error, moved)
+    if not enabled and came.equal(logits_of(rows.eager, call)):
+        return Outcome("ignored", error, moved)
     leak = rows.leak(model, call, layouts) / float(logits.abs().max())
     if leak > max(TOLERANCE, 3 * rows.rounding):
         return Outcome("LEAK", error, moved)
@@ -256,9 +268,10 @@ def check_calls(rows: Packed, model: PreTrainedModel, enabled: bool) -> dict[str
         if name == "document_ids" and not enabled:
             continue
         known = {key: value for key, value in call.items() if key != "document_ids"}
+        gradients = name == "default"
         outcomes[name] = attempt(
-            partial(check_call, rows, model, call, layouts, gradients=name == "default"),
-            partial(logits_of, rows.eager, known),
+            partial(check_call, rows, model, call, layouts, gradients, enabled),
+            partial(check_call, rows, rows.eager, known, layouts, gradients),
         )
     outcomes["left padding"] = attempt(partial(check_padding, rows, model), partial(check_padding, rows, rows.eager))
     if model.can_generate():
@@ -294,10 +307,10 @@ def check_class(model_type: str, cls: str) -> Row:
         row.stock = stock_leaks(rows, build)
         try:
             row.name_alone = check_calls(rows, build("sightline"), enabled=False)
-        except ValueError as error:
-            row.name_alone = {"attn_implementation": Outcome("unsupported", reason=f"{error}")}
+        except Exception as error:
+            row.name_alone = {"attn_implementation": Outcome("unsupported", reason=f"{type(error).__name__}: {error}")}
         try:
-            row.enabled = check_calls(rows, sightline.hf.enable(build("sightline")), enabled=True)
+            row.enabled = check_calls(rows, sightline.hf.enable(build("eager")), enabled=True)
         except ValueError as error:
             row.refused = str(error)
     row.seconds = time.perf_counter() - began
