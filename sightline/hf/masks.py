@@ -25,6 +25,9 @@ SOURCES = (
 """Keyword arguments of a layer that may say where documents lie."""
 
 
+LOWERED_BEFORE = "lowered before the model runs"
+"""Stands for the mask under torch.compile: the attention layers have it already."""
+
 NO_TENSOR = (
     "this model uses its attention mask as a tensor ({}) outside of the attention function, for example in a sparse "
     "indexer: sightline cannot do the same; use attn_implementation='sdpa' and do not pack rows"
@@ -171,14 +174,13 @@ def make_mask(
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
-) -> PendingMask | None:
+) -> PendingMask | str:
     """Return the pending mask of a builder's call: the mask function of `attn_implementation="sightline"`.
 
-    The arguments are those of `transformers.masking_utils.sdpa_mask`. Under torch.compile it is None, since masks were
-    lowered before the model runs.
+    The arguments are those of `transformers.masking_utils.sdpa_mask`. Under torch.compile it is `LOWERED_BEFORE`.
     """
     if torch.compiler.is_compiling():
-        return None
+        return LOWERED_BEFORE
     assert mask_function is not None, "transformers' mask builders pass a mask function"
     padding = None
     if attention_mask is not None and not bool(attention_mask.all()):

@@ -25,7 +25,7 @@ def refuse_without_enable(layer: nn.Module, documents: Documents | None) -> None
     name = type(layer).__name__
     if documents is None:
         return
-    if documents.packed and not _takes_position_ids(type(layer)):
+    if documents.packed and not _takes_position_ids(type(layer).__module__):
         raise ValueError(
             f"{name}: this model takes no position_ids: positions run on from document to document; do not pack rows "
             "for this model"
@@ -38,9 +38,9 @@ def refuse_without_enable(layer: nn.Module, documents: Documents | None) -> None
 
 
 @lru_cache
-def _takes_position_ids(layer: type) -> bool:
-    """Return whether a model with a language head in the layer's module takes position_ids; True if there is none."""
-    members = vars(sys.modules[layer.__module__]).values()
+def _takes_position_ids(source: str) -> bool:
+    """Return whether a model with a language head in the named module takes position_ids; True if it has none."""
+    members = vars(sys.modules[source]).values()
     models = [m for m in members if isinstance(m, type) and issubclass(m, PreTrainedModel) and m.can_generate()]
     signatures = [inspect.signature(model.forward).parameters for model in models]
     return not signatures or any("position_ids" in parameters for parameters in signatures)
