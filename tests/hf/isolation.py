@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -315,8 +314,3 @@ def check_class(model_type: str, cls: str) -> Row:
             row.refused = str(error)
     row.seconds = time.perf_counter() - began
     return row
-
-
-def short_reason(message: str) -> str:
-    """Return a message of refusal without the names of classes, to group refusals by their reason."""
-    return re.sub(r"\b[A-Z]\w*(?:Attention|ForCausalLM|Model|LMHead|Generation|Mixer|Layer|Decoder)\w*:? ", "", message)
