@@ -1,4 +1,4 @@
-"""Check every causal class of the installed transformers: equal to each document alone, or refused by name.
+"""Check every causal class of the installed transformers, and some with images: equal to each document alone, or refused.
 
 python -m tests.hf.classes [--only NAME ...] [--jobs 2] [--output docs/huggingface_classes.md] [--json FILE]
 """
@@ -20,6 +20,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
+from tests.hf.images import KINDS, check_images
 from tests.hf.isolation import Row, check_class
 from tests.hf.report import write_report
 from tests.support.hf_models import causal_classes
@@ -58,7 +59,7 @@ def check_all(classes: dict[str, str], jobs: int) -> Iterator[Row]:
 def _check_one(name: str, cls: str, sender: Connection) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    sender.send(check_class(name, cls))
+    sender.send(check_images(name) if name in KINDS else check_class(name, cls))
 
 
 def main() -> None:
@@ -68,9 +69,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write a Markdown table")
     parser.add_argument("--json", type=Path, help="write all outcomes, one class a line")
     arguments = parser.parse_args()
-    classes = causal_classes()
+    classes = causal_classes() | dict.fromkeys(KINDS, "with images")
     if arguments.only:
-        classes = {name: classes.get(name, name) for name in arguments.only}
+        classes = {name: classes[name] for name in arguments.only}
     rows = []
     for row in check_all(classes, arguments.jobs):
         rows.append(row)

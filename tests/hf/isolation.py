@@ -22,7 +22,6 @@ from tests.support.hf_models import document_ids, packed_rows, quiet, tiny_model
 TOLERANCE = 1e-4
 """Of logits, relative to the largest one, and of gradients, relative to the largest element."""
 LAYOUTS = ((21, 17, 26), (5, 30, 29))
-PACKED = ("default", "use_cache=False", "all-ones mask", "cu_seq_lens", "two rows")
 PADDED = ("left padding", "generate")
 
 Call = dict[str, Any]
@@ -68,8 +67,7 @@ class Row:
     seconds: float = 0.0
 
     def verdict(self) -> str:
-        """Return the verdict on the class: equal to each document alone, refused, or isolated but not
-        equal in all calls, or the worst one of its calls."""
+        """Return the verdict on all packed calls: equal, refused, "equal or refused" by the call, isolated, or a fault."""
         if self.not_built:
             return "not built"
         found = {o.verdict for outcomes in (self.name_alone, self.enabled) for o in outcomes.values()}
@@ -78,8 +76,10 @@ class Row:
                 return fault
         if self.refused:
             return "refused"
-        packed = {self.enabled[name].verdict for name in PACKED} - {"unsupported"}
-        return {frozenset({"right"}): "equal", frozenset({"refused"}): "refused"}.get(frozenset(packed), "isolated")
+        packed = {o.verdict for name, o in self.enabled.items() if name not in PADDED} - {"unsupported"}
+        if packed <= {"right", "refused"}:
+            return {("refused",): "refused", ("right",): "equal"}.get(tuple(packed), "equal or refused")
+        return "isolated"
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "verdict": self.verdict()}

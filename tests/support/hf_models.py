@@ -105,11 +105,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "ernie4_5_moe": {"moe_k": 2},
     "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3": {"mm_tokens_per_image": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "llama4_vision_model": {"intermediate_size": 256, **names(64, "projector_input_dim projector_output_dim")},
     "longcat_flash": {"head_dim": 8, "zero_expert_num": 2, "expert_ffn_hidden_size": 32},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "musicgen_decoder": {"num_codebooks": 1},
@@ -118,6 +120,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
         **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64},
         **{"indexer_compress_ratio": 4, "ple_embed_dim": 64, "hc_lowrank": 16},
     },
+    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
+    "qwen3_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
+    "qwen3_vl_vision": {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
     "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32], "feed_forward_size": 96},
     "inkling2_text": {"unpadded_vocab_size": VOCABULARY, "sliding_window_size": 8, "rel_extent": 64},
     "inkling2_loop_text": {"unpadded_vocab_size": VOCABULARY, "sliding_window_size": 8, "rel_extent": 64},
@@ -189,7 +194,7 @@ def tiny_fields(base: PreTrainedConfig, config_class: type[PreTrainedConfig]) ->
 
 
 def tiny_model(
-    name: str | type[PreTrainedModel], *, attn_implementation: str = "eager", **overrides: Any
+    name: str | type[PreTrainedModel], *, attn_implementation: str | dict[str, str] = "eager", **overrides: Any
 ) -> PreTrainedModel:
     """Return a random model in float32 and eval mode, the same at each call.
 
