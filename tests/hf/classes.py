@@ -1,4 +1,4 @@
-"""Check every causal class of the installed transformers, and some with images: equal to each document alone, or refused.
+"""Check the causal classes of the installed transformers, some with images: equal to each document alone, or refused.
 
 python -m tests.hf.classes [--only NAME ...] [--jobs 2] [--output docs/huggingface_classes.md] [--json FILE]
 """

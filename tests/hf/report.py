@@ -31,8 +31,8 @@ transformers {transformers}, torch {torch}: {counts}.
 Columns "eager" (the default call), "sdpa" (`use_cache=False`) and "sdpa, ones" (a mask of ones) show what transformers
 does without Sightline: by how much a logit of documents 2 and 3 changes when a token of document 1 changes; 0 is right,
 "-" an error. Column "name alone": the model is loaded with the name, without `sightline.hf.enable(model)`; "enable":
-with it. A number is the largest relative error of the logits, and of the gradients. The rows "with images" pack documents
-of text with an image each; there, the columns without Sightline hold relative errors.
+with it. A number is the largest relative error of the logits, and of the gradients. The rows "with images" pack
+documents of text with an image each; there, the columns without Sightline hold relative errors.
 """
 STOCK = ("eager, default", "sdpa, use_cache=False", "sdpa, all-ones mask")
 

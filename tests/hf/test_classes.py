@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from transformers import PreTrainedModel
 
+import sightline.hf
 from tests.hf.images import KINDS, check_images
 from tests.hf.isolation import Row, check_class
-from tests.support.hf_models import causal_classes, tiny_model
+from tests.support.hf_models import causal_classes
 
 EQUAL = [
     *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "gemma4_text"),
@@ -64,15 +64,11 @@ def test_rows_with_images(cls: str) -> None:
 
 
 def test_leak_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison itself: a model that ignores its documents leaks."""
-    monkeypatch.setattr("tests.hf.isolation.tiny_model", leaking_model)
+    """The comparison itself: with an enable() that does nothing, documents depend on each other."""
+    monkeypatch.setattr(sightline.hf, "enable", lambda model: model)
     row = check_class("llama", "LlamaForCausalLM")
     assert row.verdict() == "LEAK"
-    assert row.enabled["default"].verdict == "LEAK"
-
-
-def leaking_model(name: str, *, attn_implementation: str = "eager") -> PreTrainedModel:
-    return tiny_model(name, attn_implementation=attn_implementation)
+    assert {row.enabled[call].verdict for call in ("default", "all-ones mask", "two rows")} == {"LEAK"}
 
 
 @pytest.mark.slow
