@@ -67,7 +67,7 @@ class Row:
     seconds: float = 0.0
 
     def verdict(self) -> str:
-        """Return the verdict on all packed calls: equal, refused, equal or refused by the call, isolated, or a fault."""
+        """Return the verdict on packed calls: equal, refused, equal or refused (by call), isolated, or a fault."""
         if self.not_built:
             return "not built"
         found = {o.verdict for outcomes in (self.name_alone, self.enabled) for o in outcomes.values()}
