@@ -20,7 +20,7 @@ import sightline.hf
 from tests.support.hf_models import document_ids, packed_rows, quiet, tiny_model
 
 TOLERANCE = 1e-4
-"""Of logits, relative to the largest one, and of gradients, relative to the largest element."""
+"""Largest difference of logits, relative to the largest logit, and of gradients, relative to the largest element."""
 LAYOUTS = ((21, 17, 26), (5, 30, 29))
 PADDED = ("left padding", "generate")
 
