@@ -18,20 +18,20 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sightline.hf.attention import ATTRIBUTES, IS_ENABLED
-from sightline.hf.calls import implementations
+from sightline.hf.calls import implementations, position_start
 from sightline.hf.check import check_packed
-from sightline.hf.documents import (
-    Documents,
-    current,
-    enter_forward,
-    find_documents,
-    inherited,
-    leave_forward,
-    one_document_per_row,
-)
+from sightline.hf.documents import Documents, find_documents, one_document_per_row
+from sightline.hf.fused_loss import disable_fused_loss, enable_fused_loss
 from sightline.hf.layer_masks import lower_before_forward
 from sightline.hf.masks import PendingMask
-from sightline.hf.recurrence import disable_recurrence, enable_recurrence, needs_positions, unsupported_recurrence
+from sightline.hf.recurrence import (
+    CACHES,
+    disable_recurrence,
+    enable_recurrence,
+    needs_positions,
+    unsupported_recurrence,
+)
+from sightline.hf.running import current, enter_forward, inherited, leave_forward
 from sightline.masks import AttentionMask
 from sightline.torch_private import disable_compiler
 
@@ -53,13 +53,15 @@ class Record:
 
     implementations  attention implementation of the model's configs before `enable`: {name of the sub-config: name}
     handles          its hooks
+    position_start   position of a document's first token
     """
 
     implementations: dict[str, str] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
+    position_start: int = 0
 
 
-def enable(model: Model, check: bool = True) -> Model:
+def enable(model: Model, check: bool = True, *, fused_loss: bool = False) -> Model:
     """Let a model of transformers attend within documents only, and return it.
 
     The model may be wrapped by PEFT, DDP, FSDP2 or torch.compile, and loaded with any attention implementation. From
@@ -71,7 +73,9 @@ def enable(model: Model, check: bool = True) -> Model:
                       shared prefixes, with `position_ids` that continue from document to document
     attention_masks   an AttentionMask, or {layer type: AttentionMask} if the model has several, in place of all rules
 
-    check  run the model on 16 tokens and compare with each document alone
+    check       run the model on 16 tokens and compare with each document alone
+    fused_loss  compute the output head and the loss in chunks of tokens: the logits of all tokens exist only where
+                something else needs them
 
     Raises:
         ValueError: if packed rows cannot be right in this model; the message says why and what to do.
@@ -86,6 +90,8 @@ def enable(model: Model, check: bool = True) -> Model:
         _check_class(root)
     for root in roots:
         _enable_one(root)
+        if fused_loss:
+            enable_fused_loss(root)
     if model not in roots:
         _hook(model, _record(model))
     if check:
@@ -100,6 +106,8 @@ def enable(model: Model, check: bool = True) -> Model:
 def disable(model: Model) -> Model:
     """Revert `enable` and return the model. A model that is not enabled stays as it is."""
     disable_recurrence(model)
+    for root in _models(model):
+        disable_fused_loss(root)
     for module in model.modules():
         record = vars(module).pop(RECORD, None)
         for name in ATTRIBUTES:
@@ -155,6 +163,7 @@ def _check_class(model: PreTrainedModel) -> None:
 def _enable_one(model: PreTrainedModel) -> None:
     record = _record(model)
     record.implementations = implementations(model)
+    record.position_start = position_start(model)
     model.set_attn_implementation(_requested(model))
     for module in model.modules():
         if hasattr(module, "config") and hasattr(module, "layer_idx"):
@@ -213,6 +222,7 @@ def _set_documents(
     outer = inherited(module)
     # Documents from outside were found by the hook of the model that calls this one.
     documents = outer if outer is not None and not given else _find(args, kwargs, given)
+    _check_position_start(module, kwargs.get("position_ids"))
     if compiled and documents is not outer:
         lower_before_forward(module, documents)
     enter_forward(module, documents)
@@ -222,9 +232,10 @@ def _set_documents(
 @disable_compiler
 def _after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     documents = current()
-    cache = getattr(output, "past_key_values", None) or getattr(output, "cache", None)
-    if documents is not None and documents.packed and cache is not None:
-        vars(cache)[_PACKED] = True
+    if documents is not None and documents.packed:
+        for name in CACHES:
+            if (cache := getattr(output, name, None)) is not None and hasattr(cache, "__dict__"):
+                vars(cache)[_PACKED] = True
     leave_forward(module)
 
 
@@ -244,7 +255,7 @@ def _find(args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) 
         mask = mask.padding if isinstance(mask, PendingMask) else mask
     if mask is not None and mask.dim() == 4 and not given:
         return one_document_per_row(shape, "attention_mask")
-    cache = kwargs.get("past_key_values", kwargs.get("cache"))
+    cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
     if cache is not None and hasattr(cache, "get_seq_length"):
         _refuse_packed_cache(cache)
         if _holds_tokens(cache):
@@ -260,6 +271,16 @@ def _holds_tokens(cache: Any) -> bool:
         return int(cache.get_seq_length()) > 0
     except ValueError:  # only recurrent layers, which count no tokens
         return bool(cache.has_previous_state())
+
+
+def _check_position_start(module: nn.Module, position_ids: Tensor | None) -> None:
+    record = vars(module).get(RECORD)
+    start = 0 if record is None else record.position_start
+    if start and position_ids is not None and bool((position_ids < start).any()):
+        raise ValueError(
+            f"the positions of {type(module).__name__} start at {start}, after those of padding, but position_ids "
+            f"contain {int(position_ids.min())}; add {start}, as PackedCollator(position_start={start}) does"
+        )
 
 
 def _refuse_packed_cache(cache: Any) -> None:

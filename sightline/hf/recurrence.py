@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sightline.attention import LocalExchanges
-from sightline.hf.documents import Documents, current
+from sightline.hf.documents import Documents
 from sightline.hf.rows import rows_of, take
+from sightline.hf.running import current
 from sightline.torch_private import disable_compiler
 
 STATE_NAMES = {
@@ -91,6 +93,18 @@ def needs_positions(model: nn.Module) -> bool:
     """Return whether a model has layers that attend, so that the positions of its documents matter."""
     layers = [module for module in model.modules() if not isinstance(module, PreTrainedModel)]
     return not any(_names(layer) & STATE_NAMES for layer in layers) or any(ATTENDS in _names(layer) for layer in layers)
+
+
+def is_beside_recurrence(layer: nn.Module) -> bool:
+    """Return whether the modeling file of a layer has recurrent layers too."""
+    return _has_recurrence(type(layer).__module__)
+
+
+@functools.cache
+def _has_recurrence(module: str) -> bool:
+    classes = [x for x in vars(sys.modules[module]).values() if isinstance(x, type) and issubclass(x, nn.Module)]
+    layers: list[Any] = [cls for cls in classes if not issubclass(cls, PreTrainedModel)]
+    return any(_names_in_class(cls) & STATE_NAMES for cls in layers)
 
 
 def _recurrent_layers(module: nn.Module, decoder: nn.Module | None = None) -> Iterator[tuple[nn.Module, nn.Module]]:

@@ -192,7 +192,7 @@ def test_documents_do_not_outlive_a_forward_that_fails() -> None:
         model(**rows, document_ids=document_ids((3,)))
     with pytest.raises(Exception, match="index"):
         model(input_ids=rows["input_ids"] + 10**6, position_ids=rows["position_ids"])
-    assert sightline.hf.documents.current() is None
+    assert sightline.hf.running.current() is None
     model(**rows)
 
 
@@ -235,6 +235,19 @@ def test_nothing_is_left_in_a_saved_model(tmp_path) -> None:
     named = type(model).from_pretrained(tmp_path, attn_implementation="sightline")
     rows = packed_rows(LAYOUT)
     assert close(named(**rows).logits, model(**rows).logits)
+
+
+def test_positions_that_start_after_padding() -> None:
+    """RoBERTa counts positions from its padding index on, as its own forward does without position_ids."""
+    model = tiny_model("roberta")
+    start = model.config.pad_token_id + 1
+    rows = packed_rows(LAYOUT)
+    expected = alone(model, rows, LAYOUT)
+    sightline.hf.enable(model)
+    shifted = rows["position_ids"] + start
+    assert close(model(input_ids=rows["input_ids"], position_ids=shifted).logits, expected)
+    with pytest.raises(ValueError, match=rf"start at {start}.*PackedCollator\(position_start={start}\)"):
+        model(**rows)
 
 
 @pytest.mark.parametrize(
