@@ -105,7 +105,7 @@ def refusal(row: Row) -> str:
 def short_reason(message: str, cls: str) -> str:
     """Return a message without names and numbers of its class, on one line, so that equal reasons are grouped."""
     message = message.replace(cls, "the class")
-    message = re.sub(r"^\w*(Attention|Layer|Mixer)\w*: ", "", message)
+    message = re.sub(r"^\w*(Attention|Layer|Mixer)\w*:? ", "", message)
     message = re.sub(r"\((\w+)\) outside", "outside", message)
-    message = re.sub(r"attends to \d+ keys, but its mask has \d+", "attends to more keys than its mask has", message)
+    message = re.sub(r"attends to \d+ keys.* = \([\d, ]+\)", "attends to other keys than the mask of the model", message)
     return " ".join(message.split())[:400]

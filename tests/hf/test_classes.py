@@ -18,10 +18,10 @@ REFUSED = {
     "bart": "takes no position_ids",
     "bloom": "computes its attention itself",
     "deepseek_v32": "uses its attention mask as a tensor",
-    "deepseek_v4": "adds keys of its own or compressed ones",
-    "inkling_text": "position_bias is added to the attention scores",
+    "deepseek_v4": "it compresses, selects or adds keys",
+    "inkling_text": "InklingShortConvolution carries a state",
 }
-REMEDIES = ("use ", "call ", "pass ", "set ", "do not pack", "pass attn_implementation")
+REMEDIES = ("use ", "call ", "pass ", "set ", "add ", "do not pack")
 
 
 def assert_right_or_refused(row: Row) -> None:
