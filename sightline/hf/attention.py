@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sightline.attention import Lowered, attend
 from sightline.hf.masks import LOWERED_BEFORE, SOURCES, PendingMask
-from sightline.hf.recurrence import is_beside_recurrence
+from sightline.hf.name_alone import refuse_without_enable
 from sightline.hf.rules import All, Causal, Chunk, Dense, Full, Reading, Rule, Window
 from sightline.hf.running import current
 from sightline.precision import autocast_dtype
@@ -102,7 +102,8 @@ def _lower(
     if getattr(module, IS_ENABLED, False):
         vars(module)[NOTE] = Note(attention_mask.rule, requirements)
     lowered = attention_mask.lower({name: kwargs.get(name) for name in SOURCES}, describe, **requirements)
-    _refuse_recurrence(module, attention_mask, describe)
+    if not getattr(module, IS_ENABLED, False):
+        refuse_without_enable(module, attention_mask.documents)
     return lowered
 
 
@@ -198,20 +199,6 @@ def _dense_mask(given: Tensor, query: Tensor, key: Tensor, describe: str) -> Pen
     pending = PendingMask(Reading(Dense(visible), None), shape, shape[2] - shape[1])
     given._sightline_mask = pending  # type: ignore[attr-defined]
     return pending
-
-
-def _refuse_recurrence(module: nn.Module, mask: PendingMask, describe: str) -> None:
-    """Refuse packed rows in a model with recurrent layers that was not enabled.
-
-    Raises:
-        ValueError: if the model has such layers.
-    """
-    packed = mask.documents is not None and mask.documents.packed
-    if packed and not getattr(module, IS_ENABLED, False) and is_beside_recurrence(module):
-        raise ValueError(
-            f"{describe}: this model has recurrent layers, which carry a state from one document to the next; call "
-            "sightline.hf.enable(model), which resets it or refuses"
-        )
 
 
 def _match_keys(mask: PendingMask, module: nn.Module, query: Tensor, key: Tensor) -> PendingMask:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sightline.hf.attention import ATTRIBUTES, IS_ENABLED
 from sightline.hf.calls import implementations, position_start
@@ -107,7 +107,8 @@ def _models(model: nn.Module) -> Iterator[PreTrainedModel]:
 def _check_class(model: PreTrainedModel) -> None:
     cls: Any = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))  # FSDP2 derives a class
     name = cls.__name__
-    if not cls._can_set_attn_implementation():
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if not (decoder if isinstance(decoder, PreTrainedModel) else model)._can_set_attn_implementation():
         raise ValueError(
             f"{name} computes its attention itself and takes no attn_implementation: sightline cannot reach it; do not "
             "pack rows for this model"
@@ -151,6 +152,16 @@ def _requested(model: PreTrainedModel) -> dict[str, str]:
             continue
         if sub is text or text in [getattr(sub, inner, None) for inner in sub.sub_configs]:
             requested[name] = NAME
+        elif sub._attn_implementation == NAME:
+            requested[name] = _default_implementation(model, sub)
         else:
-            requested[name] = "sdpa" if sub._attn_implementation == NAME else sub._attn_implementation
+            requested[name] = sub._attn_implementation
     return requested
+
+
+def _default_implementation(model: PreTrainedModel, config: PreTrainedConfig) -> str:
+    """Return what transformers chooses for the part of a model that has this config: sdpa, or eager."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config is config:
+            return part.get_correct_attn_implementation(None)
+    return "sdpa"

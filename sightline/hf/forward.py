@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sightline.hf.documents import Documents, find_documents, one_document_per_row
 from sightline.hf.layer_masks import lower_before_forward
+from sightline.hf.masks import PendingMask
 from sightline.hf.recurrence import CACHES, pass_documents
 from sightline.hf.running import current, enter_forward, inherited, leave_forward
 from sightline.masks import AttentionMask
@@ -114,6 +115,9 @@ def documents_of_call(kwargs: dict[str, Any], given: dict[str, Any]) -> Document
     if masks is not None:
         named = {"full_attention": masks} if isinstance(masks, AttentionMask) else dict(masks)
         return Documents(torch.zeros(shape, dtype=torch.int32), "attention_masks", masks=named)
+    if isinstance(mask, dict):  # by layer type, from `generate` or the caller
+        mask = next(iter(mask.values()), None)
+        mask = mask.padding if isinstance(mask, PendingMask) else mask
     if mask is not None and mask.dim() == 4 and not given:
         return one_document_per_row(shape, "attention_mask")
     cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
