@@ -3,10 +3,11 @@
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sightline.hf.attention import attention
+from sightline.hf.context import context_parallel
 from sightline.hf.enable import NAME, disable, enable, is_enabled
 from sightline.hf.masks import make_mask
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, make_mask)
 
-__all__ = ["disable", "enable", "is_enabled"]
+__all__ = ["context_parallel", "disable", "enable", "is_enabled"]

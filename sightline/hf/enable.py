@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from sightline.hf.attention import IS_ENABLED
 from sightline.hf.documents import (
+    CONTEXT,
     Documents,
     current,
     find_documents,
@@ -193,8 +194,13 @@ def _set_documents(
 ) -> tuple[Any, dict[str, Any]]:
     given = {name: kwargs.pop(name) for name in ADDED if name in kwargs}
     outer = current()
+    if given and outer is not None and outer.source == CONTEXT:
+        raise ValueError(
+            f"{', '.join(given)} cannot be given to a model inside of context_parallel, which has divided the rows: "
+            "state documents in the batch that context_parallel receives"
+        )
     # Documents from outside were found by the hook of the model that calls this one.
-    documents = outer if outer is not None and not given else _find(args, kwargs, given)
+    documents = outer if outer is not None and not given else documents_of_call(args, kwargs, given)
     if compiled and documents is not outer:
         lower_before_forward(module, documents)
     vars(module).setdefault(_TOKENS, []).append(set_current(documents))
@@ -207,7 +213,7 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> Non
         reset_current(tokens.pop())
 
 
-def _find(args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Documents | None:
+def documents_of_call(args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Documents | None:
     """Return the documents of a forward with these arguments; None if it continues a cache."""
     tokens = next((x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None), None)
     if not isinstance(tokens, Tensor) or tokens.dim() < 2:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +43,11 @@ def layer_rules(model: nn.Module) -> dict[str, Rule]:
                 "layer type"
             )
     return rules
+
+
+def layer_types(model: nn.Module) -> Mapping[str, int]:
+    """Return the number of attention layers of each layer type of an enabled model."""
+    return Counter(layer_type(vars(layer)[NOTE].rule) for layer in _noted_layers(model))
 
 
 def build_masks(model: nn.Module, documents: Documents) -> dict[str, AttentionMask]:
@@ -81,13 +89,20 @@ def _noted_layers(model: nn.Module) -> list[nn.Module]:
     return [layer for layer in layers if NOTE in vars(layer)]
 
 
-@torch.no_grad()
-def _run_once(model: nn.Module) -> None:
-    device = next(model.parameters()).device
-    tokens = torch.arange(PROBE_LENGTH, device=device)[None]
-    training = model.training
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode without gradients, and restore the mode of each module."""
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        model(input_ids=tokens, use_cache=False)
+        with torch.no_grad():
+            yield
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _run_once(model: nn.Module) -> None:
+    device = next(model.parameters()).device
+    with evaluation(model):
+        model(input_ids=torch.arange(PROBE_LENGTH, device=device)[None], use_cache=False)
