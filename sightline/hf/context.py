@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sightline.batch import IGNORE, PADDING
+from sightline.hf.divisible import check_divisible
 from sightline.hf.documents import CONTEXT, Documents, reset_current, set_current
 from sightline.hf.enable import ADDED, GIVEN, documents_of_call
 from sightline.hf.layer_masks import build_masks, layer_types
-from sightline.hf.divisible import check_divisible
 from sightline.masks import AttentionMask
 from sightline.parallel.context.exchange import ContextExchange
 from sightline.parallel.context.plan import plan_context
@@ -59,11 +59,11 @@ def context_parallel(model: nn.Module, group: dist.ProcessGroup, batch: Mapping[
     """
     documents = _find_documents(batch)
     length = documents.ids.shape[1]
+    check_divisible(model, batch, length)
     masks = build_masks(model, documents) if documents.masks is None else documents.masks
     types = layer_types(model)
     if missing := sorted(set(types) - set(masks)):
         raise ValueError(f"attention_masks has no mask for layers of type {', '.join(missing)}; it has {sorted(masks)}")
-    check_divisible(model, batch, length)
     full = _inputs_of_rows(batch, documents.ids.shape)
     padding = -length % group.size()
     masks = {name: _pad_mask(masks[name], padding) for name in types}
