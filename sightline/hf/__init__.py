@@ -10,4 +10,4 @@ from sightline.hf.masks import make_mask
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, make_mask)
 
-__all__ = ["context_parallel", "disable", "enable", "is_enabled"]
+__all__ = ["NAME", "context_parallel", "disable", "enable", "is_enabled"]
