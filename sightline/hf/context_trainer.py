@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
 from sightline.hf.context import context_parallel
 
@@ -83,6 +84,7 @@ class ContextParallelTrainer(Trainer):
             )
         sampler.num_processes = dist.get_world_size() // self.context_parallel_size
         sampler.process_index = dist.get_rank() // self.context_parallel_size
+        sampler.even_batches &= sampler.num_processes > 1  # one group needs no copies of rows to fill its last batch
         return loader
 
     def get_total_train_batch_size(self, args: Any) -> int:
@@ -109,6 +111,12 @@ class ContextParallelTrainer(Trainer):
             # The Trainer has counted the labels of each row once for each rank of a group.
             count = num_items_in_batch / self.context_parallel_size
             return super().compute_loss(model, local, return_outputs, count)  # type: ignore[arg-type]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate with one loss for each row, although each rank of a group returns it."""
+        groups = dist.get_world_size() // self.context_parallel_size
+        self.gather_function = lambda losses: self.accelerator.gather_for_metrics(losses)[: len(losses) * groups]
+        return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
