@@ -123,7 +123,7 @@ def _inputs_of_rows(batch: Mapping[str, Any], shape: torch.Size) -> dict[str, An
 
 def _local_tokens(full: dict[str, Any], index: Tensor, padding: int) -> LocalTokens:
     """Return the elements of the tokens `index` of rows that are padded by `padding`."""
-    local = LocalTokens(full)
+    local = LocalTokens(full, **{CONTEXT: True})
     for name in PER_TOKEN.keys() & full.keys():
         value = full[name]
         tokens = index.to(value.device)

@@ -59,28 +59,15 @@ def check_divisible(model: nn.Module, batch: Mapping[str, Any], length: int) -> 
 
 
 def _check_token_order(model: nn.Module, root: PreTrainedModel, name: str) -> None:
-    device = next(model.parameters()).device
     ids = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))[None].int()
     tokens = torch.arange(ids.shape[1])[None]
-    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     order = tokens[0].view(4, -1).T.flatten()  # 0, 4, 8, ...
-    documents = Documents(ids, CONTEXT)
-    masks = build_masks(model, documents)
-    results = []
-    with evaluation(model):
-        for permutation in (tokens[0], order):
-            permuted = {key: _permute(mask, permutation) for key, mask in masks.items()}
-            inputs = {"input_ids": tokens, "position_ids": positions}
-            if has_loss := "labels" in inspect.signature(root.forward).parameters:
-                inputs |= {"labels": tokens, "shift_labels": tokens}
-            local = {key: value[:, permutation].to(device) for key, value in inputs.items()}
-            if has_loss:
-                local["num_items_in_batch"] = torch.tensor(2 * tokens.numel(), device=device)
-            token = set_current(Documents(ids[:, permutation], CONTEXT, masks=permuted))
-            try:
-                results.append(model(**local, use_cache=False))
-            finally:
-                reset_current(token)
+    inputs = {"input_ids": tokens, "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]}
+    has_loss = "labels" in inspect.signature(root.forward).parameters
+    if has_loss:
+        inputs |= {"labels": tokens, "shift_labels": tokens}
+    masks = build_masks(model, Documents(ids, CONTEXT))
+    results = [_run(model, inputs, ids, masks, permutation) for permutation in (tokens[0], order)]
     first, second = (result.get("logits", result[0]).float() for result in results)
     # The median over tokens, since rounding may send a few tokens to other experts.
     change = (first[:, order] - second).norm(dim=-1) / first[:, order].norm(dim=-1).clamp(min=1e-20)
@@ -92,7 +79,7 @@ def _check_token_order(model: nn.Module, root: PreTrainedModel, name: str) -> No
             "position_ids. Context parallelism cannot divide its rows"
         )
     if has_loss:
-        _check_loss(results[0].loss, first, tokens.to(device), tolerance, name)
+        _check_loss(results[0].loss, first, tokens.to(first.device), tolerance, name)
 
 
 def _check_loss(loss: Tensor, logits: Tensor, labels: Tensor, tolerance: float, name: str) -> None:
@@ -105,5 +92,19 @@ def _check_loss(loss: Tensor, logits: Tensor, labels: Tensor, tolerance: float, 
         )
 
 
-def _permute(mask: AttentionMask, order: Tensor) -> AttentionMask:
-    return AttentionMask.from_dense(mask.to_dense()[:, order][:, :, order])
+def _run(
+    model: nn.Module, inputs: dict[str, Tensor], ids: Tensor, masks: dict[str, AttentionMask], order: Tensor
+) -> Any:
+    """Return the output of a model for the tokens in this order, with a loss that is divided by twice their number."""
+    device = next(model.parameters()).device
+    local: dict[str, Any] = {name: value[:, order].to(device) for name, value in inputs.items()}
+    if "labels" in local:
+        local["num_items_in_batch"] = torch.tensor(2 * len(order), device=device)
+    dense = {name: mask.to_dense()[:, order][:, :, order] for name, mask in masks.items()}
+    permuted = {name: AttentionMask.from_dense(mask) for name, mask in dense.items()}
+    token = set_current(Documents(ids[:, order], CONTEXT, masks=permuted))
+    try:
+        with evaluation(model):
+            return model(**local, use_cache=False)
+    finally:
+        reset_current(token)

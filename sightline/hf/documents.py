@@ -24,7 +24,7 @@ STATED = ("document_lengths", "document_ids", "attention_mask", "seq_idx", "cu_s
 """Arguments that state documents, in order of preference; `attention_mask` if it holds document numbers from 1."""
 
 CONTEXT = "context_parallel"
-"""Source of the documents of a rank's tokens, which only `sightline.hf.context_parallel` knows."""
+"""Source of the documents of a rank's tokens, and a keyword argument that marks these tokens."""
 
 
 DISPATCHED = (

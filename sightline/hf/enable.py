@@ -197,6 +197,11 @@ def _set_documents(
     given = {name: kwargs.pop(name) for name in ADDED if name in kwargs}
     outer = current()
     divided = outer is not None and outer.source == CONTEXT
+    if kwargs.pop(CONTEXT, False) and not divided:
+        raise ValueError(
+            "these arguments are a part of the tokens of each row: call the model inside of the block, `with "
+            "sightline.hf.context_parallel(model, group, batch) as local: model(**local)`"
+        )
     if given and divided:
         raise ValueError(
             f"{', '.join(given)} cannot be given to a model inside of context_parallel, which has divided the rows: "

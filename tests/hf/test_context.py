@@ -138,6 +138,15 @@ def shared_prompt() -> dict[str, Any]:
     }
 
 
+def compare_compiled(name: str) -> float:
+    """Return the gradient difference of a compiled model."""
+    model = enable(tiny_model(name))
+    plain = copy.deepcopy(model)
+    train_divided(plain, BATCH)
+    train_divided(torch.compile(model, backend="eager"), BATCH)
+    return gradient_error(model, plain)
+
+
 def embedded(model: nn.Module) -> dict[str, Any]:
     inputs = {name: value for name, value in BATCH.items() if name != "input_ids"}
     return {**inputs, "inputs_embeds": model.get_input_embeddings()(BATCH["input_ids"])}
@@ -182,17 +191,28 @@ def other_rows() -> None:
     run_block(enable(tiny_model("llama")), BATCH | {"input_ids": tokens})
 
 
+def outside_of_the_block() -> None:
+    model = enable(tiny_model("llama"))
+    with context_parallel(model, dist.group.WORLD, BATCH) as local:
+        pass
+    model(**local)
+
+
 def hooks_of_accelerate() -> None:
     model = enable(tiny_model("llama"))
     _attach_context_parallel_hooks(model)
     model(**BATCH)
 
 
-LLAMA: Callable[..., nn.Module] = lambda **overrides: enable(tiny_model("llama", **overrides))  # noqa: E731
+def llama() -> nn.Module:
+    return enable(tiny_model("llama"))
+
+
 MASK = causal(2, 195) & document(IDS)
 REFUSALS: dict[str, tuple[str, Callable[[], Any]]] = {
     "other rows": (r"ranks \[1\] of the context-parallel group have other rows", other_rows),
     "accelerate": ("as accelerate's context parallelism does", hooks_of_accelerate),
+    "outside of the block": ("call the model inside of the block", outside_of_the_block),
     "not enabled": ("LlamaForCausalLM is not enabled", lambda: run_block(tiny_model("llama"), BATCH)),
     "a planted shift": ("depend on the order", lambda: run_block(planted("tokens"), BATCH)),
     "ignored positions": ("depend on the order", lambda: run_block(planted("positions"), BATCH)),
@@ -208,21 +228,21 @@ REFUSALS: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "no positions": (
         "needs position_ids",
-        lambda: run_block(LLAMA(), {k: v for k, v in BATCH.items() if k != "position_ids"}),
+        lambda: run_block(llama(), {k: v for k, v in BATCH.items() if k != "position_ids"}),
     ),
-    "images": ("cannot divide pixel_values", lambda: run_block(LLAMA(), BATCH | {"pixel_values": torch.zeros(1, 3)})),
+    "images": ("cannot divide pixel_values", lambda: run_block(llama(), BATCH | {"pixel_values": torch.zeros(1, 3)})),
     "dense mask": (
         "cannot divide an attention_mask",
-        lambda: run_block(LLAMA(), BATCH | {"attention_mask": MASK.to_dense()}),
+        lambda: run_block(llama(), BATCH | {"attention_mask": MASK.to_dense()}),
     ),
-    "cache": ("fills no cache", lambda: run_block(LLAMA(), BATCH | {"use_cache": True})),
+    "cache": ("fills no cache", lambda: run_block(llama(), BATCH | {"use_cache": True})),
     "masks": (
         "no mask for layers of type sliding_attention",
         lambda: run_block(enable(tiny_model("gemma2")), BATCH | {"attention_masks": MASK}),
     ),
     "documents inside": (
         "inside of context_parallel",
-        lambda: run_block(LLAMA(), BATCH, document_ids=torch.zeros(2, 98, dtype=torch.int32)),
+        lambda: run_block(llama(), BATCH, document_ids=torch.zeros(2, 98, dtype=torch.int32)),
     ),
 }
 
@@ -248,6 +268,7 @@ def all_figures(rank: int) -> dict[str, Any]:
     if dist.get_world_size() == 2:
         figures["checkpointing"] = {name: compare_checkpointing(name) for name in ("llama", "gpt_oss", "llama4_text")}
         figures["embedded"] = compare_embedded()
+        figures["compiled"] = compare_compiled("gpt_oss")
         figures["refusals"] = {name: message(case) for name, (_, case) in REFUSALS.items()}
     figures["prefixes"] = {
         name: compare_full_rows(name, shared_prompt()) for name in ("llama", "gpt_oss", "llama4_text")
@@ -296,6 +317,10 @@ def check(results: list[dict[str, Any]], select: Callable[[dict[str, Any]], dict
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "llama4_text"])
 def test_gradient_checkpointing_is_equal_to_the_bit(name: str) -> None:
     assert all(figures["checkpointing"][name] == [0.0, 0.0] for figures in figures_of(2))
+
+
+def test_a_compiled_model_is_equal_to_the_bit() -> None:
+    assert all(figures["compiled"] == 0.0 for figures in figures_of(2))
 
 
 def test_embeddings_are_divided_like_tokens() -> None:
