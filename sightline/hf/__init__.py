@@ -6,9 +6,10 @@ from sightline.hf.attention import attention
 from sightline.hf.collator import PackedCollator
 from sightline.hf.context import context_parallel
 from sightline.hf.enable import NAME, disable, enable, is_enabled
+from sightline.hf.leaks import leaks
 from sightline.hf.masks import make_mask
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, make_mask)
 
-__all__ = ["NAME", "PackedCollator", "context_parallel", "disable", "enable", "is_enabled"]
+__all__ = ["NAME", "PackedCollator", "context_parallel", "disable", "enable", "is_enabled", "leaks"]

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from sightline.batch import IGNORE, PADDING
 from sightline.hf.divisible import check_divisible
-from sightline.hf.documents import CONTEXT, Documents, reset_current, set_current
+from sightline.hf.documents import CONTEXT, Documents
 from sightline.hf.enable import ADDED, GIVEN, documents_of_call
 from sightline.hf.layer_masks import build_masks, layer_types
+from sightline.hf.running import set_documents
 from sightline.masks import AttentionMask
 from sightline.parallel.context.exchange import ContextExchange
 from sightline.parallel.context.plan import plan_context
@@ -73,11 +74,8 @@ def context_parallel(model: nn.Module, group: dist.ProcessGroup, batch: Mapping[
     index = plan.queries(group.rank())
     ids = F.pad(documents.ids, (0, padding), value=PADDING).gather(1, index)
     shards = {name: plan.shard(group.rank(), name) for name in masks}
-    token = set_current(Documents(ids, CONTEXT, masks=shards, exchanges=ContextExchange(group)))
-    try:
+    with set_documents(Documents(ids, CONTEXT, masks=shards, exchanges=ContextExchange(group))):
         yield _local_tokens(full, index, padding)
-    finally:
-        reset_current(token)
 
 
 def _find_documents(batch: Mapping[str, Any]) -> Documents:

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sightline.hf.attention import RECURRENT
-from sightline.hf.documents import CONTEXT, Documents, reset_current, set_current
-from sightline.hf.layer_masks import build_masks, evaluation
+from sightline.hf.calls import name_of, transformers_model
+from sightline.hf.check import evaluation
+from sightline.hf.documents import CONTEXT, Documents
+from sightline.hf.layer_masks import build_masks
+from sightline.hf.running import set_documents
 from sightline.masks import AttentionMask
 
 LENGTHS = (9, 7)
@@ -34,8 +37,8 @@ def check_divisible(model: nn.Module, batch: Mapping[str, Any], length: int) -> 
     Raises:
         ValueError: if the model cannot be divided.
     """
-    root = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    config, name = root.config.get_text_config(decoder=True), type(root).__name__
+    root = transformers_model(model)
+    config, name = root.config.get_text_config(decoder=True), name_of(root)
     if recurrent := set(getattr(config, "layer_types", None) or ()) & RECURRENT:
         raise ValueError(
             f"{name}: layers of type {', '.join(sorted(recurrent))} carry a state through the whole row, which "
@@ -102,9 +105,5 @@ def _run(
         local["num_items_in_batch"] = torch.tensor(2 * len(order), device=device)
     dense = {name: mask.to_dense()[:, order][:, :, order] for name, mask in masks.items()}
     permuted = {name: AttentionMask.from_dense(mask) for name, mask in dense.items()}
-    token = set_current(Documents(ids[:, order], CONTEXT, masks=permuted))
-    try:
-        with evaluation(model):
-            return model(**local, use_cache=False)
-    finally:
-        reset_current(token)
+    with set_documents(Documents(ids[:, order], CONTEXT, masks=permuted)), evaluation(model), torch.no_grad():
+        return model(**local, use_cache=False)

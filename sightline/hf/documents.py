@@ -8,7 +8,6 @@ a list of lists of integers, none.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -73,18 +72,6 @@ class Documents:
     def mask(self) -> AttentionMask:
         """Mask of each token's document, in both directions, and of those that it continues."""
         return document(self.ids) if self.parents is None else prefix_tree(self.ids, self.parents)
-
-
-_CURRENT: ContextVar[Documents | None] = ContextVar("sightline_documents", default=None)
-
-
-def current() -> Documents | None:
-    """Return the documents of the forward that is running, which the hooks of `enable` have found."""
-    return _CURRENT.get()
-
-
-set_current = _CURRENT.set
-reset_current = _CURRENT.reset
 
 
 def find_documents(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from sightline.attention import Lowered, lower
 from sightline.hf.attention import IS_ENABLED, LOWERED, NOTE
+from sightline.hf.check import evaluation
 from sightline.hf.documents import Documents
 from sightline.hf.rules import Rule, Tokens, layer_type
 from sightline.masks import AttentionMask
@@ -89,20 +89,7 @@ def _noted_layers(model: nn.Module) -> list[nn.Module]:
     return [layer for layer in layers if NOTE in vars(layer)]
 
 
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Run a model in evaluation mode without gradients, and restore the mode of each module."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
 def _run_once(model: nn.Module) -> None:
     device = next(model.parameters()).device
-    with evaluation(model):
+    with evaluation(model), torch.no_grad():
         model(input_ids=torch.arange(PROBE_LENGTH, device=device)[None], use_cache=False)

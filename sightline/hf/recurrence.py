@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sightline.attention import LocalExchanges
-from sightline.hf.documents import Documents, current
+from sightline.hf.documents import Documents
 from sightline.hf.rows import rows_of, take
+from sightline.hf.running import current
 from sightline.torch_private import disable_compiler
 
 STATE_NAMES = {
@@ -185,7 +186,8 @@ def _documents_without_argument(layer: nn.Module, kwargs: dict[str, Any]) -> Doc
             "gradient checkpointing for this model, or do not pack rows"
         )
     documents = _documents_for(layer, kwargs.get("attention_mask"))
-    vars(layer)[_WAS_PACKED] = was_packed or documents is not None
+    # Layers are recomputed in training mode only; the check of `enable` runs in evaluation mode.
+    vars(layer)[_WAS_PACKED] = was_packed or (layer.training and documents is not None)
     return documents
 
 

@@ -155,6 +155,15 @@ def compare_compiled() -> float:
     return gradient_error(model, gradients(plain))
 
 
+def compare_fused() -> float:
+    """Return the gradient difference of a model whose head computes its loss in chunks."""
+    fused = enable(tiny_model("gemma2"), fused_loss=True)
+    plain = enable(tiny_model("gemma2"))
+    train_divided(fused, BATCH)
+    train_divided(plain, BATCH)
+    return gradient_error(fused, gradients(plain))
+
+
 def embedded(model: nn.Module) -> dict[str, Any]:
     inputs = {name: value for name, value in BATCH.items() if name != "input_ids"}
     return {**inputs, "inputs_embeds": model.get_input_embeddings()(BATCH["input_ids"])}
@@ -277,6 +286,7 @@ def all_figures(rank: int, path: str) -> dict[str, Any]:
     if dist.get_world_size() == 2:
         figures["checkpointing"] = {name: compare_checkpointing(name) for name in ("llama", "gpt_oss", "llama4_text")}
         figures["embedded"] = compare_embedded()
+        figures["fused"] = compare_fused()
         figures["compiled"] = compare_compiled()
         figures["refusals"] = {name: message(case) for name, (_, case) in REFUSALS.items()}
     figures["prefixes"] = {
@@ -337,6 +347,10 @@ def test_gradient_checkpointing_is_equal_to_the_bit(name: str) -> None:
 
 def test_a_compiled_model_is_equal_to_the_bit() -> None:
     assert all(figures["compiled"] == 0.0 for figures in figures_of(2))
+
+
+def test_fused_loss_equals_the_plain_loss() -> None:
+    assert all(figures["fused"] < 5e-6 for figures in figures_of(2))
 
 
 def test_embeddings_are_divided_like_tokens() -> None:
