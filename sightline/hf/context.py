@@ -27,8 +27,8 @@ from sightline.parallel.context.plan import plan_context
 
 DOCUMENTS = {*ADDED, *GIVEN, "max_length_q", "max_length_k", "attention_mask"} - {"position_ids"}
 """Arguments that say where documents lie; the masks of the local tokens take their place."""
-PER_TOKEN = {"input_ids": 0, "inputs_embeds": 0, "position_ids": 0, "shift_labels": IGNORE}
-"""Arguments with one element for each token, and their value for padding."""
+PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "shift_labels")
+"""Arguments with one element for each token."""
 
 
 class LocalTokens(dict[str, Any]):
@@ -75,7 +75,7 @@ def context_parallel(model: nn.Module, group: dist.ProcessGroup, batch: Mapping[
     ids = F.pad(documents.ids, (0, padding), value=PADDING).gather(1, index)
     shards = {name: plan.shard(group.rank(), name) for name in masks}
     with set_documents(Documents(ids, CONTEXT, masks=shards, exchanges=ContextExchange(group))):
-        yield _local_tokens(full, index, padding)
+        yield _local_tokens(full, index, length)
 
 
 def _find_documents(batch: Mapping[str, Any]) -> Documents:
@@ -119,21 +119,23 @@ def _inputs_of_rows(batch: Mapping[str, Any], shape: torch.Size) -> dict[str, An
     return {**full, "use_cache": False, "position_ids": positions.expand(*positions.shape[:-2], *shape)}
 
 
-def _local_tokens(full: dict[str, Any], index: Tensor, padding: int) -> LocalTokens:
-    """Return the elements of the tokens `index` of rows that are padded by `padding`."""
+def _local_tokens(full: dict[str, Any], index: Tensor, length: int) -> LocalTokens:
+    """Return the elements of the tokens `index`; padding, from `length` on, repeats the last token without a label."""
     local = LocalTokens(full, **{CONTEXT: True})
-    for name in PER_TOKEN.keys() & full.keys():
-        value = full[name]
-        tokens = index.to(value.device)
-        if name == "inputs_embeds":
-            rows = torch.arange(len(tokens), device=value.device)[:, None]
-            local[name] = F.pad(value, (0, 0, 0, padding))[rows, tokens]
-        else:
-            padded = F.pad(value, (0, padding), value=PER_TOKEN[name])
-            local[name] = padded.gather(-1, tokens.expand(*value.shape[:-1], -1))
-    if "shift_labels" in local:
-        local["labels"] = local["shift_labels"]  # models compute a loss only if there are labels
     local.index = index
+    for name in PER_TOKEN:
+        if name not in full:
+            continue
+        value = full[name]
+        tokens = index.clamp(max=length - 1).to(value.device)
+        if name == "inputs_embeds":
+            local[name] = value[torch.arange(len(tokens), device=value.device)[:, None], tokens]
+        else:
+            local[name] = value.gather(-1, tokens.expand(*value.shape[:-1], -1))
+    if "shift_labels" in local:
+        is_padding = (index >= length).to(local["shift_labels"].device)
+        local["shift_labels"] = local["shift_labels"].masked_fill(is_padding, IGNORE)
+        local["labels"] = local["shift_labels"]  # models compute a loss only if there are labels
     return local
 
 

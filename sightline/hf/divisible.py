@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sightline.hf.attention import RECURRENT
-from sightline.hf.calls import name_of, transformers_model
+from sightline.hf.calls import name_of, position_start, transformers_model
 from sightline.hf.check import evaluation
 from sightline.hf.documents import CONTEXT, Documents
 from sightline.hf.layer_masks import build_masks
@@ -39,11 +38,6 @@ def check_divisible(model: nn.Module, batch: Mapping[str, Any], length: int) -> 
     """
     root = transformers_model(model)
     config, name = root.config.get_text_config(decoder=True), name_of(root)
-    if recurrent := set(getattr(config, "layer_types", None) or ()) & RECURRENT:
-        raise ValueError(
-            f"{name}: layers of type {', '.join(sorted(recurrent))} carry a state through the whole row, which "
-            "context parallelism cannot divide; do not use it for this model"
-        )
     scale = getattr(config, "floor_scale", None)
     if getattr(config, "attn_temperature_tuning", None) and scale and length >= scale:
         raise ValueError(
@@ -65,7 +59,8 @@ def _check_token_order(model: nn.Module, root: PreTrainedModel, name: str) -> No
     ids = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))[None].int()
     tokens = torch.arange(ids.shape[1])[None]
     order = tokens[0].view(4, -1).T.flatten()  # 0, 4, 8, ...
-    inputs = {"input_ids": tokens, "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]}
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None] + position_start(root)
+    inputs = {"input_ids": tokens, "position_ids": positions}
     has_loss = "labels" in inspect.signature(root.forward).parameters
     if has_loss:
         inputs |= {"labels": tokens, "shift_labels": tokens}

@@ -18,12 +18,18 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from sightline.hf.attention import ATTRIBUTES, IS_ENABLED
-from sightline.hf.calls import implementations
+from sightline.hf.calls import implementations, position_start
 from sightline.hf.check import check_packed
 from sightline.hf.documents import CONTEXT, Documents, find_documents, one_document_per_row
 from sightline.hf.fused_loss import disable_fused_loss, enable_fused_loss
 from sightline.hf.layer_masks import lower_before_forward
-from sightline.hf.recurrence import disable_recurrence, enable_recurrence, needs_positions, unsupported_recurrence
+from sightline.hf.recurrence import (
+    CACHES,
+    disable_recurrence,
+    enable_recurrence,
+    needs_positions,
+    unsupported_recurrence,
+)
 from sightline.hf.running import current, enter_forward, inherited, leave_forward
 from sightline.masks import AttentionMask
 from sightline.torch_private import disable_compiler
@@ -46,10 +52,12 @@ class Record:
 
     implementations  attention implementation of the model's configs before `enable`: {name of the sub-config: name}
     handles          its hooks
+    position_start   position of a document's first token
     """
 
     implementations: dict[str, str] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
+    position_start: int = 0
 
 
 def enable(model: Model, check: bool = True, *, fused_loss: bool = False) -> Model:
@@ -153,6 +161,7 @@ def _check_class(model: PreTrainedModel) -> None:
 def _enable_one(model: PreTrainedModel) -> None:
     record = _record(model)
     record.implementations = implementations(model)
+    record.position_start = position_start(model)
     model.set_attn_implementation(_requested(model))
     for module in model.modules():
         if hasattr(module, "config") and hasattr(module, "layer_idx"):
@@ -212,6 +221,7 @@ def _set_documents(
         )
     # Documents from outside were found by the hook of the model that calls this one.
     documents = outer if outer is not None and not given else documents_of_call(args, kwargs, given)
+    _check_position_start(module, kwargs.get("position_ids"))
     if compiled and (documents is not outer or divided):
         lower_before_forward(module, documents)
     enter_forward(module, documents)
@@ -221,9 +231,10 @@ def _set_documents(
 @disable_compiler
 def _after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     documents = current()
-    cache = getattr(output, "past_key_values", None) or getattr(output, "cache", None)
-    if documents is not None and documents.packed and cache is not None:
-        vars(cache)[_PACKED] = True
+    if documents is not None and documents.packed:
+        for name in CACHES:
+            if (cache := getattr(output, name, None)) is not None and hasattr(cache, "__dict__"):
+                vars(cache)[_PACKED] = True
     leave_forward(module)
 
 
@@ -240,7 +251,7 @@ def documents_of_call(args: tuple[Any, ...], kwargs: dict[str, Any], given: dict
         return Documents(torch.zeros(shape, dtype=torch.int32), "attention_masks", masks=named)
     if mask is not None and mask.dim() == 4 and not given:
         return one_document_per_row(shape, "attention_mask")
-    cache = kwargs.get("past_key_values", kwargs.get("cache"))
+    cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
     if cache is not None and hasattr(cache, "get_seq_length"):
         _refuse_packed_cache(cache)
         if _holds_tokens(cache):
@@ -256,6 +267,16 @@ def _holds_tokens(cache: Any) -> bool:
         return int(cache.get_seq_length()) > 0
     except ValueError:  # only recurrent layers, which count no tokens
         return bool(cache.has_previous_state())
+
+
+def _check_position_start(module: nn.Module, position_ids: Tensor | None) -> None:
+    record = vars(module).get(RECORD)
+    start = 0 if record is None else record.position_start
+    if start and position_ids is not None and bool((position_ids < start).any()):
+        raise ValueError(
+            f"the positions of {type(module).__name__} start at {start}, after those of padding, but position_ids "
+            f"contain {int(position_ids.min())}; add {start}, as PackedCollator(position_start={start}) does"
+        )
 
 
 def _refuse_packed_cache(cache: Any) -> None:

@@ -127,7 +127,7 @@ def leaks(
     else:
         tested = {}
         for name in _choose_calls(inner, model, calls):
-            inputs = random_call(inner.config, name)
+            inputs = random_call(inner, name)
             tested[name] = (CALLS[name], inputs, document(inputs.pop("documents")))
     reports = [_test(model, inner, name, *call) for name, call in tested.items()]
     attention = inner.config.get_text_config(decoder=True)._attn_implementation

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sightline.attention import LocalExchanges
 from sightline.hf.documents import Documents
 from sightline.hf.rows import rows_of, take
 from sightline.hf.running import current
@@ -94,6 +94,18 @@ def needs_positions(model: nn.Module) -> bool:
     return not any(_names(layer) & STATE_NAMES for layer in layers) or any(ATTENDS in _names(layer) for layer in layers)
 
 
+def is_beside_recurrence(layer: nn.Module) -> bool:
+    """Return whether the modeling file of a layer has recurrent layers too."""
+    return _has_recurrence(type(layer).__module__)
+
+
+@functools.cache
+def _has_recurrence(module: str) -> bool:
+    classes = [x for x in vars(sys.modules[module]).values() if isinstance(x, type) and issubclass(x, nn.Module)]
+    layers: list[Any] = [cls for cls in classes if not issubclass(cls, PreTrainedModel)]
+    return any(_names_in_class(cls) & STATE_NAMES for cls in layers)
+
+
 def _recurrent_layers(module: nn.Module, decoder: nn.Module | None = None) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Yield each recurrent layer with the innermost model of transformers that contains it."""
     if isinstance(module, PreTrainedModel):
@@ -154,7 +166,7 @@ def _documents_for(module: nn.Module, mask: Any) -> Documents | None:
         )
     if not documents.packed:
         return documents if mask is None and bool((documents.ids[:, 0] < 0).any()) else None
-    if documents.source == "attention_masks" or not isinstance(documents.exchanges, LocalExchanges):
+    if documents.masks is not None:
         raise ValueError(
             f"{name} has recurrent layers, which need all tokens of a document in order: attention_masks and context "
             "parallelism are for models without them; pass document_ids, or prefix_ids too for shared prefixes"

@@ -234,7 +234,10 @@ REFUSALS: dict[str, tuple[str, Callable[[], Any]]] = {
     "a planted shift": ("depend on the order", lambda: run_block(planted("tokens"), BATCH)),
     "ignored positions": ("depend on the order", lambda: run_block(planted("positions"), BATCH)),
     "a loss of its own": ("its loss is", lambda: run_block(planted("loss"), BATCH)),
-    "recurrence": ("linear_attention carry a state", lambda: run_block(enable(tiny_model("qwen3_next")), BATCH)),
+    "recurrence": (
+        "has recurrent layers",
+        lambda: run_block(enable(tiny_model("qwen3_next")), BATCH),
+    ),
     "temperature": (
         "attn_temperature_tuning",
         lambda: run_block(enable(tiny_model("llama4_text", floor_scale=128)), BATCH),

@@ -237,6 +237,19 @@ def test_nothing_is_left_in_a_saved_model(tmp_path) -> None:
     assert close(named(**rows).logits, model(**rows).logits)
 
 
+def test_positions_that_start_after_padding() -> None:
+    """RoBERTa counts positions from its padding index on, as its own forward does without position_ids."""
+    model = tiny_model("roberta")
+    start = model.config.pad_token_id + 1
+    rows = packed_rows(LAYOUT)
+    expected = alone(model, rows, LAYOUT)
+    sightline.hf.enable(model)
+    shifted = rows["position_ids"] + start
+    assert close(model(input_ids=rows["input_ids"], position_ids=shifted).logits, expected)
+    with pytest.raises(ValueError, match=rf"start at {start}.*PackedCollator\(position_start={start}\)"):
+        model(**rows)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

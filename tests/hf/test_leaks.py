@@ -16,7 +16,7 @@ from sightline.hf.check import check_packed
 from sightline.hf.documents import Documents
 from sightline.hf.leaks import ModelReport
 from sightline.masks import causal, document, shared_prefix
-from tests.support.hf_models import document_ids, packed_rows, tiny_config, tiny_model
+from tests.support.hf_models import document_ids, packed_rows, tiny_model
 
 FAMILIES = (
     "llama", "qwen3", "qwen3_moe", "mixtral", "gemma2", "gemma3_text", "gpt_oss", "llama4_text", "deepseek_v3", "glm4",
@@ -213,10 +213,10 @@ def test_wrapped_models() -> None:
 
 
 def test_special_tokens_are_neither_drawn_nor_changed() -> None:
-    config = tiny_config(type(tiny_model("Qwen2_5_VLForConditionalGeneration").config))
-    special = special_ids(config)
-    assert config.image_token_id in special
-    assert not special & set(random_call(config, "two_rows")["input_ids"].flatten().tolist())
+    model = tiny_model("Qwen2_5_VLForConditionalGeneration")
+    special = special_ids(model.config)
+    assert model.config.image_token_id in special
+    assert not special & set(random_call(model, "two_rows")["input_ids"].flatten().tolist())
 
 
 def test_refusals() -> None:
