@@ -4,6 +4,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from sightline.hf.attention import attention
 from sightline.hf.collator import PackedCollator
+from sightline.hf.context import context_parallel
 from sightline.hf.enable import NAME, disable, enable, is_enabled
 from sightline.hf.leaks import leaks
 from sightline.hf.masks import make_mask
@@ -11,4 +12,4 @@ from sightline.hf.masks import make_mask
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, make_mask)
 
-__all__ = ["NAME", "PackedCollator", "disable", "enable", "is_enabled", "leaks"]
+__all__ = ["NAME", "PackedCollator", "context_parallel", "disable", "enable", "is_enabled", "leaks"]
