@@ -28,6 +28,7 @@ COMMANDS = {
     "convert": Command("sightline.cli.convert", "write a trained model as a Hugging Face directory"),
     "masks": Command("sightline.cli.masks", "plot and count what each token may attend to"),
     "plan": Command("sightline.cli.plan", "estimate memory, communication and pipeline bubble of a run on a mesh"),
+    "hf": Command("sightline.cli.hf", "run TRL or another Hugging Face tool with the attention of Sightline"),
 }
 
 EXAMPLES = """examples:
