@@ -9,4 +9,4 @@ from sightline.hf.masks import make_mask
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, make_mask)
 
-__all__ = ["disable", "enable", "is_enabled"]
+__all__ = ["NAME", "disable", "enable", "is_enabled"]

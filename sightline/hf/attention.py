@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sightline.attention import Lowered, attend
 from sightline.hf.documents import current
-from sightline.hf.masks import SOURCES, PendingMask
+from sightline.hf.masks import LOWERED_BEFORE, SOURCES, PendingMask
 from sightline.hf.rules import All, Causal, Dense, Full, Reading, Rule, Window
 from sightline.precision import autocast_dtype
 
@@ -25,6 +25,8 @@ NOTE = "sightline_note"
 LOWERED = "sightline_lowered"
 """Attribute of the same layers under torch.compile: their mask, which was lowered before the model runs."""
 
+ATTRIBUTES = (IS_ENABLED, NOTE, LOWERED)
+
 MASKED = -9999.0
 """Largest value of an additive mask that hides a key; transformers uses the lowest finite number, or -10000."""
 
@@ -34,7 +36,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: PendingMask | Tensor | None,
+    attention_mask: PendingMask | Tensor | str | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -47,7 +49,7 @@ def attention(
     query           [B, H, Q, D]
     key, value      [B, G, T, D] and [B, G, T, Dv]
     attention_mask  the result of `make_mask`; a mask [B, 1, Q, T] of the caller or of the model, boolean or additive;
-                    None in models that use no mask builder
+                    `LOWERED_BEFORE` under torch.compile; None in models that use no mask builder
     s_aux           [H], learned sink logits
     kwargs          other arguments of the layer; those in SOURCES may state documents
 
@@ -55,7 +57,7 @@ def attention(
         ValueError: if nothing says where documents lie, or the layer needs what sightline does not compute.
     """
     _refuse_arguments(type(module).__name__, dropout, kwargs)
-    if torch.compiler.is_compiling():
+    if isinstance(attention_mask, str) or torch.compiler.is_compiling():
         lowered = _lowered_before(module, attention_mask)
     else:
         lowered = _lower(module, query, key, value, attention_mask, is_causal, s_aux, softcap, kwargs)
@@ -105,14 +107,14 @@ def _lower(
     return lowered
 
 
-def _lowered_before(module: nn.Module, attention_mask: PendingMask | Tensor | None) -> Lowered:
+def _lowered_before(module: nn.Module, attention_mask: PendingMask | Tensor | str | None) -> Lowered:
     """Return the mask that was lowered before a compiled model runs: nothing here breaks the graph.
 
     Raises:
         ValueError: if there is none.
     """
     lowered = getattr(module, LOWERED, None)
-    if lowered is None or attention_mask is not None:
+    if lowered is None or attention_mask not in (None, LOWERED_BEFORE):
         raise ValueError(
             f"{type(module).__name__}: torch.compile needs masks that are known before the model runs: call "
             "sightline.hf.enable(model) before torch.compile, and compile no forward with a cache, with a mask "

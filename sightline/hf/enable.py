@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from sightline.hf.attention import IS_ENABLED
+from sightline.hf.attention import ATTRIBUTES, IS_ENABLED
 from sightline.hf.documents import (
     Documents,
     current,
@@ -39,6 +39,8 @@ GIVEN = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "position_ids")
 """Keyword arguments of transformers that may state documents."""
 RECORD = "_sightline_record"
 _TOKENS = "_sightline_tokens"
+_PACKED = "_sightline_packed"
+"""Attribute of a cache that holds keys of several documents in a row."""
 
 
 @dataclass
@@ -89,8 +91,8 @@ def disable(model: Model) -> Model:
     """Revert `enable` and return the model. A model that is not enabled stays as it is."""
     for module in model.modules():
         record = vars(module).pop(RECORD, None)
-        vars(module).pop(IS_ENABLED, None)
-        vars(module).pop(_TOKENS, None)
+        for name in (*ATTRIBUTES, _TOKENS):
+            vars(module).pop(name, None)
         if record is None:
             continue
         for handle in record.handles:
@@ -203,8 +205,13 @@ def _set_documents(
 
 @disable_compiler
 def _after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if tokens := vars(module).get(_TOKENS):  # there is none if the hook before the forward has raised
-        reset_current(tokens.pop())
+    if not (tokens := vars(module).get(_TOKENS)):
+        return  # the hook before the forward has raised
+    documents = current()
+    cache = getattr(output, "past_key_values", None) or getattr(output, "cache", None)
+    if documents is not None and documents.packed and cache is not None:
+        vars(cache)[_PACKED] = True
+    reset_current(tokens.pop())
 
 
 def _find(args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Documents | None:
@@ -222,14 +229,19 @@ def _find(args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) 
         return one_document_per_row(shape, "attention_mask")
     cache = kwargs.get("past_key_values", kwargs.get("cache"))
     if cache is not None and hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) > 0:
-        _refuse_packed_cache(cache, given)
+        _check_cache(cache, given)
         return None
     sources = {name: kwargs.get(name) for name in GIVEN}
     found = find_documents(shape, attention_mask=mask, **sources, **given)
     return one_document_per_row(shape, "the default positions") if found is None else found
 
 
-def _refuse_packed_cache(cache: Any, given: dict[str, Any]) -> None:
+def _check_cache(cache: Any, given: dict[str, Any]) -> None:
+    if getattr(cache, _PACKED, False):
+        raise ValueError(
+            "the cache holds keys of several documents in a row: packed rows cannot continue a cache; run each "
+            "document in a row of its own"
+        )
     if given:
         raise ValueError(
             f"{', '.join(given)} cannot be given together with a cache that holds tokens: packed rows cannot continue "

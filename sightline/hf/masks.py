@@ -25,6 +25,10 @@ SOURCES = (
 """Keyword arguments of a layer that may say where documents lie."""
 
 
+LOWERED_BEFORE = "lowered before the model runs"
+"""Stands for the mask under torch.compile: the attention layers have it already."""
+
+
 class NoTensor(ValueError, AttributeError):
     """Raised if a model uses the mask as a tensor. An AttributeError, so that `hasattr` is False."""
 
@@ -164,14 +168,13 @@ def make_mask(
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
-) -> PendingMask | None:
+) -> PendingMask | str:
     """Return the pending mask of a builder's call: the mask function of `attn_implementation="sightline"`.
 
-    The arguments are those of `transformers.masking_utils.sdpa_mask`. Under torch.compile it is None, since masks were
-    lowered before the model runs.
+    The arguments are those of `transformers.masking_utils.sdpa_mask`. Under torch.compile it is `LOWERED_BEFORE`.
     """
     if torch.compiler.is_compiling():
-        return None
+        return LOWERED_BEFORE
     assert mask_function is not None, "transformers' mask builders pass a mask function"
     padding = None
     if attention_mask is not None and not bool(attention_mask.all()):

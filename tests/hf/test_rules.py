@@ -127,5 +127,5 @@ def test_unknown_rule_is_evaluated_pair_by_pair_with_one_warning(packed: bool, c
 
 def test_unknown_rule_is_refused_for_long_rows() -> None:
     index = torch.arange(2).expand(1, -1)
-    with pytest.raises(ValueError, match="every_third is not known to sightline.*the limit is 8192"):
+    with pytest.raises(ValueError, match=r"every_third is not known to sightline.*the limit is 8192"):
         Unknown(every_third).mask(Tokens(index, rules.MOST_TOKENS + 1))
