@@ -1,4 +1,4 @@
-"""`sightline hf -- COMMAND ...`: run the command of another tool with the name "sightline" known in all its processes."""
+"""`sightline hf -- COMMAND ...`: run another tool with attn_implementation="sightline" in all its processes."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from tests.support.hf import SIZES, build_tokenizer, random_documents, sum_of_losses
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import sightline.hf
-from tests.support.hf import SIZES, build_tokenizer, random_documents, sum_of_losses
 
 PAGE = (Path(__file__).parents[2] / "docs" / "huggingface.md").read_text()
 MODEL, DATA = "Qwen/Qwen3-0.6B", "roneneldan/TinyStories"
@@ -51,7 +51,8 @@ def example(tmp_path_factory) -> Example:
     documents = [tokenizer(text)["input_ids"] for text in texts]
     with torch.no_grad():
         total, count = sum_of_losses(model, [{"input_ids": tokens} for tokens in documents])
-        row, starts = torch.tensor([sum(documents, [])]), torch.tensor([0, *map(len, documents)]).cumsum(0)[:-1]
+        row = torch.tensor([[token for tokens in documents for token in tokens]])
+        starts = torch.tensor([0, *map(len, documents)]).cumsum(0)[:-1]
         labels = row.index_fill(1, starts, -100)
         leaky = model(row, labels=labels, use_cache=False).loss
     return Example(str(directory / "model"), str(directory / "data"), float(total) / count, float(leaky))
