@@ -6,10 +6,11 @@ except ImportError as error:
     raise ImportError("sightline.hf needs transformers 5: pip install 'sightline[hf]'") from error
 
 from sightline.hf.attention import attention
+from sightline.hf.collator import PackedCollator
 from sightline.hf.enable import NAME, disable, enable, is_enabled
 from sightline.hf.masks import make_mask
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, make_mask)
 
-__all__ = ["NAME", "disable", "enable", "is_enabled"]
+__all__ = ["NAME", "PackedCollator", "disable", "enable", "is_enabled"]

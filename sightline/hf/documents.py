@@ -24,6 +24,12 @@ STATED = ("document_lengths", "document_ids", "attention_mask", "seq_idx", "cu_s
 """Arguments that state documents, in order of preference; `attention_mask` if it holds document numbers from 1."""
 
 
+DISPATCHED = (
+    "accelerate cuts the batches of an IterableDataset by rows, cu_seq_lens_q too: pass dispatch_batches=False to it "
+    "(Trainer: accelerator_config={'dispatch_batches': False})"
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Documents:
     """Where documents lie in the rows of one forward.
@@ -93,7 +99,8 @@ def find_documents(
 ) -> Documents | None:
     """Return the documents of rows of the given (B, S), or None if no argument says anything about them.
 
-    document_lengths  tokens of the documents of each row, in order; the rest of a row is padding
+    document_lengths  tokens of the documents of each row, in order; the rest of a row is padding. With it, tensors that
+                      are on a device are not read, which would wait for the device
     document_ids      int [B, S]; -1: padding
     prefix_ids        int [B, S], the document that each token's document continues; its own id if none
     cu_seq_lens_q/_k  int [N + 1], starts of all documents in the concatenated rows, and the end
@@ -105,6 +112,13 @@ def find_documents(
     Raises:
         ValueError: if arguments have a wrong shape, or state different documents.
     """
+    checked_positions = position_ids
+    if document_lengths is not None:
+        _check_count(document_lengths, cu_seq_lens_q)
+        document_ids, seq_idx, cu_seq_lens_q, attention_mask, checked_positions = (
+            None if x is None or x.device.type != "cpu" else x
+            for x in (document_ids, seq_idx, cu_seq_lens_q, attention_mask, position_ids)
+        )
     padding = None
     if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] == shape[1]:
         attention_mask = attention_mask.cpu()
@@ -125,19 +139,28 @@ def find_documents(
         ids = ids if padding is None else ids.masked_fill(padding, -1)
         for name, other in found.items():
             _check_agreement(source, ids, name, other)
-        _check_positions(source, ids, position_ids)
-    elif position_ids is not None:
-        source, ids = "position_ids", _from_positions(position_ids, padding, shape)
-    elif guess is not None:
-        source, ids = "position_ids", guess.cpu().to(torch.int32).expand(shape)
-        ids = ids if padding is None else ids.masked_fill(padding, -1)
-    elif padding is not None and bool(padding.any()):
-        source, ids = "attention_mask", torch.where(padding, -1, 0).to(torch.int32)
+        _check_positions(source, ids, checked_positions)
+    elif (inferred := _infer(shape, position_ids, guess, padding)) is not None:
+        source, ids = inferred
     else:
         return None
     if prefix_ids is None:
         return Documents(ids, source)
     return _tree(ids, source, prefix_ids, position_ids, shape)
+
+
+def _infer(
+    shape: tuple[int, int], position_ids: Tensor | None, guess: Tensor | None, padding: Tensor | None
+) -> tuple[str, Tensor] | None:
+    """Return the documents that no argument states, and the argument that suggests them; None if there is none."""
+    if position_ids is not None:
+        return "position_ids", _from_positions(position_ids, padding, shape)
+    if guess is not None:
+        ids = guess.cpu().to(torch.int32).expand(shape)
+        return "position_ids", ids if padding is None else ids.masked_fill(padding, -1)
+    if padding is not None and bool(padding.any()):
+        return "attention_mask", torch.where(padding, -1, 0).to(torch.int32)
+    return None
 
 
 def one_document_per_row(shape: tuple[int, int], source: str) -> Documents:
@@ -187,11 +210,13 @@ def _from_cumulative(cumulative: Tensor, of_keys: Tensor | None, shape: tuple[in
         )
     rows, length = shape
     if starts.dim() != 1 or len(starts) < 2 or starts[0] != 0 or bool((starts.diff() < 0).any()):
-        raise ValueError(f"cu_seq_lens_q must be ascending integers [N + 1] that start with 0, got {starts.tolist()}")
+        raise ValueError(
+            f"cu_seq_lens_q must be ascending integers [N + 1] that start with 0, got {starts.tolist()}. {DISPATCHED}"
+        )
     if int(starts[-1]) != rows * length:
         raise ValueError(
             f"cu_seq_lens_q ends at {int(starts[-1])}, but there are {rows} x {length} tokens; give padding a "
-            "document of its own"
+            f"document of its own. {DISPATCHED}"
         )
     is_start = torch.zeros(rows * length + 1, dtype=torch.bool)
     is_start[starts] = True
@@ -246,6 +271,16 @@ def _from_mrope(positions: Tensor, padding: Tensor | None, shape: tuple[int, int
 def _starts(ids: Tensor) -> Tensor:
     """Return where a document starts: bool [B, S]."""
     return F.pad(ids.diff(dim=1) != 0, (1, 0), value=True)
+
+
+def _check_count(lengths: Sequence[Sequence[int]], cumulative: Tensor | None) -> None:
+    """Check that cu_seq_lens_q is not too short for the documents, which needs no value from a device."""
+    documents = sum(len(row) for row in lengths)
+    if cumulative is not None and len(cumulative) <= documents:
+        raise ValueError(
+            f"document_lengths has {documents} documents, but cu_seq_lens_q has {len(cumulative)} elements; expected "
+            f"the start of each document, and the end. {DISPATCHED}"
+        )
 
 
 def _check_agreement(source: str, ids: Tensor, name: str, other: Tensor) -> None:

@@ -145,10 +145,10 @@ def _enable_one(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "config") and hasattr(module, "layer_idx"):
             setattr(module, IS_ENABLED, True)
-    _hook(model, record)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if isinstance(decoder, nn.Module) and decoder is not model:
-        _hook(decoder, record)
+    text = model.config.get_text_config(decoder=True)
+    for module in model.modules():  # the decoder may be called by itself; get_decoder() is the model itself in Llama 4
+        if module is model or (isinstance(module, PreTrainedModel) and type(module.config) is type(text)):
+            _hook(module, record)
 
 
 def _implementations(model: PreTrainedModel) -> dict[str, str]:
