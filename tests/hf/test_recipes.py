@@ -103,7 +103,7 @@ def test_five_lines(example) -> None:
 
 def test_plain_loop(example) -> None:
     losses: list[float] = []
-    code = block("Plain loop", "python").replace("loss.backward()", "losses.append(float(loss)); loss.backward()")
+    code = block("Plain loop", "python").replace("loss.backward()", "losses.append(float(loss.detach())); loss.backward()")
     execute(code, example, {"losses": losses})
     assert losses == [pytest.approx(example.loss, abs=1e-5)]
 
