@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tests.support.hf import SIZES, build_tokenizer, random_documents, sum_of_losses
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import sightline.hf
+from tests.support.hf import SIZES, build_tokenizer, random_documents, sum_of_losses
 
 PAGE = (Path(__file__).parents[2] / "docs" / "huggingface.md").read_text()
 MODEL, DATA = "Qwen/Qwen3-0.6B", "roneneldan/TinyStories"
@@ -103,7 +103,9 @@ def test_five_lines(example) -> None:
 
 def test_plain_loop(example) -> None:
     losses: list[float] = []
-    code = block("Plain loop", "python").replace("loss.backward()", "losses.append(float(loss.detach())); loss.backward()")
+    code = block("Plain loop", "python").replace(
+        "loss.backward()", "losses.append(float(loss.detach())); loss.backward()"
+    )
     execute(code, example, {"losses": losses})
     assert losses == [pytest.approx(example.loss, abs=1e-5)]
 
@@ -122,14 +124,16 @@ def test_trl_script_with_few_changed_lines(example) -> None:
     check_trainer(trainer, example.loss)
 
 
-def test_trl_command(example) -> None:
-    """`sightline hf -- trl sft` from the command to the trained model, in the processes that accelerate starts."""
+@pytest.mark.parametrize("launcher", ["trl sft", "torchrun --nproc-per-node 2 -m trl.scripts.sft"])
+def test_trl_command(launcher, example) -> None:
+    """`sightline hf` from the command to the trained model, in the processes that accelerate or torchrun starts."""
     line = next(line for line in block("Commands of other tools", "console").splitlines() if " trl sft " in line)
-    words = shlex.split(line.removeprefix("$ sightline").replace(MODEL, example.model).replace(DATA, example.data))
-    settings = ["--max_steps", "1", "--logging_steps", "1", "--bf16", "false", "--report_to", "none", "--use_cpu"]
+    line = line.removeprefix("$ sightline").replace("trl sft", launcher)
+    settings = "--max_steps 1 --logging_steps 1 --bf16 false --report_to none --use_cpu --max_length 64"
+    words = shlex.split(f"{line} {settings}".replace(MODEL, example.model).replace(DATA, example.data))
     paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "sightline", *words, *settings]
+    words = [sys.executable, "-m", "sightline", *words]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     loss = float(re.findall(r"'loss': '?([0-9.]+)", done.stdout)[0])
