@@ -20,7 +20,7 @@ examples:
   sightline hf -- accelerate launch --num_processes 2 train.py
 
 Standard input and output, signals and the exit code are those of COMMAND; an unknown COMMAND ends with exit code 2.
-A Python that ignores PYTHONPATH (python -I, python -E) does not register the name, and transformers refuses it."""
+A Python that is started with -I, -E or -S does not know the name, and transformers refuses it there."""
 
 
 def main(argv: list[str]) -> None:

@@ -13,7 +13,8 @@ from sightline.cli import main as cli
 
 REGISTERED = """
 import os, sys
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
+from transformers import Trainer  # imports the models in the middle of its own import
+from transformers import AttentionInterface, AttentionMaskInterface
 names = "sightline" in AttentionInterface().valid_keys(), "sightline" in AttentionMaskInterface().valid_keys()
 print("rank", os.environ.get("RANK"), *names, flush=True)
 """
