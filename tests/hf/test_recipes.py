@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import sightline.hf
-from tests.support.hf import SIZES, build_tokenizer, random_documents, sum_of_losses
+from tests.support.hf import SIZES, build_gpt_oss, build_llama, build_tokenizer, random_documents, sum_of_losses
 
 PAGE = (Path(__file__).parents[2] / "docs" / "huggingface.md").read_text()
 MODEL, DATA = "Qwen/Qwen3-0.6B", "roneneldan/TinyStories"
@@ -79,6 +79,50 @@ def check_trainer(trainer: Any, expected: float) -> None:
     assert trainer.model.config._attn_implementation == "sightline"
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(expected, abs=1e-4)
+
+
+TOKENS = torch.arange(3, 15)[None]
+POSITIONS, IDS = torch.tensor([[*range(5), *range(7)]]), torch.tensor([[0] * 5 + [1] * 7], dtype=torch.int32)
+STARTS = torch.tensor([0, 5, 12], dtype=torch.int32)
+STATEMENTS: list[dict[str, Any]] = [
+    {"cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS, "max_length_q": 7, "max_length_k": 7},
+    {"seq_idx": IDS},
+    {"document_ids": IDS},
+    {"document_lengths": [[5, 7]]},
+]
+CALLS: list[list[dict[str, Any]]] = [
+    [{"position_ids": POSITIONS}],
+    [{"position_ids": POSITIONS, "use_cache": False}],
+    [{"position_ids": POSITIONS, "attention_mask": torch.ones_like(TOKENS)}],
+    STATEMENTS,
+    [{"attention_mask": IDS + 1}],
+]
+"""Arguments of each row of the page's table of calls, for a row of documents of 5 and 7 tokens."""
+
+
+def set_attention(model: PreTrainedModel, column: str) -> PreTrainedModel:
+    if column == "sightline, enabled":
+        return sightline.hf.enable(model)
+    model.set_attn_implementation(column)
+    return model
+
+
+@pytest.mark.parametrize(("family", "build"), [("Llama", build_llama), ("gpt-oss", build_gpt_oss)])
+def test_table_of_calls(family, build) -> None:
+    """Each cell holds what the call does, compared with each document alone."""
+    table = PAGE.split("| arguments |")[1].split("\n\n")[0].splitlines()
+    heads, *cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table if "---" not in line]
+    assert len(cells) == len(CALLS)
+    with torch.no_grad():
+        alone = [build().eval()(part, use_cache=False).logits for part in TOKENS.split([5, 7], dim=1)]
+        for index, column in enumerate(("eager", "sightline", "sightline, enabled")):
+            assert heads[index].startswith(column)
+            for (_, *texts), calls in zip(cells, CALLS, strict=True):
+                for call in calls:
+                    logits = set_attention(build().eval(), column)(TOKENS, **call).logits
+                    verdict = "right" if torch.allclose(logits, torch.cat(alone, dim=1), atol=1e-5) else "leaks"
+                    text = texts[index]
+                    assert f"{verdict} in {family}" in text if "," in text else text.split(":")[0] == verdict
 
 
 @pytest.fixture(autouse=True)
