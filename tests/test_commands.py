@@ -13,7 +13,7 @@ import torch
 import tyro
 from torch.distributed.run import get_args_parser
 
-from sightline.cli import convert, generate, masks, plan, train
+from sightline.cli import convert, generate, leaks, masks, plan, train
 from sightline.cli.expression import evaluate
 from sightline.config import Run
 from sightline.parallel.checks import check_run
@@ -67,6 +67,8 @@ def check_sightline(words: list[str], world: int = 1) -> None:
                 evaluate(options.what)
         case "generate":
             tyro.cli(generate.Generate, args=rest)
+        case "leaks":
+            tyro.cli(leaks.Leaks, args=rest)
         case "convert":
             tyro.cli(convert.Convert, args=rest)
         case "hf":

@@ -8,9 +8,10 @@ except ImportError as error:
 from sightline.hf.attention import attention
 from sightline.hf.collator import PackedCollator
 from sightline.hf.enable import NAME, disable, enable, is_enabled
+from sightline.hf.leaks import leaks
 from sightline.hf.masks import make_mask
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, make_mask)
 
-__all__ = ["NAME", "PackedCollator", "disable", "enable", "is_enabled"]
+__all__ = ["NAME", "PackedCollator", "disable", "enable", "is_enabled", "leaks"]

@@ -7,7 +7,7 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 from torch import nn
 
-from sightline.hf.loading import enable_loaded
+from sightline.hf.on_load import enable_loaded
 
 
 class SightlinePlugin(BasePlugin):

@@ -27,6 +27,7 @@ from sightline.hf.documents import (
     set_current,
 )
 from sightline.hf.layer_masks import lower_before_forward
+from sightline.hf.recurrence import disable_recurrence, enable_recurrence, needs_positions, unsupported_recurrence
 from sightline.masks import AttentionMask
 from sightline.torch_private import disable_compiler
 
@@ -89,6 +90,7 @@ def enable(model: Model, check: bool = True) -> Model:
 
 def disable(model: Model) -> Model:
     """Revert `enable` and return the model. A model that is not enabled stays as it is."""
+    disable_recurrence(model)
     for module in model.modules():
         record = vars(module).pop(RECORD, None)
         for name in (*ATTRIBUTES, _TOKENS):
@@ -125,13 +127,15 @@ def _check_class(model: PreTrainedModel) -> None:
             f"{name} computes its attention itself and takes no attn_implementation: sightline cannot reach it; do not "
             "pack rows for this model"
         )
+    if reason := unsupported_recurrence(model):
+        raise ValueError(f"{name}: {reason}")
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"{name} is an encoder-decoder: its cross-attention does not know documents; do not pack rows for this "
             "model"
         )
-    if "position_ids" not in inspect.signature(cls.forward).parameters:
+    if "position_ids" not in inspect.signature(cls.forward).parameters and needs_positions(model):
         raise ValueError(
             f"{name} takes no position_ids: positions would run on from document to document; do not pack rows for "
             "this model"
@@ -149,6 +153,7 @@ def _enable_one(model: PreTrainedModel) -> None:
     for module in model.modules():  # the decoder may be called by itself; get_decoder() is the model itself in Llama 4
         if module is model or (isinstance(module, PreTrainedModel) and type(module.config) is type(text)):
             _hook(module, record)
+    enable_recurrence(model)
 
 
 def _implementations(model: PreTrainedModel) -> dict[str, str]:
@@ -228,12 +233,19 @@ def _find(args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) 
     if mask is not None and mask.dim() == 4 and not given:
         return one_document_per_row(shape, "attention_mask")
     cache = kwargs.get("past_key_values", kwargs.get("cache"))
-    if cache is not None and hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) > 0:
+    if cache is not None and hasattr(cache, "get_seq_length") and _holds_tokens(cache):
         _check_cache(cache, given)
         return None
     sources = {name: kwargs.get(name) for name in GIVEN}
     found = find_documents(shape, attention_mask=mask, **sources, **given)
     return one_document_per_row(shape, "the default positions") if found is None else found
+
+
+def _holds_tokens(cache: Any) -> bool:
+    try:
+        return int(cache.get_seq_length()) > 0
+    except ValueError:  # only recurrent layers, which count no tokens
+        return bool(cache.has_previous_state())
 
 
 def _check_cache(cache: Any, given: dict[str, Any]) -> None:

@@ -1,37 +1,36 @@
-"""Enable the models that other programs load, whose code cannot call `enable` itself."""
+"""Load a model of transformers for a command."""
 
 from __future__ import annotations
 
-import functools
-import os
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
-
-from sightline.hf.enable import NAME, enable
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
-def enable_loaded(model: nn.Module) -> None:
-    """Enable a model, and check it where its weights are.
+def load_model(source: str, attention: str | None = None) -> PreTrainedModel:
+    """Return the model of a directory, or of a name on the Hub, as the class that its config names.
 
-    FSDP can load them on rank 0 only, and ZeRO-3 keeps a part of them on each rank.
+    attention  attention implementation; None: the choice of transformers
+
+    Raises:
+        ValueError: if it cannot be loaded, or not with this attention; the message gives the reason.
     """
-    first_rank = os.environ.get("RANK", "0") == "0"
-    has_weights = not any(weight.is_meta or not weight.numel() for weight in model.parameters())
-    enable(model, check=first_rank and has_weights)
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot load {source}: expected a directory that save_pretrained of transformers wrote, or the name of a "
+            f"model on the Hub, which is in the cache or can be downloaded; {_line(error)}"
+        ) from error
+    architecture = (config.architectures or [""])[0]
+    model_class = getattr(transformers, architecture, AutoModelForCausalLM)
+    try:
+        return model_class.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"cannot load {source}: {_line(error)}") from error
 
 
-def enable_on_load() -> None:
-    """Let `from_pretrained` enable every model that it loads with attn_implementation="sightline"."""
-    load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
-
-    @functools.wraps(load)
-    def load_and_enable(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> Any:
-        loaded = load(cls, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True returns both
-        if model.config.get_text_config(decoder=True)._attn_implementation == NAME:
-            enable_loaded(model)
-        return loaded
-
-    PreTrainedModel.from_pretrained = classmethod(load_and_enable)  # type: ignore[assignment]
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

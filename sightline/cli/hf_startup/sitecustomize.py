@@ -46,7 +46,7 @@ def register() -> None:
         remedy = "install it there, pip install 'sightline[hf]', or start this process without `sightline hf`"
         warnings.warn(f"`sightline hf` started {sys.executable}, which does not find sightline; {remedy}")
         return
-    importlib.import_module("sightline.hf.loading").enable_on_load()
+    importlib.import_module("sightline.hf.on_load").enable_on_load()
 
 
 def run_hidden_sitecustomize() -> None:

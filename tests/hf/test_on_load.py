@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import sightline.hf
-from sightline.hf import loading
+from sightline.hf import on_load
 
 CONFIG = LlamaConfig(
     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
@@ -31,17 +31,17 @@ def checks(monkeypatch) -> list[bool]:
         values.append(check)
         sightline.hf.enable(model, check=False)
 
-    monkeypatch.setattr(loading, "enable", record)
+    monkeypatch.setattr(on_load, "enable", record)
     return values
 
 
 @pytest.fixture
-def on_load(monkeypatch) -> None:
+def patched(monkeypatch) -> None:
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", PreTrainedModel.__dict__["from_pretrained"])
-    loading.enable_on_load()
+    on_load.enable_on_load()
 
 
-def test_a_model_loaded_by_the_name_is_enabled(directory, on_load) -> None:
+def test_a_model_loaded_by_the_name_is_enabled(directory, patched) -> None:
     model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sightline")
     assert sightline.hf.is_enabled(model)
     tokens = torch.arange(8)[None]
@@ -49,13 +49,13 @@ def test_a_model_loaded_by_the_name_is_enabled(directory, on_load) -> None:
     assert torch.allclose(split[:, 5:], model(tokens[:, 5:]).logits, atol=1e-6)
 
 
-def test_loading_info_is_returned_as_it_was(directory, on_load) -> None:
+def test_loading_info_is_returned_as_it_was(directory, patched) -> None:
     load = AutoModelForCausalLM.from_pretrained
     model, info = load(directory, attn_implementation="sightline", output_loading_info=True)
     assert sightline.hf.is_enabled(model) and not info["missing_keys"]
 
 
-def test_a_model_loaded_by_another_name_stays_as_it_is(directory, on_load) -> None:
+def test_a_model_loaded_by_another_name_stays_as_it_is(directory, patched) -> None:
     model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa")
     assert not sightline.hf.is_enabled(model) and model.config._attn_implementation == "sdpa"
 
@@ -64,7 +64,7 @@ def test_a_model_loaded_by_another_name_stays_as_it_is(directory, on_load) -> No
 def test_the_check_runs_where_the_weights_are(rank, device, checked, checks, monkeypatch) -> None:
     monkeypatch.setenv("RANK", rank)
     with torch.device(device):
-        loading.enable_loaded(AutoModelForCausalLM.from_config(CONFIG))
+        on_load.enable_loaded(AutoModelForCausalLM.from_config(CONFIG))
     assert checks == [checked]
 
 
