@@ -43,6 +43,16 @@ def transformers_model(model: nn.Module) -> PreTrainedModel:
     return found
 
 
+def implementations(model: PreTrainedModel) -> dict[str, str]:
+    """Return the attention implementations of a model and its parts, as `set_attn_implementation` takes them."""
+    config = model.config
+    names = {name: getattr(config, name, None) for name in config.sub_configs}
+    return {
+        "": config._attn_implementation,
+        **{name: sub._attn_implementation for name, sub in names.items() if sub is not None},
+    }
+
+
 def name_of(model: PreTrainedModel) -> str:
     """Return the name of a model's class, without the prefix of FSDP2."""
     return type(model).__name__.removeprefix("FSDP")

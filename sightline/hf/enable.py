@@ -18,13 +18,16 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from sightline.hf.attention import ATTRIBUTES, IS_ENABLED
+from sightline.hf.calls import implementations
+from sightline.hf.check import check_packed
 from sightline.hf.documents import (
     Documents,
     current,
+    enter_forward,
     find_documents,
+    inherited,
+    leave_forward,
     one_document_per_row,
-    reset_current,
-    set_current,
 )
 from sightline.hf.layer_masks import lower_before_forward
 from sightline.hf.recurrence import disable_recurrence, enable_recurrence, needs_positions, unsupported_recurrence
@@ -39,7 +42,6 @@ ADDED = ("document_lengths", "document_ids", "prefix_ids", "attention_masks")
 GIVEN = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "position_ids")
 """Keyword arguments of transformers that may state documents."""
 RECORD = "_sightline_record"
-_TOKENS = "_sightline_tokens"
 _PACKED = "_sightline_packed"
 """Attribute of a cache that holds keys of several documents in a row."""
 
@@ -85,6 +87,12 @@ def enable(model: Model, check: bool = True) -> Model:
         _enable_one(root)
     if model not in roots:
         _hook(model, _record(model))
+    if check:
+        try:
+            check_packed(model)
+        except ValueError:
+            disable(model)
+            raise
     return model
 
 
@@ -93,7 +101,7 @@ def disable(model: Model) -> Model:
     disable_recurrence(model)
     for module in model.modules():
         record = vars(module).pop(RECORD, None)
-        for name in (*ATTRIBUTES, _TOKENS):
+        for name in ATTRIBUTES:
             vars(module).pop(name, None)
         if record is None:
             continue
@@ -144,7 +152,7 @@ def _check_class(model: PreTrainedModel) -> None:
 
 def _enable_one(model: PreTrainedModel) -> None:
     record = _record(model)
-    record.implementations = _implementations(model)
+    record.implementations = implementations(model)
     model.set_attn_implementation(_requested(model))
     for module in model.modules():
         if hasattr(module, "config") and hasattr(module, "layer_idx"):
@@ -154,15 +162,6 @@ def _enable_one(model: PreTrainedModel) -> None:
         if module is model or (isinstance(module, PreTrainedModel) and type(module.config) is type(text)):
             _hook(module, record)
     enable_recurrence(model)
-
-
-def _implementations(model: PreTrainedModel) -> dict[str, str]:
-    config = model.config
-    names = {name: getattr(config, name, None) for name in config.sub_configs}
-    return {
-        "": config._attn_implementation,
-        **{name: sub._attn_implementation for name, sub in names.items() if sub is not None},
-    }
 
 
 def _requested(model: PreTrainedModel) -> dict[str, str]:
@@ -199,24 +198,22 @@ def _set_documents(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool
 ) -> tuple[Any, dict[str, Any]]:
     given = {name: kwargs.pop(name) for name in ADDED if name in kwargs}
-    outer = current()
+    outer = inherited(module)
     # Documents from outside were found by the hook of the model that calls this one.
     documents = outer if outer is not None and not given else _find(args, kwargs, given)
     if compiled and documents is not outer:
         lower_before_forward(module, documents)
-    vars(module).setdefault(_TOKENS, []).append(set_current(documents))
+    enter_forward(module, documents)
     return args, kwargs
 
 
 @disable_compiler
 def _after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if not (tokens := vars(module).get(_TOKENS)):
-        return  # the hook before the forward has raised
     documents = current()
     cache = getattr(output, "past_key_values", None) or getattr(output, "cache", None)
     if documents is not None and documents.packed and cache is not None:
         vars(cache)[_PACKED] = True
-    reset_current(tokens.pop())
+    leave_forward(module)
 
 
 def _find(args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Documents | None:
@@ -233,9 +230,11 @@ def _find(args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) 
     if mask is not None and mask.dim() == 4 and not given:
         return one_document_per_row(shape, "attention_mask")
     cache = kwargs.get("past_key_values", kwargs.get("cache"))
-    if cache is not None and hasattr(cache, "get_seq_length") and _holds_tokens(cache):
-        _check_cache(cache, given)
-        return None
+    if cache is not None and hasattr(cache, "get_seq_length"):
+        _refuse_packed_cache(cache)
+        if _holds_tokens(cache):
+            _refuse_given(given)
+            return None
     sources = {name: kwargs.get(name) for name in GIVEN}
     found = find_documents(shape, attention_mask=mask, **sources, **given)
     return one_document_per_row(shape, "the default positions") if found is None else found
@@ -248,12 +247,15 @@ def _holds_tokens(cache: Any) -> bool:
         return bool(cache.has_previous_state())
 
 
-def _check_cache(cache: Any, given: dict[str, Any]) -> None:
+def _refuse_packed_cache(cache: Any) -> None:
     if getattr(cache, _PACKED, False):
         raise ValueError(
-            "the cache holds keys of several documents in a row: packed rows cannot continue a cache; run each "
-            "document in a row of its own"
+            "the cache holds several documents of a row: packed rows cannot continue a cache; run each document in a "
+            "row of its own"
         )
+
+
+def _refuse_given(given: dict[str, Any]) -> None:
     if given:
         raise ValueError(
             f"{', '.join(given)} cannot be given together with a cache that holds tokens: packed rows cannot continue "

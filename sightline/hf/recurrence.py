@@ -185,7 +185,8 @@ def _documents_without_argument(layer: nn.Module, kwargs: dict[str, Any]) -> Doc
             "gradient checkpointing for this model, or do not pack rows"
         )
     documents = _documents_for(layer, kwargs.get("attention_mask"))
-    vars(layer)[_WAS_PACKED] = was_packed or documents is not None
+    # Layers are recomputed in training mode only; the check of `enable` runs in evaluation mode.
+    vars(layer)[_WAS_PACKED] = was_packed or (layer.training and documents is not None)
     return documents
 
 

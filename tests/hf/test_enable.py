@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -134,7 +135,7 @@ def test_packed_rows_continue_no_cache() -> None:
     name = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
     for arguments in ({}, {name: DynamicCache()}):
         packed = model(**rows, **arguments)[name]
-        with pytest.raises(ValueError, match="the cache holds keys of several documents"):
+        with pytest.raises(ValueError, match="the cache holds several documents"):
             model(input_ids=one, **{name: packed})
     cache = model(input_ids=rows["input_ids"])[name]
     with pytest.raises(ValueError, match="document_ids cannot be given together with a cache"):
@@ -193,6 +194,36 @@ def test_documents_do_not_outlive_a_forward_that_fails() -> None:
         model(input_ids=rows["input_ids"] + 10**6, position_ids=rows["position_ids"])
     assert sightline.hf.documents.current() is None
     model(**rows)
+
+
+def test_an_interrupted_forward_leaves_no_documents_to_the_next() -> None:
+    model = sightline.hf.enable(tiny_model("llama"))
+    rows = packed_rows(LAYOUT)
+    expected = model(input_ids=rows["input_ids"]).logits
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**rows)
+    hook.remove()
+    assert torch.equal(model(input_ids=rows["input_ids"]).logits, expected)
+
+
+def test_two_models_and_two_threads() -> None:
+    """A teacher that is called inside of a student's forward has documents of its own; so does each thread."""
+    student, teacher = (sightline.hf.enable(tiny_model("llama")) for _ in range(2))
+    rows, other = packed_rows(LAYOUT), packed_rows(OTHER)
+    expected = student(**rows).logits, teacher(**other).logits
+    nested: list[Tensor] = []
+    hook = student.model.layers[1].register_forward_hook(lambda *_: nested.append(teacher(**other).logits) and None)
+    assert torch.equal(student(**rows).logits, expected[0]) and torch.equal(nested[0], expected[1])
+    hook.remove()
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(lambda batch: student(**batch).logits, batch) for batch in (rows, other) * 8]
+    for call, logits in zip(calls, expected * 8, strict=True):
+        assert torch.equal(call.result(), logits)
 
 
 def test_nothing_is_left_in_a_saved_model(tmp_path) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import sightline.hf as hf
 from sightline.hf.calls import CALLS, random_call, special_ids
-from sightline.hf.check import check
+from sightline.hf.check import check_packed
 from sightline.hf.documents import Documents
 from sightline.hf.leaks import ModelReport
 from sightline.masks import causal, document, shared_prefix
@@ -42,7 +42,7 @@ def test_enabled_models_do_not_leak(family: str) -> None:
     assert verdicts(report) == dict.fromkeys([name for name in CALLS if "mrope" not in name], "no leak"), str(report)
     assert all(one.report.gradient == 0 and one.report.change < 1e-5 for one in report.calls)
     assert (report.leaks, report.layer, report.enabled, report.attention) == (False, None, True, "sightline")
-    check(model)
+    check_packed(model)
     assert not model.training and hf.is_enabled(model)
 
 
@@ -68,7 +68,7 @@ def test_builder_without_positions() -> None:
     with pytest.raises(
         ValueError, match=r"GptOss.*second document.*first, from model.layers.0.self_attn \(attention\)"
     ):
-        check(small("gpt_oss", "eager"))
+        check_packed(small("gpt_oss", "eager"))
 
 
 def test_layers_without_positions() -> None:
@@ -108,18 +108,18 @@ def test_convolution_over_a_boundary() -> None:
     report = hf.leaks(model, calls=["document_ids"])
     assert report.leaks and report.layer == "model.layers.2.mlp"
     with pytest.raises(ValueError, match=r"from model\.layers\.2\.mlp \(convolution\) on"):
-        check(model)
+        check_packed(model)
 
 
 def test_chunks_counted_from_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents are isolated, but wrong: the check compares with each document alone, too."""
     model = hf.enable(tiny_model("llama4_text", attention_chunk_size=4), check=False)
-    check(model)
+    check_packed(model)
     in_the_row = property(lambda self: torch.arange(self.ids.shape[1]).expand(self.ids.shape))
     monkeypatch.setattr(Documents, "index_in_document", in_the_row)
     assert not hf.leaks(model, calls=["position_ids"]).leaks
     with pytest.raises(ValueError, match="a document of a packed row differs from the same document alone by"):
-        check(model)
+        check_packed(model)
 
 
 def test_ignored_sinks_are_no_leak_but_differ_from_eager(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_ignored_sinks_are_no_leak_but_differ_from_eager(monkeypatch: pytest.Mon
 def test_models_whose_positions_do_not_start_at_0_are_refused_by_the_check() -> None:
     model = hf.enable(tiny_model("roberta"), check=False)
     with pytest.raises(ValueError, match=r"RobertaForCausalLM.*alone by .* positions of this model do not start at 0"):
-        check(model)
+        check_packed(model)
 
 
 def test_positions_of_mrope() -> None:
@@ -190,11 +190,11 @@ def test_training_with_dropout_and_recomputation() -> None:
     model = hf.enable(tiny_model("llama"), check=False).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert not hf.leaks(model).leaks and model.training
-    check(model)
+    check_packed(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(ValueError, match=r"test the module in eval\(\), or with use_reentrant=False"):
         hf.leaks(model)
-    check(model)
+    check_packed(model)
     assert model.training and model.model.layers[0].training and all(p.grad is None for p in model.parameters())
 
 
@@ -204,12 +204,12 @@ def test_wrapped_models() -> None:
     assert hf.leaks(lora, calls=["ones_mask"]).layer.endswith("model.layers.0.self_attn")
     report = hf.leaks(hf.enable(lora, check=False))
     assert not report.leaks and report.model == "Qwen3ForCausalLM" and report.enabled
-    check(lora)
+    check_packed(lora)
     compiled = torch.compile(hf.enable(tiny_model("llama"), check=False), backend="eager")
     compiled(**packed_rows(LAYOUT))
     report = hf.leaks(compiled, calls=["no_cache", "document_ids"])
     assert not report.leaks and all(one.report.gradient == 0 for one in report.calls), str(report)
-    check(compiled)
+    check_packed(compiled)
 
 
 def test_special_tokens_are_neither_drawn_nor_changed() -> None:
@@ -237,4 +237,4 @@ def test_errors_of_a_model_are_listed_with_their_type() -> None:
     report = hf.leaks(model, calls=["no_cache"])
     assert report.calls[0].refused == "KeyError('missing')" and not report.leaks
     with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot run a packed row: KeyError\('missing'\)"):
-        check(model)
+        check_packed(model)
