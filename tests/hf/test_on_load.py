@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
 import sightline.hf
 from sightline.hf import on_load
@@ -66,6 +66,12 @@ def test_the_check_runs_where_the_weights_are(rank, device, checked, checks, mon
     with torch.device(device):
         on_load.enable_loaded(AutoModelForCausalLM.from_config(CONFIG))
     assert checks == [checked]
+
+
+def test_a_reward_model_is_enabled(directory, patched) -> None:
+    load = AutoModelForSequenceClassification.from_pretrained
+    model = load(directory, attn_implementation="sightline", num_labels=1)
+    assert sightline.hf.is_enabled(model)
 
 
 def test_axolotl_plugin(monkeypatch) -> None:
