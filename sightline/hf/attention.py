@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sightline.attention import Lowered, attend
-from sightline.hf.documents import current
 from sightline.hf.masks import LOWERED_BEFORE, SOURCES, PendingMask
 from sightline.hf.rules import All, Causal, Dense, Full, Reading, Rule, Window
+from sightline.hf.running import current
 from sightline.precision import autocast_dtype
 
 RECURRENT = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid", "hybrid_sliding"}

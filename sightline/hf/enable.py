@@ -20,17 +20,11 @@ from transformers import PreTrainedModel
 from sightline.hf.attention import ATTRIBUTES, IS_ENABLED
 from sightline.hf.calls import implementations
 from sightline.hf.check import check_packed
-from sightline.hf.documents import (
-    Documents,
-    current,
-    enter_forward,
-    find_documents,
-    inherited,
-    leave_forward,
-    one_document_per_row,
-)
+from sightline.hf.documents import Documents, find_documents, one_document_per_row
+from sightline.hf.fused_loss import disable_fused_loss, enable_fused_loss
 from sightline.hf.layer_masks import lower_before_forward
 from sightline.hf.recurrence import disable_recurrence, enable_recurrence, needs_positions, unsupported_recurrence
+from sightline.hf.running import current, enter_forward, inherited, leave_forward
 from sightline.masks import AttentionMask
 from sightline.torch_private import disable_compiler
 
@@ -58,7 +52,7 @@ class Record:
     handles: list[RemovableHandle] = field(default_factory=list)
 
 
-def enable(model: Model, check: bool = True) -> Model:
+def enable(model: Model, check: bool = True, *, fused_loss: bool = False) -> Model:
     """Let a model of transformers attend within documents only, and return it.
 
     The model may be wrapped by PEFT, DDP, FSDP2 or torch.compile, and loaded with any attention implementation. From
@@ -70,7 +64,9 @@ def enable(model: Model, check: bool = True) -> Model:
                       shared prefixes, with `position_ids` that continue from document to document
     attention_masks   an AttentionMask, or {layer type: AttentionMask} if the model has several, in place of all rules
 
-    check  run the model on 16 tokens and compare with each document alone
+    check       run the model on 16 tokens and compare with each document alone
+    fused_loss  compute the output head and the loss in chunks of tokens: the logits of all tokens exist only where
+                something else needs them
 
     Raises:
         ValueError: if packed rows cannot be right in this model; the message says why and what to do.
@@ -85,6 +81,8 @@ def enable(model: Model, check: bool = True) -> Model:
         _check_class(root)
     for root in roots:
         _enable_one(root)
+        if fused_loss:
+            enable_fused_loss(root)
     if model not in roots:
         _hook(model, _record(model))
     if check:
@@ -99,6 +97,8 @@ def enable(model: Model, check: bool = True) -> Model:
 def disable(model: Model) -> Model:
     """Revert `enable` and return the model. A model that is not enabled stays as it is."""
     disable_recurrence(model)
+    for root in _models(model):
+        disable_fused_loss(root)
     for module in model.modules():
         record = vars(module).pop(RECORD, None)
         for name in ATTRIBUTES:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from sightline.attention import Lowered, lower
-from sightline.hf.documents import Documents, current, find_documents
+from sightline.hf.documents import Documents, find_documents
 from sightline.hf.rules import Causal, Dense, Reading, Rule, Tokens, layer_type, read_rule
+from sightline.hf.running import current
 from sightline.masks import AttentionMask, document
 
 SOURCES = (

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sightline.attention import LocalExchanges
-from sightline.hf.documents import Documents, current
+from sightline.hf.documents import Documents
 from sightline.hf.rows import rows_of, take
+from sightline.hf.running import current
 from sightline.torch_private import disable_compiler
 
 STATE_NAMES = {

@@ -192,7 +192,7 @@ def test_documents_do_not_outlive_a_forward_that_fails() -> None:
         model(**rows, document_ids=document_ids((3,)))
     with pytest.raises(Exception, match="index"):
         model(input_ids=rows["input_ids"] + 10**6, position_ids=rows["position_ids"])
-    assert sightline.hf.documents.current() is None
+    assert sightline.hf.running.current() is None
     model(**rows)
 
 
