@@ -53,15 +53,24 @@ def implementations(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
+def position_start(model: nn.Module) -> int:
+    """Return the position of a document's first token: 0, or 2 in RoBERTa and its kind, which count after padding."""
+    for module in model.modules():
+        if hasattr(module, "create_position_ids_from_input_ids") and isinstance(module.padding_idx, int):
+            return module.padding_idx + 1
+    return 0
+
+
 def name_of(model: PreTrainedModel) -> str:
     """Return the name of a model's class, without the prefix of FSDP2."""
     return type(model).__name__.removeprefix("FSDP")
 
 
-def random_call(config: PreTrainedConfig, name: str, lengths: Sequence[Sequence[int]] | None = None) -> dict[str, Any]:
+def random_call(model: PreTrainedModel, name: str, lengths: Sequence[Sequence[int]] | None = None) -> dict[str, Any]:
     """Return the arguments of a call of CALLS on random rows, and `documents`, int64 [B, S]."""
+    config, start = model.config, position_start(model)
     lengths = lengths or (LENGTHS if name == "two_rows" else LENGTHS[:1])
-    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    positions = torch.stack([torch.cat([torch.arange(start, start + n) for n in row]) for row in lengths])
     documents = torch.stack([torch.repeat_interleave(torch.tensor(row)) for row in lengths])
     allowed = torch.ones(config.get_text_config(decoder=True).vocab_size, dtype=torch.bool)
     allowed[[token for token in special_ids(config) if token < len(allowed)]] = False

@@ -10,7 +10,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sightline.hf.calls import implementations, measure_call, name_of, random_call, to_device, transformers_model
+from sightline.hf.calls import (
+    implementations,
+    measure_call,
+    name_of,
+    random_call,
+    to_device,
+    transformers_model,
+)
 from sightline.masks import document
 from sightline.verify import LeakReport, Untestable
 from sightline.verify.probe import find_tensor, unchanged
@@ -41,21 +48,20 @@ def check_packed(model: nn.Module) -> None:
     if not difference <= bound:
         raise ValueError(
             f"{name_of(inner)}: a document of a packed row differs from the same document alone by {difference:.2g} of "
-            f"the largest output, expected at most {bound:.2g}; if the positions of this model do not start at 0, "
-            "build position_ids that start like its own and pass check=False; otherwise do not pack rows for it"
+            f"the largest output, expected at most {bound:.2g}; do not pack rows for this model"
         )
 
 
 def _measure(model: nn.Module, inner: PreTrainedModel) -> tuple[dict[str, Any], LeakReport]:
     """Return the arguments of the call that the model accepts, and the report of the leakage test with them."""
-    inputs = random_call(inner.config, "position_ids", (LENGTHS,))
+    inputs = random_call(inner, "position_ids", (LENGTHS,))
     ids = inputs.pop("documents")
     try:
         return inputs, measure_call(model, inner, inputs, document(ids), max_trials=1)
     except (Untestable, torch.OutOfMemoryError):
         raise
     except Exception:  # of any model; what it raises with all arguments says more
-        inputs = random_call(inner.config, "cu_seq_lens", (LENGTHS,)) | {"document_ids": ids}
+        inputs = random_call(inner, "cu_seq_lens", (LENGTHS,)) | {"document_ids": ids}
         del inputs["documents"]
     try:
         return inputs, measure_call(model, inner, inputs, document(ids), max_trials=1)

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from sightline.hf.calls import CALLS, measure_call, name_of, random_call, transformers_model
 from sightline.hf.documents import find_documents
-from sightline.hf.enable import ADDED, is_enabled
+from sightline.hf.enable import is_enabled
+from sightline.hf.forward import ADDED
 from sightline.masks import AttentionMask, document
 from sightline.verify import LeakReport, Untestable
 
@@ -127,7 +128,7 @@ def leaks(
     else:
         tested = {}
         for name in _choose_calls(inner, model, calls):
-            inputs = random_call(inner.config, name)
+            inputs = random_call(inner, name)
             tested[name] = (CALLS[name], inputs, document(inputs.pop("documents")))
     reports = [_test(model, inner, name, *call) for name, call in tested.items()]
     attention = inner.config.get_text_config(decoder=True)._attn_implementation

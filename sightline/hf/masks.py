@@ -29,6 +29,11 @@ SOURCES = (
 LOWERED_BEFORE = "lowered before the model runs"
 """Stands for the mask under torch.compile: the attention layers have it already."""
 
+NO_TENSOR = (
+    "this model uses its attention mask as a tensor ({}) outside of the attention function, for example in a sparse "
+    "indexer: sightline cannot do the same; use attn_implementation='sdpa' and do not pack rows"
+)
+
 
 class NoTensor(ValueError, AttributeError):
     """Raised if a model uses the mask as a tensor. An AttributeError, so that `hasattr` is False."""
@@ -56,13 +61,14 @@ class PendingMask:
     _lowered: dict[Any, Lowered] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:
-        raise NoTensor(
-            f"this model uses its attention mask as a tensor ({name}) outside of the attention function, for example "
-            "in a sparse indexer: sightline cannot do the same; use attn_implementation='sdpa' and do not pack rows"
-        )
+        raise NoTensor(NO_TENSOR.format(name))
 
     def __getitem__(self, index: Any) -> Any:
         self.__getattr__("indexing")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NoTensor(NO_TENSOR.format(getattr(function, "__name__", function)))
 
     @property
     def rule(self) -> Rule:
@@ -80,8 +86,8 @@ class PendingMask:
         """
         key = tuple(requirements.values())
         if key not in self._lowered:
-            if self.documents is None:
-                self.documents = self._find_documents(sources, describe)
+            if self.documents is None:  # also if `generate` made the mask, before the forward
+                self.documents = current() or self._find_documents(sources, describe)
             mask, exchange = self._build(describe), None
             if self.documents is not None and self.documents.masks is not None:
                 mask, exchange = self.documents.exchanges.bind(mask, requirements["device"])

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import nn
 
 from sightline.hf.documents import Documents
+from sightline.torch_private import disable_compiler
 
 
 class Running(NamedTuple):
@@ -50,6 +51,7 @@ def enter_forward(model: nn.Module, documents: Documents | None) -> None:
     _RUNNING.set(Running(documents, model, _RUNNING.get()))
 
 
+@disable_compiler
 def leave_forward(model: nn.Module) -> None:
     """Restore the documents from before `enter_forward`; nothing if the model has not entered."""
     running = _RUNNING.get()

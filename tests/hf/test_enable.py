@@ -169,7 +169,13 @@ def test_deep_copy_is_a_model_of_its_own() -> None:
     assert close(other(**arguments).logits, 2 * model(**arguments).logits)
     sightline.hf.disable(other)
     assert sightline.hf.is_enabled(model) and not sightline.hf.is_enabled(other)
-    assert not other._forward_pre_hooks and model._forward_pre_hooks
+    assert "forward" not in vars(other)
+
+
+def test_positional_arguments_are_found() -> None:
+    model = sightline.hf.enable(tiny_model("llama4_text"))
+    rows = packed_rows(LAYOUT)
+    assert torch.equal(model(rows["input_ids"], None, rows["position_ids"]).logits, model(**rows).logits)
 
 
 def test_disable_restores_the_model() -> None:
@@ -235,6 +241,19 @@ def test_nothing_is_left_in_a_saved_model(tmp_path) -> None:
     named = type(model).from_pretrained(tmp_path, attn_implementation="sightline")
     rows = packed_rows(LAYOUT)
     assert close(named(**rows).logits, model(**rows).logits)
+
+
+def test_positions_that_start_after_padding() -> None:
+    """RoBERTa counts positions from its padding index on, as its own forward does without position_ids."""
+    model = tiny_model("roberta")
+    start = model.config.pad_token_id + 1
+    rows = packed_rows(LAYOUT)
+    expected = alone(model, rows, LAYOUT)
+    sightline.hf.enable(model)
+    shifted = rows["position_ids"] + start
+    assert close(model(input_ids=rows["input_ids"], position_ids=shifted).logits, expected)
+    with pytest.raises(ValueError, match=rf"start at {start}.*PackedCollator\(position_start={start}\)"):
+        model(**rows)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -220,6 +221,7 @@ def test_saved_model_has_no_trace(tmp_path: Path) -> None:
 @pytest.mark.parametrize("enabled", ["before", "after"])
 def test_accelerate_converts_outputs(enabled: str) -> None:
     """accelerate wraps the forward in autocast, and converts its outputs to float32."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     plain, fused = copy.deepcopy(_model("gemma2")), copy.deepcopy(_model("gemma2"))
     if enabled == "before":
