@@ -1,6 +1,9 @@
 """Packed attention for the models of transformers: importing this package registers attn_implementation="sightline"."""
 
-from transformers import AttentionInterface, AttentionMaskInterface
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+except ImportError as error:
+    raise ImportError("sightline.hf needs transformers 5: pip install 'sightline[hf]'") from error
 
 from sightline.hf.attention import attention
 from sightline.hf.collator import PackedCollator
