@@ -1,9 +1,13 @@
 """Packed attention for the models of transformers: importing this package registers attn_implementation="sightline"."""
 
-from transformers import AttentionInterface, AttentionMaskInterface
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+except ImportError as error:
+    raise ImportError("sightline.hf needs transformers 5: pip install 'sightline[hf]'") from error
 
 from sightline.hf.attention import attention
 from sightline.hf.collator import PackedCollator
+from sightline.hf.context import context_parallel
 from sightline.hf.enable import NAME, disable, enable, is_enabled
 from sightline.hf.leaks import leaks
 from sightline.hf.masks import make_mask
@@ -11,4 +15,4 @@ from sightline.hf.masks import make_mask
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, make_mask)
 
-__all__ = ["NAME", "PackedCollator", "disable", "enable", "is_enabled", "leaks"]
+__all__ = ["NAME", "PackedCollator", "context_parallel", "disable", "enable", "is_enabled", "leaks"]

@@ -22,6 +22,9 @@ from sightline.masks import AttentionMask, document, prefix_tree
 STATED = ("document_lengths", "document_ids", "attention_mask", "seq_idx", "cu_seq_lens_q")
 """Arguments that state documents, in order of preference; `attention_mask` if it holds document numbers from 1."""
 
+CONTEXT = "context_parallel"
+"""Source of the documents of a rank's tokens, and a keyword argument that marks these tokens."""
+
 
 DISPATCHED = (
     "accelerate cuts the batches of an IterableDataset by rows, cu_seq_lens_q too: pass dispatch_batches=False to it "

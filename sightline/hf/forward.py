@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sightline.hf.documents import Documents, find_documents, one_document_per_row
+from sightline.hf.documents import CONTEXT, Documents, find_documents, one_document_per_row
 from sightline.hf.layer_masks import lower_before_forward
 from sightline.hf.masks import PendingMask
 from sightline.hf.recurrence import CACHES, pass_documents
@@ -84,10 +84,13 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], com
         }
     given = {name: kwargs.pop(name) for name in ADDED if name in kwargs}
     outer = inherited(module)
+    divided = outer is not None and outer.source == CONTEXT
+    _check_context(kwargs.pop(CONTEXT, False), divided, given)
     # The forward that calls this one has found the documents of its tokens.
     documents = outer if outer is not None and not given else documents_of_call(kwargs, given)
     _check_position_start(module, kwargs.get("position_ids"))
-    if compiled and documents is not outer:
+    _check_temperature(module, documents)
+    if compiled and (documents is not outer or divided):
         lower_before_forward(module, documents)
     enter_forward(module, documents)
     return kwargs
@@ -138,12 +141,41 @@ def _holds_tokens(cache: Any) -> bool:
         return bool(cache.has_previous_state())
 
 
+def _check_context(local: bool, divided: bool, given: dict[str, Any]) -> None:
+    """Check that arguments for a part of the tokens and documents of divided rows come together."""
+    if local and not divided:
+        raise ValueError(
+            "these arguments are a part of the tokens of each row: call the model inside of the block, `with "
+            "sightline.hf.context_parallel(model, group, batch) as local: model(**local)`"
+        )
+    if given and divided:
+        raise ValueError(
+            f"{', '.join(given)} cannot be given to a model inside of context_parallel, which has divided the rows: "
+            "state documents in the batch that context_parallel receives"
+        )
+
+
 def _check_position_start(module: nn.Module, position_ids: Tensor | None) -> None:
     start = vars(module)[POSITION_START]
     if start and position_ids is not None and bool((position_ids < start).any()):
         raise ValueError(
             f"the positions of {type(module).__name__} start at {start}, after those of padding, but position_ids "
             f"contain {int(position_ids.min())}; add {start}, as PackedCollator(position_start={start}) does"
+        )
+
+
+def _check_temperature(module: nn.Module, documents: Documents | None) -> None:
+    """Refuse rows in which Llama 4 scales queries by their index in the row, which differs from that in a document."""
+    config: Any = getattr(module, "config", None)
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    scale = getattr(config, "floor_scale", None)
+    if not scale or not getattr(config, "attn_temperature_tuning", None) or documents is None or not documents.packed:
+        return
+    if documents.ids.shape[1] >= scale:
+        raise ValueError(
+            f"{type(module).__name__}: attn_temperature_tuning scales queries by their index in the row, not in their "
+            f"document, from index {scale} on; pack rows of fewer than {scale} tokens, got {documents.ids.shape[1]}, "
+            "or set config.attn_temperature_tuning to False"
         )
 
 

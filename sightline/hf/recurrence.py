@@ -20,7 +20,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sightline.attention import LocalExchanges
 from sightline.hf.documents import Documents
 from sightline.hf.rows import rows_of, take
 from sightline.hf.running import current
@@ -168,7 +167,7 @@ def _documents_for(module: nn.Module, mask: Any) -> Documents | None:
         )
     if not documents.packed:
         return documents if mask is None and bool((documents.ids[:, 0] < 0).any()) else None
-    if documents.source == "attention_masks" or not isinstance(documents.exchanges, LocalExchanges):
+    if documents.masks is not None:
         raise ValueError(
             f"{name} has recurrent layers, which need all tokens of a document in order: attention_masks and context "
             "parallelism are for models without them; pass document_ids, or prefix_ids too for shared prefixes"

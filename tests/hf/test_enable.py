@@ -172,6 +172,14 @@ def test_deep_copy_is_a_model_of_its_own() -> None:
     assert "forward" not in vars(other)
 
 
+def test_queries_that_are_scaled_by_their_index_in_the_row_are_refused() -> None:
+    model = sightline.hf.enable(tiny_model("llama4_text", floor_scale=24, attn_temperature_tuning=True))
+    model(**packed_rows((9, 1, 13)))
+    model(**packed_rows((24,)))
+    with pytest.raises(ValueError, match=r"attn_temperature_tuning scales queries.*fewer than 24 tokens, got 24"):
+        model(**packed_rows(LAYOUT))
+
+
 def test_positional_arguments_are_found() -> None:
     model = sightline.hf.enable(tiny_model("llama4_text"))
     rows = packed_rows(LAYOUT)
