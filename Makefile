@@ -5,7 +5,7 @@ BIN := .venv/bin
 TORCH ?= 2.11.0
 OTHER := .venv-torch-$(TORCH)
 # transformers versions of `make test-hf`: the oldest supported one, and the minor versions up to the newest.
-TRANSFORMERS ?= 5.3.0 5.23.0 5.24.0
+TRANSFORMERS ?= 5.16.1 5.23.0 5.24.0
 # The native CPU kernel; without a C++ compiler, attention uses the tiled backend.
 NATIVE := sightline/native/libsightline.$(if $(filter Darwin,$(shell uname)),dylib,so)
 

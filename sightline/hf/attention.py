@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from sightline.attention import Lowered, attend
+from sightline.hf.documents import Documents
 from sightline.hf.masks import LOWERED_BEFORE, SOURCES, PendingMask
 from sightline.hf.name_alone import refuse_without_enable
 from sightline.hf.rules import All, Causal, Chunk, Dense, Full, Reading, Rule, Window
-from sightline.hf.running import current
+from sightline.hf.running import current, inherited
 from sightline.precision import autocast_dtype
 
 IS_ENABLED = "sightline_enabled"
@@ -88,6 +89,8 @@ def _lower(
         attention_mask = _default_mask(module, query, key, is_causal, kwargs)
     elif isinstance(attention_mask, Tensor):
         attention_mask = _dense_mask(attention_mask, query, key, describe)
+    if not getattr(module, IS_ENABLED, False) or attention_mask.documents is None:  # None: made by `generate`
+        attention_mask.replace_documents(_running_documents(module))
     attention_mask = _match_keys(attention_mask, module, query, key)
     inputs = [x for x in (query, key, value, s_aux) if x is not None]
     requirements: dict[str, Any] = {
@@ -105,6 +108,11 @@ def _lower(
     if not getattr(module, IS_ENABLED, False):
         refuse_without_enable(module, attention_mask.documents)
     return lowered
+
+
+def _running_documents(module: nn.Module) -> Documents | None:
+    """Return the documents of the running forward, but not those that another model's interrupted forward has left."""
+    return current() if getattr(module, IS_ENABLED, False) else inherited(module)
 
 
 def _lowered_before(module: nn.Module, attention_mask: PendingMask | Tensor | str | None) -> Lowered:
@@ -156,7 +164,7 @@ def _default_mask(
             f"{describe}: the layer's mask was removed and replaced by is_causal=True, as accelerate's context "
             "parallelism does: documents, windows and chunks would be lost. Use sightline.hf.context_parallel"
         )
-    documents = current()
+    documents = _running_documents(module)
     if documents is None and getattr(module, IS_ENABLED, False):
         raise ValueError(
             f"{describe}: this layer is called without a mask, outside of the model's forward (gradient checkpointing "

@@ -86,13 +86,18 @@ class PendingMask:
         """
         key = tuple(requirements.values())
         if key not in self._lowered:
-            if self.documents is None:  # also if `generate` made the mask, before the forward
-                self.documents = current() or self._find_documents(sources, describe)
+            if self.documents is None:
+                self.documents = self._find_documents(sources, describe)
             mask, exchange = self._build(describe), None
             if self.documents is not None and self.documents.masks is not None:
                 mask, exchange = self.documents.exchanges.bind(mask, requirements["device"])
             self._lowered[key] = lower(mask, exchange=exchange, **requirements)
         return self._lowered[key]
+
+    def replace_documents(self, documents: Documents | None) -> None:
+        """Take these documents in place of those noted when the mask was made, unless a layer has used the mask."""
+        if not self._lowered:
+            self.documents = documents
 
     @property
     def continues_cache(self) -> bool:

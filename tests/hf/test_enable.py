@@ -225,6 +225,20 @@ def test_an_interrupted_forward_leaves_no_documents_to_the_next() -> None:
     assert torch.equal(model(input_ids=rows["input_ids"]).logits, expected)
 
 
+def test_an_interrupted_forward_leaves_no_documents_to_a_model_with_the_name_alone() -> None:
+    model, other = sightline.hf.enable(tiny_model("llama")), tiny_model("mistral", attn_implementation="sightline")
+    rows = packed_rows((sum(LAYOUT),))
+    expected = other(**rows, use_cache=False).logits
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model.model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**packed_rows(LAYOUT))
+    assert torch.equal(other(**rows, use_cache=False).logits, expected)
+
+
 def test_two_models_and_two_threads() -> None:
     """A teacher that is called inside of a student's forward has documents of its own; so does each thread."""
     student, teacher = (sightline.hf.enable(tiny_model("llama")) for _ in range(2))
