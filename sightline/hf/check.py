@@ -36,6 +36,16 @@ def check_packed(model: nn.Module) -> None:
             Refusals of the model are raised.
     """
     inner = transformers_model(model)
+    try:
+        _check(model, inner)
+    except Untestable:
+        decoder = inner.base_model
+        if decoder is inner or not isinstance(decoder, PreTrainedModel):
+            raise
+        _check(decoder, inner)  # a model with one output for each row, such as a reward model
+
+
+def _check(model: nn.Module, inner: PreTrainedModel) -> None:
     with evaluation(model), unchanged(model):
         inputs, report = _measure(model, inner)
         if report.leaks:

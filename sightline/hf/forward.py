@@ -88,8 +88,9 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], com
     _check_context(kwargs.pop(CONTEXT, False), divided, given)
     # The forward that calls this one has found the documents of its tokens.
     documents = outer if outer is not None and not given else documents_of_call(kwargs, given)
-    _check_position_start(module, kwargs.get("position_ids"))
-    _check_temperature(module, documents)
+    if documents is not None and documents.packed:
+        _check_position_start(module, kwargs.get("position_ids"))
+        _check_temperature(module, documents.ids.shape[1])
     if compiled and (documents is not outer or divided):
         lower_before_forward(module, documents)
     enter_forward(module, documents)
@@ -164,17 +165,15 @@ def _check_position_start(module: nn.Module, position_ids: Tensor | None) -> Non
         )
 
 
-def _check_temperature(module: nn.Module, documents: Documents | None) -> None:
+def _check_temperature(module: nn.Module, length: int) -> None:
     """Refuse rows in which Llama 4 scales queries by their index in the row, which differs from that in a document."""
     config: Any = getattr(module, "config", None)
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     scale = getattr(config, "floor_scale", None)
-    if not scale or not getattr(config, "attn_temperature_tuning", None) or documents is None or not documents.packed:
-        return
-    if documents.ids.shape[1] >= scale:
+    if scale and getattr(config, "attn_temperature_tuning", None) and length >= scale:
         raise ValueError(
             f"{type(module).__name__}: attn_temperature_tuning scales queries by their index in the row, not in their "
-            f"document, from index {scale} on; pack rows of fewer than {scale} tokens, got {documents.ids.shape[1]}, "
+            f"document, from index {scale} on; pack rows of fewer than {scale} tokens, got {length}, "
             "or set config.attn_temperature_tuning to False"
         )
 

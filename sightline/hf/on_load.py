@@ -10,21 +10,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sightline.hf.enable import NAME, enable
-from sightline.verify import Untestable
 
 
 def enable_loaded(model: nn.Module) -> None:
     """Enable a model, and check it where that is possible.
 
-    It is not without weights, which FSDP can load on rank 0 only and of which ZeRO-3 keeps a part on each rank, nor in
-    a model with one output for each row, such as a reward model.
+    It is not without weights, which FSDP can load on rank 0 only and of which ZeRO-3 keeps a part on each rank.
     """
     first_rank = os.environ.get("RANK", "0") == "0"
     has_weights = not any(weight.is_meta or not weight.numel() for weight in model.parameters())
-    try:
-        enable(model, check=first_rank and has_weights)
-    except Untestable:
-        enable(model, check=False)
+    enable(model, check=first_rank and has_weights)
 
 
 def enable_on_load() -> None:
