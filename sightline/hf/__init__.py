@@ -5,14 +5,14 @@ try:
 except ImportError as error:
     raise ImportError("sightline.hf needs transformers 5: pip install 'sightline[hf]'") from error
 
-from sightline.hf.attention import attention
+from sightline.hf.attention import packed_attention
 from sightline.hf.collator import PackedCollator
 from sightline.hf.context import context_parallel
 from sightline.hf.enable import NAME, disable, enable, is_enabled
 from sightline.hf.leaks import leaks
 from sightline.hf.masks import make_mask
 
-AttentionInterface.register(NAME, attention)
+AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, make_mask)
 
 __all__ = ["NAME", "PackedCollator", "context_parallel", "disable", "enable", "is_enabled", "leaks"]

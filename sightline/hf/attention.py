@@ -30,7 +30,7 @@ MASKED = -9999.0
 """Largest value of an additive mask that hides a key; transformers uses the lowest finite number, or -10000."""
 
 
-def attention(
+def packed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
