@@ -4,10 +4,12 @@ BIN := .venv/bin
 # PyTorch version of `make test-torch`.
 TORCH ?= 2.11.0
 OTHER := .venv-torch-$(TORCH)
+# transformers versions of `make test-hf`: the oldest supported one, and the minor versions up to the newest.
+TRANSFORMERS ?= 5.16.1 5.23.0 5.24.0
 # The native CPU kernel; without a C++ compiler, attention uses the tiled backend.
 NATIVE := sightline/native/libsightline.$(if $(filter Darwin,$(shell uname)),dylib,so)
 
-.PHONY: setup train test test-all test-torch check bench clean
+.PHONY: setup train test test-all test-torch test-hf check bench clean
 
 setup: .venv/ready
 	@# a second make, because the installation has built the library since the first one looked
@@ -37,6 +39,17 @@ test-all: setup
 test-torch: $(OTHER)/ready
 	$(OTHER)/bin/python -m pytest -m "not slow"
 
+test-hf: $(TRANSFORMERS:%=test-hf-%)
+
+# Each version and what it requires (not torch) lie in a folder of their own, which comes first on the path.
+test-hf-%: .venv-transformers-%/ready setup
+	PYTHONPATH=$(CURDIR)/.venv-transformers-$* $(BIN)/python -m pytest -m "not slow" tests/hf
+
+.PRECIOUS: .venv-transformers-%/ready
+.venv-transformers-%/ready: | .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(@D) transformers==$*
+	touch $@
+
 $(OTHER)/ready: pyproject.toml constraints.txt
 	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
 	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(OTHER)/constraints.txt
@@ -55,4 +68,4 @@ bench: setup
 	$(BIN)/python -m benchmarks.run
 
 clean:
-	rm -rf .venv .venv-torch-* runs build $(NATIVE) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch-* .venv-transformers-* runs build $(NATIVE) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

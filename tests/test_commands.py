@@ -13,7 +13,7 @@ import torch
 import tyro
 from torch.distributed.run import get_args_parser
 
-from sightline.cli import convert, generate, masks, plan, train
+from sightline.cli import convert, generate, leaks, masks, plan, train
 from sightline.cli.expression import evaluate
 from sightline.config import Run
 from sightline.parallel.checks import check_run
@@ -23,9 +23,11 @@ ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("scripts/**/*.*"), *ROOT.glob("sightline/cli/*.py")]
 LINE = re.compile(r"^[ #$]*((?:sightline|torchrun .*-m sightline|sbatch|make|python -m) .*)$", re.MULTILINE)
 PROSE = re.compile(r"`((?:sightline [^` ]+|torchrun [^`]*-m sightline|make|python -m) [^`\n]+)`")
-SYNOPSIS = re.compile(r"\.\.\.|\[|\$|\.$|\b(RECIPE|DIR|PATH|OUT|OUTPUT|N)\b|package\.module")
+SYNOPSIS = re.compile(r"\.\.\.|\[|\$|\.$|\b(RECIPE|DIR|PATH|OUT|OUTPUT|COMMAND|N)\b|package\.module")
 """A placeholder, an optional part or the end of a sentence: no command to run as it is."""
 GPUS_OF_A_NODE = 8
+TOOLS = ("trl", "accelerate", "torchrun", "axolotl", "llamafactory-cli")
+"""Programs that the documentation runs by `sightline hf`."""
 
 
 def commands() -> list[tuple[str, str]]:
@@ -65,8 +67,12 @@ def check_sightline(words: list[str], world: int = 1) -> None:
                 evaluate(options.what)
         case "generate":
             tyro.cli(generate.Generate, args=rest)
+        case "leaks":
+            tyro.cli(leaks.Leaks, args=rest)
         case "convert":
             tyro.cli(convert.Convert, args=rest)
+        case "hf":
+            assert rest[0] == "--" and rest[1] in TOOLS
         case _:
             raise ValueError(f"no command {command}")
 

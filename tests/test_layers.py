@@ -61,3 +61,29 @@ def test_maximum_length_of_files_and_functions(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or 0) - node.lineno + 1 - len((ast.get_docstring(node) or "").splitlines())
             assert lines <= 50, f"{path}: {node.name} has {lines} lines: split it"
+
+
+def test_nothing_but_commands_can_import_hf() -> None:
+    """`hf` is above all packages but `cli`, and no package evades the contract by importing it by name."""
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    assert contract["layers"][:2] == ["cli", "hf"]
+    above = (ROOT / "sightline" / "cli", ROOT / "sightline" / "hf")
+    below = [path for path in FILES if not any(path.is_relative_to(directory) for directory in above)]
+    assert not [path for path in below if re.search(r"""import_module\(\s*["']sightline\.hf""", path.read_text())]
+
+
+def test_the_library_and_its_commands_import_no_trainer() -> None:
+    """transformers takes seconds to import; only `sightline.hf` and commands for its models need it."""
+    script = (
+        "import sys, sightline; from sightline.cli import main; main.run(['train', '--help']); main.run(['hf']); "
+        "print(*({'transformers', 'trl', 'accelerate', 'peft', 'datasets', 'sightline.hf'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "", done.stdout[-200:] + done.stderr
+
+
+def test_hf_without_transformers_names_the_extra() -> None:
+    script = "import sys; sys.modules['transformers'] = None; import sightline.hf"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    error = done.stderr.splitlines()[-1]
+    assert error == "ImportError: sightline.hf needs transformers 5: pip install 'sightline[hf]'"

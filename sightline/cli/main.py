@@ -27,7 +27,9 @@ COMMANDS = {
     "generate": Command("sightline.cli.generate", "continue a prompt with a trained model"),
     "convert": Command("sightline.cli.convert", "write a trained model as a Hugging Face directory"),
     "masks": Command("sightline.cli.masks", "plot and count what each token may attend to"),
+    "leaks": Command("sightline.cli.leaks", "test whether documents of a packed row depend on each other in a model"),
     "plan": Command("sightline.cli.plan", "estimate memory, communication and pipeline bubble of a run on a mesh"),
+    "hf": Command("sightline.cli.hf", "run TRL or another Hugging Face tool with the attention of Sightline"),
 }
 
 EXAMPLES = """examples:

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from sightline.attention import Lowered, attend
-from sightline.hf.documents import current
+from sightline.hf.documents import Documents
 from sightline.hf.masks import LOWERED_BEFORE, SOURCES, PendingMask
-from sightline.hf.rules import All, Causal, Dense, Full, Reading, Rule, Window
+from sightline.hf.name_alone import refuse_without_enable
+from sightline.hf.rules import All, Causal, Chunk, Dense, Full, Reading, Rule, Window
+from sightline.hf.running import current, inherited
 from sightline.precision import autocast_dtype
-
-RECURRENT = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid", "hybrid_sliding"}
-"""Layer types of transformers' configs whose layers carry a state from token to token."""
 
 IS_ENABLED = "sightline_enabled"
 """Attribute of the attention layers of a model that `enable` has prepared."""
@@ -31,7 +30,7 @@ MASKED = -9999.0
 """Largest value of an additive mask that hides a key; transformers uses the lowest finite number, or -10000."""
 
 
-def attention(
+def packed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -90,6 +89,9 @@ def _lower(
         attention_mask = _default_mask(module, query, key, is_causal, kwargs)
     elif isinstance(attention_mask, Tensor):
         attention_mask = _dense_mask(attention_mask, query, key, describe)
+    if not getattr(module, IS_ENABLED, False) or attention_mask.documents is None:  # None: made by `generate`
+        attention_mask.replace_documents(_running_documents(module))
+    attention_mask = _match_keys(attention_mask, module, query, key)
     inputs = [x for x in (query, key, value, s_aux) if x is not None]
     requirements: dict[str, Any] = {
         "device": query.device,
@@ -103,8 +105,14 @@ def _lower(
     if getattr(module, IS_ENABLED, False):
         vars(module)[NOTE] = Note(attention_mask.rule, requirements)
     lowered = attention_mask.lower({name: kwargs.get(name) for name in SOURCES}, describe, **requirements)
-    _refuse_recurrence(module, attention_mask, describe)
+    if not getattr(module, IS_ENABLED, False):
+        refuse_without_enable(module, attention_mask.documents)
     return lowered
+
+
+def _running_documents(module: nn.Module) -> Documents | None:
+    """Return the documents of the running forward, but not those that another model's interrupted forward has left."""
+    return current() if getattr(module, IS_ENABLED, False) else inherited(module)
 
 
 def _lowered_before(module: nn.Module, attention_mask: PendingMask | Tensor | str | None) -> Lowered:
@@ -156,7 +164,7 @@ def _default_mask(
             f"{describe}: the layer's mask was removed and replaced by is_causal=True, as accelerate's context "
             "parallelism does: documents, windows and chunks would be lost. Use sightline.hf.context_parallel"
         )
-    documents = current()
+    documents = _running_documents(module)
     if documents is None and getattr(module, IS_ENABLED, False):
         raise ValueError(
             f"{describe}: this layer is called without a mask, outside of the model's forward (gradient checkpointing "
@@ -201,16 +209,23 @@ def _dense_mask(given: Tensor, query: Tensor, key: Tensor, describe: str) -> Pen
     return pending
 
 
-def _refuse_recurrence(module: nn.Module, mask: PendingMask, describe: str) -> None:
-    """Refuse packed rows in a model with recurrent layers that was not enabled.
+def _match_keys(mask: PendingMask, module: nn.Module, query: Tensor, key: Tensor) -> PendingMask:
+    """Return the mask of a layer whose keys are not those that the mask builder has counted.
+
+    With a cache, a builder counts the keys of one layer, which may hold none. One query without padding attends to all.
 
     Raises:
-        ValueError: if the model has such layers.
+        ValueError: if the layer has keys of its own.
     """
-    types = set(getattr(getattr(module, "config", None), "layer_types", None) or ())
-    packed = mask.documents is not None and mask.documents.packed
-    if packed and types & RECURRENT and not getattr(module, IS_ENABLED, False):
-        raise ValueError(
-            f"{describe}: this model has layers of type {', '.join(sorted(types & RECURRENT))}, which carry a state "
-            "from one document to the next; call sightline.hf.enable(model), which resets it or refuses"
-        )
+    shape = (query.shape[0], query.shape[2], key.shape[2])
+    if mask.shape == shape:
+        return mask
+    one_query = shape[1] == 1 and mask.shape[:2] == shape[:2]
+    limited = mask.padding is not None or any(isinstance(part, Window | Chunk) for part in mask.rule.parts())
+    if one_query and mask.documents is None and not limited:
+        return PendingMask(mask.reading, shape, shape[2] - 1)
+    raise ValueError(
+        f"{type(module).__name__} attends to {shape[2]} keys for {shape[1]} queries in {shape[0]} rows, but the mask "
+        f"of the model is for (B, Q, T) = {mask.shape}: it compresses, selects or adds keys, whose documents sightline "
+        "does not know; use attn_implementation='eager' or 'sdpa' and do not pack rows for this model"
+    )

@@ -8,7 +8,6 @@ a list of lists of integers, none.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,6 +22,9 @@ from sightline.masks import AttentionMask, document, prefix_tree
 
 STATED = ("document_lengths", "document_ids", "attention_mask", "seq_idx", "cu_seq_lens_q")
 """Arguments that state documents, in order of preference; `attention_mask` if it holds document numbers from 1."""
+
+CONTEXT = "context_parallel"
+"""Source of the documents of a rank's tokens, and a keyword argument that marks these tokens."""
 
 
 DISPATCHED = (
@@ -77,18 +79,6 @@ class Documents:
     def tree(self) -> AttentionMask | None:
         """Mask of each token's document and those that it continues; None if documents continue no others."""
         return None if self.parents is None else prefix_tree(self.ids, self.parents)
-
-
-_CURRENT: ContextVar[Documents | None] = ContextVar("sightline_documents", default=None)
-
-
-def current() -> Documents | None:
-    """Return the documents of the forward that is running, which the hooks of `enable` have found."""
-    return _CURRENT.get()
-
-
-set_current = _CURRENT.set
-reset_current = _CURRENT.reset
 
 
 def find_documents(

@@ -1,64 +1,42 @@
 """enable(): prepare a model of transformers for packed rows, and disable(), which reverts it.
 
-The registered name alone knows what transformers passes to the attention. `enable` adds hooks that see the arguments of
-the whole model, so that documents may be stated, are known to every layer, and survive recomputation.
+The registered name alone knows what transformers passes to the attention. `enable` replaces the forward by one that
+gets the arguments of the whole model, so that documents may be stated, are known to every layer, and survive
+recomputation.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sightline.hf.attention import ATTRIBUTES, IS_ENABLED
-from sightline.hf.documents import (
-    Documents,
-    current,
-    find_documents,
-    one_document_per_row,
-    reset_current,
-    set_current,
+from sightline.hf.calls import implementations, position_start
+from sightline.hf.check import check_packed
+from sightline.hf.forward import replace_forward, restore_forward
+from sightline.hf.fused_loss import disable_fused_loss, enable_fused_loss
+from sightline.hf.padded_batches import restore_batches
+from sightline.hf.recurrence import (
+    PASSES_DOCUMENTS,
+    disable_recurrence,
+    enable_recurrence,
+    needs_positions,
+    unsupported_recurrence,
 )
-from sightline.hf.layer_masks import lower_before_forward
-from sightline.hf.recurrence import disable_recurrence, enable_recurrence, needs_positions, unsupported_recurrence
-from sightline.masks import AttentionMask
-from sightline.torch_private import disable_compiler
 
 NAME = "sightline"
 Model = TypeVar("Model", bound=nn.Module)
 
-ADDED = ("document_lengths", "document_ids", "prefix_ids", "attention_masks")
-"""Keyword arguments that `enable` adds to a model."""
-GIVEN = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "position_ids")
-"""Keyword arguments of transformers that may state documents."""
-RECORD = "_sightline_record"
-_TOKENS = "_sightline_tokens"
-_PACKED = "_sightline_packed"
-"""Attribute of a cache that holds keys of several documents in a row."""
+BEFORE = "_sightline_before"
+"""Attribute of an enabled model: the attention implementations that it had before."""
 
 
-@dataclass
-class Record:
-    """Changes of one model, for `disable`.
-
-    implementations  attention implementation of the model's configs before `enable`: {name of the sub-config: name}
-    handles          its hooks
-    packed           rows of the forwards that run, if `share_prompts` packs its batches
-    """
-
-    implementations: dict[str, str] = field(default_factory=dict)
-    handles: list[RemovableHandle] = field(default_factory=list)
-    packed: list[Any] | None = None
-
-
-def enable(model: Model, check: bool = True) -> Model:
+def enable(model: Model, check: bool = True, *, fused_loss: bool = False) -> Model:
     """Let a model of transformers attend within documents only, and return it.
 
     The model may be wrapped by PEFT, DDP, FSDP2 or torch.compile, and loaded with any attention implementation. From
@@ -70,7 +48,9 @@ def enable(model: Model, check: bool = True) -> Model:
                       shared prefixes, with `position_ids` that continue from document to document
     attention_masks   an AttentionMask, or {layer type: AttentionMask} if the model has several, in place of all rules
 
-    check  run the model on 16 tokens and compare with each document alone
+    check       run the model on 16 tokens and compare with each document alone
+    fused_loss  compute the output head and the loss in chunks of tokens: the logits of all tokens exist only where
+                something else needs them
 
     Raises:
         ValueError: if packed rows cannot be right in this model; the message says why and what to do.
@@ -84,9 +64,15 @@ def enable(model: Model, check: bool = True) -> Model:
     for root in roots:
         _check_class(root)
     for root in roots:
+        if fused_loss:
+            enable_fused_loss(root)
         _enable_one(root)
-    if model not in roots:
-        _hook(model, record_of(model))
+    if check:
+        try:
+            check_packed(model)
+        except ValueError:
+            disable(model)
+            raise
     return model
 
 
@@ -94,22 +80,21 @@ def disable(model: Model) -> Model:
     """Revert `enable` and return the model. A model that is not enabled stays as it is."""
     disable_recurrence(model)
     for module in model.modules():
-        record = vars(module).pop(RECORD, None)
-        for name in (*ATTRIBUTES, _TOKENS):
+        restore_forward(module)
+        restore_batches(module)
+        for name in ATTRIBUTES:
             vars(module).pop(name, None)
-        if record is None:
-            continue
-        for handle in record.handles:
-            handle.remove()
-        if record.implementations:
+        if (before := vars(module).pop(BEFORE, None)) is not None:
             assert isinstance(module, PreTrainedModel)
-            module.set_attn_implementation(record.implementations)
+            module.set_attn_implementation(before)
+    for root in models_in(model):
+        disable_fused_loss(root)
     return model
 
 
 def is_enabled(model: nn.Module) -> bool:
     """Return whether `enable` has prepared a model, or the model that it wraps."""
-    return any(RECORD in vars(module) for module in model.modules())
+    return any(BEFORE in vars(module) for module in model.modules())
 
 
 def models_in(model: nn.Module) -> Iterator[PreTrainedModel]:
@@ -124,7 +109,8 @@ def models_in(model: nn.Module) -> Iterator[PreTrainedModel]:
 def _check_class(model: PreTrainedModel) -> None:
     cls: Any = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))  # FSDP2 derives a class
     name = cls.__name__
-    if not cls._can_set_attn_implementation():
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if not (decoder if isinstance(decoder, PreTrainedModel) else model)._can_set_attn_implementation():
         raise ValueError(
             f"{name} computes its attention itself and takes no attn_implementation: sightline cannot reach it; do not "
             "pack rows for this model"
@@ -145,26 +131,17 @@ def _check_class(model: PreTrainedModel) -> None:
 
 
 def _enable_one(model: PreTrainedModel) -> None:
-    record = record_of(model)
-    record.implementations = _implementations(model)
+    vars(model)[BEFORE] = implementations(model)
     model.set_attn_implementation(_requested(model))
     for module in model.modules():
         if hasattr(module, "config") and hasattr(module, "layer_idx"):
             setattr(module, IS_ENABLED, True)
-    text = model.config.get_text_config(decoder=True)
-    for module in model.modules():  # the decoder may be called by itself; get_decoder() is the model itself in Llama 4
-        if module is model or (isinstance(module, PreTrainedModel) and type(module.config) is type(text)):
-            _hook(module, record)
     enable_recurrence(model)
-
-
-def _implementations(model: PreTrainedModel) -> dict[str, str]:
-    config = model.config
-    names = {name: getattr(config, name, None) for name in config.sub_configs}
-    return {
-        "": config._attn_implementation,
-        **{name: sub._attn_implementation for name, sub in names.items() if sub is not None},
-    }
+    start, text = position_start(model), model.config.get_text_config(decoder=True)
+    for module in model.modules():  # the decoder may be called by itself; get_decoder() is the model itself in Llama 4
+        is_decoder = isinstance(module, PreTrainedModel) and type(module.config) is type(text)
+        if module is model or is_decoder or PASSES_DOCUMENTS in vars(module):
+            replace_forward(module, start)
 
 
 def _requested(model: PreTrainedModel) -> dict[str, str]:
@@ -177,88 +154,16 @@ def _requested(model: PreTrainedModel) -> dict[str, str]:
             continue
         if sub is text or text in [getattr(sub, inner, None) for inner in sub.sub_configs]:
             requested[name] = NAME
+        elif sub._attn_implementation == NAME:
+            requested[name] = _default_implementation(model, sub)
         else:
-            requested[name] = "sdpa" if sub._attn_implementation == NAME else sub._attn_implementation
+            requested[name] = sub._attn_implementation
     return requested
 
 
-def record_of(module: nn.Module) -> Record:
-    """Return the changes of a module, for hooks that others add."""
-    return vars(module).setdefault(RECORD, Record())
-
-
-def _hook(module: nn.Module, record: Record) -> None:
-    """Find the documents before a module runs. The hooks hold no module, so that a deep copy has working ones."""
-    record.handles.append(module.register_forward_pre_hook(_before_forward, with_kwargs=True))
-    record.handles.append(module.register_forward_hook(_after_forward, always_call=True))
-
-
-def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return _set_documents(module, args, kwargs, torch.compiler.is_compiling())
-
-
-@disable_compiler
-def _set_documents(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool
-) -> tuple[Any, dict[str, Any]]:
-    given = {name: kwargs.pop(name) for name in ADDED if name in kwargs}
-    outer = current()
-    # Documents from outside were found by the hook of the model that calls this one.
-    documents = outer if outer is not None and not given else _find(args, kwargs, given)
-    if compiled and documents is not outer:
-        lower_before_forward(module, documents)
-    vars(module).setdefault(_TOKENS, []).append(set_current(documents))
-    return args, kwargs
-
-
-@disable_compiler
-def _after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if not (tokens := vars(module).get(_TOKENS)):
-        return  # the hook before the forward has raised
-    documents = current()
-    cache = getattr(output, "past_key_values", None) or getattr(output, "cache", None)
-    if documents is not None and documents.packed and cache is not None:
-        vars(cache)[_PACKED] = True
-    reset_current(tokens.pop())
-
-
-def _find(args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Documents | None:
-    """Return the documents of a forward with these arguments; None if it continues a cache."""
-    tokens = next((x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None), None)
-    if not isinstance(tokens, Tensor) or tokens.dim() < 2:
-        return None
-    shape = (tokens.shape[0], tokens.shape[1])
-    masks = given.pop("attention_masks", None)
-    mask = kwargs.get("attention_mask")
-    if masks is not None:
-        named = {"full_attention": masks} if isinstance(masks, AttentionMask) else dict(masks)
-        return Documents(torch.zeros(shape, dtype=torch.int32), "attention_masks", masks=named)
-    if mask is not None and mask.dim() == 4 and not given:
-        return one_document_per_row(shape, "attention_mask")
-    cache = kwargs.get("past_key_values", kwargs.get("cache"))
-    if cache is not None and hasattr(cache, "get_seq_length") and _holds_tokens(cache):
-        _check_cache(cache, given)
-        return None
-    sources = {name: kwargs.get(name) for name in GIVEN}
-    found = find_documents(shape, attention_mask=mask, **sources, **given)
-    return one_document_per_row(shape, "the default positions") if found is None else found
-
-
-def _holds_tokens(cache: Any) -> bool:
-    try:
-        return int(cache.get_seq_length()) > 0
-    except ValueError:  # only recurrent layers, which count no tokens
-        return bool(cache.has_previous_state())
-
-
-def _check_cache(cache: Any, given: dict[str, Any]) -> None:
-    if getattr(cache, _PACKED, False):
-        raise ValueError(
-            "the cache holds keys of several documents in a row: packed rows cannot continue a cache; run each "
-            "document in a row of its own"
-        )
-    if given:
-        raise ValueError(
-            f"{', '.join(given)} cannot be given together with a cache that holds tokens: packed rows cannot continue "
-            "a cache; run each document in a row of its own"
-        )
+def _default_implementation(model: PreTrainedModel, config: PreTrainedConfig) -> str:
+    """Return what transformers chooses for the part of a model that has this config: sdpa, or eager."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config is config:
+            return part.get_correct_attn_implementation(None)
+    return "sdpa"

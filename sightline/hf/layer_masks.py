@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from sightline.attention import Lowered, lower
 from sightline.hf.attention import IS_ENABLED, LOWERED, NOTE
+from sightline.hf.check import evaluation
 from sightline.hf.documents import Documents
 from sightline.hf.rules import Rule, Tokens, layer_type
 from sightline.masks import AttentionMask
@@ -40,6 +43,11 @@ def layer_rules(model: nn.Module) -> dict[str, Rule]:
                 "layer type"
             )
     return rules
+
+
+def layer_types(model: nn.Module) -> Mapping[str, int]:
+    """Return the number of attention layers of each layer type of an enabled model."""
+    return Counter(layer_type(vars(layer)[NOTE].rule) for layer in _noted_layers(model))
 
 
 def build_masks(model: nn.Module, documents: Documents) -> dict[str, AttentionMask]:
@@ -81,13 +89,7 @@ def _noted_layers(model: nn.Module) -> list[nn.Module]:
     return [layer for layer in layers if NOTE in vars(layer)]
 
 
-@torch.no_grad()
 def _run_once(model: nn.Module) -> None:
     device = next(model.parameters()).device
-    tokens = torch.arange(PROBE_LENGTH, device=device)[None]
-    training = model.training
-    model.eval()
-    try:
-        model(input_ids=tokens, use_cache=False)
-    finally:
-        model.train(training)
+    with evaluation(model), torch.no_grad():
+        model(input_ids=torch.arange(PROBE_LENGTH, device=device)[None], use_cache=False)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from sightline.attention import Lowered, lower
-from sightline.hf.documents import Documents, current, find_documents
+from sightline.hf.documents import Documents, find_documents
 from sightline.hf.rules import Causal, Dense, Reading, Rule, Tokens, layer_type, read_rule
+from sightline.hf.running import current
 from sightline.masks import AttentionMask, document
 
 SOURCES = (
@@ -27,6 +28,11 @@ SOURCES = (
 
 LOWERED_BEFORE = "lowered before the model runs"
 """Stands for the mask under torch.compile: the attention layers have it already."""
+
+NO_TENSOR = (
+    "this model uses its attention mask as a tensor ({}) outside of the attention function, for example in a sparse "
+    "indexer: sightline cannot do the same; use attn_implementation='sdpa' and do not pack rows"
+)
 
 
 class NoTensor(ValueError, AttributeError):
@@ -55,13 +61,14 @@ class PendingMask:
     _lowered: dict[Any, Lowered] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:
-        raise NoTensor(
-            f"this model uses its attention mask as a tensor ({name}) outside of the attention function, for example "
-            "in a sparse indexer: sightline cannot do the same; use attn_implementation='sdpa' and do not pack rows"
-        )
+        raise NoTensor(NO_TENSOR.format(name))
 
     def __getitem__(self, index: Any) -> Any:
         self.__getattr__("indexing")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NoTensor(NO_TENSOR.format(getattr(function, "__name__", function)))
 
     @property
     def rule(self) -> Rule:
@@ -86,6 +93,11 @@ class PendingMask:
                 mask, exchange = self.documents.exchanges.bind(mask, requirements["device"])
             self._lowered[key] = lower(mask, exchange=exchange, **requirements)
         return self._lowered[key]
+
+    def replace_documents(self, documents: Documents | None) -> None:
+        """Take these documents in place of those noted when the mask was made, unless a layer has used the mask."""
+        if not self._lowered:
+            self.documents = documents
 
     @property
     def continues_cache(self) -> bool:

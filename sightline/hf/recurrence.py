@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sightline.attention import LocalExchanges
-from sightline.hf.documents import Documents, current
+from sightline.hf.documents import Documents
 from sightline.hf.rows import rows_of, take
+from sightline.hf.running import current
 from sightline.torch_private import disable_compiler
 
 STATE_NAMES = {
@@ -37,6 +38,9 @@ ATTENDS = "ALL_ATTENTION_FUNCTIONS"
 
 ARGUMENT = "sightline_documents"
 """Keyword argument by which a decoder passes the documents to its layers, and to their recomputation in backward."""
+
+PASSES_DOCUMENTS = "_sightline_passes_documents"
+"""Attribute of a decoder of recurrent layers, which passes them the documents."""
 
 _WAS_PACKED = "_sightline_was_packed"
 """Attribute of a layer that gets no keyword arguments and has computed packed rows."""
@@ -58,8 +62,7 @@ def enable_recurrence(model: nn.Module) -> list[str]:
         if _is_supported(layer):
             vars(layer)["forward"] = functools.partial(_forward, layer, vars(layer).get("forward"))
             kinds.add(type(layer).__name__)
-            if _pass_documents not in decoder._forward_pre_hooks.values():
-                decoder.register_forward_pre_hook(_pass_documents, with_kwargs=True)
+            vars(decoder)[PASSES_DOCUMENTS] = True
     return sorted(kinds)
 
 
@@ -67,13 +70,12 @@ def disable_recurrence(model: nn.Module) -> None:
     """Revert `enable_recurrence`."""
     for module in model.modules():
         vars(module).pop(_WAS_PACKED, None)
+        vars(module).pop(PASSES_DOCUMENTS, None)
         forward = vars(module).get("forward")
         if isinstance(forward, functools.partial) and forward.func is _forward:
             del vars(module)["forward"]
             if forward.args[1] is not None:
                 vars(module)["forward"] = forward.args[1]
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _pass_documents]:
-            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
 
 
 def unsupported_recurrence(model: nn.Module) -> str | None:
@@ -91,6 +93,18 @@ def needs_positions(model: nn.Module) -> bool:
     """Return whether a model has layers that attend, so that the positions of its documents matter."""
     layers = [module for module in model.modules() if not isinstance(module, PreTrainedModel)]
     return not any(_names(layer) & STATE_NAMES for layer in layers) or any(ATTENDS in _names(layer) for layer in layers)
+
+
+def is_beside_recurrence(layer: nn.Module) -> bool:
+    """Return whether the modeling file of a layer has recurrent layers too."""
+    return _has_recurrence(type(layer).__module__)
+
+
+@functools.cache
+def _has_recurrence(module: str) -> bool:
+    classes = [x for x in vars(sys.modules[module]).values() if isinstance(x, type) and issubclass(x, nn.Module)]
+    layers: list[Any] = [cls for cls in classes if not issubclass(cls, PreTrainedModel)]
+    return any(_names_in_class(cls) & STATE_NAMES for cls in layers)
 
 
 def _recurrent_layers(module: nn.Module, decoder: nn.Module | None = None) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -127,14 +141,14 @@ def _is_supported(layer: nn.Module) -> bool:
     return takes_mask and ATTENDS not in _names(layer)
 
 
+def pass_documents(decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Add the documents of the running forward to the arguments that a decoder passes to its recurrent layers."""
+    if PASSES_DOCUMENTS not in vars(decoder):
+        return kwargs
+    return {**kwargs, ARGUMENT: _documents_for(decoder, kwargs.get("attention_mask"))}
+
+
 @disable_compiler
-def _pass_documents(
-    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Add the documents of the forward to the keyword arguments that a decoder passes to its layers."""
-    return args, {**kwargs, ARGUMENT: _documents_for(decoder, kwargs.get("attention_mask"))}
-
-
 def _documents_for(module: nn.Module, mask: Any) -> Documents | None:
     """Return the documents of the running forward, if the module's own mask of padding is not enough to compute them.
 
@@ -153,7 +167,7 @@ def _documents_for(module: nn.Module, mask: Any) -> Documents | None:
         )
     if not documents.packed:
         return documents if mask is None and bool((documents.ids[:, 0] < 0).any()) else None
-    if documents.source == "attention_masks" or not isinstance(documents.exchanges, LocalExchanges):
+    if documents.masks is not None:
         raise ValueError(
             f"{name} has recurrent layers, which need all tokens of a document in order: attention_masks and context "
             "parallelism are for models without them; pass document_ids, or prefix_ids too for shared prefixes"
@@ -185,7 +199,8 @@ def _documents_without_argument(layer: nn.Module, kwargs: dict[str, Any]) -> Doc
             "gradient checkpointing for this model, or do not pack rows"
         )
     documents = _documents_for(layer, kwargs.get("attention_mask"))
-    vars(layer)[_WAS_PACKED] = was_packed or documents is not None
+    # Layers are recomputed in training mode only; the check of `enable` runs in evaluation mode.
+    vars(layer)[_WAS_PACKED] = was_packed or (layer.training and documents is not None)
     return documents
 
 

@@ -18,6 +18,10 @@ CHUNK_SIZE = 512
 """Tokens whose logits exist at a time. 512 x 8192 floats fit in a CPU's cache, and the matrix products are still large
 enough to run at full speed."""
 
+Transform = Callable[[Tensor], Tensor]
+"""Elementwise function of the logits that changes nothing in place, such as a soft cap."""
+LossesToGrads = Callable[[Tensor, Tensor], Tensor]
+
 
 def losses_to_grads(logits: Tensor, label: Tensor) -> Tensor:
     """Return the loss of each token [C] and overwrite `logits` [C, V] with their gradient, softmax - onehot.
@@ -33,24 +37,41 @@ def losses_to_grads(logits: Tensor, label: Tensor) -> Tensor:
     return losses
 
 
+def transformed(transform: Transform, losses_to_grads: LossesToGrads = losses_to_grads) -> LossesToGrads:
+    """Return `losses_to_grads` for logits that are transform(product): it overwrites the product with its gradient."""
+
+    def compute(product: Tensor, labels: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = product.detach().requires_grad_()
+            logits = transform(leaf)
+        grad = logits.detach().clone()  # since autograd may need the logits
+        losses = losses_to_grads(grad, labels)
+        product.copy_(torch.autograd.grad(logits, leaf, grad)[0])
+        return losses
+
+    return compute
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     chunk_size: int = CHUNK_SIZE,
     *,
+    bias: Tensor | None = None,
     token_weights: Tensor | None = None,
     reduction: Literal["sum", "none"] = "sum",
     vocab_size: int | None = None,
-    losses_to_grads: Callable[[Tensor, Tensor], Tensor] = losses_to_grads,
+    losses_to_grads: LossesToGrads = losses_to_grads,
 ) -> Tensor:
-    """Sum over tokens of -log softmax(hidden @ weight.T)[label], as a float32 scalar (float64 for float64 inputs).
+    """Sum over tokens of -log softmax(hidden @ weight.T + bias)[label], as float32 scalar (float64 for float64 inputs).
 
     hidden         [N, W]
     weight         [V, W]
     labels         int64 [N]; tokens labeled -100 have no loss and zero gradient. They are skipped if the labels are on
                    the CPU, and masked if the labels are on a device, to avoid a synchronization
     chunk_size     tokens whose logits exist at a time, in float32 even if hidden is bfloat16
+    bias           [V], added to the logits
     token_weights  float [N], factor of each token's loss; no gradient flows into it
     reduction      "none" returns the loss of each token [N], 0 for a token without a label, and computes no gradients
 
@@ -71,12 +92,12 @@ def linear_cross_entropy(
     selected = select(labels, token_weights, hidden.device, vocab_size or len(weight))
     dtype = autocast_dtype(hidden)
     if dtype is not None:
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
     with no_autocast(hidden):  # autocast would round the logits to half precision
         if reduction == "none":
-            return _token_losses(hidden.detach(), weight.detach(), selected, chunk_size, losses_to_grads)
+            return _token_losses(hidden, weight, bias, selected, chunk_size, losses_to_grads)
         with_grads = torch.is_grad_enabled()
-        return _LinearCrossEntropy.apply(hidden, weight, selected, chunk_size, with_grads, losses_to_grads)
+        return _LinearCrossEntropy.apply(hidden, weight, bias, selected, chunk_size, with_grads, losses_to_grads)
 
 
 def add_gradient_of(loss: Tensor, auxiliary: Tensor) -> Tensor:
@@ -127,16 +148,18 @@ def mask_tokens(labels: Tensor, weights: Tensor | None, device: torch.device, vo
     return SelectedTokens(torch.arange(len(labels), device=device), labels.clamp(0, vocab_size - 1), weights)
 
 
+@torch.no_grad()
 def _token_losses(
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     selected: SelectedTokens,
     chunk_size: int,
-    losses_to_grads: Callable[[Tensor, Tensor], Tensor],
+    losses_to_grads: LossesToGrads,
 ) -> Tensor:
     losses = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
     for tokens, labels, weights in selected.split(chunk_size):
-        logits = _product(hidden[tokens], weight, losses.dtype)
+        logits = product(hidden[tokens], weight, losses.dtype, bias)
         loss = losses_to_grads(logits, labels)
         losses[tokens] = loss if weights is None else loss * weights
     return losses
@@ -148,54 +171,55 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         selected: SelectedTokens,
         chunk_size: int,
         with_grads: bool,
-        losses_to_grads: Callable[[Tensor, Tensor], Tensor],
+        losses_to_grads: LossesToGrads,
     ) -> Tensor:
-        need_hidden, need_weight = (with_grads and need for need in ctx.needs_input_grad[:2])
+        need_hidden, need_weight, need_bias = (with_grads and need for need in ctx.needs_input_grad[:3])
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         loss = hidden.new_zeros((), dtype=dtype)
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and need_bias else None
         for tokens, labels, weights in selected.split(chunk_size):
             x = hidden[tokens]
-            logits = _product(x, weight, dtype)
+            logits = product(x, weight, dtype, bias)
             losses = losses_to_grads(logits, labels)
             if weights is not None:
                 losses *= weights
                 logits *= weights[:, None]
+            if grad_bias is not None:
+                grad_bias += logits.sum(dim=0)
             loss += losses.sum()
             grad_logits = logits.to(hidden.dtype)
             del logits  # before the next chunk needs as much memory
             if grad_hidden is not None:
-                grad_hidden[tokens] = _product(grad_logits, weight.t(), dtype).to(hidden.dtype)
+                grad_hidden[tokens] = product(grad_logits, weight.t(), dtype).to(hidden.dtype)
             if grad_weight is not None:
-                _add_weight_gradient(grad_weight, grad_logits, x)
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+                add_weight_gradient(grad_weight, grad_logits, x)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, scale: Tensor):  # type: ignore[override]
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * scale
-        if grad_weight is not None:
-            grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(grad if grad is None else (grad * scale).to(dtype) for grad, dtype in grads), None, None, None, None
 
 
-def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x weight', accumulated in `dtype` even if x and weight have less precision."""
+def product(x: Tensor, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """Return x weight' + bias, accumulated in `dtype` even if x and weight have less precision."""
     if x.dtype == dtype:
-        return linear(x, weight)
+        return linear(x, weight, bias)
     # CUDA tensor cores accumulate bfloat16 in float32; CPUs multiply float32 several times faster than bfloat16.
-    return torch.mm(x, weight.t(), out_dtype=dtype) if x.is_cuda else linear(x.to(dtype), weight.to(dtype))
+    product = torch.mm(x, weight.t(), out_dtype=dtype) if x.is_cuda else linear(x.to(dtype), weight.to(dtype))
+    return product if bias is None else product.add_(bias)
 
 
-def _add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor) -> None:
+def add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor) -> None:
     """Compute total += grad' x, accumulated in the dtype of `total`."""
     if not x.is_cuda:
         total.add_(weight_gradient(grad.to(total.dtype), x.to(total.dtype)))

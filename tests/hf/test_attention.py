@@ -5,7 +5,7 @@ import torch
 from transformers import AttentionInterface
 
 import sightline.hf
-from sightline.hf.attention import attention
+from sightline.hf.attention import packed_attention
 from tests.hf.test_enable import LAYOUT, OTHER, alone, close, ways_to_state
 from tests.support.hf_models import causal_classes, document_ids, packed_rows, tiny_model
 
@@ -80,16 +80,16 @@ class Layer(torch.nn.Module):
 )
 def test_arguments_that_are_refused(arguments, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        attention(Layer(), *heads(), **{"attention_mask": None, **arguments})
+        packed_attention(Layer(), *heads(), **{"attention_mask": None, **arguments})
 
 
 def test_layer_without_a_mask_uses_what_it_is_given() -> None:
     q, k, v = heads()
     ids = document_ids(LAYOUT)
-    by_ids, _ = attention(Layer(), q, k, v, None, seq_idx=ids)
-    by_positions, _ = attention(Layer(), q, k, v, None, position_ids=packed_rows(LAYOUT)["position_ids"])
+    by_ids, _ = packed_attention(Layer(), q, k, v, None, seq_idx=ids)
+    by_positions, _ = packed_attention(Layer(), q, k, v, None, position_ids=packed_rows(LAYOUT)["position_ids"])
     assert torch.equal(by_ids, by_positions)
-    window, _ = attention(Layer(), q, k, v, None, seq_idx=ids, sliding_window=3)
+    window, _ = packed_attention(Layer(), q, k, v, None, seq_idx=ids, sliding_window=3)
     assert not torch.equal(window, by_ids)
 
 
@@ -103,7 +103,7 @@ def test_a_mask_used_as_a_tensor_is_refused() -> None:
 
 
 def test_names_are_registered() -> None:
-    assert AttentionInterface._global_mapping["sightline"] is attention
+    assert AttentionInterface._global_mapping["sightline"] is packed_attention
     assert sightline.hf.NAME == "sightline"
 
 

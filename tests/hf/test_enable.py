@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -134,7 +135,7 @@ def test_packed_rows_continue_no_cache() -> None:
     name = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
     for arguments in ({}, {name: DynamicCache()}):
         packed = model(**rows, **arguments)[name]
-        with pytest.raises(ValueError, match="the cache holds keys of several documents"):
+        with pytest.raises(ValueError, match="the cache holds several documents"):
             model(input_ids=one, **{name: packed})
     cache = model(input_ids=rows["input_ids"])[name]
     with pytest.raises(ValueError, match="document_ids cannot be given together with a cache"):
@@ -168,7 +169,21 @@ def test_deep_copy_is_a_model_of_its_own() -> None:
     assert close(other(**arguments).logits, 2 * model(**arguments).logits)
     sightline.hf.disable(other)
     assert sightline.hf.is_enabled(model) and not sightline.hf.is_enabled(other)
-    assert not other._forward_pre_hooks and model._forward_pre_hooks
+    assert "forward" not in vars(other)
+
+
+def test_queries_that_are_scaled_by_their_index_in_the_row_are_refused() -> None:
+    model = sightline.hf.enable(tiny_model("llama4_text", floor_scale=24, attn_temperature_tuning=True))
+    model(**packed_rows((9, 1, 13)))
+    model(**packed_rows((24,)))
+    with pytest.raises(ValueError, match=r"attn_temperature_tuning scales queries.*fewer than 24 tokens, got 24"):
+        model(**packed_rows(LAYOUT))
+
+
+def test_positional_arguments_are_found() -> None:
+    model = sightline.hf.enable(tiny_model("llama4_text"))
+    rows = packed_rows(LAYOUT)
+    assert torch.equal(model(rows["input_ids"], None, rows["position_ids"]).logits, model(**rows).logits)
 
 
 def test_disable_restores_the_model() -> None:
@@ -191,8 +206,52 @@ def test_documents_do_not_outlive_a_forward_that_fails() -> None:
         model(**rows, document_ids=document_ids((3,)))
     with pytest.raises(Exception, match="index"):
         model(input_ids=rows["input_ids"] + 10**6, position_ids=rows["position_ids"])
-    assert sightline.hf.documents.current() is None
+    assert sightline.hf.running.current() is None
     model(**rows)
+
+
+def test_an_interrupted_forward_leaves_no_documents_to_the_next() -> None:
+    model = sightline.hf.enable(tiny_model("llama"))
+    rows = packed_rows(LAYOUT)
+    expected = model(input_ids=rows["input_ids"]).logits
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**rows)
+    hook.remove()
+    assert torch.equal(model(input_ids=rows["input_ids"]).logits, expected)
+
+
+def test_an_interrupted_forward_leaves_no_documents_to_a_model_with_the_name_alone() -> None:
+    model, other = sightline.hf.enable(tiny_model("llama")), tiny_model("mistral", attn_implementation="sightline")
+    rows = packed_rows((sum(LAYOUT),))
+    expected = other(**rows, use_cache=False).logits
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model.model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**packed_rows(LAYOUT))
+    assert torch.equal(other(**rows, use_cache=False).logits, expected)
+
+
+def test_two_models_and_two_threads() -> None:
+    """A teacher that is called inside of a student's forward has documents of its own; so does each thread."""
+    student, teacher = (sightline.hf.enable(tiny_model("llama")) for _ in range(2))
+    rows, other = packed_rows(LAYOUT), packed_rows(OTHER)
+    expected = student(**rows).logits, teacher(**other).logits
+    nested: list[Tensor] = []
+    hook = student.model.layers[1].register_forward_hook(lambda *_: nested.append(teacher(**other).logits) and None)
+    assert torch.equal(student(**rows).logits, expected[0]) and torch.equal(nested[0], expected[1])
+    hook.remove()
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(lambda batch: student(**batch).logits, batch) for batch in (rows, other) * 8]
+    for call, logits in zip(calls, expected * 8, strict=True):
+        assert torch.equal(call.result(), logits)
 
 
 def test_nothing_is_left_in_a_saved_model(tmp_path) -> None:
@@ -204,6 +263,19 @@ def test_nothing_is_left_in_a_saved_model(tmp_path) -> None:
     named = type(model).from_pretrained(tmp_path, attn_implementation="sightline")
     rows = packed_rows(LAYOUT)
     assert close(named(**rows).logits, model(**rows).logits)
+
+
+def test_positions_that_start_after_padding() -> None:
+    """RoBERTa counts positions from its padding index on, as its own forward does without position_ids."""
+    model = tiny_model("roberta")
+    start = model.config.pad_token_id + 1
+    rows = packed_rows(LAYOUT)
+    expected = alone(model, rows, LAYOUT)
+    sightline.hf.enable(model)
+    shifted = rows["position_ids"] + start
+    assert close(model(input_ids=rows["input_ids"], position_ids=shifted).logits, expected)
+    with pytest.raises(ValueError, match=rf"start at {start}.*PackedCollator\(position_start={start}\)"):
+        model(**rows)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from transformers import LlamaConfig, masking_utils
-from transformers.masking_utils import blockwise_overlay, sdpa_mask, sliding_window_overlay
+from transformers.masking_utils import sdpa_mask, sliding_window_overlay
 
 from sightline.hf import rules
 from sightline.hf.documents import Documents, find_documents
@@ -56,9 +56,16 @@ BUILDERS = {
 }
 
 
+def skip_wrong_chunks(builder: str) -> None:
+    if "chunked" in builder and not hasattr(masking_utils, "remap_positions_for_packed_sequence"):
+        pytest.skip("transformers before 5.23 counts the chunks of packed rows from the start of the row")
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_rules_of_rows_and_of_packed_rows(builder: str, packed: bool) -> None:
+    if packed:
+        skip_wrong_chunks(builder)
     (call,) = builder_calls(builder, POSITIONS if packed else torch.arange(LENGTH).expand(2, -1))
     assert torch.equal(ours(call), dense(call))
     assert layer_type(read_rule(call["mask_function"]).rule) == BUILDERS[builder]
@@ -95,9 +102,12 @@ def test_rules_with_a_cache(builder: str, cached: int, queries: int) -> None:
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_spans_of_images_go_by_index_also_in_packed_rows(builder: str) -> None:
     """transformers looks up spans by position in the overlay `or_mask_function`, which is wrong in packed rows."""
+    skip_wrong_chunks(builder)
+    if not hasattr(masking_utils, "blockwise_overlay"):
+        pytest.skip("this version of transformers has no such spans")
     spans = torch.full((2, LENGTH), -1)
     spans[0, 10:14], spans[1, 3:9] = 0, 1
-    (call,) = builder_calls(builder, POSITIONS, or_mask_function=blockwise_overlay(spans))
+    (call,) = builder_calls(builder, POSITIONS, or_mask_function=masking_utils.blockwise_overlay(spans))
     (plain,) = builder_calls(builder, POSITIONS)
     same_span = (spans[:, :, None] == spans[:, None, :]) & (spans >= 0)[:, :, None]
     same_document = dense(builder_calls("create_causal_mask", POSITIONS)[0])

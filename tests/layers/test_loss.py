@@ -208,3 +208,32 @@ def test_no_device_synchronization(device: str) -> None:
     linear_cross_entropy(hidden, weight, labels, 5, token_weights=make_token_weights().to(device)).backward()
     assert hidden.grad.shape == (N, W) and weight.grad.shape == (V, W)
     assert linear_cross_entropy(hidden, weight, labels, 5, reduction="none").shape == (N,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bias_equals_cross_entropy(dtype: torch.dtype) -> None:
+    hidden, weight, labels = make_inputs(dtype)
+    bias = torch.randn(V, dtype=dtype, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, labels, 7, bias=bias)
+    expected = F.cross_entropy(F.linear(hidden.float(), weight.float(), bias.float()), labels, reduction="sum")
+    torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)
+    leaves = (hidden, weight, bias)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for grad, wanted in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        assert grad.dtype == dtype
+        assert (grad - wanted).norm() <= tolerance * wanted.norm()
+    each = linear_cross_entropy(hidden, weight, labels, 7, bias=bias, reduction="none")
+    torch.testing.assert_close(each.sum(), expected, atol=0, rtol=1e-6)
+
+
+def test_transformed_logits_equal_cross_entropy() -> None:
+    def transform(logits: Tensor) -> Tensor:
+        return torch.tanh(logits / 2) * 3
+
+    hidden, weight, labels = make_inputs()
+    gradients = loss.transformed(transform)
+    result = linear_cross_entropy(hidden, weight, labels, 7, losses_to_grads=gradients)
+    expected = F.cross_entropy(transform(hidden @ weight.t()), labels, reduction="sum")
+    torch.testing.assert_close(result, expected, atol=0, rtol=1e-6)
+    found, wanted = (torch.autograd.grad(value, (hidden, weight)) for value in (result, expected))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)

@@ -28,8 +28,8 @@ TINY: dict[str, Any] = {
         64, "hidden_size n_embd d_model dim embed_dim embedding_size word_embed_proj_dim lru_width out_hidden_size"
     ),
     **names(64, "output_dim projection_dim vision_output_dim cross_attention_hidden_size backbone_hidden_size"),
-    **names(4, "num_hidden_layers n_layer n_layers num_layers decoder_layers num_blocks"),
-    **names(2, "encoder_layers depth"),
+    **names(4, "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_blocks"),
+    **names(2, "depth"),
     **names(96, "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner intermediate_size_mlp"),
     **names(96, "ffn_hidden_size dense_intermediate_size"),
     **names(VOCABULARY, "vocab_size vocab_size_per_layer_input"),
@@ -80,6 +80,7 @@ ALSO_WHEN_NONE = names(
 """Fields of `TINY` that are set where a configuration leaves them at None."""
 DEFAULT = object()
 SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
     "bailing_hybrid": {"num_expert_group": 2, "head_dim": 8},
     "blt": {"encoder_hash_byte_group_size": [3, 4], "encoder_hash_byte_group_vocab": 64},
     "blt_local_encoder": {"hidden_size_global": 64},
@@ -104,9 +105,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "ernie4_5_moe": {"moe_k": 2},
     "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3": {"mm_tokens_per_image": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "llama4_vision_model": {"intermediate_size": 256, **names(64, "projector_input_dim projector_output_dim")},
     "longcat_flash": {"head_dim": 8, "zero_expert_num": 2, "expert_ffn_hidden_size": 32},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "musicgen_decoder": {"num_codebooks": 1},
@@ -115,6 +120,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
         **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64},
         **{"indexer_compress_ratio": 4, "ple_embed_dim": 64, "hc_lowrank": 16},
     },
+    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
+    "qwen3_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
+    "qwen3_vl_vision": {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
     "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32], "feed_forward_size": 96},
     "inkling2_text": {"unpadded_vocab_size": VOCABULARY, "sliding_window_size": 8, "rel_extent": 64},
     "inkling2_loop_text": {"unpadded_vocab_size": VOCABULARY, "sliding_window_size": 8, "rel_extent": 64},
@@ -185,25 +193,26 @@ def tiny_fields(base: PreTrainedConfig, config_class: type[PreTrainedConfig]) ->
     return {name: value for name, value in fields.items() if value is not DEFAULT}
 
 
-def tiny_model(name: str | type[PreTrainedModel], **overrides: Any) -> PreTrainedModel:
-    """Return a random model with eager attention, in float32 and eval mode, the same at each call.
+def tiny_model(
+    name: str | type[PreTrainedModel], *, attn_implementation: str | dict[str, str] = "eager", **overrides: Any
+) -> PreTrainedModel:
+    """Return a random model in float32 and eval mode, the same at each call.
 
     name: a model_type ("llama"), a class or the name of a class. overrides: fields of the text configuration.
 
     Raises:
         ValueError: The model has more than MAX_PARAMETERS parameters; `SPECIAL` needs an entry.
     """
-    if isinstance(name, str):
-        name = getattr(transformers, causal_classes().get(name, name))
-    config = tiny_config(name.config_class, **overrides)
+    cls = getattr(transformers, causal_classes().get(name, name)) if isinstance(name, str) else name
+    config = tiny_config(cls.config_class, **overrides)
     with quiet():
         with torch.device("meta"):
-            size = sum(p.numel() for p in name._from_config(config, attn_implementation="eager").parameters())
+            size = sum(p.numel() for p in cls._from_config(config, attn_implementation="eager").parameters())
         if size > MAX_PARAMETERS:
-            raise ValueError(f"{name.__name__} has {size} parameters with the tiny configuration")
+            raise ValueError(f"{cls.__name__} has {size} parameters with the tiny configuration")
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
-            return name._from_config(config, attn_implementation="eager").eval().float()
+            return cls._from_config(config, attn_implementation=attn_implementation).eval().float()
 
 
 @contextlib.contextmanager
