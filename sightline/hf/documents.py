@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sightline.attention import Exchanges, LocalExchanges
+from sightline.hf.trees import check_tree
 from sightline.masks import AttentionMask, document, prefix_tree
 
 STATED = ("document_lengths", "document_ids", "attention_mask", "seq_idx", "cu_seq_lens_q")
@@ -40,7 +41,8 @@ class Documents:
     source     argument that they come from, for errors
     parents    int32 [B, S], the document that each token's document continues, its own id if none: a tree of shared
                prefixes; None if there is no tree
-    positions  int64 [B, S], positions in the tree, in which windows and chunks are counted
+    positions  int64 [B, S], positions in the tree, in which windows and chunks are counted: they ascend by 1 in each
+               document, and from a document to those that continue it
     masks      the masks themselves, by layer type, in place of the rules of transformers
     exchanges  provides the keys of `masks` under context parallelism
     prepared   masks that were lowered for these documents, shared by all layers of the forward
@@ -71,7 +73,12 @@ class Documents:
     @cached_property
     def mask(self) -> AttentionMask:
         """Mask of each token's document, in both directions, and of those that it continues."""
-        return document(self.ids) if self.parents is None else prefix_tree(self.ids, self.parents)
+        return document(self.ids) if self.tree is None else self.tree
+
+    @cached_property
+    def tree(self) -> AttentionMask | None:
+        """Mask of each token's document and those that it continues; None if documents continue no others."""
+        return None if self.parents is None else prefix_tree(self.ids, self.parents)
 
 
 def find_documents(
@@ -95,7 +102,7 @@ def find_documents(
     prefix_ids        int [B, S], the document that each token's document continues; its own id if none
     cu_seq_lens_q/_k  int [N + 1], starts of all documents in the concatenated rows, and the end
     seq_idx           int [B, S], document numbers
-    attention_mask    [B, S]: 0 is padding; numbers from 1 on are documents if any is more than 1
+    attention_mask    [B, S]: 0 is padding; integers from 1 on are documents if any is more than 1
     position_ids      [B, S], or [4, B, S] with text positions first, or [3, B, S]
     guess             int [B, S], documents that were inferred from position_ids that are not known here
 
@@ -118,7 +125,7 @@ def find_documents(
         found["document_lengths"] = _from_lengths(document_lengths, shape)
     if document_ids is not None:
         found["document_ids"] = _as_ids("document_ids", document_ids, shape)
-    if padding is not None and attention_mask is not None and bool((attention_mask > 1).any()):
+    if padding is not None and attention_mask is not None and _numbers_documents(attention_mask):
         found["attention_mask"] = attention_mask.to(torch.int32) - 1
     if seq_idx is not None:
         found["seq_idx"] = _as_ids("seq_idx", seq_idx, shape)
@@ -169,7 +176,14 @@ def _tree(
             f"{'none' if position_ids is None else tuple(position_ids.shape)}"
         )
     parents = torch.where(ids < 0, ids, _as_ids("prefix_ids", prefix_ids, shape))
-    return Documents(ids, source, parents, position_ids.cpu().long().expand(shape))
+    positions = position_ids.cpu().long().expand(shape)
+    check_tree(ids, parents, positions)
+    return Documents(ids, source, parents, positions)
+
+
+def _numbers_documents(attention_mask: Tensor) -> bool:
+    """Return whether a mask [B, S] numbers documents from 1 on. Numbers that are no integers are weights of tokens."""
+    return not attention_mask.is_floating_point() and bool((attention_mask > 1).any())
 
 
 def _as_ids(name: str, ids: Tensor, shape: tuple[int, int]) -> Tensor:

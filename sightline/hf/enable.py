@@ -20,6 +20,7 @@ from sightline.hf.calls import implementations, position_start
 from sightline.hf.check import check_packed
 from sightline.hf.forward import replace_forward, restore_forward
 from sightline.hf.fused_loss import disable_fused_loss, enable_fused_loss
+from sightline.hf.padded_batches import restore_batches
 from sightline.hf.recurrence import (
     PASSES_DOCUMENTS,
     disable_recurrence,
@@ -54,7 +55,7 @@ def enable(model: Model, check: bool = True, *, fused_loss: bool = False) -> Mod
     Raises:
         ValueError: if packed rows cannot be right in this model; the message says why and what to do.
     """
-    roots = list(_models(model))
+    roots = list(models_in(model))
     if not roots:
         raise ValueError(
             f"sightline.hf.enable needs a model of transformers, or one that wraps it, got {type(model).__name__}"
@@ -80,12 +81,13 @@ def disable(model: Model) -> Model:
     disable_recurrence(model)
     for module in model.modules():
         restore_forward(module)
+        restore_batches(module)
         for name in ATTRIBUTES:
             vars(module).pop(name, None)
         if (before := vars(module).pop(BEFORE, None)) is not None:
             assert isinstance(module, PreTrainedModel)
             module.set_attn_implementation(before)
-    for root in _models(model):
+    for root in models_in(model):
         disable_fused_loss(root)
     return model
 
@@ -95,13 +97,13 @@ def is_enabled(model: nn.Module) -> bool:
     return any(BEFORE in vars(module) for module in model.modules())
 
 
-def _models(model: nn.Module) -> Iterator[PreTrainedModel]:
+def models_in(model: nn.Module) -> Iterator[PreTrainedModel]:
     """Yield the outermost models of transformers in a module."""
     if isinstance(model, PreTrainedModel):
         yield model
     else:
         for child in model.children():
-            yield from _models(child)
+            yield from models_in(child)
 
 
 def _check_class(model: PreTrainedModel) -> None:
