@@ -82,6 +82,8 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], com
             **dict(zip(list(inspect.signature(type(module).forward).parameters)[1:], args, strict=False)),
             **kwargs,
         }
+    if isinstance(mask := kwargs.get("attention_mask"), PendingMask):  # `generate` made it for a static cache
+        kwargs["attention_mask"] = mask.padding
     given = {name: kwargs.pop(name) for name in ADDED if name in kwargs}
     outer = inherited(module)
     divided = outer is not None and outer.source == CONTEXT
@@ -130,6 +132,8 @@ def documents_of_call(kwargs: dict[str, Any], given: dict[str, Any]) -> Document
         if _holds_tokens(cache):
             _refuse_given(given)
             return None
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        mask = mask[:, : shape[1]]  # a static cache has room for tokens that come later
     sources = {name: kwargs.get(name) for name in GIVEN}
     found = find_documents(shape, attention_mask=mask, **sources, **given)
     return one_document_per_row(shape, "the default positions") if found is None else found

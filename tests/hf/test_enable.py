@@ -126,6 +126,7 @@ def test_left_padding_and_generate(family: str) -> None:
     expected = model.generate(tokens, **options)
     sightline.hf.enable(model)
     assert torch.equal(model.generate(tokens, **options), expected)
+    assert torch.equal(model.generate(tokens, **options, cache_implementation="static"), expected)
 
 
 def test_packed_rows_continue_no_cache() -> None:
