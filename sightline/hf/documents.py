@@ -186,7 +186,11 @@ def _numbers_documents(attention_mask: Tensor) -> bool:
     return not attention_mask.is_floating_point() and bool((attention_mask > 1).any())
 
 
-def _as_ids(name: str, ids: Tensor, shape: tuple[int, int]) -> Tensor:
+def _as_ids(name: str, ids: Tensor | Sequence[Sequence[int]], shape: tuple[int, int]) -> Tensor:
+    try:
+        ids = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be integers [B, S] = {list(shape)}: {error}") from None
     if tuple(ids.shape) != shape or ids.is_floating_point():
         raise ValueError(f"{name} must be integers [B, S] = {list(shape)}, got {ids.dtype} {list(ids.shape)}")
     return ids.cpu().to(torch.int32)
@@ -194,14 +198,18 @@ def _as_ids(name: str, ids: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def _from_lengths(lengths: Sequence[Sequence[int]], shape: tuple[int, int]) -> Tensor:
     rows, length = shape
-    if len(lengths) != rows or any(sum(row) > length or min(row, default=1) < 1 for row in lengths):
+    if isinstance(lengths, Tensor):
+        lengths = lengths.tolist()
+    counts = [list(row) if isinstance(row, Sequence) else [row] for row in lengths]
+    integers = all(isinstance(count, int) and count > 0 for row in counts for count in row)
+    if len(counts) != rows or not integers or any(sum(row) > length for row in counts):
         raise ValueError(
             f"document_lengths must list the tokens of each document, at least 1, for each of {rows} rows of {length} "
-            f"tokens, got {[list(row) for row in lengths]}"
+            f"tokens, got {lengths}"
         )
     ids = torch.full(shape, -1, dtype=torch.int32)
-    for row, counts in zip(ids, lengths, strict=True):
-        row[: sum(counts)] = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.long))
+    for row, of_row in zip(ids, counts, strict=True):
+        row[: sum(of_row)] = torch.repeat_interleave(torch.arange(len(of_row)), torch.tensor(of_row, dtype=torch.long))
     return ids
 
 
@@ -279,7 +287,7 @@ def _starts(ids: Tensor) -> Tensor:
 
 def _check_count(lengths: Sequence[Sequence[int]], cumulative: Tensor | None) -> None:
     """Check that cu_seq_lens_q is not too short for the documents, which needs no value from a device."""
-    documents = sum(len(row) for row in lengths)
+    documents = sum(len(row) if isinstance(row, Sequence) else 1 for row in lengths)
     if cumulative is not None and len(cumulative) <= documents:
         raise ValueError(
             f"document_lengths has {documents} documents, but cu_seq_lens_q has {len(cumulative)} elements; expected "

@@ -61,6 +61,7 @@ def enable(model: Model, check: bool = True, *, fused_loss: bool = False) -> Mod
             f"sightline.hf.enable needs a model of transformers, or one that wraps it, got {type(model).__name__}"
         )
     disable(model)
+    _refuse_virtual_tokens(model)
     for root in roots:
         _check_class(root)
     for root in roots:
@@ -104,6 +105,17 @@ def models_in(model: nn.Module) -> Iterator[PreTrainedModel]:
     else:
         for child in model.children():
             yield from models_in(child)
+
+
+def _refuse_virtual_tokens(model: nn.Module) -> None:
+    """Refuse the adapters of PEFT that put learned tokens before each row, for which it drops position_ids."""
+    for module in model.modules():
+        config = getattr(module, "active_peft_config", None)
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"{type(config).__name__} puts virtual tokens before each row, not before each document: do not pack "
+                "rows with it; use LoRA, or keep the model's own attention implementation"
+            )
 
 
 def _check_class(model: PreTrainedModel) -> None:

@@ -234,9 +234,7 @@ def test_other_trainers_are_refused():
 def test_other_versions_of_trl_are_refused(tmp_path, monkeypatch):
     trainer = build_grpo(tiny_model("llama"), tmp_path)
     monkeypatch.delattr("trl.trainer.grpo_trainer.add_fused_lm_head")
-    with pytest.raises(
-        ValueError, match="GRPOTrainer of this version of TRL computes log-prob"
-    ):
+    with pytest.raises(ValueError, match="GRPOTrainer of this version of TRL computes log-prob"):
         share_prompts(trainer)
 
 
