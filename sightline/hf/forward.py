@@ -119,6 +119,11 @@ def documents_of_call(kwargs: dict[str, Any], given: dict[str, Any]) -> Document
     masks = given.pop("attention_masks", None)
     mask = kwargs.get("attention_mask")
     if masks is not None:
+        if given:
+            raise ValueError(
+                f"attention_masks and {', '.join(given)} both say which tokens attend to which; pass one of them: "
+                "attention_masks take the place of all rules, documents too"
+            )
         ids = torch.zeros(shape, dtype=torch.int32)
         return Documents(ids, "attention_masks", masks=_check_masks(masks, shape))
     if isinstance(mask, dict):  # by layer type, from `generate` or the caller
@@ -138,6 +143,8 @@ def documents_of_call(kwargs: dict[str, Any], given: dict[str, Any]) -> Document
             return None
     if isinstance(mask, Tensor) and mask.dim() == 2:
         mask = mask[:, : shape[1]]  # a static cache has room for tokens that come later
+        if tuple(mask.shape) != shape:
+            raise ValueError(f"attention_mask has the shape {list(mask.shape)}; expected [B, S] = {list(shape)}")
     sources = {name: kwargs.get(name) for name in GIVEN}
     found = find_documents(shape, attention_mask=mask, **sources, **given)
     return one_document_per_row(shape, "the default positions") if found is None else found
