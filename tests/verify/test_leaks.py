@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -319,6 +320,7 @@ def wrapped(rank: int, kind: str) -> list[tuple[bool, float | None, str | None]]
                 fully_shard(layer)
             fully_shard(model)
         report = test(whole)
+        assert kind == "ddp" or all(isinstance(p, DTensor) for p in whole.parameters())  # sharded, for an optimizer
         found.append((report.leaks, report.gradient, report.layer))
         whole(TOKENS).float().sum().backward()  # training goes on
     return found
