@@ -204,7 +204,13 @@ def test_shared_prefix_may_influence_its_responses_only() -> None:
     assert leaks(model, {"tokens": TOKENS, "mask": causal(2, 12)}, tree).leaks
 
 
-@pytest.mark.parametrize("family", ["llama3", "llama4", "qwen3", "qwen3_next", "deepseek_v3", "gpt_oss", "vlm"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("llama4", "qwen3_next", "deepseek_v3", "gpt_oss", "vlm"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama3", "qwen3")),  # the attention of the others
+    ],
+)
 def test_our_models_do_not_leak(family: str) -> None:
     model = build_model(f"{family}-debug")
     config = model.config
