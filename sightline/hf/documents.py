@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sightline.attention import Exchanges, LocalExchanges
+from sightline.hf.trees import check_tree
 from sightline.masks import AttentionMask, document, prefix_tree
 
 STATED = ("document_lengths", "document_ids", "attention_mask", "seq_idx", "cu_seq_lens_q")
@@ -40,7 +41,8 @@ class Documents:
     source     argument that they come from, for errors
     parents    int32 [B, S], the document that each token's document continues, its own id if none: a tree of shared
                prefixes; None if there is no tree
-    positions  int64 [B, S], positions in the tree, in which windows and chunks are counted
+    positions  int64 [B, S], positions in the tree, in which windows and chunks are counted: they ascend by 1 in each
+               document, and from a document to those that continue it
     masks      the masks themselves, by layer type, in place of the rules of transformers
     exchanges  provides the keys of `masks` under context parallelism
     prepared   masks that were lowered for these documents, shared by all layers of the forward
@@ -71,7 +73,12 @@ class Documents:
     @cached_property
     def mask(self) -> AttentionMask:
         """Mask of each token's document, in both directions, and of those that it continues."""
-        return document(self.ids) if self.parents is None else prefix_tree(self.ids, self.parents)
+        return document(self.ids) if self.tree is None else self.tree
+
+    @cached_property
+    def tree(self) -> AttentionMask | None:
+        """Mask of each token's document and those that it continues; None if documents continue no others."""
+        return None if self.parents is None else prefix_tree(self.ids, self.parents)
 
 
 def find_documents(
@@ -95,7 +102,7 @@ def find_documents(
     prefix_ids        int [B, S], the document that each token's document continues; its own id if none
     cu_seq_lens_q/_k  int [N + 1], starts of all documents in the concatenated rows, and the end
     seq_idx           int [B, S], document numbers
-    attention_mask    [B, S]: 0 is padding; numbers from 1 on are documents if any is more than 1
+    attention_mask    [B, S]: 0 is padding; integers from 1 on are documents if any is more than 1
     position_ids      [B, S], or [4, B, S] with text positions first, or [3, B, S]
     guess             int [B, S], documents that were inferred from position_ids that are not known here
 
@@ -118,7 +125,7 @@ def find_documents(
         found["document_lengths"] = _from_lengths(document_lengths, shape)
     if document_ids is not None:
         found["document_ids"] = _as_ids("document_ids", document_ids, shape)
-    if padding is not None and attention_mask is not None and bool((attention_mask > 1).any()):
+    if padding is not None and attention_mask is not None and _numbers_documents(attention_mask):
         found["attention_mask"] = attention_mask.to(torch.int32) - 1
     if seq_idx is not None:
         found["seq_idx"] = _as_ids("seq_idx", seq_idx, shape)
@@ -169,10 +176,21 @@ def _tree(
             f"{'none' if position_ids is None else tuple(position_ids.shape)}"
         )
     parents = torch.where(ids < 0, ids, _as_ids("prefix_ids", prefix_ids, shape))
-    return Documents(ids, source, parents, position_ids.cpu().long().expand(shape))
+    positions = position_ids.cpu().long().expand(shape)
+    check_tree(ids, parents, positions)
+    return Documents(ids, source, parents, positions)
 
 
-def _as_ids(name: str, ids: Tensor, shape: tuple[int, int]) -> Tensor:
+def _numbers_documents(attention_mask: Tensor) -> bool:
+    """Return whether a mask [B, S] numbers documents from 1 on. Numbers that are no integers are weights of tokens."""
+    return not attention_mask.is_floating_point() and bool((attention_mask > 1).any())
+
+
+def _as_ids(name: str, ids: Tensor | Sequence[Sequence[int]], shape: tuple[int, int]) -> Tensor:
+    try:
+        ids = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be integers [B, S] = {list(shape)}: {error}") from None
     if tuple(ids.shape) != shape or ids.is_floating_point():
         raise ValueError(f"{name} must be integers [B, S] = {list(shape)}, got {ids.dtype} {list(ids.shape)}")
     return ids.cpu().to(torch.int32)
@@ -180,14 +198,18 @@ def _as_ids(name: str, ids: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def _from_lengths(lengths: Sequence[Sequence[int]], shape: tuple[int, int]) -> Tensor:
     rows, length = shape
-    if len(lengths) != rows or any(sum(row) > length or min(row, default=1) < 1 for row in lengths):
+    if isinstance(lengths, Tensor):
+        lengths = lengths.tolist()
+    counts = [list(row) if isinstance(row, Sequence) else [row] for row in lengths]
+    integers = all(isinstance(count, int) and count > 0 for row in counts for count in row)
+    if len(counts) != rows or not integers or any(sum(row) > length for row in counts):
         raise ValueError(
             f"document_lengths must list the tokens of each document, at least 1, for each of {rows} rows of {length} "
-            f"tokens, got {[list(row) for row in lengths]}"
+            f"tokens, got {lengths}"
         )
     ids = torch.full(shape, -1, dtype=torch.int32)
-    for row, counts in zip(ids, lengths, strict=True):
-        row[: sum(counts)] = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.long))
+    for row, of_row in zip(ids, counts, strict=True):
+        row[: sum(of_row)] = torch.repeat_interleave(torch.arange(len(of_row)), torch.tensor(of_row, dtype=torch.long))
     return ids
 
 
@@ -265,7 +287,7 @@ def _starts(ids: Tensor) -> Tensor:
 
 def _check_count(lengths: Sequence[Sequence[int]], cumulative: Tensor | None) -> None:
     """Check that cu_seq_lens_q is not too short for the documents, which needs no value from a device."""
-    documents = sum(len(row) for row in lengths)
+    documents = sum(len(row) if isinstance(row, Sequence) else 1 for row in lengths)
     if cumulative is not None and len(cumulative) <= documents:
         raise ValueError(
             f"document_lengths has {documents} documents, but cu_seq_lens_q has {len(cumulative)} elements; expected "

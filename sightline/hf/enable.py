@@ -20,6 +20,7 @@ from sightline.hf.calls import implementations, position_start
 from sightline.hf.check import check_packed
 from sightline.hf.forward import replace_forward, restore_forward
 from sightline.hf.fused_loss import disable_fused_loss, enable_fused_loss
+from sightline.hf.padded_batches import restore_batches
 from sightline.hf.recurrence import (
     PASSES_DOCUMENTS,
     disable_recurrence,
@@ -54,12 +55,13 @@ def enable(model: Model, check: bool = True, *, fused_loss: bool = False) -> Mod
     Raises:
         ValueError: if packed rows cannot be right in this model; the message says why and what to do.
     """
-    roots = list(_models(model))
+    roots = list(models_in(model))
     if not roots:
         raise ValueError(
             f"sightline.hf.enable needs a model of transformers, or one that wraps it, got {type(model).__name__}"
         )
     disable(model)
+    _refuse_virtual_tokens(model)
     for root in roots:
         _check_class(root)
     for root in roots:
@@ -80,12 +82,13 @@ def disable(model: Model) -> Model:
     disable_recurrence(model)
     for module in model.modules():
         restore_forward(module)
+        restore_batches(module)
         for name in ATTRIBUTES:
             vars(module).pop(name, None)
         if (before := vars(module).pop(BEFORE, None)) is not None:
             assert isinstance(module, PreTrainedModel)
             module.set_attn_implementation(before)
-    for root in _models(model):
+    for root in models_in(model):
         disable_fused_loss(root)
     return model
 
@@ -95,13 +98,24 @@ def is_enabled(model: nn.Module) -> bool:
     return any(BEFORE in vars(module) for module in model.modules())
 
 
-def _models(model: nn.Module) -> Iterator[PreTrainedModel]:
+def models_in(model: nn.Module) -> Iterator[PreTrainedModel]:
     """Yield the outermost models of transformers in a module."""
     if isinstance(model, PreTrainedModel):
         yield model
     else:
         for child in model.children():
-            yield from _models(child)
+            yield from models_in(child)
+
+
+def _refuse_virtual_tokens(model: nn.Module) -> None:
+    """Refuse the adapters of PEFT that put learned tokens before each row, for which it drops position_ids."""
+    for module in model.modules():
+        config = getattr(module, "active_peft_config", None)
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"{type(config).__name__} puts virtual tokens before each row, not before each document: do not pack "
+                "rows with it; use LoRA, or keep the model's own attention implementation"
+            )
 
 
 def _check_class(model: PreTrainedModel) -> None:

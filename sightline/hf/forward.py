@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -77,6 +77,8 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], com
             **dict(zip(list(inspect.signature(type(module).forward).parameters)[1:], args, strict=False)),
             **kwargs,
         }
+    if isinstance(mask := kwargs.get("attention_mask"), PendingMask):  # `generate` made it for a static cache
+        kwargs["attention_mask"] = mask.padding
     given = {name: kwargs.pop(name) for name in ADDED if name in kwargs}
     outer = inherited(module)
     divided = outer is not None and outer.source == CONTEXT
@@ -112,11 +114,15 @@ def documents_of_call(kwargs: dict[str, Any], given: dict[str, Any]) -> Document
     masks = given.pop("attention_masks", None)
     mask = kwargs.get("attention_mask")
     if masks is not None:
-        named = {"full_attention": masks} if isinstance(masks, AttentionMask) else dict(masks)
-        return Documents(torch.zeros(shape, dtype=torch.int32), "attention_masks", masks=named)
+        ids = torch.zeros(shape, dtype=torch.int32)
+        return Documents(ids, "attention_masks", masks=_check_masks(masks, shape))
     if isinstance(mask, dict):  # by layer type, from `generate` or the caller
         mask = next(iter(mask.values()), None)
         mask = mask.padding if isinstance(mask, PendingMask) else mask
+    if isinstance(mask, Tensor) and mask.dim() not in (2, 4):
+        raise ValueError(
+            f"attention_mask has the shape {list(mask.shape)}; expected [B, S], where 0 is padding, or [B, 1, S, S]"
+        )
     if mask is not None and mask.dim() == 4 and not given:
         return one_document_per_row(shape, "attention_mask")
     cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
@@ -125,6 +131,8 @@ def documents_of_call(kwargs: dict[str, Any], given: dict[str, Any]) -> Document
         if _holds_tokens(cache):
             _refuse_given(given)
             return None
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        mask = mask[:, : shape[1]]  # a static cache has room for tokens that come later
     sources = {name: kwargs.get(name) for name in GIVEN}
     found = find_documents(shape, attention_mask=mask, **sources, **given)
     return one_document_per_row(shape, "the default positions") if found is None else found
@@ -135,6 +143,19 @@ def _holds_tokens(cache: Any) -> bool:
         return int(cache.get_seq_length()) > 0
     except ValueError:  # only recurrent layers, which count no tokens
         return bool(cache.has_previous_state())
+
+
+def _check_masks(masks: Any, shape: tuple[int, int]) -> dict[str, AttentionMask]:
+    """Return the masks of a caller by layer type."""
+    named = dict(masks) if isinstance(masks, Mapping) else {"full_attention": masks}
+    for name, mask in named.items():
+        if not isinstance(mask, AttentionMask) or mask.shape != (*shape, shape[1]):
+            found = mask if isinstance(mask, AttentionMask) else type(mask).__name__
+            raise ValueError(
+                f"attention_masks of {name} is {found}; expected a sightline.masks.AttentionMask of (B, Q, T) = "
+                f"{(*shape, shape[1])}; AttentionMask.from_dense converts a mask bool [B, S, S]"
+            )
+    return named
 
 
 def _check_context(local: bool, divided: bool, given: dict[str, Any]) -> None:

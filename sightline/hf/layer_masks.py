@@ -54,7 +54,7 @@ def build_masks(model: nn.Module, documents: Documents) -> dict[str, AttentionMa
     """Return the mask of each layer type of an enabled model, [B, S, S] on the CPU, for these documents."""
     rows, length = documents.ids.shape
     index = torch.arange(length).expand(rows, -1)
-    tokens = Tokens(index, length, 0, documents.index_in_document, documents.positions)
+    tokens = Tokens(index, length, 0, documents.index_in_document, documents.tree, documents.positions)
     return {name: rule.mask(tokens) & documents.mask for name, rule in layer_rules(model).items()}
 
 

@@ -132,7 +132,7 @@ class PendingMask:
         if documents.masks is not None:
             return _named_mask(documents.masks, self.rule, describe)
         index = torch.arange(queries).expand(rows, -1)
-        tokens = Tokens(index, keys, self.key_offset, documents.index_in_document, documents.positions)
+        tokens = Tokens(index, keys, self.key_offset, documents.index_in_document, documents.tree, documents.positions)
         mask = self.rule.mask(tokens)
         both = mask & documents.mask
         if isinstance(self.rule, Dense) and documents.source == "position_ids" and not both.equal(mask):

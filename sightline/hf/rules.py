@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sightline.masks import AttentionMask, document, sliding_window
+from sightline.masks import AttentionMask, document
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +31,16 @@ class Tokens:
     key_length      T
     key_offset      index of the first key: more than 0 with the cache of a sliding window
     in_document     int64 [B, Q], index of each query in its document; None if documents are not known: with a cache
-    tree_positions  int64 [B, S], position of each token in a tree of shared prefixes, in which windows and chunks go
-                    by position; None if documents continue no others
+    tree            mask of the tree of shared prefixes, in which windows and chunks go by position; None if documents
+                    continue no others
+    tree_positions  int64 [B, S], position of each token in the tree; they ascend by 1 within each interval of `tree`
     """
 
     index: Tensor
     key_length: int
     key_offset: int = 0
     in_document: Tensor | None = None
+    tree: AttentionMask | None = None
     tree_positions: Tensor | None = None
 
     def interval(self, first: Tensor | None, last: Tensor | None) -> AttentionMask:
@@ -46,6 +48,18 @@ class Tokens:
         start = torch.zeros_like(self.index) if first is None else first - self.key_offset
         stop = torch.full_like(self.index, self.key_length) if last is None else last - self.key_offset
         return AttentionMask.from_intervals(start[..., None], stop[..., None], self.key_length)
+
+    def tree_interval(self, first: Tensor, last: Tensor | None) -> AttentionMask:
+        """Return the mask of the keys in the tree from position `first` to before `last`, int64 [B, Q]."""
+        assert self.tree is not None and self.tree_positions is not None
+        start, stop = self.tree.start.long(), self.tree.stop.long()
+        # Index minus position, the same for all tokens of an interval; an empty interval may be the last of the row.
+        some = start.clamp(max=self.key_length - 1)
+        offset = some - self.tree_positions.gather(1, some.flatten(1)).view_as(some)
+        start = torch.maximum(start, first[..., None] + offset)
+        if last is not None:
+            stop = torch.minimum(stop, last[..., None] + offset)
+        return AttentionMask.from_intervals(start, stop, self.key_length)
 
 
 class Rule:
@@ -86,7 +100,8 @@ class Window(Rule):
 
     def mask(self, tokens: Tokens) -> AttentionMask:
         if (positions := tokens.tree_positions) is not None:
-            return sliding_window(*positions.shape, left=self.left, right=self.right, positions=positions)
+            last = None if self.right is None else positions + self.right + 1
+            return tokens.tree_interval(positions - self.left, last)
         last = None if self.right is None else tokens.index + self.right + 1
         return tokens.interval(tokens.index - self.left, last)
 
@@ -103,7 +118,8 @@ class Chunk(Rule):
 
     def mask(self, tokens: Tokens) -> AttentionMask:
         if (positions := tokens.tree_positions) is not None:
-            return sliding_window(*positions.shape, left=0, right=0, positions=positions // self.size)
+            first = positions - positions % self.size
+            return tokens.tree_interval(first, first + self.size)
         in_document = tokens.in_document
         if in_document is None:
             in_document = tokens.index - self.left_padding.cpu()[:, None]

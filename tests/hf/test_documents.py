@@ -82,6 +82,12 @@ def test_positions_are_compared_between_tokens_that_are_no_padding() -> None:
     assert documents.ids.tolist() == [[-1, -1, 0, 0, 1, 1], [0, 0, -1, 0, 1, -1]]
 
 
+def test_lists_arrays_and_tensors() -> None:
+    for ids in (IDS.tolist(), IDS.numpy(), IDS.long()):
+        assert torch.equal(found(document_ids=ids).ids, IDS)
+    assert found(document_lengths=torch.tensor([[3, 3], [4, 2]])).ids.tolist() == [[0] * 3 + [1] * 3, [0] * 4 + [1] * 2]
+
+
 def test_stated_documents_and_padding() -> None:
     mask = torch.ones(SHAPE, dtype=torch.int64)
     mask[0, 5] = 0
@@ -115,6 +121,10 @@ def test_three_positions_of_several_documents_are_refused(first: int) -> None:
         ({"document_lengths": [[6]]}, "for each of 2 rows of 6 tokens"),
         ({"document_lengths": [[7], [6]]}, "for each of 2 rows of 6 tokens"),
         ({"document_lengths": [[6, 0], [6]]}, "at least 1"),
+        ({"document_lengths": [6, 6, 6]}, "for each of 2 rows"),
+        ({"document_lengths": [[6.0], [6]]}, "document_lengths must list the tokens"),
+        ({"document_ids": [[0, 1], [0]]}, r"document_ids must be integers \[B, S\]"),
+        ({"document_ids": "abc"}, r"document_ids must be integers \[B, S\]"),
         ({"cu_seq_lens_q": CUMULATIVE[:-1]}, "ends at 10, but there are 2 x 6 tokens"),
         ({"cu_seq_lens_q": CUMULATIVE + 1}, "start with 0"),
         ({"cu_seq_lens_q": CUMULATIVE, "cu_seq_lens_k": CUMULATIVE * 2}, "cu_seq_lens_q and cu_seq_lens_k differ"),

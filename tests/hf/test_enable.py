@@ -97,6 +97,13 @@ def test_masks_of_the_caller_replace_all_rules() -> None:
     assert close(model(**rows, attention_masks=masks).logits, expected)
     with pytest.raises(ValueError, match="no mask for layers of type 'sliding_attention'"):
         model(**rows, attention_masks=masks["full_attention"])
+    for wrong in (masks["full_attention"].to_dense(), causal(1, 23)):
+        with pytest.raises(
+            ValueError, match=r"expected a sightline\.masks\.AttentionMask of \(B, Q, T\) = \(1, 24, 24\)"
+        ):
+            model(**rows, attention_masks=wrong)
+    with pytest.raises(ValueError, match=r"attention_mask has the shape \[1, 24, 24\]"):
+        model(**rows, attention_mask=masks["full_attention"].to_dense())
 
 
 def test_dense_mask_of_the_caller_decides() -> None:
@@ -126,6 +133,7 @@ def test_left_padding_and_generate(family: str) -> None:
     expected = model.generate(tokens, **options)
     sightline.hf.enable(model)
     assert torch.equal(model.generate(tokens, **options), expected)
+    assert torch.equal(model.generate(tokens, **options, cache_implementation="static"), expected)
 
 
 def test_packed_rows_continue_no_cache() -> None:

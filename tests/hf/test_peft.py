@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -81,3 +81,10 @@ def test_a_copy_is_enabled_by_itself(family):
     assert disable(other).config._attn_implementation == "eager"
     assert not any(module._forward_pre_hooks for module in other.modules())
     assert model(**batches[0]).loss.item() == expected[0].item()  # only the copy is disabled
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_are_refused(config) -> None:
+    model = get_peft_model(build_llama(), config(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ValueError, match=rf"{config.__name__} puts virtual tokens before each row.*use LoRA"):
+        enable(model)
