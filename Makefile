@@ -47,7 +47,7 @@ test-hf-%: .venv-transformers-%/ready setup
 
 .PRECIOUS: .venv-transformers-%/ready
 .venv-transformers-%/ready: | .venv/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(@D) transformers==$*
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(@D) transformers==$*
 	touch $@
 
 $(OTHER)/ready: pyproject.toml constraints.txt

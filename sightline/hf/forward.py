@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from sightline.hf.layer_masks import lower_before_forward
 from sightline.hf.masks import PendingMask
 from sightline.hf.positions import check_positions, takes_positions
 from sightline.hf.recurrence import CACHES, pass_documents
+from sightline.hf.replaced import previous_forward, replace_by, restore
 from sightline.hf.running import current, enter_forward, inherited, leave_forward
 from sightline.masks import AttentionMask
 from sightline.torch_private import disable_compiler
@@ -34,22 +34,17 @@ def replace_forward(model: nn.Module, position_start: int) -> None:
     """Let the forward of a model find the documents of each call.
 
     Code that calls `model.forward` in place of the model, as PEFT does, is covered, and a forward that others have set
-    before is called. A partial object belongs to a copy of the model if the model is copied or pickled.
+    before is called.
     """
-    forward = functools.partial(_forward, model, vars(model).get("forward"))
-    forward.__signature__ = _signature(model.forward)  # type: ignore[attr-defined]  # trainers read it
-    vars(model)["forward"] = forward
+    signature = _signature(model.forward)
+    replace_by(model, _forward).__signature__ = signature  # type: ignore[attr-defined]  # trainers read it
     vars(model)[POSITION_START] = position_start
 
 
 def restore_forward(model: nn.Module) -> None:
     """Undo `replace_forward`. If others have wrapped the new forward since then, it stays and does nothing."""
     vars(model).pop(POSITION_START, None)
-    forward = vars(model).get("forward")
-    if isinstance(forward, functools.partial) and forward.func is _forward:
-        del vars(model)["forward"]
-        if forward.args[1] is not None:
-            vars(model)["forward"] = forward.args[1]
+    restore(model, _forward)
 
 
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:
@@ -61,7 +56,7 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
 
 def _forward(model: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
     """Compute an enabled model, in place of its forward: `previous`, or that of its class."""
-    forward = functools.partial(type(model).forward, model) if previous is None else previous
+    forward = previous_forward(model, previous)
     if POSITION_START not in vars(model):
         return forward(*args, **kwargs)
     kwargs = _enter(model, args, kwargs, _is_compiled())

@@ -148,9 +148,15 @@ def check_calls(names: Collection[str]) -> None:
 def _choose_calls(inner: PreTrainedModel, model: nn.Module, chosen: Collection[str] | None) -> list[str]:
     check_calls(chosen or ())
     absent = set() if is_enabled(model) else {"document_ids"}
-    if not any(hasattr(module, "mrope_section") for module in inner.modules()):
+    if not _has_mrope(inner):
         absent |= {"mrope_3", "mrope_4"}
     return [name for name in CALLS if (name in chosen if chosen is not None else name not in absent)]
+
+
+def _has_mrope(inner: PreTrainedModel) -> bool:
+    """Return whether a model takes three positions for each token: in older versions only the configuration says so."""
+    rope = getattr(inner.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return "mrope_section" in rope or any(hasattr(module, "mrope_section") for module in inner.modules())
 
 
 def _masks_of(batch: Mapping[str, Any]) -> AttentionMask | dict[str, AttentionMask]:

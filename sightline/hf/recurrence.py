@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sightline.hf.documents import Documents
+from sightline.hf.replaced import previous_forward, replace_by, restore
 from sightline.hf.rows import rows_of, take
 from sightline.hf.running import current
 from sightline.torch_private import disable_compiler
@@ -60,7 +61,7 @@ def enable_recurrence(model: nn.Module) -> list[str]:
     kinds = set()
     for decoder, layer in _recurrent_layers(model):
         if _is_supported(layer):
-            vars(layer)["forward"] = functools.partial(_forward, layer, vars(layer).get("forward"))
+            replace_by(layer, _forward)
             kinds.add(type(layer).__name__)
             vars(decoder)[PASSES_DOCUMENTS] = True
     return sorted(kinds)
@@ -71,11 +72,7 @@ def disable_recurrence(model: nn.Module) -> None:
     for module in model.modules():
         vars(module).pop(_WAS_PACKED, None)
         vars(module).pop(PASSES_DOCUMENTS, None)
-        forward = vars(module).get("forward")
-        if isinstance(forward, functools.partial) and forward.func is _forward:
-            del vars(module)["forward"]
-            if forward.args[1] is not None:
-                vars(module)["forward"] = forward.args[1]
+        restore(module, _forward)
 
 
 def unsupported_recurrence(model: nn.Module) -> str | None:
@@ -177,7 +174,7 @@ def _documents_for(module: nn.Module, mask: Any) -> Documents | None:
 
 def _forward(layer: nn.Module, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
     """Compute a recurrent layer, in place of its forward: `previous`, or that of its class."""
-    forward = functools.partial(type(layer).forward, layer) if previous is None else previous
+    forward = previous_forward(layer, previous)
     documents = kwargs.pop(ARGUMENT) if ARGUMENT in kwargs else _documents_without_argument(layer, kwargs)
     if documents is None:
         return forward(*args, **kwargs)

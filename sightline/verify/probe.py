@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from sightline.verify.influence import Trial
 from sightline.verify.torch_private import is_compiled
@@ -226,7 +227,11 @@ def find_tensor(value: Any, shape: torch.Size) -> Tensor | None:
 
 @contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
-    """Run the block with gradients and without compiled code, which skips hooks; restore random numbers and buffers."""
+    """Run the block with gradients and without compiled code, which skips hooks; restore random numbers and buffers.
+
+    FSDP2 leaves parameters gathered after a forward that no backward follows. They are sharded again, since an
+    optimizer that is made next would otherwise update copies of them.
+    """
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
     try:
@@ -241,3 +246,6 @@ def unchanged(module: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()

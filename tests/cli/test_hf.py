@@ -75,9 +75,9 @@ def test_signals_reach_the_command() -> None:
     words = [sys.executable, "-m", "sightline", "hf", "--", sys.executable, "-c", program]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and int(process.stdout.readline()) == process.pid
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT and error.rstrip().endswith("KeyboardInterrupt")
+    process.send_signal(signal.SIGTERM)  # SIGINT is ignored where the tests run in the background of a shell
+    process.communicate(timeout=50)
+    assert process.returncode == -signal.SIGTERM
 
 
 def test_the_name_is_registered_in_two_processes(tmp_path) -> None:

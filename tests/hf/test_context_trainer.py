@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from sightline.hf import PackedCollator, context_parallel, enable
 from sightline.hf.context_trainer import ContextParallelTrainer
 from tests.hf.test_distributed import State
-from tests.support.hf import build_tokenizer
+from tests.support.hf import SGD, build_tokenizer
 from tests.support.hf_models import tiny_model
 from tests.support.processes import run_on_ranks
 
@@ -42,22 +42,19 @@ class PackedSFTTrainer(ContextParallelTrainer, SFTTrainer):
 
 def build(cls: type[Trainer], name: str, directory: str, data_ranks: int, **more: Any) -> Trainer:
     """Return a trainer whose steps have 2 batches of 4 documents."""
-    args: dict[str, Any] = {
-        "output_dir": directory,
-        "max_steps": 3,
-        "per_device_train_batch_size": 4 // data_ranks,
-        "per_device_eval_batch_size": 4 // data_ranks,
-        "gradient_accumulation_steps": 2,
-        "optim": "sgd",
-        "learning_rate": LR,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.5,
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "use_cpu": True,
-    } | more.pop("args", {})
+    args: dict[str, Any] = (
+        SGD
+        | {
+            "output_dir": directory,
+            "max_steps": 3,
+            "per_device_train_batch_size": 4 // data_ranks,
+            "per_device_eval_batch_size": 4 // data_ranks,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": LR,
+            "max_grad_norm": 0.5,
+        }
+        | more.pop("args", {})
+    )
     config: type[TrainingArguments] = TrainingArguments
     if issubclass(cls, SFTTrainer):
         config, more = SFTConfig, more | {"processing_class": build_tokenizer()}

@@ -20,7 +20,15 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from sightline.hf import PackedCollator, enable, is_enabled
-from tests.support.hf import build_gpt_oss, build_llama, build_llama4, check_isolated, random_documents, train_alone
+from tests.support.hf import (
+    SGD,
+    build_gpt_oss,
+    build_llama,
+    build_llama4,
+    check_isolated,
+    random_documents,
+    train_alone,
+)
 from tests.support.processes import run_on_ranks
 
 DOCUMENTS = [{"input_ids": tokens} for tokens in random_documents(16, seed=3)]
@@ -92,9 +100,12 @@ def train_with_accelerate(kind: str) -> list[Tensor]:
 
 
 def train_with_trainer(kind: str, directory: str) -> list[Tensor]:
-    options: dict[str, Any] = {"optim": "sgd", "learning_rate": LR, "lr_scheduler_type": "constant"}
-    options |= {"max_grad_norm": 0.0, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
-    options |= {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 4, "max_steps": 2}
+    options = SGD | {
+        "learning_rate": LR,
+        "train_sampling_strategy": "sequential",
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+    }
     if kind == "fsdp2":
         config = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["Llama4TextDecoderLayer"]}
         options |= {"fsdp": "full_shard auto_wrap", "fsdp_config": config}

@@ -18,23 +18,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
 from sightline.hf import disable, share_prompts
-from tests.support.hf import build_tokenizer
+from tests.support.hf import SGD, build_tokenizer
 from tests.support.hf_models import tiny_model
 
-OPTIONS: dict[str, Any] = {
-    "max_steps": 2,
-    "optim": "sgd",
-    "learning_rate": 0.01,
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 0.0,
-    "logging_steps": 1,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-}
+OPTIONS: dict[str, Any] = SGD | {"max_steps": 2, "learning_rate": 0.01, "bf16": False, "gradient_checkpointing": False}
 FAMILIES = ["llama", "gpt_oss", "gemma2", "olmo3", "deepseek_v3"]
 
 

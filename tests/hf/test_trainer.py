@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from sightline.hf import PackedCollator, enable
 from tests.support.hf import (
+    SGD,
     Recorder,
     build_gpt_oss,
     build_llama,
@@ -28,20 +29,11 @@ DOCUMENTS = [{"input_ids": tokens} for tokens in random_documents(24)]
 
 
 def build_trainer(model: Any, directory: Path, collator: Any = None, **options: Any) -> Trainer:
-    defaults: dict[str, Any] = {
+    defaults: dict[str, Any] = SGD | {
         "max_steps": 3,
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
         "gradient_accumulation_steps": 2,
-        "optim": "sgd",
-        "learning_rate": 0.5,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "use_cpu": True,
     }
     args = TrainingArguments(output_dir=str(directory), **(defaults | options))
     data = Dataset.from_list(DOCUMENTS)

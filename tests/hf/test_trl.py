@@ -15,6 +15,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, pack_dataset
 
 from sightline.hf import PackedCollator, enable, is_enabled
 from tests.support.hf import (
+    SGD,
     Recorder,
     build_gpt_oss,
     build_llama,
@@ -26,19 +27,10 @@ from tests.support.hf import (
 )
 
 BUILD = {"llama": build_llama, "gpt_oss": build_gpt_oss}
-OPTIONS: dict[str, Any] = {
+OPTIONS: dict[str, Any] = SGD | {
     "max_steps": 2,
     "per_device_train_batch_size": 3,
     "gradient_accumulation_steps": 2,
-    "optim": "sgd",
-    "learning_rate": 0.5,
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 0.0,
-    "logging_steps": 1,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "use_cpu": True,
     "bf16": False,
 }
 

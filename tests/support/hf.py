@@ -39,6 +39,19 @@ SIZES: dict[str, Any] = {
     "attention_dropout": 0.0,
 }
 
+SGD: dict[str, Any] = {
+    "optim": "sgd",
+    "learning_rate": 0.5,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "logging_steps": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "use_cpu": True,
+}
+"""Arguments of Trainer for the plain SGD of `train_alone`."""
+
 
 def build_llama(seed: int = 0) -> PreTrainedModel:
     """Return a random Llama of two layers."""

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# The fork server imports torch and the models once, so each process, a fork of it, starts in milliseconds.
+# The fork server imports what is slow once, so each process, a fork of it, starts in milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.pipelining", "sightline.models"])
+PRELOADED = ["torch.distributed.fsdp", "torch.distributed.pipelining", "sightline.models", "sightline.hf"]
+CONTEXT.set_forkserver_preload([*PRELOADED, "transformers.trainer"])
 
 
 def run_on_ranks(
