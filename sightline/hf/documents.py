@@ -68,7 +68,8 @@ class Documents:
     def index_in_document(self) -> Tensor:
         """int64 [B, S], index of each token in its document."""
         index = torch.arange(self.ids.shape[1]).expand(self.ids.shape)
-        return index - index.masked_fill(~_starts(self.ids), 0).cummax(dim=1).values
+        last = index.masked_fill(self.ids < 0, 0).cummax(dim=1).values  # padding inside a document does not end it
+        return index - index.masked_fill(~_starts(self.ids.gather(1, last)), 0).cummax(dim=1).values
 
     @cached_property
     def mask(self) -> AttentionMask:
@@ -136,6 +137,7 @@ def find_documents(
         ids = ids if padding is None else ids.masked_fill(padding, -1)
         for name, other in found.items():
             _check_agreement(source, ids, name, other)
+        _check_contiguous(source, ids)
         _check_positions(source, ids, checked_positions)
     elif (inferred := _infer(shape, position_ids, guess, padding)) is not None:
         source, ids = inferred
@@ -193,7 +195,13 @@ def _as_ids(name: str, ids: Tensor | Sequence[Sequence[int]], shape: tuple[int, 
         raise ValueError(f"{name} must be integers [B, S] = {list(shape)}: {error}") from None
     if tuple(ids.shape) != shape or ids.is_floating_point():
         raise ValueError(f"{name} must be integers [B, S] = {list(shape)}, got {ids.dtype} {list(ids.shape)}")
-    return ids.cpu().to(torch.int32)
+    ids = ids.cpu().long()
+    if ids.numel() and (int(ids.min()) < -1 or int(ids.max()) >= 2**31):
+        raise ValueError(
+            f"{name} must be from 0 to 2**31 - 1, or -1 for padding, got {int(ids.min())} to {int(ids.max())}; number "
+            "the documents of each row from 0"
+        )
+    return ids.to(torch.int32)
 
 
 def _from_lengths(lengths: Sequence[Sequence[int]], shape: tuple[int, int]) -> Tensor:
@@ -253,10 +261,11 @@ def _from_positions(position_ids: Tensor, padding: Tensor | None, shape: tuple[i
     if padding is None:
         starts = F.pad(positions.diff(dim=1) != 1, (1, 0))
         return starts.cumsum(dim=1).to(torch.int32)
-    # Compare with the last token before that is no padding.
+    # Compare with the last token before that is no padding. Positions may count the padding between, or not.
     index = torch.arange(shape[1]).expand(shape)
     last = F.pad(index.masked_fill(padding, -1).cummax(dim=1).values[:, :-1], (1, 0), value=-1)
-    starts = (last >= 0) & ~padding & (positions - positions.gather(1, last.clamp(min=0)) != 1)
+    step = positions - positions.gather(1, last.clamp(min=0))
+    starts = (last >= 0) & ~padding & (step != 1) & (step != index - last)
     return starts.cumsum(dim=1).masked_fill(padding, -1).to(torch.int32)
 
 
@@ -305,6 +314,21 @@ def _check_agreement(source: str, ids: Tensor, name: str, other: Tensor) -> None
             f"{source} and {name} state different documents, first at token {token + 1} of row {row}; pass one of "
             "them, or make them agree"
         )
+
+
+def _check_contiguous(source: str, ids: Tensor) -> None:
+    """Check that the tokens of a document are next to each other, but for padding.
+
+    If they are not, an id may stand for two documents, and windows and chunks by index would be wrong.
+    """
+    for row, tokens in enumerate(ids):
+        in_order = tokens[tokens >= 0].unique_consecutive()
+        values, counts = in_order.unique(return_counts=True)
+        if len(values) < len(in_order):
+            raise ValueError(
+                f"{source} has document {int(values[counts > 1][0])} at several places of row {row}; give each "
+                "document a number of its own, and put its tokens next to each other"
+            )
 
 
 def _check_positions(source: str, ids: Tensor, position_ids: Tensor | None) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sightline.hf.documents import CONTEXT, Documents, find_documents, one_document_per_row
 from sightline.hf.layer_masks import lower_before_forward
 from sightline.hf.masks import PendingMask
+from sightline.hf.positions import check_positions, takes_positions
 from sightline.hf.recurrence import CACHES, pass_documents
 from sightline.hf.replaced import previous_forward, replace_by, restore
 from sightline.hf.running import current, enter_forward, inherited, leave_forward
@@ -22,6 +23,7 @@ ADDED = ("document_lengths", "document_ids", "prefix_ids", "attention_masks")
 """Keyword arguments that `enable` adds to a model."""
 GIVEN = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "position_ids")
 """Keyword arguments of transformers that may state documents."""
+TOKENS = ("input_ids", "inputs_embeds")
 POSITION_START = "_sightline_position_start"
 """Attribute of an enabled model: position of a document's first token."""
 _PACKED = "_sightline_packed"
@@ -86,8 +88,11 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], com
     # The forward that calls this one has found the documents of its tokens.
     documents = outer if outer is not None and not given else documents_of_call(kwargs, given)
     if documents is not None and documents.packed:
-        _check_position_start(module, kwargs.get("position_ids"))
-        _check_temperature(module, documents.ids.shape[1])
+        if documents is not outer and takes_positions(module, documents, kwargs):
+            device = next(kwargs[name].device for name in TOKENS if kwargs.get(name) is not None)
+            positions = documents.index_in_document + vars(module)[POSITION_START]
+            kwargs["position_ids"] = positions.to(device, non_blocking=True)
+        check_positions(module, documents, kwargs.get("position_ids"), vars(module)[POSITION_START])
     if compiled and (documents is not outer or divided):
         lower_before_forward(module, documents)
     enter_forward(module, documents)
@@ -107,13 +112,18 @@ def _mark_cache(output: Any) -> Any:
 
 def documents_of_call(kwargs: dict[str, Any], given: dict[str, Any]) -> Documents | None:
     """Return the documents of a forward with these arguments; None if it continues a cache."""
-    tokens = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
+    tokens = next((kwargs[name] for name in TOKENS if kwargs.get(name) is not None), None)
     if not isinstance(tokens, Tensor) or tokens.dim() < 2:
         return None
     shape = (tokens.shape[0], tokens.shape[1])
     masks = given.pop("attention_masks", None)
     mask = kwargs.get("attention_mask")
     if masks is not None:
+        if given:
+            raise ValueError(
+                f"attention_masks and {', '.join(given)} both say which tokens attend to which; pass one of them: "
+                "attention_masks take the place of all rules, documents too"
+            )
         ids = torch.zeros(shape, dtype=torch.int32)
         return Documents(ids, "attention_masks", masks=_check_masks(masks, shape))
     if isinstance(mask, dict):  # by layer type, from `generate` or the caller
@@ -133,6 +143,8 @@ def documents_of_call(kwargs: dict[str, Any], given: dict[str, Any]) -> Document
             return None
     if isinstance(mask, Tensor) and mask.dim() == 2:
         mask = mask[:, : shape[1]]  # a static cache has room for tokens that come later
+        if tuple(mask.shape) != shape:
+            raise ValueError(f"attention_mask has the shape {list(mask.shape)}; expected [B, S] = {list(shape)}")
     sources = {name: kwargs.get(name) for name in GIVEN}
     found = find_documents(shape, attention_mask=mask, **sources, **given)
     return one_document_per_row(shape, "the default positions") if found is None else found
@@ -169,28 +181,6 @@ def _check_context(local: bool, divided: bool, given: dict[str, Any]) -> None:
         raise ValueError(
             f"{', '.join(given)} cannot be given to a model inside of context_parallel, which has divided the rows: "
             "state documents in the batch that context_parallel receives"
-        )
-
-
-def _check_position_start(module: nn.Module, position_ids: Tensor | None) -> None:
-    start = vars(module)[POSITION_START]
-    if start and position_ids is not None and bool((position_ids < start).any()):
-        raise ValueError(
-            f"the positions of {type(module).__name__} start at {start}, after those of padding, but position_ids "
-            f"contain {int(position_ids.min())}; add {start}, as PackedCollator(position_start={start}) does"
-        )
-
-
-def _check_temperature(module: nn.Module, length: int) -> None:
-    """Refuse rows in which Llama 4 scales queries by their index in the row, which differs from that in a document."""
-    config: Any = getattr(module, "config", None)
-    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    scale = getattr(config, "floor_scale", None)
-    if scale and getattr(config, "attn_temperature_tuning", None) and length >= scale:
-        raise ValueError(
-            f"{type(module).__name__}: attn_temperature_tuning scales queries by their index in the row, not in their "
-            f"document, from index {scale} on; pack rows of fewer than {scale} tokens, got {length}, "
-            "or set config.attn_temperature_tuning to False"
         )
 
 

@@ -88,6 +88,12 @@ def test_lists_arrays_and_tensors() -> None:
     assert found(document_lengths=torch.tensor([[3, 3], [4, 2]])).ids.tolist() == [[0] * 3 + [1] * 3, [0] * 4 + [1] * 2]
 
 
+def test_padding_inside_a_document_does_not_end_it() -> None:
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1], [1, 1, 1, 0, 1, 1]])
+    documents = found(attention_mask=mask)
+    assert documents.index_in_document[mask == 1].tolist() == [0, 1, 3, 4, 0, 1, 2, 4, 5]
+
+
 def test_stated_documents_and_padding() -> None:
     mask = torch.ones(SHAPE, dtype=torch.int64)
     mask[0, 5] = 0
@@ -124,6 +130,10 @@ def test_three_positions_of_several_documents_are_refused(first: int) -> None:
         ({"document_lengths": [6, 6, 6]}, "for each of 2 rows"),
         ({"document_lengths": [[6.0], [6]]}, "document_lengths must list the tokens"),
         ({"document_ids": [[0, 1], [0]]}, r"document_ids must be integers \[B, S\]"),
+        ({"document_ids": IDS - 2}, "or -1 for padding, got -2 to 0"),
+        ({"document_ids": IDS.long() * 2**32}, "to 2\\*\\*31 - 1"),
+        ({"seq_idx": IDS % 2}, "seq_idx has document 0 at several places of row 0; give each document a number"),
+        ({"attention_mask": IDS % 2 + 1}, "attention_mask has document 0 at several places"),
         ({"document_ids": "abc"}, r"document_ids must be integers \[B, S\]"),
         ({"cu_seq_lens_q": CUMULATIVE[:-1]}, "ends at 10, but there are 2 x 6 tokens"),
         ({"cu_seq_lens_q": CUMULATIVE + 1}, "start with 0"),

@@ -303,3 +303,35 @@ def test_positions_that_start_after_padding() -> None:
 def test_models_that_cannot_be_right_are_refused(model, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sightline.hf.enable(model())
+
+
+@pytest.mark.parametrize("family", ["mistral", "llama4_text"])
+def test_padding_inside_a_row_equals_eager(family: str) -> None:
+    """Windows and chunks count it, as those of transformers do."""
+    model, rows = tiny_model(family), packed_rows((24,))
+    mask = torch.ones(1, 24, dtype=torch.int64)
+    mask[0, 5:9] = 0
+    with torch.no_grad():
+        sightline.hf.disable(model).set_attn_implementation("eager")
+        expected = model(**rows, attention_mask=mask, use_cache=False).logits[mask == 1]
+        actual = sightline.hf.enable(model)(**rows, attention_mask=mask).logits[mask == 1]
+    assert close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"attention_mask": torch.ones(1, 20)},
+            r"attention_mask has the shape \[1, 20\]; expected \[B, S\] = \[1, 24\]",
+        ),
+        ({"attention_mask": torch.ones(2, 24)}, r"attention_mask has the shape \[2, 24\]"),
+        (
+            {"attention_masks": causal(1, 24), "document_ids": document_ids(LAYOUT)},
+            "attention_masks and document_ids both",
+        ),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sightline.hf.enable(tiny_model("llama"))(**packed_rows(LAYOUT), **arguments)

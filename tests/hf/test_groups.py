@@ -230,7 +230,7 @@ def test_refused_arguments():
 @pytest.mark.parametrize(
     ("document_ids", "prefix_ids", "position_ids", "message"),
     [
-        ([0, 0, 1, 0], [0, 0, 0, 0], [0, 1, 2, 2], "tokens are next to each other"),
+        ([0, 0, 1, 0], [0, 0, 0, 0], [0, 1, 2, 2], "tokens next to each other"),
         ([1, 0, 0, 0], [0, 0, 0, 0], [3, 0, 1, 2], "each after the document that it continues"),
         ([0, 0, 1, 1], [0, 0, 3, 3], [0, 1, 2, 3], "which must be in the row"),
         ([0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1], "token 2 of row 0 has position 0 after 1"),
