@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sightline.batch import IGNORE, PADDING
+from sightline.hf.calls import transformers_model
 from sightline.hf.divisible import check_divisible
 from sightline.hf.documents import CONTEXT, Documents
 from sightline.hf.forward import ADDED, GIVEN, documents_of_call
 from sightline.hf.layer_masks import build_masks, layer_types
+from sightline.hf.positions import check_divided_positions
 from sightline.hf.running import set_documents
 from sightline.masks import AttentionMask
 from sightline.parallel.context.exchange import ContextExchange
@@ -61,6 +63,7 @@ def context_parallel(model: nn.Module, group: dist.ProcessGroup, batch: Mapping[
     documents = _find_documents(batch)
     length = documents.ids.shape[1]
     check_divisible(model, batch, length)
+    check_divided_positions(transformers_model(model), batch["position_ids"])
     masks = build_masks(model, documents) if documents.masks is None else documents.masks
     types = layer_types(model)
     if missing := sorted(set(types) - set(masks)):

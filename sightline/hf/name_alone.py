@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sightline.hf.documents import Documents
+from sightline.hf.positions import has_limited_rope
 from sightline.hf.recurrence import is_beside_recurrence
 
 NO_CUMULATIVE_LENGTHS = {"NemotronAttention", "StableLmAttention"}
@@ -35,6 +36,11 @@ def refuse_without_enable(layer: nn.Module, documents: Documents | None) -> None
         raise ValueError(
             f"{name}: this model has recurrent layers, which carry a state from one document to the next; call "
             "sightline.hf.enable(model), which resets it or refuses"
+        )
+    if documents.packed and has_limited_rope(getattr(layer, "config", None), documents.ids.shape[1]):
+        raise ValueError(
+            f"{name}: RoPE takes the frequencies of all documents from the largest position of the row; call "
+            "sightline.hf.enable(model), which refuses only rows in which this differs from each document alone"
         )
     if name in NO_CUMULATIVE_LENGTHS and documents.source == "position_ids" and not documents.packed:
         raise ValueError(

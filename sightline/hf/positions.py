@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,12 +54,7 @@ def _check_temperature(model: nn.Module, length: int) -> None:
 
 def _check_rope(model: nn.Module, documents: Documents, position_ids: Tensor | None) -> None:
     """Refuse documents whose frequencies depend on the longest document of the forward."""
-    for rope in model.modules():
-        kinds = getattr(rope, "rope_type", None)
-        kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
-        if not kinds & {"dynamic", "longrope"} or not hasattr(rope, "original_max_seq_len"):
-            continue
-        limit = _original_length(rope, kinds)
+    for kinds, limit in _limited_ropes(model):
         last = documents.index_in_document[documents.ids >= 0]
         is_last = last.diff(append=last.new_tensor([0])) != 1
         lengths = last[is_last] + 1
@@ -72,6 +67,39 @@ def _check_rope(model: nn.Module, documents: Documents, position_ids: Tensor | N
                 f"document of {shortest} tokens alone; pack documents and positions below {limit} only, and give "
                 "longer documents rows and forwards of their own"
             )
+
+
+def check_divided_positions(model: nn.Module, position_ids: Tensor) -> None:
+    """Check that ranks with a part of the tokens of each row compute the same as one with all of them.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    for kinds, limit in _limited_ropes(model):
+        if (longest := int(position_ids.max()) + 1) > limit:
+            raise ValueError(
+                f"{type(model).__name__}: RoPE of type {', '.join(sorted(kinds))} takes its frequencies from the "
+                f"largest position of the forward, here {longest - 1}, and a rank has a part of them; use rows "
+                f"of at most {limit} tokens with context parallelism"
+            )
+
+
+def has_limited_rope(config: Any, length: int) -> bool:
+    """Return whether RoPE of a config takes its frequencies from the largest position of a row of this length."""
+    parameters: Any = getattr(config, "rope_parameters", None) or {}
+    nested = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    longest: Any = getattr(config, "max_position_embeddings", 0)
+    limited = [part for part in nested if part.get("rope_type") in ("dynamic", "longrope")]
+    return any(length > (part.get("original_max_position_embeddings") or longest) for part in limited)
+
+
+def _limited_ropes(model: nn.Module) -> Iterator[tuple[set[Any], int]]:
+    """Yield the kinds of RoPE whose frequencies depend on the largest position, and from which position on."""
+    for rope in model.modules():
+        kinds = getattr(rope, "rope_type", None)
+        kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
+        if kinds & {"dynamic", "longrope"} and hasattr(rope, "original_max_seq_len"):
+            yield kinds, _original_length(rope, kinds)
 
 
 def _original_length(rope: nn.Module, kinds: set[Any]) -> int:

@@ -135,10 +135,17 @@ class Packed:
             "document_ids": ({**running, "document_ids": document_ids(*first)}, first),
         }
 
-    def reference(self, call: Call, layouts: Sequence[Sequence[int]], gradients: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the logits and the gradients of each document alone, with the positions that the call gives it."""
+    def reference(
+        self, call: Call, layouts: Sequence[Sequence[int]], gradients: bool, enabled: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the logits and the gradients of each document alone, with the positions that the call gives it.
+
+        Without positions, those of a model run on over the row; an enabled one counts them in each document.
+        """
         tokens = call["input_ids"]
-        positions = call.get("position_ids", torch.arange(tokens.shape[1])[None] + self.start)
+        in_document = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in layouts])
+        default = in_document if enabled else torch.arange(tokens.shape[1])[None]
+        positions = call.get("position_ids", default + self.start)
         key = (tokens.shape, int(positions.max()), gradients)
         if key not in self._references:
             self._references[key] = self._each_alone(tokens, positions, layouts, gradients)
@@ -195,7 +202,7 @@ def check_call(
     enabled: bool = False,
 ) -> Outcome:
     """Run a call of packed rows, and compare it with each document alone."""
-    logits, gradient = rows.reference(call, layouts, gradients)
+    logits, gradient = rows.reference(call, layouts, gradients, enabled)
     with torch.set_grad_enabled(gradients):
         came = model(**call).logits.float()
         moved = relative(gradients_of(model, came), gradient) if gradient is not None else None

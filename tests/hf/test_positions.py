@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import sightline.hf
+from sightline.hf.positions import check_divided_positions
 from tests.hf.test_enable import alone, close
 from tests.support.hf_models import document_ids, packed_rows, tiny_model
 
@@ -60,3 +61,21 @@ def test_longrope_of_documents_that_are_all_long() -> None:
     expected = alone(model, rows, (20, 17))
     with torch.no_grad():
         assert close(sightline.hf.enable(model)(**rows).logits, expected)
+
+
+@pytest.mark.parametrize("rope", [LONGROPE, DYNAMIC], ids=["longrope", "dynamic"])
+def test_rope_with_the_name_alone(rope: dict[str, Any]) -> None:
+    model = rope_model(rope)
+    model.set_attn_implementation("sightline")
+    model(**packed_rows((6, 10)))
+    with pytest.raises(ValueError, match=r"largest position of the row; call sightline\.hf\.enable"):
+        model(**packed_rows((20, 4)))
+
+
+@pytest.mark.parametrize("rope", [LONGROPE, DYNAMIC], ids=["longrope", "dynamic"])
+def test_rope_of_divided_rows(rope: dict[str, Any]) -> None:
+    """Each rank has other positions, so its frequencies would be others as well."""
+    model = rope_model(rope)
+    check_divided_positions(model, packed_rows((10, 14))["position_ids"][:, :10])
+    with pytest.raises(ValueError, match="here 19, and a rank has a part of them"):
+        check_divided_positions(model, packed_rows((20, 4))["position_ids"])
