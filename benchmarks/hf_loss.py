@@ -44,7 +44,7 @@ def build_step(trainer: str, fused: bool, length: int) -> Callable[[], float]:
         model.zero_grad()
         loss = model(input_ids=tokens, labels=tokens, use_cache=False, **options).loss
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
@@ -55,9 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
     contestants = {
-        (trainer, fused): (trainer, fused, options.length)
-        for trainer in ("Trainer", "TRL")
-        for fused in (False, True)
+        (trainer, fused): (trainer, fused, options.length) for trainer in ("Trainer", "TRL") for fused in (False, True)
     }
     makers = {f"{trainer} {fused}": (build_step, contestant) for (trainer, fused), contestant in contestants.items()}
     results = processes_in_turn({**makers, WITHOUT_TOKENS: (build_step, ("TRL", True, 64))}, options.rounds)
