@@ -28,7 +28,7 @@ SHAPE = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 256, "num_
 WITHOUT_TOKENS = "64 tokens"
 
 
-def build_step(trainer: str, fused: bool, length: int) -> Callable[[], object]:
+def build_step(trainer: str, fused: bool, length: int) -> Callable[[], float]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=0, tie_word_embeddings=False))
@@ -40,27 +40,27 @@ def build_step(trainer: str, fused: bool, length: int) -> Callable[[], object]:
         options = {"fused_lm_head": True}
     tokens = torch.randint(SHAPE["vocab_size"], (1, length))
 
-    def step() -> None:
+    def step() -> float:
         model.zero_grad()
-        model(input_ids=tokens, labels=tokens, use_cache=False, **options).loss.backward()
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False, **options).loss
+        loss.backward()
+        return float(loss.detach())
 
     return step
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     contestants = {
-        (trainer, fused): (trainer, fused, arguments.length)
-        for trainer in ("Trainer", "TRL")
-        for fused in (False, True)
+        (trainer, fused): (trainer, fused, options.length) for trainer in ("Trainer", "TRL") for fused in (False, True)
     }
-    makers = {f"{trainer} {fused}": (build_step, options) for (trainer, fused), options in contestants.items()}
-    results = processes_in_turn({**makers, WITHOUT_TOKENS: (build_step, ("TRL", True, 64))}, arguments.rounds)
+    makers = {f"{trainer} {fused}": (build_step, contestant) for (trainer, fused), contestant in contestants.items()}
+    results = processes_in_turn({**makers, WITHOUT_TOKENS: (build_step, ("TRL", True, 64))}, options.rounds)
     base = results.pop(WITHOUT_TOKENS)[1]
-    table = Table(title=f"Head and loss, S = {arguments.length}, W = 256, V = 8192: {machine()}")
+    table = Table(title=f"Head and loss, S = {options.length}, W = 256, V = 8192: {machine()}")
     for column in ("", "stock, ms", "fused, ms", "ratio", "stock, MiB", "fused, MiB", "ratio"):
         table.add_column(column, justify="right")
     rows: list[dict[str, object]] = []

@@ -128,7 +128,7 @@ def trainer_step(case: str, contestant: str, length: int) -> Step:
         loss = trainer.training_step(model, inputs, num_items_in_batch=labels)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
@@ -144,7 +144,7 @@ def model_step(case: str, contestant: str, length: int) -> Step:
         model.zero_grad()
         loss = model(**next(batches), use_cache=False).loss
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 

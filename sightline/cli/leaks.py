@@ -60,5 +60,5 @@ class Leaks:
 def main(argv: list[str]) -> None:
     options = parse_options(Leaks, argv, prog="sightline leaks", description=DESCRIPTION)
     if importlib.util.find_spec("transformers") is None:
-        raise ValueError("--hf needs transformers, which is not installed: pip install sightline[hf]")
+        raise ValueError("--hf needs transformers, which is not installed: pip install 'sightline[hf]'")
     importlib.import_module("sightline.cli.show_leaks").show_leaks(options)

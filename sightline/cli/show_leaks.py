@@ -42,6 +42,8 @@ def show_leaks(options: Leaks) -> None:
 def show(console: Console, report: ModelReport) -> None:
     """Print the table of a report."""
     table = Table.grid(padding=(0, 3))
+    for _ in range(5):
+        table.add_column(overflow="fold")
     table.add_row(*(Text(name, "bold") for name in ("call", "", "change", "gradient", "from layer, or refusal")))
     for call, verdict, *cells in report.rows():
         table.add_row(Text(call, "dim"), Text(verdict, STYLES[verdict]), *(Text(printable(cell)) for cell in cells))

@@ -79,7 +79,7 @@ def test_transformers_that_is_not_installed(
 ) -> None:
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda _name: None)
     assert run(["leaks", "--hf", "some/model"]) == 2
-    assert "pip install sightline[hf]" in capsys.readouterr().err
+    assert "pip install 'sightline[hf]'" in capsys.readouterr().err
 
 
 def test_class_that_the_config_names_is_loaded(tmp_path: Path) -> None:

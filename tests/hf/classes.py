@@ -22,7 +22,7 @@ import torch
 
 from tests.hf.images import KINDS, check_images
 from tests.hf.isolation import Row, check_class
-from tests.hf.report import write_report
+from tests.hf.report import IMAGES, write_report
 from tests.support.hf_models import causal_classes
 
 SECONDS = 120
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write a Markdown table")
     parser.add_argument("--json", type=Path, help="write all outcomes, one class a line")
     arguments = parser.parse_args()
-    classes = causal_classes() | dict.fromkeys(KINDS, "with images")
+    classes = causal_classes() | dict.fromkeys(KINDS, IMAGES)
     if arguments.only:
         classes = {name: classes[name] for name in arguments.only}
     rows = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ HEADER = """\
 Every causal class of the installed transformers, random and tiny, and whether packed rows equal each document alone
 with `attn_implementation="sightline"`. The file is made by `{command}`; do not edit it.
 
-transformers {transformers}, torch {torch}: {counts}.
+transformers {transformers}, torch {torch}. {classes}; {images}.
 
 - **equal**: the logits of packed rows are those of each document alone with eager attention, within {tolerance} of the
   largest logit, and the gradients of all parameters within {tolerance} of the largest one. Calls: the default one,
@@ -34,23 +34,29 @@ does without Sightline: by how much a logit of documents 2 and 3 changes when a 
 with it. A number is the largest relative error of the logits, and of the gradients. The rows "with images" pack
 documents of text with an image each; there, the columns without Sightline hold relative errors.
 """
+IMAGES = "with images"
+"""Stands in place of the class in rows of documents with an image each."""
 STOCK = ("eager, default", "sdpa, use_cache=False", "sdpa, all-ones mask")
 
 
 def write_report(rows: list[Row], path: Path) -> None:
     """Write the table of all classes, and the reasons of those that are refused."""
-    counts: dict[str, int] = defaultdict(int)
-    for row in rows:
-        counts[row.verdict()] += 1
     header = HEADER.format(
         command=f"python -m tests.hf.classes --output docs/{path.name}",
         transformers=transformers.__version__,
         torch=torch.__version__.split("+")[0],
-        counts=", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items(), key=lambda x: -x[1])),
+        classes=count_verdicts("model types", [row for row in rows if row.cls != IMAGES]),
+        images=count_verdicts("with images", [row for row in rows if row.cls == IMAGES]),
         tolerance=TOLERANCE,
     )
     lines = [header, *_table(rows), "", "## Why classes are refused", "", *_reasons(rows)]
     path.write_text("\n".join(lines) + "\n")
+
+
+def count_verdicts(what: str, rows: list[Row]) -> str:
+    """Return the number of rows, what they are, and how many have each verdict, the most frequent one first."""
+    counts = Counter(row.verdict() for row in rows)
+    return f"{len(rows)} {what}: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
 
 
 def _table(rows: list[Row]) -> list[str]:
@@ -73,7 +79,7 @@ def summary(outcomes: dict[str, Outcome]) -> str:
     for call, outcome in outcomes.items():
         if outcome.verdict != "right":
             other[outcome.verdict].append(call)
-    if "refused" in other and set(outcomes) - set(PADDED) <= {*other["refused"], *other["unsupported"]}:
+    if "refused" in other and set(outcomes) - set(PADDED) <= {*other["refused"], *other.get("unsupported", [])}:
         return "refused"
     if set(other) == {"ignored"}:
         return "ignored by the class"
