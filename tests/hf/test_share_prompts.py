@@ -213,9 +213,9 @@ def test_auxiliary_loss_of_the_router_counts_each_token_of_the_batch(tmp_path):
     assert (gradients[0] - gradients[1]).abs().max() < 4e-5 * gradients[0].abs().max()
 
 
-def test_other_trainers_are_refused():
+def test_other_trainers_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is for TRL's DPOTrainer, .* got a Trainer"):
-        share_prompts(Trainer(model=tiny_model("llama")))
+        share_prompts(Trainer(tiny_model("llama"), TrainingArguments(str(tmp_path), use_cpu=True)))
 
 
 def test_other_versions_of_trl_are_refused(tmp_path, monkeypatch):
