@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
 from sightline.hf import disable, share_prompts
