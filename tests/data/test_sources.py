@@ -132,7 +132,7 @@ def test_standard_library_of_the_running_python() -> None:
 
 def test_dataset_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "datasets", None)
-    with pytest.raises(ValueError, match=r"hf:some/name needs the package `datasets`: pip install 'sightline\[hf\]'"):
+    with pytest.raises(ValueError, match=r"hf:some/name needs the package `datasets`: pip install 'sightline\[data\]'"):
         load("hf:some/name")
 
 
