@@ -20,9 +20,6 @@ from sightline.attention import Exchanges, LocalExchanges
 from sightline.hf.trees import check_tree
 from sightline.masks import AttentionMask, document, prefix_tree
 
-STATED = ("document_lengths", "document_ids", "attention_mask", "seq_idx", "cu_seq_lens_q")
-"""Arguments that state documents, in order of preference; `attention_mask` if it holds document numbers from 1."""
-
 CONTEXT = "context_parallel"
 """Source of the documents of a rank's tokens, and a keyword argument that marks these tokens."""
 

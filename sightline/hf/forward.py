@@ -87,13 +87,14 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], com
     _check_context(kwargs.pop(CONTEXT, False), divided, given)
     # The forward that calls this one has found the documents of its tokens.
     documents = outer if outer is not None and not given else documents_of_call(kwargs, given)
-    if documents is not None and documents.packed:
-        if documents is not outer and takes_positions(module, documents, kwargs):
+    first = documents is not outer or divided  # of the forwards of these tokens
+    if first and documents is not None and documents.packed:
+        if takes_positions(module, documents, kwargs):
             device = next(kwargs[name].device for name in TOKENS if kwargs.get(name) is not None)
             positions = documents.index_in_document + vars(module)[POSITION_START]
             kwargs["position_ids"] = positions.to(device, non_blocking=True)
         check_positions(module, documents, kwargs.get("position_ids"), vars(module)[POSITION_START])
-    if compiled and (documents is not outer or divided):
+    if compiled and first:
         lower_before_forward(module, documents)
     enter_forward(module, documents)
     return kwargs

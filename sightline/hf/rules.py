@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import and_, or_
 from typing import Any
 
 import torch
@@ -181,37 +183,28 @@ class Unknown(Rule):
 
 
 @dataclass(frozen=True)
-class All(Rule):
+class Combined(Rule):
+    """Rules of which one mask is made."""
+
+    rules: tuple[Rule, ...]
+
+    def parts(self) -> Iterator[Rule]:
+        for rule in self.rules:
+            yield from rule.parts()
+
+
+class All(Combined):
     """Intersection of rules."""
 
-    rules: tuple[Rule, ...]
-
     def mask(self, tokens: Tokens) -> AttentionMask:
-        first, *others = (rule.mask(tokens) for rule in self.rules)
-        for other in others:
-            first = first & other
-        return first
-
-    def parts(self) -> Iterator[Rule]:
-        for rule in self.rules:
-            yield from rule.parts()
+        return reduce(and_, (rule.mask(tokens) for rule in self.rules))
 
 
-@dataclass(frozen=True)
-class Any_(Rule):
+class Any_(Combined):
     """Union of rules."""
 
-    rules: tuple[Rule, ...]
-
     def mask(self, tokens: Tokens) -> AttentionMask:
-        first, *others = (rule.mask(tokens) for rule in self.rules)
-        for other in others:
-            first = first | other
-        return first
-
-    def parts(self) -> Iterator[Rule]:
-        for rule in self.rules:
-            yield from rule.parts()
+        return reduce(or_, (rule.mask(tokens) for rule in self.rules))
 
 
 def layer_type(rule: Rule) -> str:
